@@ -1,0 +1,1 @@
+"""Decisions on plain values: no I/O, no clocks, neither trio nor torch."""

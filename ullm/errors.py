@@ -1,0 +1,232 @@
+"""Every error that ullm raises on purpose.
+
+Names say who did it: ``Invalid…`` and ``…NotFound`` are the caller's doing, ``…Closed`` is something
+you ended yourself, ``…Lost`` and ``…Broken`` are the other side's doing. Constructors build the
+message, so that every message names the cause and, where there is one, the remedy.
+"""
+
+from __future__ import annotations
+
+
+class UllmError(Exception):
+    """Base of all of ullm's errors."""
+
+
+# --- what the caller did -----------------------------------------------------------------------
+
+
+class ConfigError(UllmError, ValueError):
+    """The configuration cannot work; names the option and what to set it to. Exit code 1."""
+
+
+class RequestError(UllmError):
+    """One request cannot be served; carries what an OpenAI error body needs.
+
+    Args:
+        message: one line for the user.
+        param: the name of the offending request field, if there is one.
+    """
+
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidParameter(RequestError, ValueError):
+    """A request field or a sampling parameter has a value that cannot be used."""
+
+    code = "invalid_value"
+
+
+class PromptTooLong(RequestError):
+    """The prompt does not leave room for one generated token."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, prompt_tokens: int, context_len: int, param: str = "prompt") -> None:
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens, the model's context is {context_len} tokens and "
+            "must also hold at least one generated token; shorten the prompt",
+            param,
+        )
+
+
+class ModelUnknown(RequestError):
+    """The request names a model that this server does not serve."""
+
+    status = 404
+    code = "model_not_found"
+
+    def __init__(self, name: str, served: str) -> None:
+        super().__init__(f"the model {name!r} is not served here; this server serves {served!r}", "model")
+
+
+class QueueFull(RequestError):
+    """The waiting queue is full; try again after ``retry_after`` seconds."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+    def __init__(self, waiting: int, limit: int, retry_after: float = 1.0) -> None:
+        super().__init__(f"{waiting} requests are waiting and --max-queue is {limit}; try again later")
+        self.retry_after = retry_after
+
+
+class EngineDraining(RequestError):
+    """The engine is stopping and takes no new requests."""
+
+    status = 503
+    type = "service_unavailable"
+    code = "draining"
+    retry_after = 5.0
+
+    def __init__(self, state: str = "draining") -> None:
+        super().__init__(f"the server is {state} and takes no new requests; send it to another one")
+
+
+class EngineNotReady(RequestError):
+    """The engine is starting, asleep, or restarting, and cannot take the request now."""
+
+    status = 503
+    type = "service_unavailable"
+    code = "not_ready"
+    retry_after = 1.0
+
+    def __init__(self, state: str) -> None:
+        super().__init__(f"the engine is {state}; try again later")
+
+
+class RequestPoisoned(RequestError):
+    """This request crashed its workers each time it ran, so it was given up; others were not."""
+
+    status = 500
+    type = "server_error"
+    code = "poisoned"
+
+    def __init__(self, request_id: str, attempts: int) -> None:
+        super().__init__(f"request {request_id} crashed its worker {attempts} times and was given up")
+
+
+class EngineDead(RequestError):
+    """The engine failed for good; the message is the first cause in one line."""
+
+    status = 500
+    type = "server_error"
+    code = "engine_dead"
+
+
+# --- the model ---------------------------------------------------------------------------------
+
+
+class ModelError(UllmError):
+    """The model cannot be loaded. Exit code 1, one line, no traceback."""
+
+
+class ModelNotFound(ModelError):
+    """No such folder, file, or hub repository."""
+
+
+class ModelFileBroken(ModelError):
+    """A weight or config file is truncated, unreadable, or disagrees with the config.
+
+    Args:
+        file: the file's path.
+        detail: what is wrong with it; names the tensor and both shapes where one is at fault.
+    """
+
+    def __init__(self, file: object, detail: str) -> None:
+        super().__init__(f"{file}: {detail}")
+
+
+class ModelUnsupported(ModelError):
+    """The architecture, quantization, or file format is one that ullm cannot run."""
+
+
+class OutOfMemory(ModelError):
+    """The device cannot hold the weights, or not even one block of KV cache."""
+
+
+# --- actors, workers and supervision -----------------------------------------------------------
+
+
+class MailboxClosed(UllmError):
+    """You closed this mailbox, or its actor has ended; nothing more can be sent to it."""
+
+
+class MailboxFull(UllmError):
+    """A bounded mailbox had no room for a message sent without waiting."""
+
+
+class AskTimeout(UllmError):
+    """The actor did not answer before the deadline."""
+
+
+class ActorLost(UllmError):
+    """The actor ended before it answered."""
+
+
+class WorkerLost(UllmError):
+    """A worker died, was killed, or stopped answering.
+
+    Args:
+        name: the worker's name, as in ``replica0.rank0``.
+        cause: one line: exit status or signal, or how it hung.
+        stderr_tail: the last lines that it wrote to stderr.
+    """
+
+    def __init__(self, name: str, cause: str, stderr_tail: tuple[str, ...] = ()) -> None:
+        super().__init__(f"{name} {cause}")
+        self.name = name
+        self.cause = cause
+        self.stderr_tail = stderr_tail
+
+
+class WorkerFailed(WorkerLost):
+    """A worker reported an exception of its own and ended."""
+
+
+class FrameBroken(UllmError):
+    """Bytes on a worker's pipe are not a frame; the pipe cannot be used any further."""
+
+
+class StartFailed(UllmError):
+    """A supervised child failed before it was ready."""
+
+    def __init__(self, child_id: str, cause: BaseException) -> None:
+        super().__init__(f"child {child_id!r} failed to start: {cause}")
+        self.child_id = child_id
+        self.cause = cause
+
+
+class RestartLimitReached(UllmError):
+    """A supervisor's children failed more often than its intensity allows.
+
+    Args:
+        supervisor: the supervisor's id.
+        intensity: restarts allowed within one period.
+        period: seconds.
+        cause: what ended the child the last time.
+    """
+
+    def __init__(self, supervisor: str, intensity: int, period: float, cause: BaseException | None) -> None:
+        super().__init__(
+            f"supervisor {supervisor!r}: more than {intensity} restarts within {period:g} s; last cause: {cause}"
+        )
+        self.cause = cause
+
+
+class PortTaken(UllmError):
+    """The address that the server should listen on is in use. Exit code 1."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(f"{host}:{port} is already in use; stop what listens there or choose another --port")
+
+
+class ShutdownForced(UllmError):
+    """A stop was escalated: what had not stopped was killed or abandoned."""
