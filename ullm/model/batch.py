@@ -1,0 +1,120 @@
+"""One step's input to a model: flattened tokens without padding, and where their KV lives.
+
+What a model is to the runner, and what a batch is to a model:
+
+* ``hidden = model.forward(batch.token_ids, batch)`` — ``[T]`` → ``[T, hidden_size]``;
+* ``logits = model.logits(hidden[rows])`` — ``[rows, hidden_size]`` → ``[rows, vocab_size]``;
+* in each layer the model calls ``batch.attention(layer, q, k, v, scale)``, which stores k and v in
+  the paged pool and then lets every query attend to its own sequence's keys, causally.
+
+Token t of the batch belongs to the sequence i with ``query_start[i] <= t < query_start[i + 1]``. The
+first ``num_decodes`` sequences have exactly one query token each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Attend(Protocol):
+    """Attention over the paged KV of one step."""
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Store ``k`` and ``v``, then attend.
+
+        Args:
+            layer: index of the layer, from 0.
+            q: ``[T, query heads of this rank, head_dim]``, already rotated.
+            k: ``[T, KV heads of this rank, head_dim]``, already rotated.
+            v: as ``k``.
+            scale: factor of the scores, usually ``head_dim ** -0.5``.
+            sliding_window: keys that a query sees, itself included; None: all before it.
+            softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+
+        Returns:
+            ``[T, query heads, head_dim]``, contiguous.
+        """
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's tokens and the sequences that they belong to. T tokens, N sequences.
+
+    Args:
+        token_ids: ``[T]`` int64.
+        positions: ``[T]`` int64, each token's position in its sequence, from 0.
+        query_start: ``[N + 1]`` int32, first token of each sequence, and T.
+        seq_lens: ``[N]`` int32, KV length after this step, the cached tokens included.
+        block_tables: ``[N, W]`` int32, block ids of each sequence, padded with 0.
+        slot_mapping: ``[T]`` int64, where each token's KV goes: ``block_id * block_size + offset``.
+        query_lens_host: query tokens of each sequence, as Python numbers.
+        seq_lens_host: ``seq_lens`` as Python numbers.
+        num_decodes: leading sequences with one query token.
+        attention: attention over this batch's sequences.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    query_start: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    slot_mapping: Tensor
+    query_lens_host: Sequence[int]
+    seq_lens_host: Sequence[int]
+    num_decodes: int
+    attention: Attend
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What one token's KV looks like on this rank.
+
+    Args:
+        num_layers: layers with attention.
+        num_kv_heads: KV heads of this rank.
+        head_dim: of keys and of values.
+        num_query_heads: query heads of this rank.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    num_query_heads: int
+
+
+class CausalModel(Protocol):
+    """What the runner needs of a model; native ones are modules, others wrap transformers'."""
+
+    @property
+    def kv_shape(self) -> KvShape:
+        """What the KV pool must hold."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Numbers of weights, activations and KV."""
+
+    def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
+        """``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[rows, hidden_size]`` → ``[rows, vocab_size]`` of the whole vocabulary, on every rank."""
+
+    def num_parameters(self) -> int:
+        """Elements of the weights of the whole model, tied ones once."""
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that this rank holds."""
