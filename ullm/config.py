@@ -43,7 +43,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Numbers to compute in; auto: the checkpoint's, where the device is fast at them."
     )
-    context_len: int | None = option(None, "Most tokens of prompt and output; default: the model's own limit.")
+    context_len: int | None = option(
+        None, "Most tokens of prompt and output; default: the model's own limit."
+    )
     load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights of the model's shape.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
     enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
@@ -84,7 +86,8 @@ class ParallelConfig:
     device_ids: tuple[int, ...] | None = option(None, "GPUs to use; default: the first ones.")
     nccl_port: int = option(29500, "Port of the ranks' rendezvous, counted up per replica.")
     transport: Transport = option(
-        "auto", "What a worker is: a process, a thread, or a Ray actor; auto: a thread on Windows, else a process."
+        "auto",
+        "What a worker is: a process, a thread, or a Ray actor; auto: a thread on Windows, else a process.",
     )
     cpu_threads: int | None = option(None, "Threads that a CPU worker computes with; default: the cores.")
 
@@ -111,7 +114,15 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "How much is logged.")
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_bs", "max_num_batched_tokens", "max_queue", "tp_size", "pp_size", "replicas"):
+        for name in (
+            "block_size",
+            "max_bs",
+            "max_num_batched_tokens",
+            "max_queue",
+            "tp_size",
+            "pp_size",
+            "replicas",
+        ):
             _at_least(self, name, 1)
         for name in ("context_len", "num_blocks", "kv_cache_memory", "cpu_threads"):
             if getattr(self, name) is not None:
@@ -142,7 +153,9 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
 
     def _check_combinations(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
+            raise ConfigError(
+                f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
         if self.steps_ahead > 1:
             raise ConfigError(f"--steps-ahead must be 0 or 1, got {self.steps_ahead}")
         if self.max_num_batched_tokens < self.max_bs:
@@ -199,7 +212,9 @@ def from_env(cls: type[C], environ: Mapping[str, str] = os.environ, **overrides:
         if name not in environ or spec.name in overrides:
             continue
         text = environ[name]
-        value: Any = [part.strip() for part in text.split(",") if part.strip()] if "tuple" in str(spec.type) else text
+        value: Any = (
+            [part.strip() for part in text.split(",") if part.strip()] if "tuple" in str(spec.type) else text
+        )
         try:
             values[spec.name] = msgspec.convert({spec.name: value}, _single(cls, spec.name), strict=False)
         except msgspec.ValidationError as error:

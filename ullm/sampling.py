@@ -92,7 +92,9 @@ class SamplingParams:
         if self.max_tokens is None:
             put(self, "max_tokens", self.max_new_tokens)
         elif self.max_new_tokens not in (None, self.max_tokens):
-            raise InvalidParameter("max_tokens and max_new_tokens are two names of one value", "max_new_tokens")
+            raise InvalidParameter(
+                "max_tokens and max_new_tokens are two names of one value", "max_new_tokens"
+            )
         put(self, "max_new_tokens", self.max_tokens)
         stop: str | Sequence[str] | None = self.stop
         put(self, "stop", () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop))

@@ -1,0 +1,29 @@
+"""ullm: an LLM inference engine and OpenAI-compatible server in which everything is supervised.
+
+Nothing heavy is imported here: `LLM`, `open_engine` and the rest load when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ullm.config import EngineConfig, ServerConfig
+from ullm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from ullm.engine import Engine as Engine
+    from ullm.engine import open_engine as open_engine
+    from ullm.llm import LLM as LLM
+
+__version__ = "0.1.0"
+
+__all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "ServerConfig", "__version__", "open_engine"]
+
+_LAZY = {"LLM": "ullm.llm", "Engine": "ullm.engine", "open_engine": "ullm.engine"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ullm' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

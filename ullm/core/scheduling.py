@@ -1,0 +1,284 @@
+"""The scheduler: which sequences compute what in the next step. Pure, and on one screen.
+
+Each step has a budget of tokens. Running sequences come first: those that need one token, then those
+with a longer stretch of prompt to go, in chunks; what is left of the budget admits waiting ones. When
+the blocks run out, the sequence that should run last gives up its blocks and is computed again later
+(preemption by recompute). `Scheduler.schedule` may be called before the results of the step before are applied: a
+sequence then counts its sampled tokens as pending, and the worker fills in their values.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ullm.config import SchedulerConfig
+from ullm.core.blocks import ROOT_HASH, BlockPool, block_hash
+from ullm.core.sequence import Sequence, TokenEvent
+from ullm.messages import NewSequence, Row, Sampled, Step, StepResult
+
+
+@dataclass(frozen=True)
+class SchedulerStatistics:
+    """What is in the scheduler.
+
+    Args:
+        prefix_queries: prompt tokens looked up in the prefix cache since the start.
+        prefix_hits: of those, the ones found.
+        preemptions: since the start.
+    """
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+
+
+class Scheduler:
+    """Plans steps over one worker group's KV blocks.
+
+    Args:
+        config: batch size, token budget.
+        pool: the group's KV blocks.
+        block_size: tokens per block.
+        eos_token_ids: tokens that end a sequence.
+        prefix_cache: whether blocks of equal prefixes are shared.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        block_size: int,
+        eos_token_ids: Iterable[int],
+        *,
+        prefix_cache: bool = True,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._block_size = block_size
+        self._eos = frozenset(eos_token_ids)
+        self._prefix_cache = prefix_cache
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._running: list[Sequence] = []
+        self._forget: list[int] = []
+        self._steps = self._queries = self._hits = self._preemptions = 0
+
+    # --- what comes in ---------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. The caller has checked that it fits the context and the pool."""
+        self._sequences[sequence.seq_id] = sequence
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def abort(self, seq_id: int) -> bool:
+        """Drop a sequence and free its blocks; False if it is not here (any more)."""
+        sequence = self._sequences.get(seq_id)
+        if sequence is not None:
+            self._finish(sequence)
+        return sequence is not None
+
+    def apply(self, result: StepResult) -> list[TokenEvent]:
+        """Take in what a step sampled; tokens of sequences that are gone are dropped."""
+        return [event for sampled in result.sampled if (event := self._apply(sampled)) is not None]
+
+    def _apply(self, sampled: Sampled) -> TokenEvent | None:
+        sequence = self._sequences.get(sampled.seq_id)
+        if sequence is None:
+            return None
+        sequence.num_pending -= 1 if sampled.token_ids else 0
+        index = sequence.num_output_tokens
+        taken: list[int] = []
+        reason = None
+        for token_id in sampled.token_ids:
+            sequence.token_ids.append(token_id)
+            taken.append(token_id)
+            if reason := sequence.finish_reason(token_id, self._eos):
+                break
+        if reason:
+            self._finish(sequence)
+        return TokenEvent(
+            seq_id=sequence.seq_id,
+            index=index,
+            token_ids=taken,
+            logprobs=sampled.logprobs[: len(taken)] if sampled.logprobs is not None else None,
+            prompt_logprobs=sampled.prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=taken[-1] if reason == "stop" and taken[-1] not in self._eos else None,
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
+
+    # --- what goes out ---------------------------------------------------------------------------
+
+    def schedule(self) -> Step | None:
+        """Plan the next step; None if there is nothing to compute now."""
+        self._steps += 1
+        rows: list[Row] = []
+        budget = self._continue_running(rows, self._config.max_num_batched_tokens)
+        new = self._admit_waiting(rows, budget)
+        if not rows:
+            return None
+        forget, self._forget = self._forget, []
+        return Step(step_id=self._steps, rows=rows, new=new, forget=forget)
+
+    def _continue_running(self, rows: list[Row], budget: int) -> int:
+        # Decodes before prefill chunks, so that a long prompt does not hold up others' next tokens.
+        for sequence in sorted(
+            self._running, key=lambda running: (running.num_to_compute > 1, running.order)
+        ):
+            count = min(sequence.num_to_compute, budget)
+            if count > 0 and sequence.running and self._make_room(sequence, count):
+                rows.append(self._plan(sequence, count))
+                budget -= count
+        return budget
+
+    def _admit_waiting(self, rows: list[Row], budget: int) -> list[NewSequence]:
+        new: list[NewSequence] = []
+        while self._waiting and budget > 0 and len(self._running) < self._config.max_bs:
+            sequence = self._waiting[0][1]
+            if sequence.finished:
+                heapq.heappop(self._waiting)
+                continue
+            # A preempted sequence waits for the token that was being sampled when it lost its blocks.
+            if sequence.num_pending or not self._reserve(sequence):
+                break
+            heapq.heappop(self._waiting)
+            self._running.append(sequence)
+            sequence.running = True
+            count = min(sequence.num_to_compute, budget)
+            self._make_room(sequence, count)
+            row = self._plan(sequence, count)
+            rows.append(row)
+            new.append(_introduce(sequence, row))
+            budget -= count
+        return new
+
+    def _plan(self, sequence: Sequence, count: int) -> Row:
+        """The row for the next ``count`` positions, whose blocks are there already."""
+        start = sequence.num_computed
+        sequence.planned_in = self._steps
+        known_blocks = -(-start // self._block_size)
+        sequence.num_computed += count
+        sample = sequence.num_computed == len(sequence.token_ids) + sequence.num_pending
+        sequence.num_pending += sample
+        self._publish(sequence)
+        return Row(sequence.seq_id, start, count, sample, sequence.block_ids[known_blocks:])
+
+    # --- blocks ----------------------------------------------------------------------------------
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Take the cached prefix of a waiting sequence, if the rest of it would fit as well.
+
+        Asking for the whole sequence, not only for its first chunk, keeps long prompts from
+        starting where they would be preempted half way.
+        """
+        cached = self._cached_prefix(sequence)
+        needed = self._blocks_for(len(sequence.token_ids) + 1) - len(cached)
+        if self._pool.num_free_after_taking(cached) < needed:
+            return False
+        self._pool.take(cached)
+        sequence.block_ids = cached
+        sequence.num_published = len(cached)
+        sequence.num_computed = len(cached) * self._block_size
+        if not sequence.num_output_tokens:
+            sequence.num_cached_tokens = sequence.num_computed
+        self._queries += len(sequence.token_ids)
+        self._hits += sequence.num_computed
+        return True
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        if not self._prefix_cache or sequence.params.prompt_logprobs is not None:
+            return []  # logits of the whole prompt are wanted, so all of it must be computed
+        # At least one position must be computed, or there are no logits to sample from.
+        full = (len(sequence.token_ids) - 1) // self._block_size
+        self._extend_hashes(sequence, full)
+        return self._pool.find(sequence.block_hashes[:full])
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Give ``sequence`` the blocks for ``count`` more positions; preempt others if need be."""
+        missing = self._blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
+        while missing > self._pool.num_free:
+            # A sequence that this step already computes cannot lose its blocks to another row of it.
+            idle = (running for running in self._running if running.planned_in != self._steps)
+            victim = max(idle, key=lambda running: running.order)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if missing > 0:
+            sequence.block_ids += self._pool.allocate(missing)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._preemptions += 1
+        self._leave(sequence)
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        sequence.running = False
+        self._forget.append(sequence.seq_id)
+        self._pool.release(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.num_computed = sequence.num_published = 0
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Offer full blocks to the prefix cache as soon as a step that fills them is planned.
+
+        Steps run in order, and within a step every layer writes all keys and values before it
+        reads any, so whoever finds the block reads what is written.
+        """
+        if not self._prefix_cache:
+            return
+        full = min(sequence.num_computed, len(sequence.token_ids)) // self._block_size
+        self._extend_hashes(sequence, full)
+        for position in range(sequence.num_published, full):
+            self._pool.publish(sequence.block_ids[position], sequence.block_hashes[position])
+        sequence.num_published = max(full, sequence.num_published)
+
+    def _extend_hashes(self, sequence: Sequence, count: int) -> None:
+        hashes, size = sequence.block_hashes, self._block_size
+        for position in range(len(hashes), count):
+            parent = hashes[-1] if hashes else ROOT_HASH
+            hashes.append(block_hash(parent, sequence.token_ids[position * size : (position + 1) * size]))
+
+    def _finish(self, sequence: Sequence) -> None:
+        sequence.finished = True
+        del self._sequences[sequence.seq_id]
+        if sequence.running:
+            self._leave(sequence)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    # --- what is inside --------------------------------------------------------------------------
+
+    def statistics(self) -> SchedulerStatistics:
+        """What is in the scheduler, as a frozen value."""
+        blocks = self._pool.statistics()
+        return SchedulerStatistics(
+            running=len(self._running),
+            waiting=len(self._sequences) - len(self._running),
+            blocks_total=blocks.total,
+            blocks_used=blocks.used,
+            prefix_queries=self._queries,
+            prefix_hits=self._hits,
+            preemptions=self._preemptions,
+        )
+
+
+def _introduce(sequence: Sequence, row: Row) -> NewSequence:
+    """Tell the worker about a sequence; blocks for this step come with the row."""
+    cached_blocks = len(sequence.block_ids) - len(row.new_block_ids)
+    return NewSequence(
+        seq_id=sequence.seq_id,
+        token_ids=list(sequence.token_ids),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        params=sequence.params,
+        block_ids=sequence.block_ids[:cached_blocks],
+        num_cached_tokens=row.start,
+    )
