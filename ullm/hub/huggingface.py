@@ -1,0 +1,281 @@
+"""Models from the Hugging Face hub and its cache, without long waits where the hub is out of reach.
+
+huggingface_hub retries for some 20 seconds per file when a name does not resolve, so the hub is
+asked one bounded question first. Its calls run in a thread of their own: the calling thread stays
+free to report progress and to be cancelled, whatever DNS or a proxy does.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from ullm.errors import ModelError, ModelNotFound, ModelUnsupported
+from ullm.hub.files import HEARTBEAT, Progress, shards
+
+REACH_TIMEOUT = 4.0
+"""Seconds until a hub that does not answer counts as out of reach."""
+METADATA_TIMEOUT = 15.0
+_INDEX = "model.safetensors.index.json"
+_SMALL_FILES = frozenset(
+    (
+        "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
+        "added_tokens.json vocab.json vocab.txt merges.txt tokenizer.model chat_template.jinja "
+        f"chat_template.json {_INDEX}"
+    ).split()
+)
+T = TypeVar("T")
+
+
+def cached(repo: str, revision: str | None, *, weights: bool = True) -> Path | None:
+    """The folder of a hub model that is complete in the Hugging Face cache; asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    try:
+        if weights:
+            shards(folder)
+    except ModelError:
+        return None
+    return folder
+
+
+def fetch(
+    repo: str,
+    revision: str | None,
+    progress: Progress,
+    *,
+    refresh: bool = False,
+    weights: bool = True,
+    code: bool = False,
+) -> Path:
+    """The folder of a hub model: from the cache, else downloaded; only the files that are needed.
+
+    Args:
+        weights: False leaves out the weights.
+        code: also fetch the model's Python files.
+
+    Raises:
+        ModelNotFound: no such repository or revision, it is gated, or the hub cannot be reached.
+        ModelUnsupported: it has no safetensors files.
+    """
+    if not refresh and (folder := cached(repo, revision, weights=weights)) is not None:
+        return folder
+    _check_reachable(repo, revision, progress)
+    download = _Download(repo, revision, weights, code)
+    return _attempt(repo, revision, download, progress, download.report)
+
+
+def fetch_file(repo: str, filename: str, revision: str | None, progress: Progress) -> Path:
+    """One file of a hub repository, for GGUF.
+
+    Raises:
+        ModelNotFound: see `fetch`.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo, filename, revision=revision)
+    if isinstance(path, str):
+        return Path(path)
+    _check_reachable(repo, revision, progress)
+    download = _Download(repo, revision, True, False, only=filename)
+    return _attempt(repo, revision, download, progress, download.report) / filename
+
+
+class _Download:
+    """Downloads one repository's files in turn; its counters are read by another thread."""
+
+    def __init__(
+        self, repo: str, revision: str | None, weights: bool, code: bool, only: str | None = None
+    ) -> None:
+        self.repo, self.revision = repo, revision
+        self._weights, self._code, self._only = weights, code, only
+        self._finished = 0
+        self._current = 0
+        self._total: int | None = None
+
+    def report(self, progress: Progress) -> None:
+        """Say how far it is."""
+        total = self._total
+        done = self._finished + self._current
+        progress(f"fetching {self.repo}", done if total is None else min(done, total), total)
+
+    def __call__(self) -> Path:
+        from huggingface_hub import HfApi
+
+        info = HfApi().model_info(
+            self.repo, revision=self.revision, files_metadata=True, timeout=METADATA_TIMEOUT
+        )
+        # A branch's snapshot lives under its commit, so that all files are of one commit.
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        commit = info.sha or self.revision
+        small = [name for name in sizes if self._is_small(name)]
+        folder = None
+        for name in small:
+            folder = self._fetch(name, commit, sizes[name])
+        large = self._choose_weights(sizes, folder)
+        self._finished, self._total = 0, sum(sizes[name] for name in large) or None
+        for name in large:
+            folder = self._fetch(name, commit, sizes[name])
+        if folder is None:
+            raise ModelUnsupported(f"{self.repo} has no config.json; it is not a model that ullm can run")
+        return folder
+
+    def _is_small(self, name: str) -> bool:
+        if self._only is not None:
+            return False
+        return name in _SMALL_FILES or (self._code and "/" not in name and name.endswith(".py"))
+
+    def _choose_weights(self, sizes: dict[str, int], folder: Path | None) -> list[str]:
+        if self._only is not None:
+            if self._only not in sizes:
+                raise ModelNotFound(f"{self.repo} has no file {self._only}")
+            return [self._only]
+        if not self._weights:
+            return []
+        if _INDEX in sizes and folder is not None:
+            weight_map = json.loads((folder / _INDEX).read_bytes())["weight_map"]
+            return sorted(set(weight_map.values()))
+        if "model.safetensors" in sizes:
+            return ["model.safetensors"]
+        found = sorted(name for name in sizes if name.endswith(".safetensors") and "/" not in name)
+        if not found:
+            ggufs = ", ".join(name for name in sizes if name.endswith(".gguf"))
+            hint = f"; name one of its GGUF files, as {self.repo}/FILE: {ggufs}" if ggufs else ""
+            raise ModelUnsupported(f"{self.repo} has no .safetensors file{hint}")
+        return found
+
+    def _fetch(self, name: str, commit: str | None, size: int) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(self.repo, name, revision=commit, tqdm_class=_bar_class(self._advance))
+        self._finished, self._current = self._finished + size, 0
+        self._point_branch(commit)
+        return Path(path).parents[len(PurePosixPath(name).parts) - 1]
+
+    def _point_branch(self, commit: str | None) -> None:
+        # Downloading by commit leaves no ref for the branch, by which the cache is asked later.
+        from huggingface_hub.constants import HF_HUB_CACHE
+        from huggingface_hub.file_download import repo_folder_name
+
+        branch = self.revision or "main"
+        if commit is None or branch == commit:
+            return
+        ref = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=self.repo, repo_type="model") / "refs" / branch
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
+
+    def _advance(self, count: int) -> None:
+        self._current = max(self._current, count)
+
+
+def _bar_class(advance: Callable[[int], None]) -> type:
+    """What huggingface_hub takes for a tqdm class: it only counts."""
+
+    class Counter:
+        def __init__(self, *args: Any, total: int | None = None, initial: int = 0, **kwargs: Any) -> None:
+            self.total, self.n = total, initial
+
+        def __enter__(self) -> Counter:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            return None
+
+        def update(self, count: float | None = 1) -> None:
+            self.n += int(count or 0)
+            advance(self.n)
+
+        def _ignore(self, *args: Any, **kwargs: Any) -> None:
+            return None
+
+        close = refresh = clear = reset = set_description = set_description_str = _ignore
+        set_postfix = set_postfix_str = display = _ignore
+
+    return Counter
+
+
+def _check_reachable(repo: str, revision: str | None, progress: Progress) -> None:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise ModelNotFound(
+            f"{repo} is no local folder and not in the Hugging Face cache, and HF_HUB_OFFLINE is set; "
+            "unset it, or give a local folder with --model"
+        )
+
+    def question() -> None:
+        from huggingface_hub import get_session
+
+        url = f"{constants.ENDPOINT}/{repo}/resolve/{revision or 'main'}/config.json"
+        if (status := get_session().head(url, timeout=REACH_TIMEOUT).status_code) >= 500:
+            raise OSError(f"HTTP status {status}")
+
+    try:
+        _in_thread(question, lambda: progress(f"asking the model hub for {repo}", 0, None), REACH_TIMEOUT + 1)
+    except Exception as error:
+        raise ModelNotFound(
+            f"{repo} is no local folder and not in the Hugging Face cache, and {constants.ENDPOINT} cannot "
+            f"be reached ({_one_line(error)}); check the network, or give a folder to --model"
+        ) from error
+
+
+def _attempt(
+    repo: str,
+    revision: str | None,
+    work: Callable[[], T],
+    progress: Progress,
+    report: Callable[[Progress], None],
+) -> T:
+    from huggingface_hub import errors
+
+    try:
+        return _in_thread(work, lambda: report(progress), None)
+    except ModelError:
+        raise
+    except errors.GatedRepoError as error:
+        raise ModelNotFound(f"{repo} is gated: accept its terms on {repo}'s page and set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelNotFound(
+            f"{repo}: no such folder here and no such public model on the hub; check --model or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelNotFound(f"{repo} has no revision {revision!r}; check --revision") from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ModelNotFound(f"{repo} could not be fetched from the hub: {_one_line(error)}") from error
+
+
+def _in_thread(function: Callable[[], T], heartbeat: Callable[[], None], timeout: float | None) -> T:
+    """Call ``function`` in a daemon thread, ``heartbeat`` here meanwhile; leave it behind on time-out."""
+    outcome: dict[str, Any] = {}
+
+    def body() -> None:
+        try:
+            outcome["value"] = function()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=body, name="ullm-hub", daemon=True)
+    thread.start()
+    waited = 0.0
+    while thread.is_alive():
+        thread.join(HEARTBEAT)
+        waited += HEARTBEAT
+        heartbeat()
+        if timeout is not None and waited >= timeout and thread.is_alive():
+            raise TimeoutError(f"no answer within {timeout:g} s")
+    if "error" in outcome:
+        raise outcome["error"]
+    value: T = outcome["value"]
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
