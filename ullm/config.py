@@ -53,6 +53,11 @@ class ModelConfig:
         "ullm.model.runner:ModelRunner", "What workers run, as module:class; for tests and experiments."
     )
 
+    @property
+    def model_name(self) -> str:
+        """The name that the API shows."""
+        return self.served_model_name or os.path.basename(self.model.rstrip("/")) or self.model
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
@@ -146,11 +151,6 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
         """Ranks of one replica."""
         return self.tp_size * self.pp_size
 
-    @property
-    def model_name(self) -> str:
-        """The name that the API shows."""
-        return self.served_model_name or os.path.basename(self.model.rstrip("/")) or self.model
-
     def _check_combinations(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
@@ -160,8 +160,9 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
             raise ConfigError(f"--steps-ahead must be 0 or 1, got {self.steps_ahead}")
         if self.max_num_batched_tokens < self.max_bs:
             raise ConfigError(
-                f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-bs {self.max_bs}: "
-                "a step could not decode one token for each running sequence; raise the first or lower the second"
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-bs "
+                f"{self.max_bs}: a step could not decode one token for each running sequence; "
+                "raise the first or lower the second"
             )
         if self.transport == "thread" and self.world_size > 1:
             raise ConfigError(
