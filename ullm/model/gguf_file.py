@@ -118,7 +118,8 @@ class GgufFile:
             return raw.view(PLAIN_TYPES[tensor.type]).reshape(tensor.shape)
         try:
             rows = raw.reshape(*tensor.shape[:-1], -1)
-            return np.asarray(dequantize(rows, tensor.type)).reshape(tensor.shape)
+            with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale may be infinite
+                return np.asarray(dequantize(rows, tensor.type)).reshape(tensor.shape)
         except NotImplementedError as error:
             raise ModelUnsupported(f"{self.path}: tensor {name!r} is {tensor.type.name}: {error}") from error
 
