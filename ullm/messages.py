@@ -46,7 +46,7 @@ class RankSpec(msgspec.Struct, frozen=True):
         return f"replica{self.replica}.rank{self.rank}"
 
 
-class Start(Frame):
+class Start(Frame, frozen=True):
     """The first message to a worker: load the model and answer `Ready`, with `Progress` meanwhile.
 
     Args:
@@ -60,7 +60,7 @@ class Start(Frame):
     model_path: str
 
 
-class NewSequence(Frame):
+class NewSequence(Frame, frozen=True):
     """A sequence that the worker does not know yet, or has been told to forget.
 
     Args:
@@ -81,7 +81,7 @@ class NewSequence(Frame):
     num_cached_tokens: int = 0
 
 
-class Row(Frame):
+class Row(Frame, frozen=True):
     """One sequence's share of a step: compute KV for positions ``start … start + count - 1``.
 
     Args:
@@ -98,7 +98,7 @@ class Row(Frame):
     new_block_ids: list[int] = []
 
 
-class Step(Frame):
+class Step(Frame, frozen=True):
     """Run one step; answer with one `StepResult` of the same ``step_id``, in order.
 
     ``forget`` applies before ``new``, which applies before ``rows``.
@@ -110,13 +110,13 @@ class Step(Frame):
     forget: list[int] = []
 
 
-class Ping(Frame):
+class Ping(Frame, frozen=True):
     """Answer `Pong` with the same number, through the step loop."""
 
     number: int
 
 
-class Stop(Frame):
+class Stop(Frame, frozen=True):
     """Release graphs, KV, weights, process groups, in that order; answer `Stopped`; end.
 
     Args:
@@ -158,7 +158,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     weight_bytes: int = 0
 
 
-class Ready(Frame):
+class Ready(Frame, frozen=True):
     """The model is loaded and warmed up.
 
     Args:
@@ -169,7 +169,7 @@ class Ready(Frame):
     timings: dict[str, float] = {}
 
 
-class Progress(Frame):
+class Progress(Frame, frozen=True):
     """A sign of life during a long operation.
 
     Args:
@@ -181,7 +181,7 @@ class Progress(Frame):
     budget: float = 60.0
 
 
-class TokenLogprobs(Frame):
+class TokenLogprobs(Frame, frozen=True):
     """Log probabilities at one position, after penalties and bias, at temperature 1.
 
     Args:
@@ -195,7 +195,7 @@ class TokenLogprobs(Frame):
     top: list[tuple[int, float]] = []
 
 
-class Sampled(Frame):
+class Sampled(Frame, frozen=True):
     """What one sampling row produced.
 
     Args:
@@ -211,7 +211,7 @@ class Sampled(Frame):
     prompt_logprobs: list[TokenLogprobs] | None = None
 
 
-class StepResult(Frame):
+class StepResult(Frame, frozen=True):
     """The answer to a `Step`.
 
     Args:
@@ -225,13 +225,13 @@ class StepResult(Frame):
     seconds: float = 0.0
 
 
-class Pong(Frame):
+class Pong(Frame, frozen=True):
     """The answer to `Ping`."""
 
     number: int
 
 
-class Failed(Frame):
+class Failed(Frame, frozen=True):
     """The worker cannot go on, and ends.
 
     Args:
@@ -245,7 +245,17 @@ class Failed(Frame):
     traceback: str = ""
 
 
-class Stopped(Frame):
+class NotUnderstood(Frame, frozen=True):
+    """The answer to a message that is none of `ToWorker`; the worker ignored it and goes on.
+
+    Args:
+        detail: what is wrong with it.
+    """
+
+    detail: str
+
+
+class Stopped(Frame, frozen=True):
     """The worker has released everything.
 
     Args:
@@ -255,4 +265,4 @@ class Stopped(Frame):
     timings: dict[str, float] = {}
 
 
-FromWorker = Ready | Progress | StepResult | Pong | Failed | Stopped
+FromWorker = Ready | Progress | StepResult | Pong | Failed | NotUnderstood | Stopped

@@ -71,7 +71,8 @@ class StopReport:
     """How a worker ended.
 
     Args:
-        outcome: ``stopped`` in order, ``killed`` by force, ``abandoned``: a thread that hangs still.
+        outcome: ``stopped`` in order, ``killed`` by force, ``abandoned``: a thread that hangs still,
+            ``lost``: it had ended by itself before it was asked.
         seconds: how long it took.
         timings: the worker's own account, stage → seconds.
     """

@@ -1,0 +1,32 @@
+"""Ways to run a worker, one module per kind, behind one protocol: see `base`."""
+
+from __future__ import annotations
+
+from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
+from ullm.errors import ConfigError
+
+__all__ = ["OpenTransport", "StopReport", "Transport", "WorkerSpec", "open_transport"]
+
+
+def open_transport(kind: str) -> OpenTransport:
+    """What starts workers of one kind: ``process``, ``thread``, ``ray`` or ``fake``.
+
+    Raises:
+        ConfigError: there is no such kind, or it is not available here.
+    """
+    match kind:
+        case "process":
+            from ullm.actors.transports.process import open_process
+
+            return open_process
+        case "thread":
+            from ullm.actors.transports.thread import open_thread
+
+            return open_thread
+        case "fake":
+            from ullm.actors.transports.fake import FakeWorkers
+
+            return FakeWorkers().open
+        case "ray":
+            raise ConfigError("--transport ray is not available in this release; use --transport process")
+    raise ConfigError(f"--transport {kind!r} is none of process, thread, ray, fake")

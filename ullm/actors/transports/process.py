@@ -1,0 +1,291 @@
+"""A worker as a process: frames over its stdin and stdout, its stderr forwarded to the log.
+
+The worker is the leader of a session of its own, so that Ctrl-C in a terminal reaches only the parent,
+which then stops its workers in order. The other half is `ullm.actors.worker_main`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+import trio
+
+from ullm.actors.transports.background import background_tasks
+from ullm.actors.transports.base import STDERR_TAIL_LINES, StopReport, Transport, WorkerSpec
+from ullm.actors.transports.frames import FrameReader, encode
+from ullm.errors import FrameBroken, WorkerLost
+from ullm.logs import get_logger
+from ullm.messages import FromWorker, Stop, Stopped, ToWorker
+
+OUTBOX = 64
+"""Frames that may wait for the pipe before a sender waits itself."""
+
+READ_BYTES = 1 << 16
+
+EXIT_SECONDS = 1.0
+"""How long a worker may take from closing its pipe to being gone, and the kernel to reap a killed one."""
+
+STDERR_SECONDS = 0.2
+"""How long the end of stderr is waited for, for the error's tail; a grandchild may hold it open."""
+
+LINE_BYTES = 8192
+"""A longer line of stderr is cut into several."""
+
+log = get_logger(__name__)
+
+
+@asynccontextmanager
+async def open_process(spec: WorkerSpec) -> AsyncIterator[Transport]:
+    """Start a worker process; on leaving, it is gone and reaped.
+
+    Raises:
+        OSError: the process cannot be started at all.
+    """
+    with _lifeline() as inherited:
+        process = await _spawn(spec, inherited)
+        transport = ProcessTransport(spec.rank.name, process)
+        async with background_tasks() as nursery:
+            nursery.start_soon(transport.write_frames)
+            nursery.start_soon(transport.forward_stderr)
+            try:
+                yield transport
+            finally:
+                await transport.reap()
+
+
+class ProcessTransport:
+    """See `Transport`."""
+
+    def __init__(self, name: str, process: trio.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._name = name
+        self._process = process
+        self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
+        self._outbox, self._to_write = trio.open_memory_channel[bytes](OUTBOX)
+        self._reader: FrameReader[FromWorker] = FrameReader(FromWorker)
+        self._stderr_tail: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
+        self._stderr_ended = trio.Event()
+        self._stopped: Stopped | None = None
+        self._cause: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As in logs."""
+        return self._name
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._process.pid
+
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
+    async def send(self, message: ToWorker) -> None:
+        """Queue one frame. A cancelled sender never leaves half a frame on the pipe."""
+        frame = encode(message)
+        try:
+            if self.alive():
+                return await self._outbox.send(frame)
+        except trio.BrokenResourceError:
+            log.debug("worker closed its pipe", worker=self._name)
+        raise await self._lost()
+
+    async def receive(self) -> FromWorker:
+        """The next message; messages that were sent before the worker's end come first."""
+        while True:
+            message = self._next_frame()
+            if message is not None:
+                if isinstance(message, Stopped):
+                    self._stopped = message
+                return message
+            data = await self._read_some()
+            if not data:
+                raise await self._lost()
+            self._reader.feed(data)
+
+    def kill(self) -> None:
+        """SIGKILL for the worker and for whatever it started itself."""
+        if not self.alive():
+            return
+        self._process.kill()
+        if os.name == "posix":
+            with suppress(ProcessLookupError, PermissionError):  # the group is gone, or only a zombie
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def stop(self, budget: float) -> StopReport:
+        """`Stop`, then SIGTERM for the last quarter of the budget, then SIGKILL."""
+        began = trio.current_time()
+        if not self.alive():
+            return self._report("lost", began)
+        with trio.move_on_at(began + 0.75 * budget):
+            await self._ask(Stop(0.75 * budget))
+            await self._drain()
+        if self.alive() and os.name == "posix":
+            log.warning("worker does not stop: SIGTERM", worker=self._name)
+            self._process.terminate()
+            with trio.move_on_at(began + 0.95 * budget):
+                await self._drain()
+        if self.alive():
+            log.warning("worker does not stop: SIGKILL", worker=self._name)
+            self.kill()
+            await self._wait_gone(EXIT_SECONDS)
+        return self._report("stopped" if self._stopped else "killed", began)
+
+    async def write_frames(self) -> None:
+        """Task: the only writer of the pipe."""
+        with self._to_write:
+            try:
+                async for frame in self._to_write:
+                    await self._stdin.send_all(frame)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return  # the worker is gone; `receive` says how
+
+    async def forward_stderr(self) -> None:
+        """Task: what the worker prints goes to the log, line by line, and its tail is kept."""
+        rest = b""
+        try:
+            async for data in self._stderr:
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self._forward(line)
+                while len(rest) > LINE_BYTES:
+                    self._forward(rest[:LINE_BYTES])
+                    rest = rest[LINE_BYTES:]
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("stderr closed", worker=self._name)
+        finally:
+            self._forward(rest)
+            self._stderr_ended.set()
+
+    async def reap(self) -> None:
+        """Kill what still runs, and wait until the kernel has taken it back."""
+        with trio.CancelScope(shield=True):
+            if self.alive():
+                self.kill()
+            await self._wait_gone(EXIT_SECONDS)
+            for stream in (self._stdin, self._stdout):
+                await stream.aclose()
+            with trio.move_on_after(STDERR_SECONDS):
+                await self._stderr_ended.wait()
+            await self._stderr.aclose()
+
+    def _next_frame(self) -> FromWorker | None:
+        try:
+            return self._reader.next()
+        except FrameBroken as error:
+            self._cause = f"sent {error}"
+            self.kill()
+            raise WorkerLost(self._name, self._cause, tuple(self._stderr_tail)) from None
+
+    async def _read_some(self) -> bytes | bytearray:
+        try:
+            return await self._stdout.receive_some(READ_BYTES)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return b""
+
+    async def _ask(self, message: ToWorker) -> None:
+        try:
+            await self.send(message)
+        except WorkerLost:
+            log.debug("worker ended before it was asked to", worker=self._name)
+
+    async def _drain(self) -> None:
+        """Read on, so that the worker can write, until it is gone."""
+        try:
+            while True:
+                await self.receive()
+        except WorkerLost:
+            return
+        except trio.BusyResourceError:  # the scheduler still reads
+            await self._process.wait()
+
+    async def _lost(self) -> WorkerLost:
+        if not await self._wait_gone(EXIT_SECONDS):
+            self._cause = self._cause or "closed its pipe without ending"
+            self.kill()
+        with trio.move_on_after(STDERR_SECONDS):
+            await self._stderr_ended.wait()
+        tail = tuple(self._stderr_tail)
+        return WorkerLost(self._name, self._cause or _describe_exit(self._process.returncode, tail), tail)
+
+    async def _wait_gone(self, seconds: float) -> bool:
+        with trio.move_on_after(seconds):
+            await self._process.wait()
+        return not self.alive()
+
+    def _report(self, outcome: str, began: float) -> StopReport:
+        timings = self._stopped.timings if self._stopped else {}
+        return StopReport(self._name, outcome, trio.current_time() - began, timings)
+
+    def _forward(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace").rstrip()
+        if text:
+            self._stderr_tail.append(text)
+            log.info(text, worker=self._name)
+
+
+def _describe_exit(status: int | None, stderr_tail: tuple[str, ...]) -> str:
+    if status is None:
+        return "does not end"
+    if status < 0:
+        try:
+            return f"was killed by {signal.Signals(-status).name}"
+        except ValueError:
+            return f"was killed by signal {-status}"
+    shown = f"{status:#x}" if status > 255 else str(status)  # Windows' codes are known in hexadecimal
+    reason = f": {stderr_tail[-1]}" if status and stderr_tail else ""
+    return f"exited with status {shown}{reason}"
+
+
+@contextmanager
+def _lifeline() -> Iterator[int | None]:
+    """A pipe that is open as long as this process and this context live; the worker's end of it."""
+    if sys.platform != "linux":
+        yield None
+        return
+    theirs, ours = os.pipe()
+    try:
+        yield theirs
+    finally:
+        os.close(ours)
+
+
+async def _spawn(spec: WorkerSpec, lifeline: int | None) -> trio.Process:
+    command = [sys.executable, "-X", "faulthandler", "-m", "ullm.actors.worker_main"]
+    command += ["--name", spec.rank.name, "--runner", spec.runner]
+    options: dict[str, Any] = {}
+    if os.name == "posix":
+        options["start_new_session"] = True
+    else:
+        options["creationflags"] = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    if lifeline is not None:
+        command += ["--lifeline", str(lifeline)]
+        options["pass_fds"] = [lifeline]
+    pipe = subprocess.PIPE
+    try:
+        return await trio.lowlevel.open_process(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(spec), **options
+        )
+    finally:
+        if lifeline is not None:
+            os.close(lifeline)
+
+
+def _environment(spec: WorkerSpec) -> dict[str, str]:
+    """Our own, with what Python finds here, and the number of threads to compute with."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    if spec.cpu_threads is not None:
+        for library in ("OMP", "MKL", "OPENBLAS"):
+            environment[f"{library}_NUM_THREADS"] = str(spec.cpu_threads)
+    return environment

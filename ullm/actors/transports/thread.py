@@ -1,0 +1,162 @@
+"""A worker as one dedicated thread of this process: fed by a queue, answering through trio's token.
+
+A thread cannot be killed. One that hangs is reported as ``abandoned``: it keeps its memory, and the
+process should end with a status that says so. One that hangs while it holds the interpreter's lock
+stops everything; only worker processes survive that.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
+from ullm.actors.worker import IMPORT_BUDGET, Ended, Inbox, failed, load_runner, run_worker
+from ullm.core.runner import Runner
+from ullm.errors import WorkerLost
+from ullm.logs import get_logger
+from ullm.messages import FromWorker, Progress, Stop, Stopped, ToWorker
+
+LEAVE_SECONDS = 0.5
+"""How long leaving the context waits for a thread that was told to stop."""
+
+log = get_logger(__name__)
+
+
+@asynccontextmanager
+async def open_thread(spec: WorkerSpec) -> AsyncIterator[Transport]:
+    """Start a worker thread; on leaving, it has been told to stop, and has, unless it hangs."""
+    transport = ThreadTransport(spec)
+    transport.start()
+    try:
+        yield transport
+    finally:
+        await transport.leave()
+
+
+class ThreadTransport:
+    """See `Transport`. Messages are handed over as they are: neither side changes what it was given."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._trio = trio.lowlevel.current_trio_token()
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._deliver, self._delivered = trio.open_memory_channel[FromWorker](math.inf)
+        self._thread = threading.Thread(target=self._work, name=spec.rank.name, daemon=True)
+        self._ended = trio.Event()
+        self._cause = "ended"
+        self._killed = False
+        self._stopped: Stopped | None = None
+
+    @property
+    def name(self) -> str:
+        """As in logs."""
+        return self._spec.rank.name
+
+    @property
+    def pid(self) -> None:
+        """A thread has no process of its own."""
+        return None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def alive(self) -> bool:
+        """Whether the thread runs and does not count as lost."""
+        return not self._killed and not self._ended.is_set()
+
+    async def send(self, message: ToWorker) -> None:
+        """Hand one message over."""
+        await trio.lowlevel.checkpoint()
+        if not self.alive():
+            raise WorkerLost(self.name, self._cause)
+        self._inbox.put(message)
+
+    async def receive(self) -> FromWorker:
+        """The next message; after `kill` there are none, whatever the thread still says."""
+        try:
+            return await self._delivered.receive()
+        except (trio.EndOfChannel, trio.ClosedResourceError):
+            raise WorkerLost(self.name, self._cause) from None
+
+    def kill(self) -> None:
+        """Tell the thread to stop, and count it as lost from now on."""
+        if self.alive():
+            self._killed = True
+            self._cause = "was given up; its thread cannot be killed"
+            self._inbox.put(Stop(0.0))
+            self._deliver.close()
+
+    async def stop(self, budget: float) -> StopReport:
+        """`Stop`, and wait; a thread that has not ended then is abandoned."""
+        began = trio.current_time()
+        if self._ended.is_set():
+            return self._report("stopped" if self._stopped else "lost", began)
+        self._inbox.put(Stop(budget))
+        with trio.move_on_after(budget):
+            await self._ended.wait()
+        if not self._ended.is_set():
+            self.kill()
+            log.error("worker thread hangs and is abandoned", worker=self.name)
+            return self._report("abandoned", began)
+        return self._report("stopped" if self._stopped else "lost", began)
+
+    async def leave(self) -> None:
+        """End of the context."""
+        self.kill()
+        with trio.move_on_after(LEAVE_SECONDS, shield=True):
+            await self._ended.wait()
+
+    def _report(self, outcome: str, began: float) -> StopReport:
+        timings = self._stopped.timings if self._stopped else {}
+        return StopReport(self.name, outcome, trio.current_time() - began, timings)
+
+    # --- on the worker's thread ---
+
+    def _work(self) -> None:
+        runner: Runner | None = None
+        try:
+            self._answer(Progress("import", IMPORT_BUDGET))
+            runner = load_runner(self._spec.runner)
+            ended = run_worker(runner, self._inbox, self._answer)
+        except Exception as error:
+            ended = Ended.FAILED
+            self._answer(failed(error))
+        if ended is Ended.FAILED and runner is not None:
+            _close(runner, self.name)
+        self._to_trio(self._end)
+
+    def _answer(self, message: FromWorker) -> None:
+        self._to_trio(self._take, message)
+
+    def _to_trio(self, callback: object, *arguments: object) -> None:
+        try:
+            self._trio.run_sync_soon(callback, *arguments)  # type: ignore[arg-type]
+        except trio.RunFinishedError:
+            log.debug("trio ended before its worker thread", worker=self.name)
+
+    # --- on trio's thread, where nothing may be raised ---
+
+    def _take(self, message: FromWorker) -> None:
+        if isinstance(message, Stopped):
+            self._stopped = message
+        if not self._killed:
+            self._deliver.send_nowait(message)
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._deliver.close()
+
+
+def _close(runner: Runner, name: str) -> None:
+    """Free what a failed runner holds: its process goes on without it."""
+    try:
+        runner.close()
+    except Exception:
+        log.warning("worker did not close cleanly after it failed", worker=name, exc_info=True)

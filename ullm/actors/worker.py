@@ -1,0 +1,201 @@
+"""The worker loop: messages in, answers out, one step ahead. Every kind of worker runs this one.
+
+It is synchronous and owns its thread. While a step runs on a device, the next one may already be
+submitted (at most two are pending), so the device never waits for the host. On a CPU a submitted step
+is done at once, and its result leaves before the next step is computed.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import queue
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from ullm import errors
+from ullm.core.runner import PendingStep, Runner
+from ullm.errors import ConfigError, FrameBroken, UllmError, WorkerFailed
+from ullm.logs import get_logger
+from ullm.messages import (
+    Failed,
+    FromWorker,
+    NotUnderstood,
+    Ping,
+    Pong,
+    Progress,
+    Ready,
+    Start,
+    Step,
+    Stop,
+    Stopped,
+    ToWorker,
+)
+
+MAX_PENDING = 2
+"""Steps submitted at once: the one that runs and the one behind it."""
+
+POLL_SECONDS = 100e-6
+"""How often a pending step is looked at while the next message may still come: a small part of the
+fastest step. Applies only to devices; a message ends the wait at once."""
+
+IMPORT_BUDGET = 120.0
+"""Seconds that importing the runner may take, torch from a cold disk included."""
+
+log = get_logger(__name__)
+
+Inbox = queue.SimpleQueue["ToWorker | NotUnderstood | FrameBroken"]
+"""What a worker reads. A reader puts in what it could not decode, so that it is answered in turn."""
+
+
+class Ended(enum.Enum):
+    """How a worker loop ended."""
+
+    STOPPED = "stopped"
+    """In order: the runner is closed and `Stopped` was sent."""
+    FAILED = "failed"
+    """`Failed` was sent; the runner is *not* closed, because that may hang on a broken device."""
+
+
+def load_runner(path: str) -> Runner:
+    """Import and build the runner that ``module:class`` names.
+
+    Raises:
+        ConfigError: there is no such thing.
+    """
+    module_name, _, class_name = path.partition(":")
+    try:
+        runner_class = getattr(importlib.import_module(module_name), class_name)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--runner {path!r} cannot be imported as module:class: {error}") from error
+    return cast(Runner, runner_class())
+
+
+def run_worker(runner: Runner, inbox: Inbox, send: Callable[[FromWorker], None]) -> Ended:
+    """Serve ``inbox`` until `Stop` or the first failure.
+
+    Exceptions of the runner become one `Failed`, which is the last message.
+    """
+    loop = WorkerLoop(runner, send)
+    try:
+        while not loop.stopped:
+            loop.handle(_next_message(loop, inbox))
+    except Exception as error:
+        log.debug("worker failed", exc_info=True)
+        send(failed(error))
+        return Ended.FAILED
+    return Ended.STOPPED
+
+
+def _next_message(loop: WorkerLoop, inbox: Inbox) -> ToWorker | NotUnderstood | FrameBroken:
+    """The next message. Results that come first are sent meanwhile, in order."""
+    while loop.pending:
+        if loop.full or loop.ready():
+            loop.send_oldest()
+            continue
+        try:
+            return inbox.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            continue
+    return inbox.get()
+
+
+class WorkerLoop:
+    """What a worker does with each message; when to wait is decided by whoever drives it."""
+
+    def __init__(self, runner: Runner, send: Callable[[FromWorker], None]) -> None:
+        self._runner = runner
+        self._send = send
+        self._loaded = False
+        self._pending: deque[PendingStep] = deque()
+        self.stopped = False
+
+    @property
+    def pending(self) -> int:
+        """Steps submitted whose results have not been sent."""
+        return len(self._pending)
+
+    @property
+    def full(self) -> bool:
+        """Whether a result must be sent before the next step may be submitted."""
+        return len(self._pending) >= MAX_PENDING
+
+    def ready(self) -> bool:
+        """Whether the oldest pending step is done."""
+        return bool(self._pending) and self._pending[0].done()
+
+    def send_oldest(self) -> None:
+        """Wait for the oldest pending step and send its result."""
+        result = self._pending[0].result()
+        self._pending.popleft()
+        self._send(result)
+
+    def handle(self, message: ToWorker | NotUnderstood | FrameBroken) -> None:
+        """Carry out one message.
+
+        Raises:
+            FrameBroken: the inbox said so.
+            Exception: whatever the runner raised.
+        """
+        match message:
+            case Step():
+                self._submit(message)
+            case Ping(number):
+                self._send(Pong(number))
+            case Start():
+                self._load(message)
+            case Stop():
+                self._stop()
+            case FrameBroken():
+                raise message
+            case NotUnderstood(detail):
+                log.error("message not understood", detail=detail)
+                self._send(message)
+            case _:
+                self.handle(NotUnderstood(f"{type(message).__name__} is no message to a worker"))
+
+    def _load(self, start: Start) -> None:
+        if self._loaded:
+            return self.handle(NotUnderstood("Start came twice"))
+        began = time.perf_counter()
+        info = self._runner.load(start, self._send_progress)
+        self._loaded = True
+        self._send(Ready(info, {"load": time.perf_counter() - began}))
+
+    def _send_progress(self, progress: Progress) -> None:
+        self._send(progress)
+
+    def _submit(self, step: Step) -> None:
+        if not self._loaded:
+            return self.handle(NotUnderstood("Step came before Start"))
+        self._pending.append(self._runner.submit(step))
+
+    def _stop(self) -> None:
+        while self._pending:
+            self.send_oldest()
+        self._send(Stopped(self._runner.close()))
+        self.stopped = True
+
+
+def failed(error: BaseException) -> Failed:
+    """What a worker says of the exception that ends it."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    story = "".join(traceback.format_exception(error))
+    return Failed(kind=type(error).__name__, message=lines[0], traceback=story)
+
+
+def failure(name: str, message: Failed) -> UllmError:
+    """The engine's side of `failed`: the same error again, if it is one that tells the user what to do.
+
+    Returns:
+        a `ConfigError` or `ModelError` with the worker's own message; `WorkerFailed` for all else.
+    """
+    kind = getattr(errors, message.kind, None)
+    if isinstance(kind, type) and issubclass(kind, (errors.ModelError, errors.ConfigError)):
+        error = kind.__new__(kind)  # its constructor would build the message a second time
+        error.args = (message.message,)
+        return error
+    return WorkerFailed(name, f"failed: {message.kind}: {message.message}")

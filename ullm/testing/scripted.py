@@ -1,0 +1,303 @@
+"""A runner without a model: each token is a pure function of all tokens before it.
+
+So a sequence that is resumed after a crash, on any worker, must go on exactly as it would have, and a
+test can say what must come out (`scripted_tokens`). The runner also keeps what a real one would have
+in its KV blocks, and refuses a plan that reads what was never written or writes over what is in use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ullm.errors import ModelFileBroken
+from ullm.messages import (
+    ModelInfo,
+    NewSequence,
+    Progress,
+    Row,
+    Sampled,
+    Start,
+    Step,
+    StepResult,
+    TokenLogprobs,
+)
+from ullm.sampling import SamplingParams
+
+_MASK = (1 << 64) - 1
+_EMPTY = 0x9E3779B97F4A7C15  # the prefix hash of no tokens
+
+
+class ScriptViolation(AssertionError):
+    """A step plan contradicts what the worker holds: the scheduler has a bug."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptedSettings:
+    """How a `ScriptedRunner` behaves.
+
+    Read from the section ``scripted`` of the model's config.json, or from a model path such as
+    ``scripted:step_seconds=0.01,vocab_size=300``; ``ULLM_SCRIPTED_<FIELD>`` variables win.
+
+    Args:
+        vocab_size: token ids are below it.
+        first_token: generated ids are at or above it, so that special tokens are never drawn.
+        eos_token_id: drawn only by ``eos_after``.
+        eos_after: generated tokens after which the sequence ends; None: never by itself.
+        context_len, num_blocks: of the model; the engine's configuration wins.
+        load_seconds, step_seconds, token_seconds: real time that is slept.
+        asynchronous: steps run beside the host, as on a GPU.
+    """
+
+    vocab_size: int = 1000
+    first_token: int = 3
+    eos_token_id: int = 2
+    eos_after: int | None = None
+    context_len: int = 4096
+    num_blocks: int = 1024
+    load_seconds: float = 0.0
+    step_seconds: float = 0.0
+    token_seconds: float = 0.0
+    asynchronous: bool = False
+
+    @staticmethod
+    def read(model_path: str, environ: Mapping[str, str] = os.environ) -> ScriptedSettings:
+        """The settings for a model.
+
+        Raises:
+            ModelFileBroken: config.json or a value in it cannot be read.
+        """
+        values: dict[str, Any] = {}
+        if model_path.startswith("scripted:"):
+            values = dict(pair.split("=", 1) for pair in model_path[len("scripted:") :].split(",") if pair)
+        elif (file := Path(model_path) / "config.json").is_file():
+            config = json.loads(file.read_text("utf-8"))
+            values = {key: config[key] for key in ("vocab_size",) if key in config} | config.get(
+                "scripted", {}
+            )
+        names = ScriptedSettings.__dataclass_fields__
+        values |= {
+            n: environ[f"ULLM_SCRIPTED_{n.upper()}"] for n in names if f"ULLM_SCRIPTED_{n.upper()}" in environ
+        }
+        try:
+            return msgspec.convert(values, ScriptedSettings, strict=False)
+        except msgspec.ValidationError as error:
+            raise ModelFileBroken(model_path, f"not settings of a scripted model: {error}") from None
+
+
+def scripted_tokens(
+    prompt: Sequence[int], params: SamplingParams, count: int, settings: ScriptedSettings | None = None
+) -> list[int]:
+    """What `ScriptedRunner` generates after ``prompt``: at most ``count`` tokens, the last may be EOS."""
+    settings = settings or ScriptedSettings()
+    state = _EMPTY
+    for token in prompt:
+        state = _mix(state, token)
+    tokens: list[int] = []
+    while len(tokens) < count and settings.eos_token_id not in tokens[-1:]:
+        tokens.append(_draw(settings, params, state, len(tokens)))
+        state = _mix(state, tokens[-1])
+    return tokens
+
+
+def _mix(state: int, token: int) -> int:
+    state = ((state ^ token) * 0xBF58476D1CE4E5B9) & _MASK  # SplitMix64's multiplier
+    return state ^ (state >> 29)
+
+
+def _draw(settings: ScriptedSettings, params: SamplingParams, state: int, index: int) -> int:
+    if settings.eos_after is not None and index >= settings.eos_after and not params.ignore_eos:
+        return settings.eos_token_id
+    if not params.greedy:
+        state = _mix(_mix(state, params.seed or 0), index)
+    return settings.first_token + _mix(state, 0) % (settings.vocab_size - settings.first_token)
+
+
+@dataclass
+class _Sequence:
+    """What the worker knows of one sequence. ``hashes[p]`` stands for tokens 0 … p."""
+
+    num_prompt_tokens: int
+    params: SamplingParams
+    tokens: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    table: list[int] = field(default_factory=list)
+    computed: int = 0
+
+    def append(self, token: int) -> None:
+        self.hashes.append(_mix(self.hashes[-1] if self.hashes else _EMPTY, token))
+        self.tokens.append(token)
+
+
+class ScriptedRunner:
+    """A `Runner` that follows a script; see the module."""
+
+    def __init__(self) -> None:
+        self._settings = ScriptedSettings()
+        self._sequences: dict[int, _Sequence] = {}
+        self._blocks: list[list[int]] = []
+        self._owners: list[dict[int, int]] = []  # per block: sequence → index in its table
+        self._block_size = 0
+        self._busy_until = 0.0
+
+    def load(self, start: Start, progress: Callable[[Progress], None]) -> ModelInfo:
+        """Pretend to load."""
+        self._settings = settings = ScriptedSettings.read(start.model_path)
+        progress(Progress("load", settings.load_seconds + 60.0))
+        time.sleep(settings.load_seconds)
+        num_blocks = start.config.num_blocks or settings.num_blocks
+        self._block_size = start.config.block_size
+        self._blocks = [[0] * self._block_size for _ in range(num_blocks)]
+        self._owners = [{} for _ in range(num_blocks)]
+        return ModelInfo(
+            architecture="Scripted",
+            num_parameters=0,
+            vocab_size=settings.vocab_size,
+            eos_token_ids=(settings.eos_token_id,),
+            context_len=start.config.context_len or settings.context_len,
+            num_blocks=num_blocks,
+            block_size=self._block_size,
+            dtype="none",
+            device="none",
+        )
+
+    def submit(self, step: Step) -> ScriptedStep:
+        """Check the plan against what is held, and follow it.
+
+        Raises:
+            ScriptViolation: it cannot be followed.
+        """
+        began = time.perf_counter()
+        for seq_id in step.forget:
+            self._forget(seq_id)
+        for new in step.new:
+            self._add(new)
+        sampled = [answer for row in step.rows if (answer := self._row(row)) is not None]
+        tokens = sum(row.count for row in step.rows)
+        self._busy_until = max(began, self._busy_until) + (
+            self._settings.step_seconds + tokens * self._settings.token_seconds
+        )
+        pending = ScriptedStep(step.step_id, sampled, began, self._busy_until)
+        if not self._settings.asynchronous:
+            pending.wait()
+        return pending
+
+    def close(self) -> dict[str, float]:
+        """Forget everything."""
+        self._sequences.clear()
+        self._blocks, self._owners = [], []
+        return {"kv": 0.0, "weights": 0.0}
+
+    def _forget(self, seq_id: int) -> None:
+        sequence = self._sequences.pop(seq_id, None)
+        for block in sequence.table if sequence else ():
+            del self._owners[block][seq_id]
+
+    def _add(self, new: NewSequence) -> None:
+        _require(new.seq_id not in self._sequences, f"sequence {new.seq_id} is new, but known")
+        sequence = self._sequences[new.seq_id] = _Sequence(new.num_prompt_tokens, new.params)
+        for token in new.token_ids:
+            _require(0 <= token < self._settings.vocab_size, f"token {token} is outside of the vocabulary")
+            sequence.append(token)
+        self._give_blocks(new.seq_id, sequence, new.block_ids)
+        for position in range(new.num_cached_tokens):
+            found = self._blocks[sequence.table[position // self._block_size]][position % self._block_size]
+            _require(
+                found == sequence.hashes[position],
+                f"sequence {new.seq_id}: position {position} is not what its block has cached",
+            )
+        sequence.computed = new.num_cached_tokens
+
+    def _give_blocks(self, seq_id: int, sequence: _Sequence, block_ids: Sequence[int]) -> None:
+        for block in block_ids:
+            _require(0 <= block < len(self._blocks), f"sequence {seq_id}: block {block} does not exist")
+            _require(seq_id not in self._owners[block], f"sequence {seq_id}: block {block} is there twice")
+            self._owners[block][seq_id] = len(sequence.table)
+            sequence.table.append(block)
+
+    def _row(self, row: Row) -> Sampled | None:
+        sequence = self._sequences.get(row.seq_id)
+        if sequence is None:
+            raise ScriptViolation(f"sequence {row.seq_id} is not known here")
+        self._give_blocks(row.seq_id, sequence, row.new_block_ids)
+        end = row.start + row.count
+        who = f"sequence {row.seq_id}, positions {row.start} to {end - 1}"
+        _require(row.count > 0, f"{who}: empty")
+        _require(
+            row.start <= sequence.computed, f"{who}: only {sequence.computed} positions are computed before"
+        )
+        _require(end <= len(sequence.tokens), f"{who}: only {len(sequence.tokens)} tokens are known")
+        _require(end <= len(sequence.table) * self._block_size, f"{who}: only {len(sequence.table)} blocks")
+        for position in range(row.start, end):
+            self._write(row.seq_id, sequence, position)
+        sequence.computed = max(sequence.computed, end)
+        return self._sample(row, sequence)
+
+    def _write(self, seq_id: int, sequence: _Sequence, position: int) -> None:
+        index, offset = divmod(position, self._block_size)
+        block = sequence.table[index]
+        content = self._blocks[block]
+        if content[offset] == sequence.hashes[position]:
+            return
+        for other, other_index in self._owners[block].items():
+            in_use = self._sequences[other].computed > other_index * self._block_size + offset
+            _require(
+                other == seq_id or not in_use,
+                f"sequence {seq_id} writes position {position} into block {block} over sequence {other}'s",
+            )
+        content[offset] = sequence.hashes[position]
+
+    def _sample(self, row: Row, sequence: _Sequence) -> Sampled | None:
+        end, params = row.start + row.count, sequence.params
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None and row.start < sequence.num_prompt_tokens:
+            known = sequence.tokens[row.start + 1 : min(end + 1, sequence.num_prompt_tokens)]
+            prompt_logprobs = [_logprobs(token, params.prompt_logprobs) for token in known]
+        if not row.sample:
+            return Sampled(row.seq_id, [], None, prompt_logprobs) if prompt_logprobs is not None else None
+        _require(end == len(sequence.tokens), f"sequence {row.seq_id} samples before its last token")
+        token = _draw(self._settings, params, sequence.hashes[-1], end - sequence.num_prompt_tokens)
+        sequence.append(token)
+        logprobs = None if params.logprobs is None else [_logprobs(token, params.logprobs)]
+        return Sampled(row.seq_id, [token], logprobs, prompt_logprobs)
+
+
+class ScriptedStep:
+    """A pending step that is done when its time is over."""
+
+    def __init__(self, step_id: int, sampled: list[Sampled], began: float, done_at: float) -> None:
+        self._step_id = step_id
+        self._sampled = sampled
+        self._began = began
+        self._done_at = done_at
+
+    def done(self) -> bool:
+        """Whether its time is over."""
+        return time.perf_counter() >= self._done_at
+
+    def wait(self) -> None:
+        """Sleep until it is."""
+        time.sleep(max(0.0, self._done_at - time.perf_counter()))
+
+    def result(self) -> StepResult:
+        """What was sampled."""
+        self.wait()
+        return StepResult(self._step_id, self._sampled, time.perf_counter() - self._began)
+
+
+def _logprobs(token: int, count: int) -> TokenLogprobs:
+    """The drawn token is the most likely one; its neighbours share the rest."""
+    top = [(token, -0.5)] + [((token + 1 + i), -1.0 - i) for i in range(count - 1)]
+    return TokenLogprobs(token, -0.5, 1, top[:count])
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ScriptViolation(message)
