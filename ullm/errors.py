@@ -216,7 +216,8 @@ class RestartLimitReached(UllmError):
 
     def __init__(self, supervisor: str, intensity: int, period: float, cause: BaseException | None) -> None:
         super().__init__(
-            f"supervisor {supervisor!r}: more than {intensity} restarts within {period:g} s; last cause: {cause}"
+            f"supervisor {supervisor!r}: more than {intensity} restarts within {period:g} s; "
+            f"last cause: {cause}"
         )
         self.cause = cause
 
@@ -226,6 +227,29 @@ class PortTaken(UllmError):
 
     def __init__(self, host: str, port: int) -> None:
         super().__init__(f"{host}:{port} is already in use; stop what listens there or choose another --port")
+
+
+class UsageError(UllmError):
+    """The command line does not say what to do. Exit code 2."""
+
+
+class ServerUnreachable(UllmError):
+    """No server answers at a URL, or it hung up in the middle."""
+
+    def __init__(self, url: str, cause: str) -> None:
+        super().__init__(f"{url}: {cause}; is a server running there? (ullm serve starts one)")
+
+
+class ServerRefused(UllmError):
+    """A server answered a request with an error.
+
+    Args:
+        status: the HTTP status; 200 for an error inside a stream.
+    """
+
+    def __init__(self, url: str, status: int, message: str) -> None:
+        super().__init__(f"{url} answered {status}: {message}")
+        self.status = status
 
 
 class ShutdownForced(UllmError):

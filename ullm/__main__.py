@@ -1,0 +1,8 @@
+"""``python -m ullm`` is ``ullm``."""
+
+import sys
+
+from ullm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

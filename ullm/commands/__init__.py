@@ -1,0 +1,1 @@
+"""The commands of ``ullm``, one module each, imported when the command runs."""
