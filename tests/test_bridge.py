@@ -300,7 +300,7 @@ def test_one_wake_up_for_all_that_is_ready(thread: TrioThread) -> None:
         assert await asyncio.gather(*waits) == [1] * 200
         return wake_ups
 
-    assert asyncio.run(main()) < 100
+    assert asyncio.run(main()) <= 3  # the gate's turn, the turn that its tasks run in
 
 
 async def _make_event() -> trio.Event:

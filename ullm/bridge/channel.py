@@ -38,7 +38,7 @@ class Channel(Generic[T]):
         self._items: deque[T] = deque()
         self._ended = False
         self._error: BaseException | None = None
-        self._waiting: list[tuple[Callable[[], bool], bool]] = []
+        self._waiting: list[tuple[Callable[[], None], bool]] = []
         self._room: trio.Event | None = None
 
     # --- called in the trio thread ---
@@ -72,10 +72,9 @@ class Channel(Generic[T]):
             self._waiting.clear()
         self._notify(due)
 
-    def _notify(self, due: list[Callable[[], bool]]) -> None:
+    def _notify(self, due: list[Callable[[], None]]) -> None:
         for wake in due:
-            if not wake():
-                self.scope.cancel()  # the consumer's loop is gone
+            wake()
 
     # --- called by the consumer ---
 
@@ -112,17 +111,17 @@ class Channel(Generic[T]):
     def block(self, *, until_end: bool, timeout: float | None = None) -> bool:
         """Block the calling thread until an item, or the end, is there; False after ``timeout`` seconds."""
         latch = threading.Event()
-        if self._arm(partial(_set, latch), until_end):
+        if self._arm(latch.set, until_end):
             return latch.wait(timeout)
         return True
 
     async def wait(self, target: Target, *, until_end: bool) -> None:
         """Wait, in ``target``'s loop, until an item, or the end, is there."""
         event = target.event()
-        if self._arm(partial(target.post, event), until_end):
+        if self._arm(partial(target.post, event, self.cancel), until_end):
             await event.wait()
 
-    def _arm(self, wake: Callable[[], bool], until_end: bool) -> bool:
+    def _arm(self, wake: Callable[[], None], until_end: bool) -> bool:
         with self._lock:
             if self._ended or (self._items and not until_end):
                 return False
@@ -130,18 +129,21 @@ class Channel(Generic[T]):
             return True
 
 
-def _set(latch: threading.Event) -> bool:
-    latch.set()
-    return True
-
-
 class Target:
-    """A loop that consumers wait in; collects their wake-ups until that loop runs."""
+    """A loop that consumers wait in; collects their wake-ups, so that many of them cost one.
 
-    def __init__(self, schedule: Callable[[Callable[[], None]], object]) -> None:
+    Args:
+        schedule: runs a function in that loop, soon; raises RuntimeError when it is gone.
+        flush_soon: has `flush` called at the end of the trio loop's current turn.
+    """
+
+    def __init__(
+        self, schedule: Callable[[Callable[[], None]], object], flush_soon: Callable[[Target], None]
+    ) -> None:
         self._schedule = schedule
+        self._flush_soon = flush_soon
         self._lock = threading.Lock()
-        self._pending: list[Settable] = []
+        self._pending: list[tuple[Settable, Callable[[], None]]] = []
         self._scheduled = False
 
     def event(self) -> Any:
@@ -152,32 +154,45 @@ class Target:
         """Inside, waiting goes on although the caller was cancelled."""
         raise NotImplementedError
 
-    def post(self, event: Settable) -> bool:
-        """Have ``event`` set in the loop; False when the loop is gone."""
+    def post(self, event: Settable, on_lost: Callable[[], None]) -> None:
+        """Have ``event`` set in the loop; ``on_lost`` is called instead when that loop is gone."""
         with self._lock:
-            self._pending.append(event)
-            if self._scheduled:
-                return True
+            self._pending.append((event, on_lost))
+            first = len(self._pending) == 1
+        if first:
+            self._flush_soon(self)
+
+    def flush(self) -> None:
+        """Wake the loop, unless it has been woken and has not got round to it."""
+        with self._lock:
+            if self._scheduled or not self._pending:
+                return
             self._scheduled = True
         try:
             self._schedule(self._drain)
         except RuntimeError:  # asyncio: the loop is closed; trio.RunFinishedError is one too
-            return False
-        return True
+            self._lose()
 
     def _drain(self) -> None:
+        for event, _ in self._take():
+            event.set()
+
+    def _lose(self) -> None:
+        for _, on_lost in self._take():
+            on_lost()
+
+    def _take(self) -> list[tuple[Settable, Callable[[], None]]]:
         with self._lock:
             pending, self._pending = self._pending, []
             self._scheduled = False
-        for event in pending:
-            event.set()
+        return pending
 
 
 class AsyncioTarget(Target):
     """A running asyncio loop."""
 
-    def __init__(self, loop: Any) -> None:
-        super().__init__(loop.call_soon_threadsafe)
+    def __init__(self, loop: Any, flush_soon: Callable[[Target], None]) -> None:
+        super().__init__(loop.call_soon_threadsafe, flush_soon)
 
     def event(self) -> Any:
         import asyncio
@@ -191,8 +206,8 @@ class AsyncioTarget(Target):
 class TrioTarget(Target):
     """Another trio loop, by its token."""
 
-    def __init__(self, token: Any) -> None:
-        super().__init__(token.run_sync_soon)
+    def __init__(self, token: Any, flush_soon: Callable[[Target], None]) -> None:
+        super().__init__(token.run_sync_soon, flush_soon)
 
     def event(self) -> Any:
         return trio.Event()

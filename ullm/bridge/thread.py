@@ -29,6 +29,7 @@ class TrioThread:
     def __init__(self, name: str = "ullm-trio") -> None:
         self._lock = threading.Lock()
         self._channels: set[Channel[Any]] = set()
+        self._dirty: list[Target] = []
         self._targets: weakref.WeakValueDictionary[int, Target] = weakref.WeakValueDictionary()
         self._token: trio.lowlevel.TrioToken | None = None
         self._scope = trio.CancelScope()
@@ -162,13 +163,14 @@ class TrioThread:
     def _main(self) -> None:
         cause = "it was stopped"
         try:
-            trio.run(self._serve)
+            trio.run(self._serve, instruments=[_EndOfTurn(self._flush)])
         except BaseException as error:  # the thread's last act is to tell its callers
             cause = repr(error)
         finally:
             with self._lock:
                 self._dead = cause
                 orphans = list(self._channels)
+            self._flush()
             for channel in orphans:
                 channel.finish(self._death())
             self._running.set()
@@ -230,6 +232,16 @@ class TrioThread:
     def _job(self, async_fn: Callable[..., Awaitable[object]], args: tuple[Any, ...]) -> Job:
         return Job(self._target, self._submit(partial(_start, async_fn, args)))
 
+    def _flush_soon(self, target: Target) -> None:
+        if self._dead is None:
+            self._dirty.append(target)
+        else:
+            target.flush()
+
+    def _flush(self) -> None:
+        while self._dirty:
+            self._dirty.pop().flush()
+
     def _target(self) -> Target:
         if trio.lowlevel.in_trio_task():
             loop: Any = trio.lowlevel.current_trio_token()
@@ -241,8 +253,18 @@ class TrioThread:
         with self._lock:
             target = self._targets.get(id(loop))
             if target is None:
-                target = self._targets[id(loop)] = kind(loop)
+                target = self._targets[id(loop)] = kind(loop, self._flush_soon)
             return target
+
+
+class _EndOfTurn(trio.abc.Instrument):
+    """Wakes other loops once per turn of this one, however many streams got something in it."""
+
+    def __init__(self, flush: Callable[[], None]) -> None:
+        self._flush = flush
+
+    def before_io_wait(self, timeout: float) -> None:
+        self._flush()
 
 
 def _without_cancelled(error: BaseException) -> BaseException:
