@@ -3,8 +3,10 @@
 Each step has a budget of tokens. Running sequences come first: those that need one token, then those
 with a longer stretch of prompt to go, in chunks; what is left of the budget admits waiting ones. When
 the blocks run out, the sequence that should run last gives up its blocks and is computed again later
-(preemption by recompute). `Scheduler.schedule` may be called before the results of the step before are applied: a
-sequence then counts its sampled tokens as pending, and the worker fills in their values.
+(preemption by recompute).
+
+`Scheduler.schedule` may be called before the results of the step before are applied: a sequence then
+counts its sampled tokens as pending, and the worker fills in their values.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class Scheduler:
         block_size: tokens per block.
         eos_token_ids: tokens that end a sequence.
         prefix_cache: whether blocks of equal prefixes are shared.
+        last_step: steps are numbered from the one after this.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         *,
         prefix_cache: bool = True,
+        last_step: int = 0,
     ) -> None:
         self._config = config
         self._pool = pool
@@ -67,7 +71,8 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._running: list[Sequence] = []
         self._forget: list[int] = []
-        self._steps = self._queries = self._hits = self._preemptions = 0
+        self._steps = last_step
+        self._queries = self._hits = self._preemptions = 0
 
     # --- what comes in ---------------------------------------------------------------------------
 
@@ -123,6 +128,7 @@ class Scheduler:
         new = self._admit_waiting(rows, budget)
         if not rows:
             return None
+        self._publish(rows)
         forget, self._forget = self._forget, []
         return Step(step_id=self._steps, rows=rows, new=new, forget=forget)
 
@@ -166,7 +172,6 @@ class Scheduler:
         sequence.num_computed += count
         sample = sequence.num_computed == len(sequence.token_ids) + sequence.num_pending
         sequence.num_pending += sample
-        self._publish(sequence)
         return Row(sequence.seq_id, start, count, sample, sequence.block_ids[known_blocks:])
 
     # --- blocks ----------------------------------------------------------------------------------
@@ -226,19 +231,19 @@ class Scheduler:
         sequence.block_ids = []
         sequence.num_computed = sequence.num_published = 0
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Offer full blocks to the prefix cache as soon as a step that fills them is planned.
+    def _publish(self, rows: list[Row]) -> None:
+        """Offer the blocks that a planned step fills to the prefix cache.
 
-        Steps run in order, and within a step every layer writes all keys and values before it
-        reads any, so whoever finds the block reads what is written.
+        Steps run in order, so whoever finds a block in a later step reads what is written by then.
         """
         if not self._prefix_cache:
             return
-        full = min(sequence.num_computed, len(sequence.token_ids)) // self._block_size
-        self._extend_hashes(sequence, full)
-        for position in range(sequence.num_published, full):
-            self._pool.publish(sequence.block_ids[position], sequence.block_hashes[position])
-        sequence.num_published = max(full, sequence.num_published)
+        for sequence in (self._sequences[row.seq_id] for row in rows):
+            full = min(sequence.num_computed, len(sequence.token_ids)) // self._block_size
+            self._extend_hashes(sequence, full)
+            for position in range(sequence.num_published, full):
+                self._pool.publish(sequence.block_ids[position], sequence.block_hashes[position])
+            sequence.num_published = full
 
     def _extend_hashes(self, sequence: Sequence, count: int) -> None:
         hashes, size = sequence.block_hashes, self._block_size

@@ -1,0 +1,244 @@
+"""The worker group: the ranks of one replica, which live and die together.
+
+The ranks must start at the same time, because they meet in a rendezvous, and none is of use without
+the others. So they are tasks of one nursery: the first one to be lost ends them all, and the group's
+supervisor starts a new incarnation, with a higher epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+import trio
+
+from ullm import errors
+from ullm.actors.base import cleanup_scope
+from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
+from ullm.config import EngineConfig
+from ullm.errors import ModelError, WorkerFailed, WorkerLost
+from ullm.logs import get_logger
+from ullm.messages import (
+    Failed,
+    FromWorker,
+    ModelInfo,
+    Progress,
+    RankSpec,
+    Ready,
+    Start,
+    Step,
+    StepResult,
+)
+
+log = get_logger("ullm.group")
+
+
+class _Watchdog:
+    """Of one rank: how many results it owes, and when its next sign of life is due."""
+
+    def __init__(self) -> None:
+        self.outstanding = 0
+        self.scope = trio.CancelScope()
+
+    def expect(self, due: float) -> None:
+        """Wait until the trio time ``due``; infinity: nothing is owed."""
+        self.scope.deadline = due
+
+
+class WorkerGroup:
+    """Starts the ranks of one replica, feeds them steps, and notices when one dies or hangs.
+
+    Args:
+        replica: index of the replica.
+        config: how many ranks, and how long they may take.
+        open_transport: how to start one.
+    """
+
+    def __init__(self, replica: int, config: EngineConfig, open_transport: OpenTransport) -> None:
+        self.replica = replica
+        self.epoch = 0
+        self.model_path = ""
+        self.info: ModelInfo | None = None
+        self.stop_reports: list[StopReport] = []
+        self._config = config
+        self._open_transport = open_transport
+        self._transports: list[Transport] = []
+        self._watchdogs: list[_Watchdog] = []
+        self._known: set[int] = set()
+        self._last_step = 0
+        self._deliver: Callable[[StepResult], None] | None = None
+
+    # --- for the scheduler -------------------------------------------------------------------------
+
+    async def send(self, step: Step) -> None:
+        """Send a step to every rank; its result goes to the attached scheduler."""
+        self._last_step = step.step_id
+        self._known.difference_update(step.forget)
+        self._known.update(new.seq_id for new in step.new)
+        for transport, watchdog in zip(self._transports, self._watchdogs, strict=True):
+            watchdog.outstanding += 1
+            if watchdog.outstanding == 1:
+                watchdog.expect(trio.current_time() + self._config.step_timeout)
+            await transport.send(step)
+
+    async def attach(self, deliver: Callable[[StepResult], None]) -> int:
+        """Send results to ``deliver`` from now on, with every sequence forgotten.
+
+        A scheduler that was restarted begins with empty hands: what the workers still compute for
+        the one before it is dropped.
+
+        Returns:
+            The number of the last step sent; the scheduler counts on from there.
+        """
+        barrier = self._last_step + 1
+
+        def drop_until_barrier(result: StepResult) -> None:
+            if result.step_id == barrier:
+                self._deliver = deliver
+
+        self._deliver = drop_until_barrier
+        await self.send(Step(step_id=barrier, rows=[], forget=sorted(self._known)))
+        return barrier
+
+    def detach(self) -> None:
+        """Drop results until a scheduler attaches again."""
+        self._deliver = None
+
+    def kill(self) -> None:
+        """End every rank now."""
+        for transport in self._transports:
+            transport.kill()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the group is whole."""
+        return bool(self._transports) and all(transport.alive() for transport in self._transports)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks that are processes."""
+        return [transport.pid for transport in self._transports if transport.pid is not None]
+
+    # --- the supervised child ------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[ModelInfo]) -> None:
+        """Start the ranks, be ready when all are, and run until one is lost.
+
+        Raises:
+            ModelError: the model cannot be loaded; trying again would not help.
+            WorkerLost: a rank died, hung, or failed.
+        """
+        self.epoch += 1
+        self._known.clear()
+        async with AsyncExitStack() as stack:
+            self._transports = [
+                await stack.enter_async_context(self._open_transport(self._spec(rank)))
+                for rank in range(self._config.world_size)
+            ]
+            try:
+                await self._start_and_watch(task_status)
+            finally:
+                await self._stop_ranks()
+
+    async def _start_and_watch(self, task_status: trio.TaskStatus[ModelInfo]) -> None:
+        infos: list[ModelInfo] = []
+        self._watchdogs = [_Watchdog() for _ in self._transports]
+        try:
+            async with trio.open_nursery() as starting:
+                for rank in range(len(self._transports)):
+                    starting.start_soon(self._start_rank, rank, infos)
+            self.info = infos[0]
+            async with trio.open_nursery() as watching:
+                for rank in range(len(self._transports)):
+                    watching.start_soon(self._watch_rank, rank)
+                task_status.started(infos[0])
+        except BaseExceptionGroup as group:
+            raise _first_cause(group) from group
+
+    async def _start_rank(self, rank: int, infos: list[ModelInfo]) -> None:
+        transport = self._transports[rank]
+        await transport.send(Start(self._config, self._spec(rank).rank, self.model_path))
+        budget = self._config.start_timeout
+        while True:
+            message = await self._receive(transport, budget, "starting")
+            match message:
+                case Progress():
+                    budget = message.budget
+                case Ready():
+                    log.info("worker ready", worker=transport.name, epoch=self.epoch, **message.timings)
+                    infos.append(message.info)
+                    return
+
+    async def _watch_rank(self, rank: int) -> None:
+        transport, watchdog = self._transports[rank], self._watchdogs[rank]
+        with watchdog.scope:
+            while True:
+                self._take(rank, _checked(transport, await transport.receive()))
+        raise WorkerLost(transport.name, f"made no progress for {self._config.step_timeout:g} s")
+
+    def _take(self, rank: int, message: FromWorker) -> None:
+        watchdog = self._watchdogs[rank]
+        if isinstance(message, Progress):
+            watchdog.expect(trio.current_time() + message.budget)
+        elif isinstance(message, StepResult):
+            watchdog.outstanding -= 1
+            patience = self._config.step_timeout if watchdog.outstanding else float("inf")
+            watchdog.expect(trio.current_time() + patience)
+            if rank == 0 and self._deliver is not None:
+                self._deliver(message)
+
+    async def _receive(self, transport: Transport, budget: float, doing: str) -> FromWorker:
+        with trio.move_on_after(budget):
+            return _checked(transport, await transport.receive())
+        raise WorkerLost(transport.name, f"gave no sign of life for {budget:g} s while {doing}")
+
+    async def _stop_ranks(self) -> None:
+        with cleanup_scope() as scope:
+            budget = max(0.0, min(scope.deadline - trio.current_time(), self._config.shutdown_timeout))
+            reports: list[StopReport] = []
+            async with trio.open_nursery() as nursery:
+                for transport in self._transports:
+                    nursery.start_soon(_stop_rank, transport, budget, reports)
+            self.stop_reports = reports
+        self._transports = []
+
+    def _spec(self, rank: int) -> WorkerSpec:
+        config = self._config
+        first = self.replica * config.world_size
+        devices = config.device_ids or tuple(range(config.world_size * config.replicas))
+        rank_spec = RankSpec(
+            replica=self.replica,
+            rank=rank,
+            world_size=config.world_size,
+            epoch=self.epoch,
+            rendezvous=f"127.0.0.1:{config.nccl_port + self.replica}",
+            device_index=None if config.device == "cpu" else devices[first + rank],
+        )
+        return WorkerSpec(rank_spec, config.runner, config.cpu_threads)
+
+
+async def _stop_rank(transport: Transport, budget: float, reports: list[StopReport]) -> None:
+    report = await transport.stop(budget)
+    reports.append(report)
+    log.info("worker ended", worker=report.name, outcome=report.outcome, seconds=round(report.seconds, 3))
+
+
+def _checked(transport: Transport, message: FromWorker) -> FromWorker:
+    """The message, unless it says that the worker failed."""
+    if not isinstance(message, Failed):
+        return message
+    log.debug("worker failed", worker=transport.name, traceback=message.traceback)
+    kind = getattr(errors, message.kind, None)
+    if isinstance(kind, type) and issubclass(kind, ModelError | errors.ConfigError):
+        error = kind.__new__(kind, message.message)
+        error.args = (message.message,)
+        raise error
+    raise WorkerFailed(transport.name, f"failed: {message.kind}: {message.message}")
+
+
+def _first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a rank; the others ended because of it."""
+    rest = group
+    while isinstance(rest, BaseExceptionGroup):
+        rest = next((e for e in rest.exceptions if not isinstance(e, trio.Cancelled)), rest.exceptions[0])
+    return rest

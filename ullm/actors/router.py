@@ -1,0 +1,290 @@
+"""The router: the only owner of what must survive. It picks a replica, and resumes after a loss.
+
+Readers and the engine call its synchronous methods; schedulers talk to its mailbox. Should its task
+fail, the records are still here, and the restarted task submits them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from ullm.actors.base import Mailbox
+from ullm.config import EngineConfig
+from ullm.core.request import RequestRecord
+from ullm.core.sequence import FinishReason, TokenEvent
+from ullm.errors import QueueFull, RequestPoisoned
+from ullm.logs import get_logger
+
+log = get_logger("ullm.router")
+
+SUSPECT_AFTER = 2
+"""Worker losses after which a request that was being computed each time runs alone."""
+
+
+# --- what schedulers say ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaUp:
+    """A scheduler is ready for requests.
+
+    Args:
+        submit: give it a request; abort: take one away by ``seq_id``.
+    """
+
+    replica: int
+    epoch: int
+    submit: Callable[[RequestRecord], None]
+    abort: Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDown:
+    """A scheduler has ended; its requests need another one.
+
+    Args:
+        in_step: ``seq_id`` of those that its workers were computing.
+        crashed: whether that was a loss, not an orderly stop.
+    """
+
+    replica: int
+    epoch: int
+    in_step: frozenset[int]
+    crashed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What one step produced."""
+
+    replica: int
+    epoch: int
+    events: list[TokenEvent]
+
+
+RouterMessage = ReplicaUp | ReplicaDown | Tokens
+
+
+# --- what the router keeps --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """Counts since the start, and requests alive now.
+
+    Args:
+        live: choices not yet finished, of which ``unassigned`` wait for a replica.
+        finished: finish reason → choices; ``error`` for those that failed.
+        resumed: submissions of a request that had been submitted before.
+        resumed_tokens: tokens computed again because of that.
+    """
+
+    live: int
+    unassigned: int
+    replicas_up: int
+    prompt_tokens: int
+    generated_tokens: int
+    finished: dict[str, int]
+    resumed: int
+    resumed_tokens: int
+
+
+@dataclass(slots=True)
+class _Replica:
+    """A replica that is up."""
+
+    up: ReplicaUp
+    assigned: set[int] = field(default_factory=set)
+
+
+class Router:
+    """Owns every request record.
+
+    Args:
+        config: batch size, replicas and queue limit, which bound how many requests are admitted.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.mailbox: Mailbox[RouterMessage] = Mailbox(float("inf"), "router")
+        self._capacity = config.max_bs * config.replicas
+        self._max_queue = config.max_queue
+        self._records: dict[int, RequestRecord] = {}
+        self._unassigned: dict[int, RequestRecord] = {}
+        self._replicas: dict[int, _Replica] = {}
+        self._arrivals = 0
+        self._idle = trio.Event()
+        self._idle.set()
+        self._finished: dict[str, int] = {}
+        self._prompt_tokens = self._generated_tokens = self._resumed = self._resumed_tokens = 0
+
+    # --- for readers and the engine ------------------------------------------------------------------
+
+    def arrival(self) -> int:
+        """A number for a new choice: its ``seq_id``, and its place in the queue."""
+        self._arrivals += 1
+        return self._arrivals
+
+    def check_room(self, choices: int = 1) -> None:
+        """Raise `QueueFull` if that many more choices would not fit the queue."""
+        waiting = len(self._records) - self._capacity
+        if waiting + choices > self._max_queue:
+            raise QueueFull(max(0, waiting), self._max_queue)
+
+    def submit(self, record: RequestRecord) -> None:
+        """Admit a request; its reader is notified of all that happens to it."""
+        if not self._records:
+            self._idle = trio.Event()
+        self._records[record.seq_id] = self._unassigned[record.seq_id] = record
+        self._prompt_tokens += len(record.prompt_token_ids)
+        self._assign()
+
+    def finish(self, seq_id: int, reason: FinishReason) -> bool:
+        """End a request early with what it has; False if it has ended already."""
+        record = self._records.get(seq_id)
+        if record is None:
+            return False
+        self._withdraw(record)
+        self._close(record, reason)
+        record.finish(reason)
+        self._assign()
+        return True
+
+    def finish_all(self, reason: FinishReason) -> int:
+        """End every request with what it has; returns how many."""
+        return sum(self.finish(seq_id, reason) for seq_id in list(self._records))
+
+    def fail_all(self, error: Callable[[], Exception]) -> int:
+        """End every request with an error of its own; returns how many."""
+        records = list(self._records.values())
+        for record in records:
+            self._fail(record, error())
+        return len(records)
+
+    def find(self, request_id: str) -> list[int]:
+        """``seq_id`` of each live choice of a request."""
+        return [record.seq_id for record in self._records.values() if record.request_id == request_id]
+
+    async def wait_idle(self) -> None:
+        """Wait until no request is live."""
+        while self._records:
+            await self._idle.wait()
+
+    @property
+    def replicas_up(self) -> frozenset[int]:
+        """Replicas that take requests."""
+        return frozenset(self._replicas)
+
+    def statistics(self) -> RouterStatistics:
+        """What is in the router, as a frozen value."""
+        return RouterStatistics(
+            live=len(self._records),
+            unassigned=len(self._unassigned),
+            replicas_up=len(self._replicas),
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            finished=dict(self._finished),
+            resumed=self._resumed,
+            resumed_tokens=self._resumed_tokens,
+        )
+
+    # --- the supervised child --------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Take in what schedulers say. After a failure of this task, everything is submitted again."""
+        for record in self._records.values():
+            self._withdraw(record)
+            self._take_back(record)
+        self._assign()
+        task_status.started()
+        async for message in self.mailbox:
+            match message:
+                case Tokens():
+                    self._take_tokens(message)
+                case ReplicaUp():
+                    self._replicas[message.replica] = _Replica(message)
+                    self._assign()
+                case ReplicaDown():
+                    self._lose_replica(message)
+
+    def _take_tokens(self, tokens: Tokens) -> None:
+        replica = self._replicas.get(tokens.replica)
+        if replica is None or replica.up.epoch != tokens.epoch:
+            return  # a dead incarnation speaks late
+        for event in tokens.events:
+            record = self._records.get(event.seq_id)
+            if record is not None and record.replica == tokens.replica:
+                self._take_event(record, event, replica)
+        self._assign()
+
+    def _take_event(self, record: RequestRecord, event: TokenEvent, replica: _Replica) -> None:
+        self._generated_tokens += record.take(event)
+        if event.finish_reason is not None:
+            replica.assigned.discard(record.seq_id)
+            self._close(record, event.finish_reason)
+
+    def _lose_replica(self, down: ReplicaDown) -> None:
+        replica = self._replicas.get(down.replica)
+        if replica is None or replica.up.epoch != down.epoch:
+            return
+        del self._replicas[down.replica]
+        for seq_id in replica.assigned:
+            record = self._records[seq_id]
+            self._take_back(record)
+            record.crashes += down.crashed and seq_id in down.in_step
+            # Alone in its step, and the worker died again: it is the one.
+            if record.crashes > SUSPECT_AFTER and len(down.in_step) == 1:
+                self._fail(record, RequestPoisoned(record.request_id, record.crashes))
+        log.warning("replica down", replica=down.replica, epoch=down.epoch, requests=len(replica.assigned))
+        self._assign()
+
+    # --- choosing a replica ----------------------------------------------------------------------------
+
+    def _assign(self) -> None:
+        """Give waiting requests to the least loaded replica; suspects run alone."""
+        # Suspects first: nothing else may keep them from an empty replica.
+        waiting = sorted(self._unassigned.values(), key=lambda record: record.crashes < SUSPECT_AFTER)
+        for record in waiting:
+            if record.crashes >= SUSPECT_AFTER:
+                replica = next((r for r in self._replicas.values() if not r.assigned), None)
+            else:
+                open_ones = [r for r in self._replicas.values() if not self._has_suspect(r)]
+                replica = min(open_ones, key=lambda r: len(r.assigned), default=None)
+            if replica is not None:
+                self._give(record, replica)
+
+    def _has_suspect(self, replica: _Replica) -> bool:
+        return any(self._records[seq_id].crashes >= SUSPECT_AFTER for seq_id in replica.assigned)
+
+    def _give(self, record: RequestRecord, replica: _Replica) -> None:
+        if record.token_ids or record.crashes:
+            self._resumed += 1
+            self._resumed_tokens += len(record.prompt_token_ids) + len(record.token_ids)
+        record.replica = replica.up.replica
+        del self._unassigned[record.seq_id]
+        replica.assigned.add(record.seq_id)
+        replica.up.submit(record)
+
+    def _take_back(self, record: RequestRecord) -> None:
+        record.replica = None
+        self._unassigned[record.seq_id] = record
+
+    def _withdraw(self, record: RequestRecord) -> None:
+        replica = self._replicas.get(record.replica) if record.replica is not None else None
+        if replica is not None:
+            replica.up.abort(record.seq_id)
+            replica.assigned.discard(record.seq_id)
+
+    def _fail(self, record: RequestRecord, error: Exception) -> None:
+        self._withdraw(record)
+        self._close(record, "error")
+        record.fail(error)
+
+    def _close(self, record: RequestRecord, reason: str) -> None:
+        self._finished[reason] = self._finished.get(reason, 0) + 1
+        del self._records[record.seq_id]
+        self._unassigned.pop(record.seq_id, None)
+        if not self._records:
+            self._idle.set()

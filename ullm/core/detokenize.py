@@ -1,0 +1,102 @@
+"""From tokens to text, a delta at a time, ending at stop strings wherever the tokens break them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class IncrementalDecoder(Protocol):
+    """Decodes a growing sequence; holds back bytes that do not yet make a character."""
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; may be empty."""
+
+    def flush(self) -> str:
+        """What is still held back, undecodable bytes as U+FFFD."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What some tokens added.
+
+    Args:
+        text: safe to show: no part of it can turn out to belong to a stop string.
+        num_tokens: tokens used; fewer than given if a stop string ended the text among them.
+        stop: the stop string that ended the text.
+    """
+
+    text: str
+    num_tokens: int
+    stop: str | None = None
+
+
+class TextAssembler:
+    """The text of one sequence.
+
+    Args:
+        stop: strings that end the text; the earliest one in the text wins.
+        include_stop: whether the stop string is part of the text.
+        min_tokens: stop strings that end within the first so many tokens do not count.
+    """
+
+    def __init__(
+        self,
+        decoder: IncrementalDecoder,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        self._decoder = decoder
+        self._stop = tuple(stop)
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
+        self._held = ""
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        """Add tokens; what comes after a stop string is dropped."""
+        shown: list[str] = []
+        for count, token_id in enumerate(token_ids, 1):
+            self._num_tokens += 1
+            piece = self._decoder.push(token_id)
+            if not self._stop:
+                shown.append(piece)
+                continue
+            text, stop = self._search(piece)
+            shown.append(text)
+            if stop is not None:
+                return TextDelta("".join(shown), count, stop)
+        return TextDelta("".join(shown), len(token_ids))
+
+    def flush(self) -> TextDelta:
+        """The rest of the text, once there are no more tokens; a stop string may still be in it."""
+        text, stop = self._search(self._decoder.flush())
+        if stop is None:
+            text, self._held = text + self._held, ""
+        return TextDelta(text, 0, stop)
+
+    def _search(self, piece: str) -> tuple[str, str | None]:
+        text = self._held + piece
+        found = None if self._num_tokens <= self._min_tokens else _earliest(text, self._stop)
+        if found is not None:
+            position, stop = found
+            self._held = ""
+            return text[: position + (len(stop) if self._include_stop else 0)], stop
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+
+def _earliest(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
+    """The stop string that starts first; of several that start there, the one listed first."""
+    hits = [(position, stop) for stop in stops if (position := text.find(stop)) >= 0]
+    return min(hits, key=lambda hit: hit[0], default=None)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,0 +1,271 @@
+"""A request as its reader sees it: text and tokens as they come, for each of its choices."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+import trio
+
+from ullm.core.detokenize import TextAssembler
+from ullm.core.request import RequestRecord
+from ullm.errors import InvalidParameter, PromptTooLong
+from ullm.messages import ModelInfo, TokenLogprobs
+from ullm.sampling import MAX_SEED, SamplingParams
+
+if TYPE_CHECKING:
+    from ullm.actors.router import Router
+    from ullm.actors.tokenizer import Tokenizer
+
+
+class Output(msgspec.Struct, frozen=True):
+    """What is new in one choice since its last output.
+
+    Args:
+        index: which of the ``n`` choices.
+        text: safe to show; may be empty while a character or a possible stop string is incomplete.
+        logprobs: one per token of ``token_ids``, if asked for.
+        finish_reason: ``stop``, ``length``, ``abort`` or ``timeout`` in the last output of the choice.
+        stop_reason: the stop string or stop token that ended it; None for an end-of-sequence token.
+        num_generated_tokens: of this choice, so far.
+        num_cached_tokens: prompt tokens that were not computed because their KV was in the prefix cache.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+class _Choice:
+    """One choice: its record, its text, and how far its reader has come."""
+
+    def __init__(self, index: int, record: RequestRecord, text: TextAssembler) -> None:
+        self.index = index
+        self.record = record
+        self.text = text
+        self.read = 0
+        self.finished = False
+
+    def next(self) -> tuple[Output | None, str | None]:
+        """What is new, if anything, and the stop string that ended it, if one did."""
+        record = self.record
+        new = record.token_ids[self.read :]
+        if not new and not record.done:
+            return None, None
+        delta = self.text.push(self._shown(new))
+        text, stop = delta.text, delta.stop
+        if stop is not None:
+            new = new[: delta.num_tokens]
+        elif record.done:
+            rest = self.text.flush()
+            text, stop = text + rest.text, rest.stop
+        logprobs = record.logprobs[self.read : self.read + len(new)]
+        self.read += len(new)
+        self.finished = stop is not None or record.done
+        return self._output(text, new, logprobs, stop), stop
+
+    def _shown(self, new: list[int]) -> list[int]:
+        """The tokens that make text: the one that stops the sequence is not part of it."""
+        params = self.record.params
+        stopped = self.record.finish_reason == "stop" and not params.include_stop_str_in_output
+        return new[:-1] if stopped and new else new
+
+    def _output(self, text: str, new: list[int], logprobs: list[TokenLogprobs], stop: str | None) -> Output:
+        record = self.record
+        return Output(
+            index=self.index,
+            text=text,
+            token_ids=new,
+            logprobs=logprobs if record.params.logprobs is not None else None,
+            finish_reason="stop" if stop is not None else record.finish_reason,
+            stop_reason=stop if stop is not None else record.stop_reason,
+            num_prompt_tokens=len(record.prompt_token_ids),
+            num_generated_tokens=self.read,
+            num_cached_tokens=record.num_cached_tokens,
+        )
+
+
+class Generation:
+    """One request: an async context manager that is also an async iterator of `Output`.
+
+    Entering admits the request; leaving before the end aborts it. With ``n`` above 1, the outputs of
+    the choices come interleaved, each with its ``index``.
+
+    Args:
+        prompt: text, or token ids.
+
+    Raises:
+        InvalidParameter: on entering, for token ids outside the vocabulary, or an empty prompt.
+        PromptTooLong: on entering.
+        QueueFull: on entering.
+        RequestPoisoned, EngineDead: while iterating.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+        prompt: Sequence[int] | str,
+        params: SamplingParams,
+        request_id: str,
+    ) -> None:
+        self.request_id = request_id
+        self.params = params
+        self.prompt_token_ids: list[int] = []
+        self._router = router
+        self._tokenizer = tokenizer
+        self._info = info
+        self._prompt = prompt
+        self._choices: list[_Choice] = []
+        self._changed: dict[int, None] = {}
+        self._wake: trio.Event | None = None
+        self._deadline = float("inf")
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """One per prompt token once the first output is there, if asked for; the first has none."""
+        found = self._choices[0].record.prompt_logprobs if self._choices else None
+        return None if self.params.prompt_logprobs is None else [None, *(found or [])]
+
+    async def __aenter__(self) -> Self:
+        if self.params.timeout is not None:
+            self._deadline = trio.current_time() + self.params.timeout
+        prompt = self._prompt
+        self.prompt_token_ids = (
+            await self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        )
+        self._check_tokens()
+        max_total = self._max_total()
+        self._router.check_room(self.params.n)
+        first_seed = secrets.randbelow(MAX_SEED) if self.params.seed is None else self.params.seed
+        for index in range(self.params.n):
+            self._choices.append(self._submit(index, max_total, choice_seed(first_seed, index)))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        """End the request with what it has; its last outputs say ``finish_reason="abort"``."""
+        for choice in self._choices:
+            self._router.finish(choice.record.seq_id, "abort")
+
+    def __aiter__(self) -> AsyncIterator[Output]:
+        return self
+
+    async def __anext__(self) -> Output:
+        if not self._choices:
+            raise RuntimeError("enter the generation first: async with engine.generate(…) as generation")
+        while True:
+            while self._changed:
+                output = self._advance(self._choices[next(iter(self._changed))])
+                if output is not None:
+                    return output
+            if all(choice.finished for choice in self._choices):
+                raise StopAsyncIteration
+            await self._wait()
+
+    def _advance(self, choice: _Choice) -> Output | None:
+        del self._changed[choice.index]
+        if choice.finished:
+            return None
+        if choice.record.error is not None:
+            choice.finished = True
+            raise choice.record.error
+        output, stop = choice.next()
+        if stop is not None:
+            self._router.finish(choice.record.seq_id, "stop")
+        return output
+
+    async def _wait(self) -> None:
+        self._wake = trio.Event()
+        with trio.CancelScope(deadline=self._deadline) as scope:
+            await self._wake.wait()
+        self._wake = None
+        if scope.cancelled_caught:
+            self._deadline = float("inf")
+            for choice in self._choices:
+                self._router.finish(choice.record.seq_id, "timeout")
+
+    def _submit(self, index: int, max_total: int, seed: int) -> _Choice:
+        first = index == 0
+        params = replace(
+            self.params, n=1, seed=seed, prompt_logprobs=self.params.prompt_logprobs if first else None
+        )
+        arrival = self._router.arrival()
+        record = RequestRecord(
+            seq_id=arrival,
+            request_id=self.request_id,
+            prompt_token_ids=self.prompt_token_ids,
+            params=params,
+            max_total=max_total,
+            order=(params.priority, arrival),
+            notify=lambda: self._notify(index),
+        )
+        decoder = self._tokenizer.detokenizer(
+            prompt_token_ids=self.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+        )
+        text = TextAssembler(
+            decoder,
+            params.stop_strings,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+        self._router.submit(record)
+        return _Choice(index, record, text)
+
+    def _notify(self, index: int) -> None:
+        self._changed[index] = None
+        if self._wake is not None:
+            self._wake.set()
+
+    def _check_tokens(self) -> None:
+        vocab_size = self._info.vocab_size
+        if not self.prompt_token_ids:
+            raise InvalidParameter("the prompt is empty; it must have at least one token", "prompt")
+        for name, token_ids in (
+            ("prompt", self.prompt_token_ids),
+            ("stop_token_ids", self.params.stop_token_ids),
+            ("logit_bias", self.params.logit_bias),
+        ):
+            for token_id in token_ids:
+                if not 0 <= token_id < vocab_size:
+                    raise InvalidParameter(
+                        f"{name}: token id {token_id} is not in the model's vocabulary of {vocab_size}", name
+                    )
+
+    def _max_total(self) -> int:
+        """Tokens of prompt and output at which each choice ends."""
+        limit, length = self._info.context_len, len(self.prompt_token_ids)
+        if length >= limit:
+            raise PromptTooLong(length, limit)
+        if self.params.max_tokens is None:
+            return limit
+        if length + self.params.max_tokens > limit:
+            raise InvalidParameter(
+                f"max_tokens is {self.params.max_tokens}, but the prompt has {length} tokens and the model's "
+                f"context is {limit}: at most {limit - length} can be generated",
+                "max_tokens",
+            )
+        return length + self.params.max_tokens
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of choice ``index`` of ``n``; choice 0 has the request's own.
+
+    Spread by the golden ratio (Knuth, TAOCP 3, 6.4) so that neighbouring requests' choices differ.
+    """
+    return (seed + index * 0x9E3779B97F4A7C15) % MAX_SEED
