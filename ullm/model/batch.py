@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -118,3 +120,29 @@ class CausalModel(Protocol):
 
     def weight_bytes(self) -> int:
         """Bytes of weights that this rank holds."""
+
+
+@dataclass(slots=True)
+class Layout:
+    """A batch as the runner plans it on the host: the same arrays as `Batch`, in numpy."""
+
+    token_ids: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    query_lens: list[int]
+    seq_lens: list[int]
+    block_tables: npt.NDArray[np.int32]
+    slot_mapping: npt.NDArray[np.int64]
+    num_decodes: int
+
+
+class AttentionBackend(Protocol):
+    """Owns the paged KV pool and attends over it."""
+
+    num_blocks: int
+    block_size: int
+
+    def prepare(self, layout: Layout) -> Batch:
+        """Bring a step's layout to the device, and whatever all layers share."""
+
+    def release(self) -> None:
+        """Free the pool."""

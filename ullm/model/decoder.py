@@ -1,0 +1,234 @@
+"""The decoder-only transformer that Llama, Qwen2 and Qwen3 share.
+
+Modules are named as in the checkpoints, so that names need no translation. ``forward`` of submodules
+is called directly: hooks are not used, and at one row a step is made of small costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ullm.errors import ModelUnsupported
+from ullm.model.batch import Batch, KvShape
+from ullm.model.layers import (
+    ColumnParallelLinear,
+    Loadable,
+    ParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    silu_and_mul,
+)
+from ullm.model.linear_kernels import LinearKernel
+from ullm.model.parallel import ParallelContext
+from ullm.model.rope import rope_cache, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shape and variant of a decoder. Sizes are of the whole model, not of one rank.
+
+    Args:
+        context_len: positions that the rotary embedding is prepared for.
+        rope: as in the checkpoint's ``rope_parameters``.
+        sliding_windows: per layer, keys that a query sees; None: all.
+        qk_norm: queries and keys are normalised per head, before the rotation.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    context_len: int
+    rope: dict[str, Any]
+    sliding_windows: tuple[int | None, ...]
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embeddings over the paged KV cache."""
+
+    def __init__(self, config: DecoderConfig, layer: int, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.scale, self.window = config.head_dim**-0.5, config.sliding_windows[layer]
+        self.num_heads, self.num_kv_heads, first_kv = split_heads(config, parallel)
+        d = config.head_dim
+        kv = (config.num_kv_heads * d, first_kv * d, self.num_kv_heads * d)
+        q = (config.num_heads * d, parallel.rank * self.num_heads * d, self.num_heads * d)
+        parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.qkv_bias)
+        self.o_proj = RowParallelLinear(config.num_heads * d, config.hidden_size, config.output_bias, parallel)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """``[T, hidden_size]`` → ``[T, hidden_size]``."""
+        tokens, query_heads = x.shape[0], self.num_heads
+        heads = self.qkv_proj.forward(x).view(tokens, -1, self.head_dim)
+        qk, v = heads.split((query_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.qk_norm:
+            q, k = qk.split((query_heads, self.num_kv_heads), dim=1)
+            qk = torch.cat((self.q_norm.forward(q), self.k_norm.forward(k)), dim=1)
+        q, k = rotate(qk, cos, sin).split((query_heads, self.num_kv_heads), dim=1)
+        out = batch.attention(self.layer, q, k, v, self.scale, self.window)
+        return self.o_proj.forward(out.view(tokens, -1))
+
+
+class GatedMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: DecoderConfig, parallel: ParallelContext) -> None:
+        super().__init__()
+        total = config.intermediate_size
+        count = parallel.share(total, "hidden units of each MLP")
+        part = (total, parallel.rank * count, count)
+        parts = {"gate_proj": part, "up_proj": part}
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, config.mlp_bias)
+        self.down_proj = RowParallelLinear(total, config.hidden_size, config.mlp_bias, parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, hidden_size]`` → ``[T, hidden_size]``."""
+        return self.down_proj.forward(silu_and_mul(self.gate_up_proj.forward(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each with a norm before and a residual around it."""
+
+    def __init__(self, config: DecoderConfig, layer: int, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer, parallel)
+        self.mlp = GatedMLP(config, parallel)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """Adds this layer to the residual stream ``x [T, hidden_size]`` in place."""
+        x.add_(self.self_attn.forward(self.input_layernorm.forward(x), cos, sin, batch))
+        return x.add_(self.mlp.forward(self.post_attention_layernorm.forward(x)))
+
+
+class DecoderStack(nn.Module):
+    """Embedding, layers, final norm: ``model.`` in the checkpoints."""
+
+    def __init__(self, config: DecoderConfig, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, parallel) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model; implements `ullm.model.batch.CausalModel`.
+
+    Subclasses read their own config.json and nothing else.
+
+    Raises:
+        ModelUnsupported: the sizes do not divide by the ranks, or an unknown rope scaling.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: DecoderConfig, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.config = config
+        heads, kv_heads, _ = split_heads(config, parallel)
+        self.kv_shape = KvShape(config.num_layers, kv_heads, config.head_dim, heads)
+        self.model = DecoderStack(config, parallel)
+        self.lm_head = VocabParallelHead(config.vocab_size, config.hidden_size, parallel)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = None
+        self._layers = list(self.model.layers)
+        self._counts = (0, 0)
+        self._dtype = torch.get_default_dtype()
+
+    @staticmethod
+    def read_config(hf: dict[str, Any], context_len: int) -> DecoderConfig:
+        """Understand a config.json; a `KeyError` names what it lacks."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Numbers of weights, activations and KV."""
+        return self._dtype
+
+    def materialize(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Give the parameters memory, uninitialised."""
+        self._dtype = dtype
+        self.to(dtype).to_empty(device=device)
+
+    @torch.no_grad()
+    def prepare(self, kernel: LinearKernel, device: torch.device) -> None:
+        """Called once when the weights are loaded: tie and pack them, and compute the rotary tables."""
+        self._counts = self._count()
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for module in self.modules():
+            if isinstance(module, ParallelLinear | VocabParallelHead):
+                module.prepare(kernel)
+        cos, sin = rope_cache(self.config.rope, self.config.head_dim, self.config.context_len)
+        self.cos, self.sin = cos.to(device, self._dtype), sin.to(device, self._dtype)
+
+    def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
+        """``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
+        x = self.model.embed_tokens.forward(token_ids)
+        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
+        for layer in self._layers:
+            x = layer.forward(x, cos, sin, batch)
+        return self.model.norm.forward(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[rows, hidden_size]`` → ``[rows, vocab_size]``."""
+        return self.lm_head.forward(hidden)
+
+    def num_parameters(self) -> int:
+        """Elements of the weights of the whole model, tied ones once."""
+        return self._counts[0]
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights on this rank, tied ones once."""
+        return self._counts[1]
+
+    def _count(self) -> tuple[int, int]:
+        whole: dict[str, int] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Loadable):
+                whole |= {key: torch.Size(shard.full_shape).numel() for key, shard in module.shards(name)}
+        return sum(whole.values()), sum(p.nbytes for p in self.parameters())
+
+
+def split_heads(config: DecoderConfig, parallel: ParallelContext) -> tuple[int, int, int]:
+    """This rank's query heads and KV heads, and its first KV head.
+
+    With more ranks than KV heads, neighbouring ranks hold the same KV head.
+    """
+    heads = parallel.share(config.num_heads, "attention heads")
+    if parallel.world_size % config.num_kv_heads == 0:
+        return heads, 1, parallel.rank // (parallel.world_size // config.num_kv_heads)
+    kv_heads = parallel.share(config.num_kv_heads, "KV heads")
+    return heads, kv_heads, parallel.rank * kv_heads
+
+
+def require_silu(hf: dict[str, Any]) -> None:
+    """The shared MLP knows one activation.
+
+    Raises:
+        ModelUnsupported: the checkpoint wants another one.
+    """
+    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ModelUnsupported(f"hidden_act {hf['hidden_act']!r} is not supported for this architecture")

@@ -1,0 +1,103 @@
+"""How many KV blocks there are, and the memory that they live in."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ullm.config import GIB, CacheConfig
+from ullm.errors import OutOfMemory
+from ullm.model.batch import KvShape
+
+VARLEN_BLOCK_MULTIPLE = 256
+"""Flash Attention's paged kernels, which are behind ``varlen_attn``, want such pages."""
+CPU_SHARE, CPU_LIMIT = 4, 1 * GIB
+"""A CPU's pool gets a quarter of the available memory, at most 1 GiB: more is rarely used before
+compute runs out, and a computer has other things to do."""
+
+
+def true_block_size(block_size: int, *, varlen: bool) -> int:
+    """The block size that is really used."""
+    return -(-block_size // VARLEN_BLOCK_MULTIPLE) * VARLEN_BLOCK_MULTIPLE if varlen else block_size
+
+
+def kv_bytes_per_token(shape: KvShape, dtype: torch.dtype) -> int:
+    """Keys and values of all layers on this rank."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+
+
+def count_blocks(config: CacheConfig, block_bytes: int, budget: int) -> int:
+    """How many blocks the pool gets.
+
+    Args:
+        config: ``num_blocks`` and ``kv_cache_memory`` are obeyed, in this order.
+        block_bytes: of one block, all layers.
+        budget: bytes to use if neither is set.
+
+    Raises:
+        OutOfMemory: not even one block fits.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    memory = budget if config.kv_cache_memory is None else config.kv_cache_memory
+    if memory < block_bytes:
+        raise OutOfMemory(
+            f"not enough memory for one block of KV: it takes {mib(block_bytes)}, there are {mib(max(memory, 0))}; "
+            "free some memory, raise --kv-cache-memory or lower --block-size"
+        )
+    return memory // block_bytes
+
+
+def cpu_budget() -> int:
+    """Bytes that a CPU's pool gets by default."""
+    return min(available_memory() // CPU_SHARE, CPU_LIMIT)
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU that occupy no memory until they are touched.
+
+    ``torch.zeros`` touches every page, and ``torch.empty`` may hold old NaNs, which survive a
+    probability of 0. numpy gets large arrays from calloc, that is zero pages from the kernel.
+    """
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
+def available_memory() -> int:
+    """Bytes that this process could still use, its container's limit included."""
+    free = _meminfo_available() or _physical_memory()
+    limit = _read_int("/sys/fs/cgroup/memory.max")
+    used = _read_int("/sys/fs/cgroup/memory.current")
+    return min(free, limit - used) if limit is not None and used is not None else free
+
+
+def mib(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / (1 << 20):,.1f} MiB"
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _physical_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return CPU_SHARE * CPU_LIMIT
+
+
+def _read_int(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):  # no such control group file, or "max"
+        return None

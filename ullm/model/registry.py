@@ -1,0 +1,186 @@
+"""From a checkpoint to a model that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ullm.config import EngineConfig
+from ullm.errors import ConfigError, ModelFileBroken, ModelNotFound, ModelUnsupported, OutOfMemory
+from ullm.model.batch import CausalModel
+from ullm.model.decoder import Decoder
+from ullm.model.kv_pool import available_memory, mib
+from ullm.model.linear_kernels import choose_linear_kernel, fast_bfloat16
+from ullm.model.llama import LlamaForCausalLM, MistralForCausalLM
+from ullm.model.loader import fill_dummy, load_weights, read_config, read_json, reject_quantized
+from ullm.model.parallel import ParallelContext
+from ullm.model.qwen2 import Qwen2ForCausalLM
+from ullm.model.qwen3 import Qwen3ForCausalLM
+
+NATIVE: dict[str, type[Decoder]] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+}
+"""Architecture, as in config.json, → class."""
+DEFAULT_CONTEXT_LEN = 2048
+"""For configs that name no limit."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's config, understood.
+
+    Args:
+        path: folder or GGUF file.
+        hf: its config.json, or what stands for it.
+        architecture: as in the config.
+        context_len: tokens of prompt and output.
+        eos_token_ids: that end a text.
+    """
+
+    path: Path
+    hf: dict[str, Any]
+    architecture: str
+    context_len: int
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> Checkpoint:
+    """Read what a model is, without its weights.
+
+    Raises:
+        ModelNotFound, ModelFileBroken: no config, or a broken one.
+        ModelUnsupported: quantized weights, or no architecture is named.
+        ConfigError: ``context_len`` is more than the model has.
+    """
+    hf = read_config(path)
+    reject_quantized(hf, path)
+    architectures = hf.get("architectures")
+    if not architectures:
+        raise ModelUnsupported(f"{path}: its config names no architecture")
+    return Checkpoint(
+        path=path,
+        hf=hf,
+        architecture=architectures[0],
+        context_len=choose_context_len(hf, config.context_len),
+        eos_token_ids=eos_token_ids(hf, path),
+        dtype=choose_dtype(config.dtype, hf, device),
+    )
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    device: torch.device,
+    parallel: ParallelContext,
+    progress: Callable[[], None],
+) -> CausalModel:
+    """Build the model and load its weights: natively, or else through transformers.
+
+    Raises:
+        ModelError: one line that says what is wrong.
+    """
+    native = NATIVE.get(checkpoint.architecture)
+    if native is None:
+        return load_foreign(checkpoint, config, device, parallel)
+    model = build(native, checkpoint, parallel)
+    allocate(model, checkpoint.dtype, device)
+    if config.load_format == "dummy":
+        fill_dummy(model, seed=parallel.rank)
+    else:
+        load_weights(model, checkpoint.path, progress)
+    model.prepare(choose_linear_kernel(device, checkpoint.dtype), device)
+    return model
+
+
+def build(native: type[Decoder], checkpoint: Checkpoint, parallel: ParallelContext) -> Decoder:
+    """The model without memory for its weights."""
+    try:
+        shape = native.read_config(checkpoint.hf, checkpoint.context_len)
+    except KeyError as error:
+        file = checkpoint.path if checkpoint.path.suffix == ".gguf" else checkpoint.path / "config.json"
+        raise ModelFileBroken(file, f"has no {error}") from None
+    with torch.device("meta"):
+        return native(shape, parallel)
+
+
+def allocate(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the weights memory.
+
+    Raises:
+        OutOfMemory: the device does not have as much.
+    """
+    need = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if need > free:
+        raise OutOfMemory(f"the weights need {mib(need)}, the {device.type} has {mib(free)} free; use a smaller model")
+    model.materialize(dtype, device)
+
+
+def load_foreign(
+    checkpoint: Checkpoint, config: EngineConfig, device: torch.device, parallel: ParallelContext
+) -> CausalModel:
+    """Any other causal LM of transformers, through its own modelling code."""
+    if parallel.world_size > 1:
+        raise ModelUnsupported(f"{checkpoint.architecture} runs on one rank only; use --tp-size 1")
+    if checkpoint.path.suffix == ".gguf":
+        raise ModelUnsupported(f"{checkpoint.path}: GGUF files of {checkpoint.architecture} are not supported")
+    from ullm.model.hf import TransformersModel  # transformers takes seconds to import
+
+    return TransformersModel.load(checkpoint, config, device)
+
+
+def choose_device(config: EngineConfig, device_index: int | None) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        ConfigError: ``--device cuda`` without a CUDA device.
+    """
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but PyTorch sees no CUDA device; use --device cpu")
+    return torch.device("cuda", device_index or 0) if kind == "cuda" else torch.device("cpu")
+
+
+def choose_dtype(wanted: str, hf: dict[str, Any], device: torch.device) -> torch.dtype:
+    """``auto``: the checkpoint's on CUDA; on CPUs bfloat16 where it is fast, else float32."""
+    if wanted != "auto":
+        return _dtype(wanted)
+    stored = _dtype(str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch."))
+    if device.type == "cuda":
+        return torch.bfloat16 if stored == torch.float32 else stored
+    return torch.bfloat16 if fast_bfloat16() else torch.float32
+
+
+def choose_context_len(hf: dict[str, Any], wanted: int | None) -> int:
+    """The model's own limit, or the lower one that is wanted."""
+    limit = int(hf.get("max_position_embeddings") or hf.get("n_positions") or DEFAULT_CONTEXT_LEN)
+    if wanted is not None and wanted > limit:
+        raise ConfigError(f"--context-len {wanted} is more than the {limit} tokens that the model was made for")
+    return wanted or limit
+
+
+def eos_token_ids(hf: dict[str, Any], path: Path) -> tuple[int, ...]:
+    """End-of-sequence tokens: generation_config.json's, else the config's."""
+    generation: dict[str, Any] = {}
+    if path.suffix != ".gguf" and (path / "generation_config.json").exists():
+        generation = read_json(path / "generation_config.json")
+    found = generation.get("eos_token_id", hf.get("eos_token_id"))
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    return tuple(int(token_id) for token_id in ids)
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ModelUnsupported(f"weights in {name} are not supported; use one of {', '.join(known)}")
+    return known[name]
