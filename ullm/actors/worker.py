@@ -16,9 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import cast
 
-from ullm import errors
 from ullm.core.runner import PendingStep, Runner
-from ullm.errors import ConfigError, FrameBroken, UllmError, WorkerFailed
+from ullm.errors import ConfigError, FrameBroken
 from ullm.logs import get_logger
 from ullm.messages import (
     Failed,
@@ -185,17 +184,3 @@ def failed(error: BaseException) -> Failed:
     lines = str(error).strip().splitlines() or ["no message"]
     story = "".join(traceback.format_exception(error))
     return Failed(kind=type(error).__name__, message=lines[0], traceback=story)
-
-
-def failure(name: str, message: Failed) -> UllmError:
-    """The engine's side of `failed`: the same error again, if it is one that tells the user what to do.
-
-    Returns:
-        a `ConfigError` or `ModelError` with the worker's own message; `WorkerFailed` for all else.
-    """
-    kind = getattr(errors, message.kind, None)
-    if isinstance(kind, type) and issubclass(kind, (errors.ModelError, errors.ConfigError)):
-        error = kind.__new__(kind)  # its constructor would build the message a second time
-        error.args = (message.message,)
-        return error
-    return WorkerFailed(name, f"failed: {message.kind}: {message.message}")

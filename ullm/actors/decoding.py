@@ -1,0 +1,141 @@
+"""From token ids to text: what each token stands for, and decoding that grows by one token at a time.
+
+A token is a piece of bytes, not of text: a character may begin in one token and end in another. So an
+incremental decoder holds bytes back until they make a character.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer as Backend
+
+REPLACEMENT = "\ufffd"
+"""What bytes that are no UTF-8 decode to."""
+
+CONTEXT_TOKENS = 8
+"""Tokens of the prompt that decoding starts from; enough for a whole character before the first token."""
+
+HELD_TOKENS = 16
+"""Tokens without a complete character after which the text is given out as it is. A character has at
+most four bytes, so these are not going to make one."""
+
+
+class IncrementalDecoder(Protocol):
+    """Decodes a growing sequence."""
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; may be empty."""
+
+    def flush(self) -> str:
+        """What is still held back, as U+FFFD; the sequence is over."""
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes as.
+
+    Printable bytes stand for themselves, the others are moved to U+0100 and above; from GPT-2's
+    ``bytes_to_unicode``.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class TokenBytes:
+    """What each token stands for, in bytes."""
+
+    def __init__(self, backend: Backend) -> None:
+        kinds = set(_decoder_kinds(json.loads(backend.to_str())["decoder"]))
+        self._backend = backend
+        self._alphabet = byte_alphabet()
+        self.byte_level = "ByteLevel" in kinds
+        self._byte_fallback = "ByteFallback" in kinds
+
+    def __call__(self, token_id: int) -> bytes:
+        """Empty for an id that is not in the vocabulary; models may have more ids than tokens."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.byte_level:
+            try:
+                return bytes(self._alphabet[character] for character in token)
+            except KeyError:  # an added token with a blank or a foreign letter stands for itself
+                return token.encode()
+        if self._byte_fallback and (match := re.fullmatch(r"<0x([0-9A-F]{2})>", token)):
+            return bytes.fromhex(match[1])
+        return token.replace("\u2581", " ").encode()
+
+
+class ByteLevelDecoder:
+    """For byte-level BPE, where a text's bytes are its tokens' bytes: exact, and without looking back."""
+
+    def __init__(self, token_bytes: TokenBytes, skip: frozenset[int], context: Sequence[int]) -> None:
+        self._bytes = token_bytes
+        self._skip = skip
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in context[-CONTEXT_TOKENS:]:
+            self.push(token_id)
+
+    def push(self, token_id: int) -> str:
+        """See `IncrementalDecoder`."""
+        return "" if token_id in self._skip else self._utf8.decode(self._bytes(token_id))
+
+    def flush(self) -> str:
+        """See `IncrementalDecoder`."""
+        return self._utf8.decode(b"", final=True)
+
+
+class WindowDecoder:
+    """For every other tokenizer: decodes the last tokens with and without the new one.
+
+    The window starts with the tokens of the last text given out, because decoders treat the first
+    token of a text differently, for example drop its blank.
+    """
+
+    def __init__(self, backend: Backend, skip: frozenset[int], context: Sequence[int]) -> None:
+        self._backend = backend
+        self._skip = skip
+        self._window = [token_id for token_id in context if token_id not in skip][-CONTEXT_TOKENS:]
+        self._shown = len(self._window)
+        self._shown_text = self._decode(self._window)
+
+    def push(self, token_id: int) -> str:
+        """See `IncrementalDecoder`."""
+        if token_id in self._skip:
+            return ""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if text.endswith(REPLACEMENT) and len(self._window) - self._shown < HELD_TOKENS:
+            return ""
+        return self._show(text)
+
+    def flush(self) -> str:
+        """See `IncrementalDecoder`."""
+        return self._show(self._decode(self._window))
+
+    def _show(self, text: str) -> str:
+        if text.startswith(self._shown_text):
+            new = text[len(self._shown_text) :]
+        else:  # broken bytes changed how the tokens before them read; those were shown already
+            new = self._decode(self._window[self._shown :])
+        if new:
+            del self._window[: self._shown]
+            self._shown = len(self._window)
+            self._shown_text = self._decode(self._window)
+        return new
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._backend.decode(token_ids, skip_special_tokens=False)
+
+
+def _decoder_kinds(decoder: dict[str, Any] | None) -> list[str]:
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [kind for inner in decoder["decoders"] for kind in _decoder_kinds(inner)]
+    return [decoder["type"]]

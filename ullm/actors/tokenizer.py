@@ -1,0 +1,287 @@
+"""The tokenizer actor: chat templates, encoding, incremental decoding.
+
+Encoding and rendering may take long for a long prompt, so they run in threads of this actor and never
+hold up trio. Decoding a few tokens takes microseconds and is done where it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import trio
+from tokenizers import Tokenizer as Backend
+
+from ullm.actors.base import Mailbox, Reply, ask
+from ullm.actors.chat_template import ChatTemplate, read_special_tokens, read_templates
+from ullm.actors.decoding import ByteLevelDecoder, IncrementalDecoder, TokenBytes, WindowDecoder
+from ullm.errors import ActorLost, InvalidParameter, ModelFileBroken, UllmError
+from ullm.logs import get_logger
+
+if TYPE_CHECKING:
+    from ullm.hub import LocalModel
+
+THREADS = 2
+"""Prompts encoded at once: a long one does not hold up a short one."""
+
+QUEUE = 1024
+"""Prompts that may wait; more wait with their senders."""
+
+ANSWER_SECONDS = 120.0
+"""Bound for one answer; megabytes of text take seconds."""
+
+T = TypeVar("T")
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job(Generic[T]):
+    work: Callable[[], T]
+    reply: Reply[T]
+
+
+class Tokenizer:
+    """From text to tokens and back, for one model.
+
+    It may be used as soon as `run` is ready, or after `load` where no actor is wanted.
+
+    Args:
+        model: whose tokenizer, chat template and end-of-sequence tokens.
+    """
+
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end a text."""
+    vocab_size: int
+    """Number of tokens, special ones included."""
+    bos_token_id: int | None
+    """The token that begins a text, for models that have one."""
+
+    def __init__(self, model: LocalModel) -> None:
+        self._model = model
+        self._jobs: Mailbox[_Job[Any]] = Mailbox(QUEUE, "tokenizer")
+        self._backend: Backend
+        self._bytes: TokenBytes
+        self._special: frozenset[int]
+        self._template: ChatTemplate
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can work."""
+        return bool(self._template)
+
+    # --- the actor ---
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Load, be ready, and serve until cancelled.
+
+        Raises:
+            ModelFileBroken: the tokenizer's files or the chat template cannot be read.
+        """
+        threads = trio.CapacityLimiter(THREADS)
+        await trio.to_thread.run_sync(self.load, limiter=threads)
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            async for job in self._jobs:
+                nursery.start_soon(_do, job, threads)
+
+    def load(self) -> None:
+        """Read the tokenizer's files; blocks for up to a second.
+
+        Raises:
+            ModelFileBroken: one of them cannot be read.
+        """
+        folder = self._model.tokenizer_path
+        config = _read_json(folder / "tokenizer_config.json")
+        special = read_special_tokens(config, _read_json(folder / "special_tokens_map.json"))
+        self._template = self._load_template(folder, config, special)
+        self._backend = backend = _load_backend(folder / "tokenizer.json")
+        self._bytes = TokenBytes(backend)
+        self._special = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_token_id = backend.token_to_id(special.get("bos_token", ""))
+        self.eos_token_ids = self._eos_token_ids(special.get("eos_token", ""))
+
+    # --- encoding ---
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            add_special_tokens: the ones that the tokenizer puts around a text, such as BOS.
+            param: the request's field that the text came from, for the error.
+
+        Raises:
+            InvalidParameter: the text is not valid Unicode.
+        """
+        return await self._ask(partial(self._encode, text, add_special_tokens, param))
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation; the template writes special tokens itself.
+
+        Raises:
+            InvalidParameter: as `render_chat`.
+        """
+        render = partial(
+            self._template.render,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            **variables,
+        )
+        return await self._ask(lambda: self._encode(render(), False, "messages"))
+
+    async def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+            add_generation_prompt: end with the beginning of the assistant's answer.
+            tools: JSON schemas of functions that the model may call.
+            variables: further variables of the template, such as ``enable_thinking``.
+
+        Raises:
+            InvalidParameter: there is no chat template, or it refuses the messages.
+        """
+        return await self._ask(
+            partial(
+                self._template.render,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                **variables,
+            )
+        )
+
+    # --- decoding ---
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of some tokens; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(
+        self, *, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> IncrementalDecoder:
+        """A decoder for a sequence that continues ``prompt_token_ids``.
+
+        Bytes at the prompt's end that do not make a character yet belong to the text that follows.
+        """
+        skip = self._special if skip_special_tokens else frozenset()
+        if self._bytes.byte_level:
+            return ByteLevelDecoder(self._bytes, skip, prompt_token_ids)
+        return WindowDecoder(self._backend, skip, prompt_token_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; empty for an id that is none."""
+        return self._bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """A token as text; incomplete characters become U+FFFD."""
+        return self._bytes(token_id).decode("utf-8", "replace")
+
+    # --- inside ---
+
+    async def _ask(self, work: Callable[[], T]) -> T:
+        def job(reply: Reply[T]) -> _Job[Any]:
+            return _Job(work, reply)
+
+        try:
+            return await ask(self._jobs, job, ANSWER_SECONDS)
+        except ActorLost:  # restarted meanwhile; the work has no effects, so it may be done again
+            return await ask(self._jobs, job, ANSWER_SECONDS)
+
+    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidParameter(
+                f"the text has half a surrogate pair, U+{ord(text[error.start]):04X}, at character "
+                f"{error.start}; it is not valid Unicode",
+                param,
+            ) from None
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def _load_template(
+        self, folder: Path, config: Mapping[str, Any], special: Mapping[str, str]
+    ) -> ChatTemplate:
+        if self._model.chat_template is not None:
+            return ChatTemplate({"default": self._model.chat_template}, special)
+        try:
+            return ChatTemplate(read_templates(folder, config), special)
+        except ModelFileBroken as error:  # completions work without it
+            log.warning("chat template cannot be used", error=str(error))
+            return ChatTemplate({}, special)
+
+    def _eos_token_ids(self, eos_token: str) -> tuple[int, ...]:
+        """Those of generation_config.json, or else of config.json, and the tokenizer's own."""
+        sources = (self._model.generation_config, self._model.config)
+        listed = next((ids for source in sources if (ids := _as_list(source.get("eos_token_id")))), [])
+        own = self._backend.token_to_id(eos_token)
+        return tuple(dict.fromkeys([*listed, *([] if own is None else [own])]))
+
+
+async def _do(job: _Job[Any], threads: trio.CapacityLimiter) -> None:
+    try:
+        result = await trio.to_thread.run_sync(_guarded, job.work, limiter=threads, abandon_on_cancel=True)
+    except UllmError as error:
+        job.reply.fail(error)
+    else:
+        job.reply.send(result)
+
+
+def _guarded(work: Callable[[], T]) -> T:
+    """In a thread: whatever a text does to the tokenizer is that request's error, and no one else's."""
+    try:
+        return work()
+    except UllmError:
+        raise
+    except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
+        log.warning("text cannot be tokenized", exc_info=True)
+        raise InvalidParameter(f"the text cannot be tokenized: {error}") from error
+
+
+def _load_backend(file: Path) -> Backend:
+    if not file.is_file():
+        raise ModelFileBroken(file, "no such file; name the tokenizer's folder with --tokenizer")
+    try:
+        backend: Backend = Backend.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelFileBroken(file, f"not a tokenizer: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The file's object; empty where there is no file."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ModelFileBroken(file, f"not JSON: {error}") from None
+    return content
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [ids] if isinstance(ids, int) else list(ids or ())
