@@ -1,0 +1,140 @@
+"""Random draws from filtered distributions, each a pure function of (seed, token index) and its row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUCLEUS_CANDIDATES = (256, 4096)
+"""Most likely tokens sorted for top_p on a CPU, where sorting all is slow: first so many, then more."""
+SPAN = 128
+COLDEST = 1e-30
+"""A colder temperature would be 0 in float32."""
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def uniform(seed: int, index: int) -> float:
+    """The draw for one token: a number in [0, 1), the same on every machine.
+
+    The ``index``-th output of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number
+    Generators, 2014) started at the mixed seed, so that neighbouring seeds share nothing.
+    """
+    state = _mix((seed + _GOLDEN) & _MASK)
+    return (_mix((state + (index + 1) * _GOLDEN) & _MASK) >> 11) * 2.0**-53
+
+
+def _mix(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def draw_tokens(
+    logits: Tensor, filters: Sequence[tuple[float, int, float, float]], draws: Sequence[float]
+) -> Tensor:
+    """One token per row, by inversion of its filtered distribution.
+
+    Args:
+        logits: ``[rows, vocab]`` in any float type; left as they are.
+        filters: temperature above 0, top_k (0: all, at most vocab), top_p and min_p of each row.
+        draws: a number in [0, 1) for each row.
+
+    Returns:
+        ``[rows]`` int64 on the logits' device; on CUDA nothing waits for it.
+    """
+    numbers = torch.tensor(
+        [(*row, draw) for row, draw in zip(filters, draws, strict=True)], dtype=torch.float64
+    )
+    temperature, *limits, draw = numbers.to(logits.device, non_blocking=True).unsqueeze(2).unbind(1)
+    scaled = logits.float() - logits.amax(dim=-1, keepdim=True).float()  # no overflow, however cold
+    weights = torch.softmax(scaled.div_(temperature.float().clamp(min=COLDEST)), dim=-1)
+    if any(top_k or top_p < 1 or min_p for _, top_k, top_p, min_p in filters):
+        weights.masked_fill_(weights < _floor(weights, filters, *limits), 0)
+    return _invert(weights, draw)
+
+
+def _floor(
+    weights: Tensor,
+    filters: Sequence[tuple[float, int, float, float]],
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+) -> Tensor:
+    """The smallest probability that each row's filters keep, ``[rows, 1]``; rows grouped by filter."""
+    floor = (min_p * weights.amax(dim=-1, keepdim=True)).float()
+    limited = [row for row, (_, k, _, _) in enumerate(filters) if k]
+    if limited:
+        most = max(k for _, k, _, _ in filters)
+        lowest, _ = _lowest_kept(_pick(weights, limited), most, top_p[limited], top_k[limited].long())
+        floor[limited] = torch.maximum(floor[limited], lowest)
+    nucleus = [row for row, (_, k, p, _) in enumerate(filters) if not k and p < 1]
+    if nucleus:
+        lowest = _nucleus_floor(_pick(weights, nucleus), top_p[nucleus])
+        floor[nucleus] = torch.maximum(floor[nucleus], lowest)
+    return floor
+
+
+def _nucleus_floor(weights: Tensor, top_p: Tensor) -> Tensor:
+    """`_lowest_kept` without top_k; a GPU sorts everything rather than wait to see what suffices."""
+    vocab_size = weights.shape[1]
+    few = NUCLEUS_CANDIDATES if weights.device.type == "cpu" else ()
+    first, *further = [*(size for size in few if size < vocab_size), vocab_size]
+    floor, reached = _lowest_kept(weights, first, top_p)
+    for size in further:
+        short = (~reached).nonzero()[:, 0]
+        if not len(short):
+            break
+        floor[short], reached[short] = _lowest_kept(weights[short], size, top_p[short])
+    return floor
+
+
+def _lowest_kept(
+    weights: Tensor, most: int, top_p: Tensor, top_k: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The smallest probability that top_k and then top_p keep.
+
+    Args:
+        weights: ``[rows, vocab]`` float32 probabilities.
+        most: how many of the most likely tokens to look at.
+        top_p: ``[rows, 1]`` float64.
+        top_k: ``[rows, 1]`` int64, at most ``most``; None: no limit.
+
+    Returns:
+        ``[rows, 1]``, and ``[rows]`` whether ``most`` tokens were enough to tell.
+    """
+    top = weights.topk(most, dim=-1).values
+    cumulated = top.cumsum(-1, dtype=torch.float64)
+    last = torch.full_like(top_p, most - 1, dtype=torch.int64) if top_k is None else top_k - 1
+    needed = top_p if top_k is None else top_p * cumulated.gather(1, last)
+    reached_at = torch.searchsorted(cumulated, needed)
+    return top.gather(1, torch.minimum(reached_at, last)), reached_at[:, 0] < most
+
+
+def _invert(weights: Tensor, draw: Tensor) -> Tensor:
+    """The token at which the cumulative distribution, in order of token ids, passes the draw.
+
+    First the span of tokens is found by the sums of all spans, then the token within its span, which
+    spares writing (and on a CPU paging in) a float64 copy of everything.
+
+    Args:
+        weights: ``[rows, vocab]`` float32, not normalised; one of weight 0 is never drawn.
+        draw: ``[rows, 1]`` float64 in [0, 1).
+    """
+    spans = F.pad(weights, (0, -weights.shape[1] % SPAN)).view(len(weights), -1, SPAN)
+    ends = spans.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = draw * ends[:, -1:]
+    span = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)
+    within = spans.gather(1, span[:, :, None].expand(-1, -1, SPAN))[:, 0].cumsum(-1, dtype=torch.float64)
+    start = F.pad(ends, (1, 0)).gather(1, span)
+    last = torch.nextafter(within[:, -1:], torch.zeros_like(start))  # rounding must not lead past the span
+    offset = torch.searchsorted(within, torch.minimum(target - start, last), right=True)
+    return (span * SPAN + offset)[:, 0].clamp_(max=weights.shape[1] - 1)
+
+
+def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
+    """These rows, which ascend; without a copy where they are all."""
+    return tensor if len(rows) == len(tensor) else tensor[rows]
