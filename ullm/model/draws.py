@@ -20,14 +20,17 @@ _GOLDEN = 0x9E3779B97F4A7C15
 def uniform(seed: int, index: int) -> float:
     """The draw for one token: a number in [0, 1), the same on every machine.
 
-    The ``index``-th output of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number
-    Generators, 2014) started at the mixed seed, so that neighbouring seeds share nothing.
+    The seed is mixed once first, so that neighbouring seeds share nothing.
     """
-    state = _mix((seed + _GOLDEN) & _MASK)
-    return (_mix((state + (index + 1) * _GOLDEN) & _MASK) >> 11) * 2.0**-53
+    return (splitmix64(splitmix64(seed, 0), index) >> 11) * 2.0**-53
 
 
-def _mix(value: int) -> int:
+def splitmix64(seed: int, index: int) -> int:
+    """The ``index``-th output of SplitMix64, 64 bits.
+
+    Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
+    """
+    value = (seed + (index + 1) * _GOLDEN) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
