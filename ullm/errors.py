@@ -212,14 +212,42 @@ class RestartLimitReached(UllmError):
         intensity: restarts allowed within one period.
         period: seconds.
         cause: what ended the child the last time.
+        child_id: that child.
     """
 
-    def __init__(self, supervisor: str, intensity: int, period: float, cause: BaseException | None) -> None:
+    def __init__(
+        self,
+        supervisor: str,
+        intensity: float,
+        period: float,
+        cause: BaseException | None,
+        child_id: str = "",
+    ) -> None:
+        last = f"child {child_id!r}: {cause}" if child_id else str(cause)
         super().__init__(
-            f"supervisor {supervisor!r}: more than {intensity} restarts within {period:g} s; "
-            f"last cause: {cause}"
+            f"supervisor {supervisor!r}: more than {intensity:g} restarts within {period:g} s; last cause: {last}"
         )
         self.cause = cause
+        self.child_id = child_id
+
+
+class ChildNotFound(UllmError, LookupError):
+    """The supervisor has no child of this id."""
+
+    def __init__(self, supervisor: str, child_id: str) -> None:
+        super().__init__(f"supervisor {supervisor!r} has no child {child_id!r}")
+
+
+class ChildConflict(UllmError):
+    """The child's status does not allow what was asked for; terminate or delete it first.
+
+    Args:
+        status: as in `ullm.supervision.ChildStatus`.
+    """
+
+    def __init__(self, supervisor: str, child_id: str, status: str) -> None:
+        super().__init__(f"child {child_id!r} of supervisor {supervisor!r} exists and is {status}")
+        self.status = status
 
 
 class PortTaken(UllmError):

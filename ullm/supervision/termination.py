@@ -1,0 +1,177 @@
+"""Ending children: ask, wait for the budget, use force, wait a moment, abandon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import trio
+
+from ullm.logs import get_logger
+from ullm.supervision.children import Incarnation, describe
+from ullm.supervision.shutdown import BRUTAL_KILL, KILL_GRACE, SETTLE, ChildReport, Outcome, stage_budget
+from ullm.supervision.spec import Kind
+
+log = get_logger("ullm.supervision")
+
+
+class _Stop:
+    """The stop of one incarnation."""
+
+    def __init__(self, incarnation: Incarnation, budget: float) -> None:
+        self.incarnation = incarnation
+        self.began = trio.current_time()
+        self.stop_by = self.began + budget
+        self.patience = 0.0 if budget == BRUTAL_KILL == incarnation.spec.shutdown else SETTLE
+        self.killed_at: float | None = None
+        self.ended_at = self.began
+        self.detail = ""
+
+    @property
+    def is_supervisor(self) -> bool:
+        """Supervisors bound their own stop, so they are waited for and never abandoned."""
+        return self.incarnation.spec.kind is Kind.SUPERVISOR
+
+    def ask(self) -> None:
+        """Cancel the child, with the deadline for its cleanup known before it notices."""
+        self.incarnation.lifetime.tighten(self.stop_by)
+        self.incarnation.scope.cancel()
+
+    def tighten(self, stop_by: float, patience: float) -> None:
+        """Move the end of the budget to an earlier time."""
+        self.stop_by = min(self.stop_by, stop_by)
+        self.patience = min(self.patience, patience)
+        self.incarnation.lifetime.tighten(self.stop_by)
+
+    def kill_due(self) -> float:
+        """When to use force."""
+        return self.stop_by + self.patience
+
+    def abandon_due(self) -> float:
+        """When to give up."""
+        if self.killed_at is None or self.is_supervisor:
+            return math.inf
+        return self.killed_at + KILL_GRACE
+
+    def kill(self) -> None:
+        """Use force: a supervisor's deadline is over, any other child has its kill hook called."""
+        self.killed_at = trio.current_time()
+        spec = self.incarnation.spec
+        self.incarnation.lifetime.tighten(-math.inf)
+        if spec.kill is None:
+            return
+        try:
+            spec.kill()
+        except Exception as error:
+            self.detail = f"kill hook raised {describe(error)}"
+            log.exception("kill hook failed", child=spec.child_id)
+
+    def report(self) -> ChildReport:
+        """How it ended."""
+        incarnation = self.incarnation
+        children = getattr(incarnation.value, "reports", ()) if self.is_supervisor else ()
+        if incarnation.error is not None:
+            self.detail = describe(incarnation.error)
+        return ChildReport(
+            incarnation.spec.child_id, self._outcome(), self.ended_at - self.began, self.detail, children
+        )
+
+    def _outcome(self) -> Outcome:
+        if not self.incarnation.done.is_set():
+            return "abandoned"
+        if self.killed_at is not None:
+            return "killed"
+        return "failed" if self.incarnation.error is not None else "stopped"
+
+
+class Terminator:
+    """Ends children within their budgets and within one deadline, which may move while it works.
+
+    Args:
+        on_abandoned: called with the report of each child that could not be ended.
+    """
+
+    def __init__(self, name: str, on_abandoned: Callable[[ChildReport], None] | None) -> None:
+        self.name = name
+        self.deadline = math.inf
+        self._on_abandoned = on_abandoned
+        self._stops: list[_Stop] = []
+        self._later = (0.0, 0)
+        self._waiting: trio.CancelScope | None = None
+        self._abandoned: list[tuple[Incarnation, ChildReport]] = []
+
+    def abandoned(self) -> tuple[ChildReport, ...]:
+        """Children that were abandoned and run still."""
+        return tuple(report for incarnation, report in self._abandoned if not incarnation.done.is_set())
+
+    def expedite(self, deadline: float) -> None:
+        """Move the deadline to an earlier time; ``-math.inf`` means force at once."""
+        if deadline >= self.deadline:
+            return
+        self.deadline = deadline
+        now = trio.current_time()
+        for stop in self._stops:
+            stop.tighten(now + self._budget(stop.incarnation), self._patience())
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    async def stop(
+        self, incarnations: Sequence[Incarnation], later: float = 0.0, unlimited: int = 0
+    ) -> list[ChildReport]:
+        """End these children at the same time; returns when each has ended or is given up.
+
+        Shielded from cancellation: it is bounded by budgets and deadline instead.
+
+        Args:
+            later: sum of the finite budgets of those that will be stopped afterwards.
+            unlimited: how many of those have an infinite budget.
+        """
+        self._later = (later, unlimited)
+        self._stops = [_Stop(incarnation, self._budget(incarnation)) for incarnation in incarnations]
+        for stop in self._stops:
+            stop.patience = min(stop.patience, self._patience())
+            stop.ask()
+        for stop in sorted(self._stops, key=_Stop.kill_due):
+            if not await self._wait(stop, stop.kill_due):
+                self._use_force(stop)
+        for stop in self._stops:
+            if not await self._wait(stop, stop.abandon_due):
+                self._give_up(stop)
+        stops, self._stops = self._stops, []
+        return [stop.report() for stop in stops]
+
+    def _budget(self, incarnation: Incarnation) -> float:
+        return stage_budget(self.deadline - trio.current_time(), incarnation.spec.shutdown, *self._later)
+
+    def _patience(self) -> float:
+        return 0.0 if self.deadline == -math.inf else SETTLE
+
+    async def _wait(self, stop: _Stop, limit: Callable[[], float]) -> bool:
+        """Wait for the child's end until ``limit()``, which may move meanwhile; whether it has ended."""
+        done = stop.incarnation.done
+        if done.is_set():
+            return True
+        while not done.is_set() and trio.current_time() < limit():
+            with trio.CancelScope(deadline=limit(), shield=True) as self._waiting:
+                await done.wait()
+        self._waiting = None
+        stop.ended_at = trio.current_time()
+        return done.is_set()
+
+    def _use_force(self, stop: _Stop) -> None:
+        log.warning(
+            "child used up its shutdown budget", supervisor=self.name, child=stop.incarnation.spec.child_id
+        )
+        stop.kill()
+
+    def _give_up(self, stop: _Stop) -> None:
+        stop.detail = stop.detail or "ignored cancellation and its kill hook"
+        report = stop.report()
+        self._abandoned.append((stop.incarnation, report))
+        log.error("child abandoned", supervisor=self.name, child=report.child_id, detail=report.detail)
+        if self._on_abandoned is None:
+            return
+        try:
+            self._on_abandoned(report)
+        except Exception:
+            log.exception("on_abandoned failed", supervisor=self.name, child=report.child_id)
