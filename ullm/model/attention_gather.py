@@ -15,6 +15,8 @@ Rows, masks and groups are computed once per step and shared by all layers.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -135,7 +137,14 @@ class _Decodes:
         self.masks: dict[int | None, Tensor] = {}
 
     def attend(
-        self, pages: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+        self,
+        pages: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
         """``q [n, query heads, D]``; k and v come from the pages."""
         n, heads, dim = self.count, self.shape.num_kv_heads, self.shape.head_dim
@@ -157,7 +166,9 @@ class _Decodes:
             hidden = positions >= lens
             if window is not None:
                 hidden |= positions < lens - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+                hidden, -torch.inf
+            )
             heads, groups = self.shape.num_kv_heads, self.shape.num_query_heads // self.shape.num_kv_heads
             self.masks[window] = mask.repeat(heads, 1).unsqueeze(1).expand(-1, groups, -1)
         return self.masks[window]
@@ -171,11 +182,20 @@ class _Prefill:
         self.shape, self.keys = backend.shape, layout.seq_lens[index]
         self.prefix = self.keys - layout.query_lens[index]
         blocks = -(-self.keys // backend.block_size)
-        self.rows = backend.page_rows(layout.block_tables[index : index + 1, :blocks]) if self.prefix else None
+        self.rows = (
+            backend.page_rows(layout.block_tables[index : index + 1, :blocks]) if self.prefix else None
+        )
         self.masks: dict[int | None, Tensor] = {}
 
     def attend(
-        self, pages: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+        self,
+        pages: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
         """``q [T, query heads, D]``; without a prefix, k and v are all there is."""
         heads, dim, tokens = self.shape.num_kv_heads, self.shape.head_dim, q.shape[0]
@@ -223,4 +243,4 @@ def length_groups(lens: list[int], group_cost: int) -> list[tuple[int, int]]:
     for i, length in enumerate(lens):
         if not starts or (lens[starts[-1]] - length) * (len(lens) - i) > group_cost:
             starts.append(i)
-    return list(zip(starts, [*starts[1:], len(lens)], strict=True))
+    return list(itertools.pairwise([*starts, len(lens)]))

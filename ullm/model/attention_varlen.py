@@ -44,7 +44,7 @@ class VarlenAttention:
             query_lens_host=layout.query_lens,
             seq_lens_host=layout.seq_lens,
             num_decodes=layout.num_decodes,
-            attention=_unset,
+            attention=self.unprepared,
         )
         batch.attention = VarlenStep(self, batch, max(layout.query_lens), max(layout.seq_lens))
         return batch
@@ -57,6 +57,10 @@ class VarlenAttention:
     def release(self) -> None:
         """Free the pool."""
         self.pools.clear()
+
+    def unprepared(self, *_: object, **__: object) -> Tensor:
+        """Stands in a batch until its attention, which needs the batch, is made."""
+        raise RuntimeError("the batch's attention was called before it was prepared")
 
 
 class VarlenStep:
@@ -71,6 +75,7 @@ class VarlenStep:
     def __init__(self, backend: VarlenAttention, batch: Batch, max_query_len: int, max_seq_len: int) -> None:
         self.backend, self.batch = backend, batch
         self.max_query_len, self.max_seq_len = max_query_len, max_seq_len
+        self.key_start = torch.zeros_like(batch.query_start)
 
     def __call__(
         self,
@@ -90,6 +95,8 @@ class VarlenStep:
         if softcap is not None:
             raise ModelUnsupported("soft-capped attention scores are not supported on CUDA; use --device cpu")
         batch, (keys, values) = self.batch, self.backend.pools[layer]
+        if layer == 0:  # the kernel insists on it beside seqused_k; here, so that a graph recomputes it
+            torch.cumsum(batch.seq_lens, 0, dtype=torch.int32, out=self.key_start[1:])
         keys.view(-1, *keys.shape[2:]).index_copy_(0, batch.slot_mapping, k)
         values.view(-1, *values.shape[2:]).index_copy_(0, batch.slot_mapping, v)
         out = varlen_attn(
@@ -97,7 +104,7 @@ class VarlenStep:
             keys,
             values,
             batch.query_start,
-            None,
+            self.key_start,
             self.max_query_len,
             self.max_seq_len,
             scale=scale,
@@ -108,7 +115,3 @@ class VarlenStep:
         )
         assert isinstance(out, Tensor)
         return out
-
-
-def _unset(*_: object, **__: object) -> Tensor:
-    raise RuntimeError("the batch's attention was called before it was prepared")

@@ -71,7 +71,9 @@ class Attention(nn.Module):
         q = (config.num_heads * d, parallel.rank * self.num_heads * d, self.num_heads * d)
         parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.qkv_bias)
-        self.o_proj = RowParallelLinear(config.num_heads * d, config.hidden_size, config.output_bias, parallel)
+        self.o_proj = RowParallelLinear(
+            config.num_heads * d, config.hidden_size, config.output_bias, parallel
+        )
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
         self.qk_norm = config.qk_norm

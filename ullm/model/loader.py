@@ -91,7 +91,9 @@ def load_weights(model: nn.Module, path: Path, progress: Callable[[], None]) -> 
         progress()
     if missing:
         first = min(missing)
-        raise ModelFileBroken(path, f"tensor {first!r} is missing ({len(missing)} in all), shape {missing[first][0].full_shape}")
+        raise ModelFileBroken(
+            path, f"tensor {first!r} is missing ({len(missing)} in all), shape {missing[first][0].full_shape}"
+        )
 
 
 def targets(model: nn.Module) -> dict[str, list[Shard]]:
@@ -129,7 +131,9 @@ def fill_dummy(model: nn.Module, seed: int = 0) -> None:
         if id(parameter) in norms:
             parameter.fill_(1.0)
             continue
-        generator = generators.setdefault(parameter.device, torch.Generator(parameter.device).manual_seed(seed))
+        generator = generators.setdefault(
+            parameter.device, torch.Generator(parameter.device).manual_seed(seed)
+        )
         parameter.normal_(0.0, DUMMY_SCALE, generator=generator)
 
 
@@ -193,7 +197,9 @@ def reject_quantized(hf: dict[str, Any], file: Path) -> None:
     """
     quantization = hf.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        )
         raise ModelUnsupported(
             f"{file}: the weights are quantized ({method}), which is not supported; use an unquantized checkpoint "
             "or a GGUF file"

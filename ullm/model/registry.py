@@ -120,7 +120,9 @@ def allocate(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
     need = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if need > free:
-        raise OutOfMemory(f"the weights need {mib(need)}, the {device.type} has {mib(free)} free; use a smaller model")
+        raise OutOfMemory(
+            f"the weights need {mib(need)}, the {device.type} has {mib(free)} free; use a smaller model"
+        )
     model.materialize(dtype, device)
 
 
@@ -131,7 +133,9 @@ def load_foreign(
     if parallel.world_size > 1:
         raise ModelUnsupported(f"{checkpoint.architecture} runs on one rank only; use --tp-size 1")
     if checkpoint.path.suffix == ".gguf":
-        raise ModelUnsupported(f"{checkpoint.path}: GGUF files of {checkpoint.architecture} are not supported")
+        raise ModelUnsupported(
+            f"{checkpoint.path}: GGUF files of {checkpoint.architecture} are not supported"
+        )
     from ullm.model.hf import TransformersModel  # transformers takes seconds to import
 
     return TransformersModel.load(checkpoint, config, device)
@@ -165,7 +169,9 @@ def choose_context_len(hf: dict[str, Any], wanted: int | None) -> int:
     """The model's own limit, or the lower one that is wanted."""
     limit = int(hf.get("max_position_embeddings") or hf.get("n_positions") or DEFAULT_CONTEXT_LEN)
     if wanted is not None and wanted > limit:
-        raise ConfigError(f"--context-len {wanted} is more than the {limit} tokens that the model was made for")
+        raise ConfigError(
+            f"--context-len {wanted} is more than the {limit} tokens that the model was made for"
+        )
     return wanted or limit
 
 

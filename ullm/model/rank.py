@@ -1,0 +1,162 @@
+"""A loaded model on its device, with its KV pool: what a `ModelRunner` runs, and how it comes and goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ullm.config import EngineConfig
+from ullm.errors import OutOfMemory
+from ullm.messages import ModelInfo, Progress, Start
+from ullm.model.attention_gather import GatherAttention
+from ullm.model.attention_varlen import VarlenAttention
+from ullm.model.batch import AttentionBackend, CausalModel, Layout
+from ullm.model.graphs import DecodeGraphs
+from ullm.model.kv_pool import count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
+from ullm.model.parallel import ParallelContext, open_parallel
+from ullm.model.registry import Checkpoint, choose_device, load_model, read_checkpoint
+
+SIGN_OF_LIFE = 1.0
+"""Seconds between signs of life while weights load."""
+
+
+@dataclass
+class Rank:
+    """Everything that one rank holds.
+
+    Args:
+        graphs: captured decode steps; None on CPUs and with ``enforce_eager``.
+    """
+
+    device: torch.device
+    parallel: ParallelContext
+    model: CausalModel
+    backend: AttentionBackend
+    graphs: DecodeGraphs | None
+    info: ModelInfo
+
+
+def open_rank(start: Start, progress: Callable[[Progress], None]) -> Rank:
+    """Load the model, size the KV pool, warm up, capture.
+
+    Raises:
+        ModelError: one line that names file and tensor, or device and bytes.
+        ConfigError: options that do not fit this machine or this model.
+    """
+    config = start.config
+    device = choose_device(config, start.rank.device_index)
+    checkpoint = read_checkpoint(Path(start.model_path), config, device)
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    parallel = open_parallel(start.rank, device)
+    try:
+        return _open(checkpoint, config, device, parallel, progress)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        parallel.close()
+        raise OutOfMemory(f"{device}: {str(error).splitlines()[0]}") from error
+    except BaseException:
+        parallel.close()
+        raise
+
+
+def _open(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    device: torch.device,
+    parallel: ParallelContext,
+    progress: Callable[[Progress], None],
+) -> Rank:
+    model = load_model(checkpoint, config, device, parallel, throttled("load", progress))
+    varlen = device.type == "cuda" and model.dtype != torch.float32
+    block_size = true_block_size(config.block_size, varlen=varlen)
+    make = VarlenAttention if varlen else GatherAttention
+    block_bytes = block_size * kv_bytes_per_token(model.kv_shape, model.dtype)
+    progress(Progress("profile"))
+    budget = (
+        cuda_budget(model, config, make(model.kv_shape, 1, block_size, model.dtype, device))
+        if (device.type == "cuda")
+        else cpu_budget()
+    )
+    num_blocks = parallel.agree_least(count_blocks(config, block_bytes, budget), device)
+    backend: AttentionBackend = make(model.kv_shape, num_blocks, block_size, model.dtype, device)
+    progress(Progress("warmup"))
+    logits = trial_run(model, backend, tokens=1)
+    context_len = min(checkpoint.context_len, num_blocks * block_size)
+    info = ModelInfo(
+        architecture=checkpoint.architecture,
+        num_parameters=model.num_parameters(),
+        vocab_size=logits.shape[-1],
+        eos_token_ids=checkpoint.eos_token_ids,
+        context_len=context_len,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(device),
+        kv_bytes_per_token=kv_bytes_per_token(model.kv_shape, model.dtype),
+        weight_bytes=model.weight_bytes(),
+    )
+    graphs = None
+    if isinstance(backend, VarlenAttention) and not config.enforce_eager:
+        graphs = DecodeGraphs(model, backend, config.max_bs, context_len)
+        with torch.inference_mode():
+            graphs.capture(throttled("capture", progress))
+    return Rank(device, parallel, model, backend, graphs, info)
+
+
+@torch.inference_mode()
+def trial_run(model: CausalModel, backend: AttentionBackend, tokens: int) -> Tensor:
+    """Prefill ``tokens`` zeros in block 0, as sequences of at most one block; returns the last ones' logits.
+
+    What it leaves in the pool is overwritten before it is read.
+    """
+    size = backend.block_size
+    lens = [size] * (tokens // size) + [tokens % size] * (tokens % size > 0)
+    positions = np.concatenate([np.arange(length) for length in lens])
+    layout = Layout(
+        token_ids=np.zeros(tokens, dtype=np.int64),
+        positions=positions,
+        query_lens=lens,
+        seq_lens=lens,
+        block_tables=np.zeros((len(lens), 1), dtype=np.int32),
+        slot_mapping=positions,
+        num_decodes=tokens if size == 1 else int(lens == [1]),
+    )
+    batch = backend.prepare(layout)
+    hidden = model.forward(batch.token_ids, batch)
+    return model.logits(hidden[-len(lens) :])
+
+
+def cuda_budget(model: CausalModel, config: EngineConfig, backend: AttentionBackend) -> int:
+    """Bytes for the KV pool: the GPU's share of memory, less what the largest step was seen to need."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.reset_peak_memory_stats(device)
+    trial_run(model, backend, config.max_num_batched_tokens)
+    torch.cuda.synchronize(device)
+    backend.release()
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    elsewhere = total - free - torch.cuda.memory_reserved(device)
+    return int(total * config.gpu_memory_utilization) - elsewhere - peak
+
+
+def throttled(stage: str, progress: Callable[[Progress], None]) -> Callable[[], None]:
+    """A sign of life now, and then one per `SIGN_OF_LIFE` at most."""
+    last = time.monotonic()
+    progress(Progress(stage))
+
+    def tick() -> None:
+        nonlocal last
+        if time.monotonic() - last >= SIGN_OF_LIFE:
+            last = time.monotonic()
+            progress(Progress(stage))
+
+    return tick

@@ -1,0 +1,223 @@
+"""One rank of a model: loads it, runs steps, releases everything. Implements `ullm.core.runner.Runner`.
+
+On a GPU `submit` only launches: sampled tokens stay in a device buffer, one slot per sequence, from
+which the next step takes its input, and reach the host through pinned memory and an event. On a CPU a
+step is done when `submit` returns. Both are the same code.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ullm.messages import ModelInfo, Progress, Row, Sampled, Start, Step, StepResult, TokenLogprobs
+from ullm.model.logprobs import PendingLogprobs
+from ullm.model.rank import Rank, open_rank
+from ullm.model.sampler import Sampler
+from ullm.model.sequences import Plan, SequenceState, SequenceTable
+
+PROMPT_LOGPROBS_CHUNK = 128
+"""Positions whose logits are held at once for prompt logprobs."""
+
+
+@dataclass(slots=True)
+class Pending:
+    """A submitted step; implements `ullm.core.runner.PendingStep`.
+
+    Args:
+        tokens: sampled tokens, on the host once ``event`` has happened.
+        sampled: sequence → index in ``tokens``.
+        prompt_logprobs: sequence → its part, where it was asked for.
+    """
+
+    step_id: int
+    began: float
+    tokens: Tensor | None = None
+    event: torch.cuda.Event | None = None
+    sampled: dict[int, int] = field(default_factory=dict)
+    logprobs: PendingLogprobs | None = None
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+        return self.event is None or self.event.query()
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it sampled."""
+        if self.event is not None:
+            self.event.synchronize()
+        tokens = [] if self.tokens is None else self.tokens.tolist()
+        logprobs = None if self.logprobs is None else self.logprobs.result()
+        found = []
+        for seq_id in self.order:
+            index, prompt = self.sampled.get(seq_id), self.prompt_logprobs.get(seq_id)
+            if index is None and prompt is None:
+                continue
+            entry = logprobs[index] if logprobs is not None and index is not None else None
+            token_ids = [] if index is None else [tokens[index]]
+            found.append(Sampled(seq_id, token_ids, None if entry is None else [entry], prompt))
+        return StepResult(self.step_id, found, time.perf_counter() - self.began)
+
+
+class ModelRunner:
+    """See `ullm.core.runner.Runner`. ``load`` once, then ``submit``, at last ``close``."""
+
+    def __init__(self) -> None:
+        self._rank: Rank | None = None
+        self._table = SequenceTable(1)
+        self._sampler: Sampler | None = None
+        self._last_tokens = torch.zeros(0, dtype=torch.int64)
+
+    def load(self, start: Start, progress: Callable[[Progress], None]) -> ModelInfo:
+        """See `Runner.load`.
+
+        Raises:
+            ModelError: one line that names file and tensor, or device and bytes.
+            ConfigError: options that do not fit this machine or this model.
+        """
+        rank = open_rank(start, progress)
+        self._rank = rank
+        self._table = SequenceTable(rank.info.block_size)
+        self._sampler = Sampler(rank.info.vocab_size, rank.device, rank.info.eos_token_ids)
+        self._last_tokens = torch.zeros(start.config.max_bs, dtype=torch.int64, device=rank.device)
+        return rank.info
+
+    @torch.inference_mode()
+    def submit(self, step: Step) -> Pending:
+        """See `Runner.submit`.
+
+        Raises:
+            ValueError: a row that cannot be computed; names the sequence.
+            RuntimeError: no model is loaded.
+        """
+        began = time.perf_counter()
+        rank, sampler = self._loaded()
+        for seq_id in step.forget:
+            self._table.forget(seq_id)
+            sampler.forget(seq_id)
+        for new in step.new:
+            self._table.add(new)
+            sampler.add(new.seq_id, new.params, new.token_ids, new.num_prompt_tokens)
+        pending = Pending(step.step_id, began, order=[row.seq_id for row in step.rows])
+        if step.rows:
+            plan = self._table.plan(step)
+            self._finish(plan, self._forward(rank, plan), pending)
+        return pending
+
+    def close(self) -> dict[str, float]:
+        """See `Runner.close`."""
+        rank, self._rank, self._sampler = self._rank, None, None
+        if rank is None:
+            return {}
+        timings: dict[str, float] = {}
+        for stage, release in self._stages(rank):
+            began = time.perf_counter()
+            release()
+            timings[stage] = time.perf_counter() - began
+        return timings
+
+    def _loaded(self) -> tuple[Rank, Sampler]:
+        if self._rank is None or self._sampler is None:
+            raise RuntimeError("no model is loaded: load comes before submit, and nothing after close")
+        return self._rank, self._sampler
+
+    def _forward(self, rank: Rank, plan: Plan) -> Tensor:
+        """The step's hidden states ``[T, hidden_size]``."""
+        batch = rank.backend.prepare(plan.layout)
+        indices, slots = plan.fresh
+        if indices:
+            batch.token_ids[indices] = self._last_tokens[slots]
+        if rank.graphs is not None and rank.graphs.covers(batch):
+            return rank.graphs.run(batch)
+        return rank.model.forward(batch.token_ids, batch)
+
+    def _finish(self, plan: Plan, hidden: Tensor, pending: Pending) -> None:
+        """Sample, keep the tokens for the next step, and start bringing them to the host."""
+        rank, sampler = self._loaded()
+        for (row, state), end in zip(plan.rows, plan.ends, strict=True):
+            if state.new.params.prompt_logprobs is not None:
+                self._add_prompt_logprobs(row, state, hidden[end - row.count : end], pending)
+        chosen = [
+            (state, end - 1) for (row, state), end in zip(plan.rows, plan.ends, strict=True) if row.sample
+        ]
+        if not chosen:
+            return
+        rows = [index for _, index in chosen]
+        logits = rank.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+        seq_ids = [state.new.seq_id for state, _ in chosen]
+        tokens = sampler.sample(logits, seq_ids)
+        if any(state.new.params.logprobs is not None for state, _ in chosen):
+            pending.logprobs = sampler.start_logprobs(logits, seq_ids, tokens)
+        self._keep([state for state, _ in chosen], tokens)
+        pending.sampled = {seq_id: i for i, seq_id in enumerate(seq_ids)}
+        pending.tokens, pending.event = _to_host(tokens)
+
+    def _keep(self, states: list[SequenceState], tokens: Tensor) -> None:
+        if self._table.num_slots > len(self._last_tokens):
+            more = torch.zeros(self._table.num_slots, dtype=torch.int64, device=tokens.device)
+            self._last_tokens = torch.cat((self._last_tokens, more))
+        self._last_tokens[[state.slot for state in states]] = tokens
+        for state in states:
+            state.num_sampled += 1
+
+    def _add_prompt_logprobs(self, row: Row, state: SequenceState, hidden: Tensor, pending: Pending) -> None:
+        """Position p predicts token p + 1, as long as that belongs to the prompt."""
+        rank, sampler = self._loaded()
+        count = min(row.start + row.count, state.new.num_prompt_tokens - 1) - row.start
+        if count < 1:
+            return
+        k = state.new.params.prompt_logprobs or 0
+        following = state.tokens[row.start + 1 : row.start + 1 + count].tolist()
+        found: list[TokenLogprobs] = []
+        for first in range(0, count, PROMPT_LOGPROBS_CHUNK):
+            part = slice(first, min(first + PROMPT_LOGPROBS_CHUNK, count))
+            found += sampler.prompt_logprobs(rank.model.logits(hidden[part]), following[part], k)
+        pending.prompt_logprobs[row.seq_id] = found
+
+    def _stages(self, rank: Rank) -> list[tuple[str, Callable[[], None]]]:
+        """What holds memory or peers, in the order of release."""
+
+        def stop_steps() -> None:
+            if rank.device.type == "cuda":
+                torch.cuda.synchronize(rank.device)
+            self._table = SequenceTable(1)
+            self._last_tokens = torch.zeros(0, dtype=torch.int64)
+
+        def drop_graphs() -> None:
+            if rank.graphs is not None:
+                rank.graphs.release()
+                rank.graphs = None
+
+        def drop_weights() -> None:
+            del rank.model
+            gc.collect()
+
+        def empty_device_cache() -> None:
+            if rank.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+        return [
+            ("steps", stop_steps),
+            ("graphs", drop_graphs),
+            ("kv_cache", rank.backend.release),
+            ("weights", drop_weights),
+            ("process_group", rank.parallel.close),
+            ("device_cache", empty_device_cache),
+        ]
+
+
+def _to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and the event after which it is complete."""
+    if tokens.device.type == "cpu":
+        return tokens, None
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event

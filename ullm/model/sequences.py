@@ -1,0 +1,191 @@
+"""What a rank remembers of its sequences, and the layout of a step made from it. Needs no device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ullm.messages import NewSequence, Row, Step
+from ullm.model.batch import Layout
+
+Int32s = npt.NDArray[np.int32]
+
+
+class GrowingArray:
+    """An int32 array that is appended to; doubling keeps that cheap."""
+
+    __slots__ = ("_data", "size")
+
+    def __init__(self, values: Sequence[int]) -> None:
+        self._data = np.array(values, dtype=np.int32)
+        self.size = len(values)
+
+    def extend(self, values: Sequence[int]) -> None:
+        """Append ``values``."""
+        need = self.size + len(values)
+        if need > len(self._data):
+            grown = np.zeros(max(need, 2 * len(self._data), 8), dtype=np.int32)
+            grown[: self.size] = self._data[: self.size]
+            self._data = grown
+        self._data[self.size : need] = values
+        self.size = need
+
+    @property
+    def view(self) -> Int32s:
+        """What is in it, not copied."""
+        return self._data[: self.size]
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """A sequence as this rank knows it.
+
+    Args:
+        tokens: those that were sent; what this rank samples stays on the device.
+        slot: where its last sampled token is on the device.
+        num_sampled: tokens sampled here since it was sent.
+    """
+
+    new: NewSequence
+    tokens: Int32s
+    blocks: GrowingArray
+    slot: int
+    num_sampled: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Sent and sampled ones."""
+        return len(self.tokens) + self.num_sampled
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step's layout and what to do with its outcome.
+
+    Args:
+        layout: what the model computes; decodes first, the longest first.
+        rows: the step's rows in the layout's order, with their sequences.
+        ends: per row, index of its last token in the batch, plus one.
+        fresh: indices of tokens that are only on the device, and the slots that they are in.
+    """
+
+    layout: Layout
+    rows: list[tuple[Row, SequenceState]]
+    ends: list[int]
+    fresh: tuple[list[int], list[int]]
+
+
+class SequenceTable:
+    """All sequences of a rank, kept up to date by the deltas in each `Step`."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.sequences: dict[int, SequenceState] = {}
+        self._free_slots: list[int] = []
+        self.num_slots = 0
+
+    def forget(self, seq_id: int) -> None:
+        """Drop a sequence; unknown ones are ignored, since a stop may cross a preemption."""
+        state = self.sequences.pop(seq_id, None)
+        if state is not None:
+            self._free_slots.append(state.slot)
+
+    def add(self, new: NewSequence) -> None:
+        """Take up a sequence.
+
+        Raises:
+            ValueError: it is known already, or has no tokens.
+        """
+        if new.seq_id in self.sequences:
+            raise ValueError(f"sequence {new.seq_id} is known already; it must be forgotten first")
+        if not new.token_ids:
+            raise ValueError(f"sequence {new.seq_id} has no tokens")
+        if not self._free_slots:
+            self._free_slots.append(self.num_slots)
+            self.num_slots += 1
+        tokens = np.array(new.token_ids, dtype=np.int32)
+        slot = self._free_slots.pop()
+        self.sequences[new.seq_id] = SequenceState(new, tokens, GrowingArray(new.block_ids), slot)
+
+    def plan(self, step: Step) -> Plan:
+        """Append the rows' blocks and lay the step out.
+
+        Raises:
+            ValueError: a row that cannot be computed; names the sequence.
+        """
+        pairs = [(row, self._update(row)) for row in step.rows]
+        pairs.sort(key=_order)
+        return self._lay_out(pairs)
+
+    def _update(self, row: Row) -> SequenceState:
+        state = self.sequences.get(row.seq_id)
+        if state is None:
+            raise ValueError(f"a step has a row of sequence {row.seq_id}, which is not known")
+        state.blocks.extend(row.new_block_ids)
+        end = row.start + row.count
+        if row.count < 1 or row.start < 0 or end > state.num_tokens:
+            raise ValueError(
+                f"sequence {row.seq_id}: a row of {row.count} tokens from {row.start}, but it has {state.num_tokens}"
+            )
+        unsent = end - max(row.start, len(state.tokens))
+        if unsent > 1 or (unsent == 1 and end != state.num_tokens):
+            raise ValueError(
+                f"sequence {row.seq_id}: only the last token sampled here is kept, not those up to {end}"
+            )
+        if end > state.blocks.size * self.block_size:
+            raise ValueError(
+                f"sequence {row.seq_id} needs room for {end} tokens, but has {state.blocks.size} blocks of "
+                f"{self.block_size}"
+            )
+        if row.sample and end != state.num_tokens:
+            raise ValueError(f"sequence {row.seq_id}: sampling after token {end} of {state.num_tokens}")
+        return state
+
+    def _lay_out(self, pairs: list[tuple[Row, SequenceState]]) -> Plan:
+        query_lens = [row.count for row, _ in pairs]
+        seq_lens = [row.start + row.count for row, _ in pairs]
+        starts = np.array([row.start for row, _ in pairs], dtype=np.int64)
+        counts = np.array(query_lens, dtype=np.int64)
+        ends = np.cumsum(counts)
+        row_of_token = np.repeat(np.arange(len(pairs)), counts)
+        positions = np.arange(int(ends[-1])) - (ends - counts - starts)[row_of_token]
+        tables = self._tables(pairs, -(-max(seq_lens) // self.block_size))
+        blocks, offsets = np.divmod(positions, self.block_size)
+        slots = tables[row_of_token, blocks].astype(np.int64) * self.block_size + offsets
+        tokens, fresh = _tokens(pairs, ends.tolist())
+        decodes = sum(count == 1 for count in query_lens)
+        layout = Layout(tokens, positions, query_lens, seq_lens, tables, slots, decodes)
+        return Plan(layout, pairs, ends.tolist(), fresh)
+
+    def _tables(self, pairs: list[tuple[Row, SequenceState]], width: int) -> Int32s:
+        tables = np.zeros((len(pairs), width), dtype=np.int32)
+        for i, (_, state) in enumerate(pairs):
+            used = state.blocks.view[:width]
+            tables[i, : len(used)] = used
+        return tables
+
+
+def _order(pair: tuple[Row, SequenceState]) -> tuple[bool, int]:
+    """Decodes first, the longest first, so that attention can pad neighbours to one length."""
+    row, _ = pair
+    return row.count > 1, -row.start if row.count == 1 else 0
+
+
+def _tokens(
+    pairs: list[tuple[Row, SequenceState]], ends: list[int]
+) -> tuple[npt.NDArray[np.int64], tuple[list[int], list[int]]]:
+    """Token ids of the batch; those that only the device knows are 0, and listed with their slots."""
+    tokens = np.zeros(ends[-1], dtype=np.int64)
+    indices: list[int] = []
+    slots: list[int] = []
+    for (row, state), end in zip(pairs, ends, strict=True):
+        known = state.tokens[row.start : row.start + row.count]
+        first = end - row.count
+        tokens[first : first + len(known)] = known
+        if len(known) < row.count:
+            indices.append(end - 1)
+            slots.append(state.slot)
+    return tokens, (indices, slots)
