@@ -8,7 +8,7 @@ from __future__ import annotations
 import ssl
 import urllib.parse
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,8 @@ class Connection:
             assert isinstance(response, h11.Response)  # h11 raises RemoteProtocolError otherwise
             if response.status_code >= 400:
                 raise ServerRefused(self._url(path), response.status_code, await self._error())
-            yield self._body()
+            async with aclosing(self._body()) as pieces:
+                yield pieces
         except (OSError, trio.BrokenResourceError, h11.RemoteProtocolError) as error:
             raise ServerUnreachable(self.endpoint.url, _reason(error)) from error
         finally:
@@ -123,8 +124,8 @@ class Connection:
         Raises:
             ServerUnreachable, ServerRefused: as `request`.
         """
-        async with self.request("POST", path, body) as pieces:
-            yield _payloads(pieces)
+        async with self.request("POST", path, body) as pieces, aclosing(_payloads(pieces)) as payloads:
+            yield payloads
 
     async def _send(self, method: str, path: str, body: Any) -> None:
         content = b"" if body is None else msgspec.json.encode(body)

@@ -41,6 +41,8 @@ CONCERNS: Mapping[str, type[Any]] = {
 }
 """Heading → dataclass; `EngineConfig` is all but the last, plus logging."""
 
+GROUPS = ("Sampling", *CONCERNS, "Logging")
+"""Order of the headings in help texts."""
 SAMPLING_FIELDS = (
     "max_tokens temperature top_p top_k min_p seed stop stop_token_ids ignore_eos min_tokens "
     "include_stop_str_in_output repetition_penalty presence_penalty frequency_penalty "
@@ -70,8 +72,9 @@ class Option:
     def parameter(self) -> inspect.Parameter:
         """What the command line library reads."""
         names = [self.flag, *([ALIASES[self.name]] if self.name in ALIASES else [])]
-        shown = self.default not in (None, ())
-        detail = Parameter(name=names, help=self.help, group=Group(self.group), show_default=shown)
+        shown = self.default not in (None, (), False)
+        group = Group(self.group, sort_key=GROUPS.index(self.group))
+        detail = Parameter(name=names, help=self.help, group=group, show_default=shown)
         annotation = Annotated[_typed_in(self.annotation), detail]  # type: ignore[valid-type]
         return inspect.Parameter(
             self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=annotation

@@ -1,0 +1,52 @@
+"""Keeping a number of requests in flight against a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import trio
+
+from ullm.bench.stats import Record, Summary, summarise
+from ullm.bench.workload import Request, Workload
+
+OnRecord = Callable[[int, Record], None]
+
+
+class Target(Protocol):
+    """Something that answers requests: a server, an engine, another program."""
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+
+    async def run(self, request: Request, record: Record) -> None:
+        """Run one request to its end and fill in ``record``; failures go into ``record.error``."""
+
+
+async def measure(
+    target: Target, workload: Workload, concurrency: int, num_requests: int, *, stream: int = 0
+) -> tuple[Summary, list[Record]]:
+    """A closed loop: ``concurrency`` clients, each sending its next request when the last has ended.
+
+    Args:
+        stream: which of the workload's request streams; see `Workload.requests`.
+    """
+    requests = workload.requests(stream)
+    records: list[Record] = []
+    left = iter(range(num_requests))
+    async with trio.open_nursery() as nursery:
+        for _ in range(min(concurrency, num_requests)):
+            nursery.start_soon(_client, target, requests, left, records)
+    return summarise(records, concurrency), records
+
+
+async def _client(
+    target: Target, requests: Iterator[Request], left: Iterator[int], records: list[Record]
+) -> None:
+    for _ in left:
+        request = next(requests)
+        record = Record(started=trio.current_time())
+        records.append(record)
+        await target.run(request, record)
+        record.finished = trio.current_time()

@@ -1,0 +1,93 @@
+"""What to ask: deterministic prompts of chosen lengths.
+
+Prompts are common English words, which nearly every tokenizer keeps whole, so that the same text goes
+to every server and lengths in words are close to lengths in tokens; reports show the tokens that the
+servers counted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ullm.errors import UsageError
+
+WORDS = (
+    "time year people way day man thing woman life child world school state family student group country "
+    "problem hand part place case week company system program question work number night point home water "
+    "room mother area money story fact month lot right study book eye job word business issue side kind head "
+    "house service friend father power hour game line end member law car city community name president team "
+    "minute idea body information back parent face others level office door health person art war history "
+    "party result change morning reason research girl guy moment air teacher force education"
+).split()
+
+
+@dataclass(frozen=True)
+class Length:
+    """A number of tokens, or a range drawn from uniformly; written ``128`` or ``100-1024``."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def parse(cls, text: str, flag: str) -> Length:
+        """Read ``128`` or ``100-1024``.
+
+        Raises:
+            UsageError: anything else; names the flag.
+        """
+        low, _, high = text.partition("-")
+        try:
+            length = cls(int(low), int(high or low))
+        except ValueError:
+            raise UsageError(
+                f"{flag} {text}: expected a number such as 128 or a range such as 100-1024"
+            ) from None
+        if not 1 <= length.low <= length.high:
+            raise UsageError(f"{flag} {text}: expected at least 1, and the smaller number first")
+        return length
+
+    def draw(self, source: random.Random) -> int:
+        """One length."""
+        return source.randint(self.low, self.high)
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of a workload; ``max_tokens`` are generated, no end of sequence stops it earlier."""
+
+    prompt: str
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A reproducible stream of requests.
+
+    Args:
+        prompt_words: length of a prompt, the shared prefix not counted.
+        output_tokens: tokens to generate.
+        shared_prefix: words that all prompts begin with, for measuring the prefix cache.
+        seed: the same seed gives the same requests, whatever the target.
+    """
+
+    prompt_words: Length = Length(32, 32)
+    output_tokens: Length = Length(128, 128)
+    shared_prefix: int = 0
+    seed: int = 0
+
+    def requests(self, stream: int = 0) -> Iterator[Request]:
+        """Endless, and different for each ``stream``, so that no run profits from an earlier one's cache."""
+        prefix = _words(random.Random(f"prefix {self.seed}"), self.shared_prefix)
+        source = random.Random(f"requests {self.seed} {stream}")
+        while True:
+            words = prefix + _words(source, self.prompt_words.draw(source))
+            yield Request(" ".join(words), self.output_tokens.draw(source))
+
+
+def _words(source: random.Random, count: int) -> list[str]:
+    return source.choices(WORDS, k=count)

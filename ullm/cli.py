@@ -1,0 +1,250 @@
+"""The command line: ``ullm serve | chat | generate | bench | pull | doctor``.
+
+Only what parses the command line is imported here; a command's own imports happen when it runs, so
+that ``ullm --help`` answers at once. Exit status: 0 done; 1 it could not be done, one line on stderr
+says why; 2 the command line is wrong; 70, 71 and 128 + N as docs/configuration.md lists them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+import ullm
+from ullm.commands.flags import (
+    build,
+    engine_options,
+    sampling_options,
+    sampling_params,
+    server_options,
+    with_options,
+)
+from ullm.config import EngineConfig, ServerConfig
+from ullm.errors import UllmError, UsageError
+
+START_FAILED = 1
+USAGE = 2
+INTERRUPTED = 130
+
+CHAT_DEFAULTS = {"temperature": 0.2, "top_p": 0.9, "max_tokens": 1024}
+"""Temperature and top_p as SmolLM2's model card recommends them."""
+GENERATE_DEFAULTS = {"temperature": 0.0, "max_tokens": 512}
+"""Greedy, so that the same prompt gives the same answer; bounded, because small models may ramble."""
+
+Url = Annotated[
+    str | None, Parameter(help="Ask this server, as in http://127.0.0.1:8000, instead of loading a model.")
+]
+ApiKey = Annotated[str | None, Parameter(help="Bearer token for --url.", env_var="ULLM_API_KEY")]
+System = Annotated[str | None, Parameter(help="System message.")]
+Name = Annotated[str | None, Parameter(name="MODEL", help="As --model.")]
+Prompt = Annotated[str | None, Parameter(help="The prompt; - reads stdin.", allow_leading_hyphen=True)]
+
+load = Group("Load")
+Concurrency = Annotated[str, Parameter(help="Requests in flight, one run for each.", group=load)]
+Requests = Annotated[
+    int | None, Parameter(help="Requests per run; default: the concurrency, at least 4.", group=load)
+]
+PromptWords = Annotated[str, Parameter(help="Words per prompt: a number or a range.", group=load)]
+OutputTokens = Annotated[str, Parameter(help="Tokens to generate: a number or a range.", group=load)]
+SharedPrefix = Annotated[int, Parameter(help="Words that all prompts begin with.", group=load)]
+Seed = Annotated[int, Parameter(help="The same seed asks the same.", group=load)]
+Json = Annotated[bool, Parameter(help="Print JSON instead of a table.", negative="")]
+Output = Annotated[Path | None, Parameter(help="Also write the report there; .md for Markdown, else JSON.")]
+
+app = App(
+    name="ullm",
+    help="Serve, chat with and measure language models. An option such as --max-bs can also be set by an "
+    "environment variable, ULLM_MAX_BS.",
+    version=ullm.__version__,
+    result_action="return_value",
+)
+bench = App(name="bench", help="Measure latency and throughput.", result_action="return_value")
+app.command(bench)
+
+
+@app.command
+@with_options(server_options(), engine_options())
+def serve(name: Name = None, /, **given: Any) -> int:
+    """Serve an OpenAI-compatible API."""
+    from ullm.commands.serve import serve as run
+
+    return run(build(EngineConfig, _named(name, given)), build(ServerConfig, given))
+
+
+@app.command
+@with_options(sampling_options(CHAT_DEFAULTS), engine_options())
+def chat(
+    name: Name = None, /, *, system: System = None, url: Url = None, api_key: ApiKey = None, **given: Any
+) -> int:
+    """Chat on the terminal, with a model or with a running server."""
+    from ullm.commands.chat import chat as run
+
+    given = _named(name, given)
+    params = sampling_params(given, CHAT_DEFAULTS)
+    return run(_quiet(given), params, system=system, url=url, model=given.get("model"), api_key=api_key)
+
+
+@app.command
+@with_options(sampling_options(GENERATE_DEFAULTS), engine_options())
+def generate(
+    prompt: Prompt = None,
+    /,
+    *,
+    raw: Annotated[bool, Parameter(help="Go on from the prompt as it is, without a chat template.")] = False,
+    system: System = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    **given: Any,
+) -> int:
+    """Answer one prompt on stdout."""
+    from ullm.commands.generate import compose, read_prompt
+    from ullm.commands.generate import generate as run
+
+    config = _quiet(given)
+    params = sampling_params(given, GENERATE_DEFAULTS)
+    question = compose(read_prompt(prompt), system, raw=raw)
+    return run(config, question, params, url=url, model=given.get("model"), api_key=api_key)
+
+
+@bench.command(name="serve")
+def bench_serve(
+    *,
+    url: Annotated[str, Parameter(help="The server to measure.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, Parameter(help="Model to ask for; default: the first listed.")] = None,
+    api_key: ApiKey = None,
+    chat: Annotated[bool, Parameter(help="Use chat completions.", negative="")] = False,
+    concurrency: Concurrency = "1,4,16,32",
+    requests: Requests = None,
+    prompt_words: PromptWords = "32",
+    output_tokens: OutputTokens = "128",
+    shared_prefix: SharedPrefix = 0,
+    seed: Seed = 0,
+    json: Json = False,
+    output: Output = None,
+) -> int:
+    """Measure a running OpenAI-compatible server: ullm, vLLM, llama.cpp's."""
+    from ullm.bench.http import Endpoint
+    from ullm.commands import bench as run
+
+    workload = run.make_workload(prompt_words, output_tokens, shared_prefix, seed)
+    levels = run.parse_concurrency(concurrency)
+    report = run.bench_server(Endpoint.parse(url, api_key), model, workload, levels, requests, chat=chat)
+    return run.publish(report, output, as_json=json)
+
+
+@bench.command(name="engine")
+@with_options(engine_options())
+def bench_engine(
+    *,
+    concurrency: Concurrency = "1,4,16,32",
+    requests: Requests = None,
+    prompt_words: PromptWords = "32",
+    output_tokens: OutputTokens = "128",
+    shared_prefix: SharedPrefix = 0,
+    seed: Seed = 0,
+    json: Json = False,
+    output: Output = None,
+    **given: Any,
+) -> int:
+    """Measure an engine in this process, without HTTP."""
+    from ullm.commands import bench as run
+
+    workload = run.make_workload(prompt_words, output_tokens, shared_prefix, seed)
+    report = run.bench_engine(_quiet(given), workload, run.parse_concurrency(concurrency), requests)
+    return run.publish(report, output, as_json=json)
+
+
+@app.command
+@with_options([option for option in engine_options() if option.name in ("model", "revision", "tokenizer")])
+def pull(name: Name = None, /, **given: Any) -> int:
+    """Fetch a model, or its newer files, and print where it is."""
+    from ullm.commands.pull import pull as run
+
+    return run(_quiet(_named(name, given)))
+
+
+@app.command
+@with_options([option for option in server_options() if option.name in ("host", "port")])
+def doctor(*, json: Json = False, **given: Any) -> int:
+    """Say what this machine can do, and what would keep ullm from running."""
+    from ullm.commands.doctor import doctor as run
+
+    return run(build(ServerConfig, given), as_json=json)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = app(arguments, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except CycloptsError as error:
+        return _complain(" ".join(str(error).split()), USAGE)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python must not complain about it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return START_FAILED
+    except BaseException as error:
+        return _failed(error, debug=_wants_debug(arguments))
+    return int(status or 0)
+
+
+def _failed(error: BaseException, *, debug: bool) -> int:
+    cause = _user_error(error)
+    if cause is None:
+        raise error
+    if debug:
+        traceback.print_exception(error)
+    return _complain(" ".join(str(cause).split()), USAGE if isinstance(cause, UsageError) else _status(cause))
+
+
+def _status(cause: UllmError) -> int:
+    from ullm.errors import EngineDead
+
+    return 70 if isinstance(cause, EngineDead) else START_FAILED
+
+
+def _user_error(error: BaseException) -> UllmError | None:
+    """The one error of ours in what trio may have wrapped in groups; None if there is another kind."""
+    if isinstance(error, BaseExceptionGroup):
+        found = [_user_error(inner) for inner in error.exceptions]
+        return None if None in found else found[0]
+    return error if isinstance(error, UllmError) else None
+
+
+def _complain(line: str, status: int) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return status
+
+
+def _wants_debug(arguments: Sequence[str]) -> bool:
+    flag = "--log-level"
+    given = [b for a, b in zip(arguments, [*arguments[1:], ""], strict=True) if a == flag]
+    given += [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
+    return (given or [os.environ.get("ULLM_LOG_LEVEL", "")])[-1] == "debug"
+
+
+def _named(name: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The options with the model that was named without a flag."""
+    if name is not None and "model" in given:
+        raise UsageError(f"the model is named twice: {name} and --model {given['model']}")
+    return given if name is None else {**given, "model": name}
+
+
+def _quiet(given: dict[str, Any]) -> EngineConfig:
+    """The engine's configuration for commands that talk to a person: logs only from warnings on."""
+    from ullm.logs import configure
+
+    config = build(
+        EngineConfig, {"log_level": "warning", **given} if "ULLM_LOG_LEVEL" not in os.environ else given
+    )
+    configure(config.log_level)
+    return config

@@ -1,0 +1,69 @@
+"""What the commands share when they talk to a person: progress of a download, one-line errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from ullm import hub
+from ullm.config import EngineConfig
+from ullm.hub import LocalModel
+
+
+def stderr() -> Console:
+    """Everything that is not the answer goes to stderr, so that pipes carry answers only."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[hub.Progress]:
+    """A progress function that draws one bar per label; without a terminal, one line per label."""
+    if not console.is_terminal:
+        yield _plain(console)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(
+        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True
+    ) as progress:
+        tasks = {}
+
+        def report(label: str, done: int, total: int | None) -> None:
+            if label not in tasks:
+                tasks[label] = progress.add_task(label, total=None)
+            # A heartbeat without a total must not take back what is known.
+            if total is not None:
+                progress.update(tasks[label], completed=done, total=total)
+
+        yield report
+
+
+def _plain(console: Console) -> hub.Progress:
+    seen: set[str] = set()
+
+    def report(label: str, done: int, total: int | None) -> None:
+        if label not in seen:
+            seen.add(label)
+            console.print(f"{label} …", markup=False)
+
+    return report
+
+
+def fetch_model(config: EngineConfig, console: Console, *, refresh: bool = False) -> LocalModel:
+    """`hub.resolve` with progress on the terminal.
+
+    Raises:
+        ModelError: as `hub.resolve`.
+    """
+    with progress_bar(console) as report:
+        return hub.resolve(config, report, refresh=refresh)

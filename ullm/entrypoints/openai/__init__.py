@@ -1,0 +1,1 @@
+"""Entry points that users of other engines know."""

@@ -1,0 +1,29 @@
+"""``python -m ullm.entrypoints.openai.api_server --model …``: ``ullm serve`` under its older name.
+
+Takes every flag of ``ullm serve``, and ``--use-threading`` for ``--transport thread``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+USE_THREADING = "--use-threading"
+
+
+def translate(arguments: Sequence[str]) -> list[str]:
+    """The arguments of ``ullm serve`` that mean the same."""
+    threading = [argument for argument in arguments if argument == USE_THREADING]
+    others = [argument for argument in arguments if argument != USE_THREADING]
+    return ["serve", *others, *(["--transport", "thread"] if threading else [])]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve; the exit status is that of ``ullm serve``."""
+    from ullm.cli import main as run
+
+    return run(translate(sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""``python -m ullm.model.probe``: what torch can do on this machine, as one JSON object on stdout.
+
+A process of its own, so that ``ullm doctor`` survives an installation of torch that crashes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+SIZE = 512
+REPEATS = 8
+
+
+def probe() -> dict[str, Any]:
+    """Versions, devices, and the speed of a matrix product in each dtype, in GFLOP/s."""
+    import torch
+
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cuda": [],
+        "gflops": {"cpu": speeds("cpu")},
+    }
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = f"{properties.major}.{properties.minor}"
+        device = {"name": properties.name, "capability": capability, "free": free, "total": total}
+        found["cuda"].append(device)
+        found["gflops"][f"cuda:{index}"] = speeds(f"cuda:{index}")
+    return found
+
+
+def speeds(device: str) -> dict[str, float]:
+    """GFLOP/s of a matrix product per dtype; the best of a few, for it is the machine that is asked."""
+    import torch
+
+    size = SIZE if device == "cpu" else 8 * SIZE
+    result = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        matrix = torch.ones(size, size, dtype=dtype, device=device)
+        best = min(_seconds(matrix) for _ in range(REPEATS))
+        result[str(dtype).removeprefix("torch.")] = round(2 * size**3 / best / 1e9, 1)
+    return result
+
+
+def _seconds(matrix: Any) -> float:
+    import torch
+
+    started = time.perf_counter()
+    torch.mm(matrix, matrix)
+    if matrix.is_cuda:
+        torch.cuda.synchronize(matrix.device)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(probe()) + "\n")
