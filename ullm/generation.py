@@ -95,6 +95,31 @@ class _Choice:
         )
 
 
+class Readers:
+    """Counts the generations that are entered and not yet left: who must still get something."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = trio.Event()
+
+    def enter(self) -> None:
+        """One more."""
+        if not self._count:
+            self._none = trio.Event()
+        self._count += 1
+
+    def leave(self) -> None:
+        """One less."""
+        self._count -= 1
+        if not self._count:
+            self._none.set()
+
+    async def wait_none(self) -> None:
+        """Wait until there are none."""
+        while self._count:
+            await self._none.wait()
+
+
 class Generation:
     """One request: an async context manager that is also an async iterator of `Output`.
 
@@ -114,6 +139,7 @@ class Generation:
     def __init__(
         self,
         router: Router,
+        readers: Readers,
         tokenizer: Tokenizer,
         info: ModelInfo,
         prompt: Sequence[int] | str,
@@ -124,6 +150,7 @@ class Generation:
         self.params = params
         self.prompt_token_ids: list[int] = []
         self._router = router
+        self._readers = readers
         self._tokenizer = tokenizer
         self._info = info
         self._prompt = prompt
@@ -148,6 +175,7 @@ class Generation:
         self._check_tokens()
         max_total = self._max_total()
         self._router.check_room(self.params.n)
+        self._readers.enter()
         first_seed = secrets.randbelow(MAX_SEED) if self.params.seed is None else self.params.seed
         for index in range(self.params.n):
             self._choices.append(self._submit(index, max_total, choice_seed(first_seed, index)))
@@ -157,6 +185,7 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+        self._readers.leave()
 
     def abort(self) -> None:
         """End the request with what it has; its last outputs say ``finish_reason="abort"``."""

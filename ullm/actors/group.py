@@ -16,12 +16,13 @@ from ullm import errors
 from ullm.actors.base import cleanup_scope
 from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
 from ullm.config import EngineConfig
-from ullm.errors import ModelError, WorkerFailed, WorkerLost
+from ullm.errors import ConfigError, ModelError, UllmError, WorkerFailed, WorkerLost
 from ullm.logs import get_logger
 from ullm.messages import (
     Failed,
     FromWorker,
     ModelInfo,
+    NotUnderstood,
     Progress,
     RankSpec,
     Ready,
@@ -66,6 +67,7 @@ class WorkerGroup:
         self._watchdogs: list[_Watchdog] = []
         self._known: set[int] = set()
         self._last_step = 0
+        self._ready = False
         self._deliver: Callable[[StepResult], None] | None = None
 
     # --- for the scheduler -------------------------------------------------------------------------
@@ -130,6 +132,7 @@ class WorkerGroup:
         """
         self.epoch += 1
         self._known.clear()
+        self._ready = False
         async with AsyncExitStack() as stack:
             self._transports = [
                 await stack.enter_async_context(self._open_transport(self._spec(rank)))
@@ -151,6 +154,7 @@ class WorkerGroup:
             async with trio.open_nursery() as watching:
                 for rank in range(len(self._transports)):
                     watching.start_soon(self._watch_rank, rank)
+                self._ready = True
                 task_status.started(infos[0])
         except BaseExceptionGroup as group:
             raise _first_cause(group) from group
@@ -194,7 +198,8 @@ class WorkerGroup:
 
     async def _stop_ranks(self) -> None:
         with cleanup_scope() as scope:
-            budget = max(0.0, min(scope.deadline - trio.current_time(), self._config.shutdown_timeout))
+            # A rank that is still loading does not hear `Stop`, and has nothing to lose.
+            budget = max(0.0, scope.deadline - trio.current_time()) if self._ready else 0.0
             reports: list[StopReport] = []
             async with trio.open_nursery() as nursery:
                 for transport in self._transports:
@@ -225,15 +230,27 @@ async def _stop_rank(transport: Transport, budget: float, reports: list[StopRepo
 
 def _checked(transport: Transport, message: FromWorker) -> FromWorker:
     """The message, unless it says that the worker failed."""
-    if not isinstance(message, Failed):
-        return message
-    log.debug("worker failed", worker=transport.name, traceback=message.traceback)
+    match message:
+        case Failed():
+            log.debug("worker failed", worker=transport.name, traceback=message.traceback)
+            raise failure(transport.name, message)
+        case NotUnderstood():
+            log.error("worker did not understand a message", worker=transport.name, detail=message.detail)
+    return message
+
+
+def failure(name: str, message: Failed) -> UllmError:
+    """The worker's exception as one of the engine's.
+
+    An error that tells the user what to do comes back as itself, word for word; anything else is the
+    loss of the worker.
+    """
     kind = getattr(errors, message.kind, None)
-    if isinstance(kind, type) and issubclass(kind, ModelError | errors.ConfigError):
-        error = kind.__new__(kind, message.message)
+    if isinstance(kind, type) and issubclass(kind, (ModelError, ConfigError)):
+        error = kind.__new__(kind)  # its constructor would build the message a second time
         error.args = (message.message,)
-        raise error
-    raise WorkerFailed(transport.name, f"failed: {message.kind}: {message.message}")
+        return error
+    return WorkerFailed(name, f"failed: {message.kind}: {message.message}")
 
 
 def _first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -117,6 +117,7 @@ class Router:
         self._arrivals = 0
         self._idle = trio.Event()
         self._idle.set()
+        self._replica_came = trio.Event()
         self._finished: dict[str, int] = {}
         self._prompt_tokens = self._generated_tokens = self._resumed = self._resumed_tokens = 0
 
@@ -172,6 +173,11 @@ class Router:
         while self._records:
             await self._idle.wait()
 
+    async def wait_for_replicas(self, count: int) -> None:
+        """Wait until at least ``count`` replicas are up."""
+        while len(self._replicas) < count:
+            await self._replica_came.wait()
+
     @property
     def replicas_up(self) -> frozenset[int]:
         """Replicas that take requests."""
@@ -205,6 +211,8 @@ class Router:
                     self._take_tokens(message)
                 case ReplicaUp():
                     self._replicas[message.replica] = _Replica(message)
+                    came, self._replica_came = self._replica_came, trio.Event()
+                    came.set()
                     self._assign()
                 case ReplicaDown():
                     self._lose_replica(message)
