@@ -26,6 +26,7 @@ from torch import Tensor
 from ullm.model.batch import Batch, KvShape, Layout
 from ullm.model.kv_pool import lazy_zeros
 
+QKV = tuple[Tensor, Tensor, Tensor]
 GROUP_COST = 1500
 """What one more group of sequences costs, in padded keys that could be processed instead (measured:
 about 40 µs per layer, against 30 µs per 1000 keys)."""
@@ -116,11 +117,11 @@ class GatherStep:
         slots.index_put_((self.key_slots,), k)
         slots.index_put_((self.value_slots,), v)
         if len(self.parts) == 1:
-            return self.parts[0].attend(pages, q, k, v, scale, sliding_window, softcap)
+            return self.parts[0].attend(pages, (q, k, v), scale, sliding_window, softcap)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for part in self.parts:
             rows = slice(part.start, part.end)
-            out[rows] = part.attend(pages, q[rows], k[rows], v[rows], scale, sliding_window, softcap)
+            out[rows] = part.attend(pages, (q[rows], k[rows], v[rows]), scale, sliding_window, softcap)
         return out
 
 
@@ -137,16 +138,10 @@ class _Decodes:
         self.masks: dict[int | None, Tensor] = {}
 
     def attend(
-        self,
-        pages: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        self, pages: Tensor, qkv: QKV, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        """``q [n, query heads, D]``; k and v come from the pages."""
+        """``q [n, query heads, D]``; keys and values come from the pages."""
+        q = qkv[0]
         n, heads, dim = self.count, self.shape.num_kv_heads, self.shape.head_dim
         keys, values = pages.index_select(0, self.rows).view(2, heads * n, self.keys, dim)
         grouped = q.view(n, heads, -1, dim).transpose(0, 1).reshape(heads * n, -1, dim)
@@ -166,11 +161,9 @@ class _Decodes:
             hidden = positions >= lens
             if window is not None:
                 hidden |= positions < lens - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
-                hidden, -torch.inf
-            )
             heads, groups = self.shape.num_kv_heads, self.shape.num_query_heads // self.shape.num_kv_heads
-            self.masks[window] = mask.repeat(heads, 1).unsqueeze(1).expand(-1, groups, -1)
+            mask = minus_infinity(hidden, dtype).repeat(heads, 1).unsqueeze(1)
+            self.masks[window] = mask.expand(-1, groups, -1)
         return self.masks[window]
 
 
@@ -188,16 +181,10 @@ class _Prefill:
         self.masks: dict[int | None, Tensor] = {}
 
     def attend(
-        self,
-        pages: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        self, pages: Tensor, qkv: QKV, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        """``q [T, query heads, D]``; without a prefix, k and v are all there is."""
+        """``q [T, query heads, D]``; without a prefix, its k and v are all there is."""
+        q, k, v = qkv
         heads, dim, tokens = self.shape.num_kv_heads, self.shape.head_dim, q.shape[0]
         if self.rows is None:
             keys, values = k.transpose(0, 1), v.transpose(0, 1)
@@ -223,9 +210,13 @@ class _Prefill:
             hidden = keys > queries
             if window is not None:
                 hidden |= keys <= queries - window
-            zeros = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
-            self.masks[window] = zeros.masked_fill_(hidden, -torch.inf)
+            self.masks[window] = minus_infinity(hidden, q.dtype)
         return self.masks[window]
+
+
+def minus_infinity(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to scores so that the ``hidden`` ones count for nothing."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 def cap(scores: Tensor, scale: float, softcap: float) -> Tensor:

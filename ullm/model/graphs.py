@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,16 +90,16 @@ class DecodeGraphs:
 
 def padding_batch(backend: VarlenAttention, rows: int, width: int) -> Batch:
     """``rows`` sequences of one token in the padding block."""
-    device = backend.device
-    long = {"dtype": torch.int64, "device": device}
-    short = {"dtype": torch.int32, "device": device}
+    on_device = backend.to_device
+    table = np.full((rows, width), backend.padding_block, dtype=np.int32)
+    slots = np.full(rows, backend.padding_block * backend.block_size, dtype=np.int64)
     batch = Batch(
-        token_ids=torch.zeros(rows, **long),  # type: ignore[arg-type]
-        positions=torch.zeros(rows, **long),  # type: ignore[arg-type]
-        query_start=torch.arange(rows + 1, **short),  # type: ignore[arg-type]
-        seq_lens=torch.ones(rows, **short),  # type: ignore[arg-type]
-        block_tables=torch.full((rows, width), backend.padding_block, **short),  # type: ignore[arg-type]
-        slot_mapping=torch.full((rows,), backend.padding_block * backend.block_size, **long),  # type: ignore[arg-type]
+        token_ids=on_device(np.zeros(rows, dtype=np.int64)),
+        positions=on_device(np.zeros(rows, dtype=np.int64)),
+        query_start=on_device(np.arange(rows + 1, dtype=np.int32)),
+        seq_lens=on_device(np.ones(rows, dtype=np.int32)),
+        block_tables=on_device(table),
+        slot_mapping=on_device(slots),
         query_lens_host=[1] * rows,
         seq_lens_host=[1] * rows,
         num_decodes=rows,

@@ -37,9 +37,7 @@ def packed(weight: Tensor, bias: Tensor | None) -> Linear:
 def fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32 (AVX-512 BF16 or AMX)."""
     capabilities = torch.cpu.get_capabilities()
-    return bool(
-        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile")
-    )
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def choose_linear_kernel(device: torch.device, dtype: torch.dtype) -> LinearKernel:

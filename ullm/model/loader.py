@@ -170,7 +170,7 @@ def safetensors_sources(file: Path) -> Iterator[tuple[str, Source]]:
     except (SafetensorError, OSError) as error:
         raise ModelFileBroken(file, f"is not a complete safetensors file: {error}") from None
     with handle as tensors:
-        for name in tensors.keys():  # noqa: SIM118  # not a mapping
+        for name in tensors.keys():
             yield name, _safetensors_source(file, tensors, name)
 
 
@@ -201,6 +201,6 @@ def reject_quantized(hf: dict[str, Any], file: Path) -> None:
             quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         )
         raise ModelUnsupported(
-            f"{file}: the weights are quantized ({method}), which is not supported; use an unquantized checkpoint "
-            "or a GGUF file"
+            f"{file}: the weights are quantized ({method}), which is not supported; "
+            "use an unquantized checkpoint or a GGUF file"
         )

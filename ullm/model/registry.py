@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ullm.config import EngineConfig
-from ullm.errors import ConfigError, ModelFileBroken, ModelNotFound, ModelUnsupported, OutOfMemory
+from ullm.errors import ConfigError, ModelFileBroken, ModelUnsupported, OutOfMemory
 from ullm.model.batch import CausalModel
 from ullm.model.decoder import Decoder
 from ullm.model.kv_pool import available_memory, mib
@@ -169,9 +169,7 @@ def choose_context_len(hf: dict[str, Any], wanted: int | None) -> int:
     """The model's own limit, or the lower one that is wanted."""
     limit = int(hf.get("max_position_embeddings") or hf.get("n_positions") or DEFAULT_CONTEXT_LEN)
     if wanted is not None and wanted > limit:
-        raise ConfigError(
-            f"--context-len {wanted} is more than the {limit} tokens that the model was made for"
-        )
+        raise ConfigError(f"--context-len {wanted} is more than the model's {limit} tokens")
     return wanted or limit
 
 

@@ -22,9 +22,7 @@ def read_rope(hf: dict[str, Any], default_theta: float) -> dict[str, Any]:
     limit = hf.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
     rope.setdefault("original_max_position_embeddings", limit)
     if hf.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelUnsupported(
-            "rotary embeddings of a part of each head are not supported for this architecture"
-        )
+        raise ModelUnsupported("partial rotary embeddings are not supported for this architecture")
     return rope
 
 

@@ -46,7 +46,7 @@ class Pending:
 
     def done(self) -> bool:
         """Whether `result` would return at once."""
-        return self.event is None or self.event.query()
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled."""
@@ -218,6 +218,6 @@ def _to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         return tokens, None
     host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
     host.copy_(tokens, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return host, event
