@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import trio
 
 
+class BackgroundTasks:
+    """Tasks that go on while the body is being cancelled: its cleanup still needs them."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._scopes: list[trio.CancelScope] = []
+
+    def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run ``function()`` until it ends or the body has."""
+        scope = trio.CancelScope(shield=True)
+        self._scopes.append(scope)
+        self._nursery.start_soon(self._run, scope, function)
+
+    def cancel(self) -> None:
+        """End them all."""
+        for scope in self._scopes:
+            scope.cancel()
+
+    async def _run(self, scope: trio.CancelScope, function: Callable[[], Awaitable[None]]) -> None:
+        with scope:
+            await function()
+
+
 @asynccontextmanager
-async def background_tasks() -> AsyncIterator[trio.Nursery]:
-    """A nursery that is cancelled when the body ends, and raises the body's error as it was.
+async def background_tasks() -> AsyncIterator[BackgroundTasks]:
+    """Tasks that are cancelled when the body has ended; the body's error is raised as it was.
 
     A plain nursery would wrap it in a group, and every ``except WorkerLost`` around a transport would
     miss it.
@@ -18,10 +41,11 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
     error: BaseException
     try:
         async with trio.open_nursery() as nursery:
+            tasks = BackgroundTasks(nursery)
             try:
-                yield nursery
+                yield tasks
             finally:
-                nursery.cancel_scope.cancel()
+                tasks.cancel()
         return
     except BaseExceptionGroup as group:
         if len(group.exceptions) != 1:
