@@ -148,14 +148,15 @@ class FakeWorker:
     async def stop(self, budget: float) -> StopReport:
         """`Stop`, then force."""
         began = trio.current_time()
-        outcome = "lost"
-        if self.alive():
+        was_alive = self.alive()
+        if was_alive:
             self._inbox.send_nowait(Stop(budget))
             with trio.move_on_after(budget):
                 await self._ended.wait()
-            outcome = "stopped" if self.sent and isinstance(self.sent[-1], Stopped) else "killed"
             self.kill()
-        timings = self.sent[-1].timings if outcome == "stopped" and isinstance(self.sent[-1], Stopped) else {}
+        said = [message for message in self.sent if isinstance(message, Stopped)]
+        outcome = "stopped" if said else "killed" if was_alive else "lost"
+        timings = said[0].timings if said else {}
         return StopReport(self.name, outcome, trio.current_time() - began, timings)
 
     # --- the test's hands ---

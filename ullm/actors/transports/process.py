@@ -72,6 +72,8 @@ class ProcessTransport:
         self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
         self._outbox, self._to_write = trio.open_memory_channel[bytes](OUTBOX)
         self._reader: FrameReader[FromWorker] = FrameReader(FromWorker)
+        self._reading = trio.Lock()
+        self._backlog: deque[FromWorker] = deque()
         self._stderr_tail: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
         self._stderr_ended = trio.Event()
         self._stopped: Stopped | None = None
@@ -103,16 +105,8 @@ class ProcessTransport:
 
     async def receive(self) -> FromWorker:
         """The next message; messages that were sent before the worker's end come first."""
-        while True:
-            message = self._next_frame()
-            if message is not None:
-                if isinstance(message, Stopped):
-                    self._stopped = message
-                return message
-            data = await self._read_some()
-            if not data:
-                raise await self._lost()
-            self._reader.feed(data)
+        async with self._turn():
+            return self._backlog.popleft() if self._backlog else await self._read_message()
 
     def kill(self) -> None:
         """SIGKILL for the worker and for whatever it started itself."""
@@ -127,7 +121,7 @@ class ProcessTransport:
         """`Stop`, then SIGTERM for the last quarter of the budget, then SIGKILL."""
         began = trio.current_time()
         if not self.alive():
-            return self._report("lost", began)
+            return self._report("stopped" if self._stopped else "lost", began)
         with trio.move_on_at(began + 0.75 * budget):
             await self._ask(Stop(0.75 * budget))
             await self._drain()
@@ -180,6 +174,19 @@ class ProcessTransport:
                 await self._stderr_ended.wait()
             await self._stderr.aclose()
 
+    async def _read_message(self) -> FromWorker:
+        while (message := self._next_frame()) is None:
+            try:
+                data = await self._stdout.receive_some(READ_BYTES)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                data = b""
+            if not data:
+                raise await self._lost()
+            self._reader.feed(data)
+        if isinstance(message, Stopped):
+            self._stopped = message
+        return message
+
     def _next_frame(self) -> FromWorker | None:
         try:
             return self._reader.next()
@@ -188,11 +195,17 @@ class ProcessTransport:
             self.kill()
             raise WorkerLost(self._name, self._cause, tuple(self._stderr_tail)) from None
 
-    async def _read_some(self) -> bytes | bytearray:
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One reader at a time: the engine's, or `stop`, which reads on where the engine has ceased to."""
         try:
-            return await self._stdout.receive_some(READ_BYTES)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return b""
+            self._reading.acquire_nowait()  # unlike acquire(), without a round through trio's scheduler
+        except trio.WouldBlock:
+            await self._reading.acquire()
+        try:
+            yield
+        finally:
+            self._reading.release()
 
     async def _ask(self, message: ToWorker) -> None:
         try:
@@ -201,14 +214,11 @@ class ProcessTransport:
             log.debug("worker ended before it was asked to", worker=self._name)
 
     async def _drain(self) -> None:
-        """Read on, so that the worker can write, until it is gone."""
-        try:
+        """Read on, so that the worker can write, until it is gone; what it says can still be received."""
+        with suppress(WorkerLost):
             while True:
-                await self.receive()
-        except WorkerLost:
-            return
-        except trio.BusyResourceError:  # the scheduler still reads
-            await self._process.wait()
+                async with self._turn():
+                    self._backlog.append(await self._read_message())
 
     async def _lost(self) -> WorkerLost:
         if not await self._wait_gone(EXIT_SECONDS):

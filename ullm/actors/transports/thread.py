@@ -96,11 +96,10 @@ class ThreadTransport:
     async def stop(self, budget: float) -> StopReport:
         """`Stop`, and wait; a thread that has not ended then is abandoned."""
         began = trio.current_time()
-        if self._ended.is_set():
-            return self._report("stopped" if self._stopped else "lost", began)
-        self._inbox.put(Stop(budget))
-        with trio.move_on_after(budget):
-            await self._ended.wait()
+        if not self._ended.is_set():
+            self._inbox.put(Stop(budget))
+            with trio.move_on_after(budget):
+                await self._ended.wait()
         if not self._ended.is_set():
             self.kill()
             log.error("worker thread hangs and is abandoned", worker=self.name)
@@ -144,10 +143,11 @@ class ThreadTransport:
     # --- on trio's thread, where nothing may be raised ---
 
     def _take(self, message: FromWorker) -> None:
+        if self._killed:
+            return
         if isinstance(message, Stopped):
             self._stopped = message
-        if not self._killed:
-            self._deliver.send_nowait(message)
+        self._deliver.send_nowait(message)
 
     def _end(self) -> None:
         self._ended.set()
