@@ -48,7 +48,7 @@ def count_blocks(config: CacheConfig, block_bytes: int, budget: int) -> int:
     if memory < block_bytes:
         raise OutOfMemory(
             f"not enough memory for one block of KV: it takes {mib(block_bytes)}, "
-            f"there are {mib(max(memory, 0))}; free some memory, raise --kv-cache-memory or lower --block-size"
+            f"there are {mib(max(memory, 0))}; raise --kv-cache-memory or lower --block-size"
         )
     return memory // block_bytes
 

@@ -91,9 +91,8 @@ def load_weights(model: nn.Module, path: Path, progress: Callable[[], None]) -> 
         progress()
     if missing:
         first = min(missing)
-        raise ModelFileBroken(
-            path, f"tensor {first!r} is missing ({len(missing)} in all), shape {missing[first][0].full_shape}"
-        )
+        shape = missing[first][0].full_shape
+        raise ModelFileBroken(path, f"tensor {first!r} of shape {shape} is missing ({len(missing)} in all)")
 
 
 def targets(model: nn.Module) -> dict[str, list[Shard]]:

@@ -128,7 +128,7 @@ class SequenceTable:
         end = row.start + row.count
         if row.count < 1 or row.start < 0 or end > state.num_tokens:
             raise ValueError(
-                f"sequence {row.seq_id}: row of {row.count} tokens from {row.start}, it has {state.num_tokens}"
+                f"sequence {row.seq_id}: row of {row.count} from {row.start}, it has {state.num_tokens}"
             )
         unsent = end - max(row.start, len(state.tokens))
         if unsent > 1 or (unsent == 1 and end != state.num_tokens):

@@ -1,0 +1,161 @@
+"""Tiny random models with transformers' answers, and a way to run ours step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from ullm.config import EngineConfig
+from ullm.messages import NewSequence, RankSpec, Row, Start, Step
+from ullm.model.attention_gather import GatherAttention
+from ullm.model.parallel import ParallelContext
+from ullm.model.registry import load_model, read_checkpoint
+from ullm.model.runner import ModelRunner
+from ullm.model.sequences import SequenceTable
+from ullm.sampling import SamplingParams
+
+VOCAB = 120
+GREEDY = SamplingParams(temperature=0, ignore_eos=True)
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LINEAR_ROPE}),
+    "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE}),
+    "llama-head-dim": ("Llama", {"head_dim": 32, "rope_parameters": YARN_ROPE}),
+    "mistral": ("Mistral", {"sliding_window": 8}),
+    "mistral-full": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-windows": ("Qwen2", WINDOWS),
+    "qwen3": ("Qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
+    "qwen3-bias": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+}
+
+
+def save_tiny(folder: Path, name: str, **save: Any) -> Any:
+    """Save a random model of `MODELS` and return it, for its answers."""
+    family, changes = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**(SHAPE | changes))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms at 1 and biases at 0 would hide mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder, **save)
+    return model
+
+
+@torch.no_grad()
+def reference_logits(model: Any, tokens: list[int]) -> Tensor:
+    """``[tokens, vocab]`` from transformers."""
+    logits: Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0]
+    return logits
+
+
+@torch.no_grad()
+def reference_greedy(model: Any, tokens: list[int], count: int) -> list[int]:
+    """Greedy continuation, without a cache."""
+    found = list(tokens)
+    for _ in range(count):
+        found.append(int(reference_logits(model, found)[-1].argmax()))
+    return found[len(tokens) :]
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    """A prompt."""
+    return np.random.default_rng(seed).integers(3, VOCAB, count).tolist()
+
+
+def config(path: Path, **options: Any) -> EngineConfig:
+    """For a tiny model on a CPU in float32."""
+    defaults: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "block_size": 4,
+        "num_blocks": 64,
+        "max_bs": 8,
+    }
+    return EngineConfig(model=str(path), **(defaults | options))
+
+
+class LogitsModel:
+    """A model and a pool, without a sampler: steps in, logits of all their positions out."""
+
+    def __init__(self, path: Path, parallel: ParallelContext | None = None, **options: Any) -> None:
+        cpu, options_ = torch.device("cpu"), config(path, **options)
+        checkpoint = read_checkpoint(path, options_, cpu)
+        self.model = load_model(checkpoint, options_, cpu, parallel or ParallelContext(), lambda: None)
+        size = options_.block_size
+        self.backend = GatherAttention(
+            self.model.kv_shape, options_.num_blocks or 1, size, self.model.dtype, cpu
+        )
+        self.table = SequenceTable(size)
+
+    def add(self, seq_id: int, tokens: list[int], blocks: list[int]) -> None:
+        """A sequence with all its blocks."""
+        self.table.add(NewSequence(seq_id, tokens, len(tokens), GREEDY, blocks))
+
+    @torch.inference_mode()
+    def step(self, *rows: tuple[int, int, int]) -> dict[int, Tensor]:
+        """Rows ``(seq_id, start, count)`` → logits ``[count, vocab]`` of each."""
+        plan = self.table.plan(Step(0, [Row(seq_id, start, count, False) for seq_id, start, count in rows]))
+        batch = self.backend.prepare(plan.layout)
+        logits = self.model.logits(self.model.forward(batch.token_ids, batch))
+        return {
+            row.seq_id: logits[end - row.count : end]
+            for (row, _), end in zip(plan.rows, plan.ends, strict=True)
+        }
+
+
+def load_runner(path: Path, rank: RankSpec | None = None, **options: Any) -> ModelRunner:
+    """A `ModelRunner` with the model loaded."""
+    runner = ModelRunner()
+    runner.load(Start(config(path, **options), rank or RankSpec(), str(path)), lambda _: None)
+    return runner
+
+
+def generate(runner: ModelRunner, tokens: list[int], count: int, *, chunk: int = 1000) -> list[int]:
+    """Greedy tokens of one sequence through hand-made steps."""
+    blocks = list(range(-(-(len(tokens) + count) // 4)))
+    new, found = [NewSequence(0, tokens, len(tokens), GREEDY, blocks)], []
+    for start in range(0, len(tokens), chunk):
+        rows = [Row(0, start, min(chunk, len(tokens) - start), start + chunk >= len(tokens))]
+        result = runner.submit(Step(start, rows, new)).result()
+        new = []
+    found += result.sampled[0].token_ids
+    for i in range(count - 1):
+        result = runner.submit(Step(i, [Row(0, len(tokens) + i, 1, True)])).result()
+        found += result.sampled[0].token_ids
+    return found

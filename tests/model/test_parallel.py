@@ -1,0 +1,70 @@
+"""Tensor parallelism: real ranks over gloo compute what one rank computes."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_fixtures import LogitsModel, random_tokens, reference_greedy, reference_logits, save_tiny
+
+from ullm.errors import ModelUnsupported
+from ullm.model.parallel import ParallelContext
+
+WAIT = 120
+
+
+def run_ranks(folder: Path, out: Path, world_size: int) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    files = [out / f"rank{rank}.pt" for rank in range(world_size)]
+    script = Path(__file__).with_name("tp_rank.py")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, folder, str(rank), str(world_size), f"127.0.0.1:{port}", file],
+            stderr=subprocess.PIPE,
+        )
+        for rank, file in enumerate(files)
+    ]
+    try:
+        for rank in ranks:
+            _, stderr = rank.communicate(timeout=WAIT)
+            assert rank.returncode == 0, stderr.decode()
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return [torch.load(file) for file in files]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("name", "world_size"), [("llama-bias", 2), ("qwen3", 4)])
+def test_ranks_agree_with_one(name: str, world_size: int, tmp_path: Path) -> None:
+    """Qwen3's two KV heads over four ranks are held twice; 120 tokens divide, 122 would be padded."""
+    reference = save_tiny(tmp_path / "model", name)
+    tokens = random_tokens(20, seed=1)
+    found = run_ranks(tmp_path / "model", tmp_path, world_size)
+    for rank in found:
+        torch.testing.assert_close(rank["logits"], reference_logits(reference, tokens), atol=1e-4, rtol=0)
+        assert rank["generated"] == reference_greedy(reference, tokens, 8)
+        assert rank["closed"][4] == "process_group"
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_vocabulary_that_does_not_divide(rank: int) -> None:
+    from ullm.model.layers import VocabParallelHead
+
+    head = VocabParallelHead(10, 4, ParallelContext(rank, 3))
+    (shard,) = (shard for _, shard in head.shards("lm_head"))
+    assert (shard.start, len(shard.target), head.rows) == (rank * 4, (4, 4, 2)[rank], 4)
+
+
+def test_heads_that_do_not_divide(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    with pytest.raises(ModelUnsupported, match="4 attention heads cannot be split over --tp-size 3"):
+        LogitsModel(tmp_path, ParallelContext(0, 3))

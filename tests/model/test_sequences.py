@@ -1,0 +1,59 @@
+"""From deltas to a layout."""
+
+from __future__ import annotations
+
+import pytest
+
+from ullm.messages import NewSequence, Row, Step
+from ullm.model.sequences import GrowingArray, SequenceTable
+from ullm.sampling import SamplingParams
+
+
+def table_of(*lengths: int, block_size: int = 4) -> SequenceTable:
+    """Sequence i has the tokens 100 i, 100 i + 1, … and the blocks 10 i, 10 i + 1, …"""
+    table = SequenceTable(block_size)
+    for i, length in enumerate(lengths):
+        blocks = [10 * i + b for b in range(-(-length // block_size))]
+        table.add(NewSequence(i, [100 * i + t for t in range(length)], length, SamplingParams(), blocks))
+    return table
+
+
+def test_layout_of_a_mixed_step() -> None:
+    table = table_of(6, 9, 12)
+    plan = table.plan(Step(0, [Row(0, 2, 4, True), Row(1, 8, 1, True), Row(2, 9, 1, False)]))
+    layout = plan.layout
+    assert [row.seq_id for row, _ in plan.rows] == [2, 1, 0]
+    assert layout.token_ids.tolist() == [209, 108, 2, 3, 4, 5]
+    assert layout.positions.tolist() == [9, 8, 2, 3, 4, 5]
+    assert (layout.query_lens, layout.seq_lens, layout.num_decodes) == ([1, 1, 4], [10, 9, 6], 2)
+    assert layout.block_tables.tolist() == [[20, 21, 22], [10, 11, 12], [0, 1, 0]]
+    assert layout.slot_mapping.tolist() == [22 * 4 + 1, 12 * 4, 2, 3, 4, 5]
+    assert (plan.ends, plan.fresh) == ([1, 2, 6], ([], []))
+
+
+def test_tokens_that_only_the_device_knows() -> None:
+    table = table_of(3, 4)
+    state = table.sequences[1]
+    state.num_sampled = 2
+    plan = table.plan(Step(0, [Row(0, 0, 3, False), Row(1, 5, 1, True, [19])]))
+    assert plan.layout.token_ids.tolist() == [0, 0, 1, 2]
+    assert plan.fresh == ([0], [state.slot])
+    assert plan.layout.slot_mapping.tolist()[0] == 19 * 4 + 1
+    with pytest.raises(ValueError, match="only the last token sampled here is kept"):
+        table.plan(Step(1, [Row(1, 4, 1, False)]))
+
+
+def test_slots_are_reused() -> None:
+    table = table_of(1, 1, 1)
+    table.forget(1)
+    table.forget(1)
+    table.add(NewSequence(5, [7], 1, SamplingParams(), [0]))
+    assert table.sequences[5].slot == 1
+    assert table.num_slots == 3
+
+
+def test_growing_array() -> None:
+    array = GrowingArray([])
+    for i in range(100):
+        array.extend([i, -i])
+    assert array.view.tolist() == [v for i in range(100) for v in (i, -i)]
