@@ -15,6 +15,7 @@ from ullm.supervision.shutdown import (
     StageReport,
     stages_of,
 )
+from ullm.supervision.signals import STOP_SIGNALS, Watchdog, forced_exit_code, leave_now, signal_ladder
 from ullm.supervision.spec import (
     IGNORE,
     ChildCounts,
@@ -31,6 +32,7 @@ __all__ = [
     "BRUTAL_KILL",
     "IGNORE",
     "INFINITY",
+    "STOP_SIGNALS",
     "AutoShutdown",
     "ChildCounts",
     "ChildInfo",
@@ -48,8 +50,12 @@ __all__ = [
     "StateReader",
     "Strategy",
     "Supervisor",
+    "Watchdog",
     "cleanup_scope",
     "exponential_backoff",
+    "forced_exit_code",
+    "leave_now",
     "open_supervisor",
+    "signal_ladder",
     "stages_of",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from ullm.supervision.policy import (
     shuts_down,
 )
 from ullm.supervision.shutdown import ChildReport
-from ullm.supervision.spec import ChildCounts, ChildInfo, ChildSpec, ChildStatus, Flags, Kind, Shutdown
+from ullm.supervision.spec import ChildCounts, ChildInfo, ChildSpec, ChildStatus, Flags, Kind
 from ullm.supervision.termination import Terminator
 
 log = get_logger("ullm.supervision")
@@ -287,6 +288,14 @@ class Supervisor:
             raise ConfigError(
                 f"child {spec.child_id!r} is significant, but {self.name!r} has auto_shutdown never"
             )
+
+    def _check_initial(self) -> None:
+        ids = Counter(spec.child_id for spec in self._initial)
+        for child_id, number in ids.items():
+            if number > 1 and self.flags.strategy is not Strategy.DYNAMIC:
+                raise ConfigError(f"supervisor {self.name!r} has {number} children called {child_id!r}")
+        for spec in self._initial:
+            self._check(spec)
 
     async def _start_initial(self) -> None:
         for spec in self._initial:
@@ -553,8 +562,7 @@ async def _opened(
         watched.set()
 
     watched = trio.Event()
-    for spec in supervisor._initial:
-        supervisor._check(spec)
+    supervisor._check_initial()
     lifetime = current_lifetime()
     error: BaseException | None = None
     with lifetime.followed_by(supervisor._terminator.expedite) if lifetime is not None else nullcontext():
@@ -593,8 +601,7 @@ class SupervisorChild:
     flags: Flags
 
     async def __call__(self, *, task_status: trio.TaskStatus[Supervisor]) -> None:
-        """Be a nested supervisor until cancelled, stopped, or failed."""
+        """Be a nested supervisor until cancelled, stopped, or failed; stopping by itself is a normal end."""
         async with _opened(Supervisor(self.name, self.children, self.flags), math.inf, None) as supervisor:
             task_status.started(supervisor)
             await supervisor.wait_stopped()
-        raise Shutdown  # it stopped by itself, or was asked to by its own name

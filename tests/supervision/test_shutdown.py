@@ -1,0 +1,134 @@
+"""The arithmetic of a stop, and its report."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ullm.supervision import (
+    BRUTAL_KILL,
+    INFINITY,
+    ChildReport,
+    Deadline,
+    ShutdownReport,
+    StageReport,
+    stages_of,
+)
+from ullm.supervision.shutdown import stage_budget
+
+
+def test_deadline() -> None:
+    deadline = Deadline.after(10.0, 25.0)
+    assert deadline == Deadline(35.0)
+    assert deadline.remaining(30.0) == 5.0
+    assert deadline.remaining(40.0) == 0.0
+    assert not deadline.expired(34.9)
+    assert deadline.expired(35.0)
+    assert deadline.tightened(Deadline(20.0)).at == 20.0
+    assert deadline.tightened(Deadline(50.0)).at == 35.0
+    assert Deadline.after(1.0, INFINITY).at == math.inf
+
+
+def test_reserve_is_kept_for_what_comes_after() -> None:
+    assert Deadline(35.0).less_reserve(3.0, now=10.0).at == 32.0
+    assert Deadline(11.0).less_reserve(3.0, now=10.0).at == 10.0
+
+
+def test_each_stage_gets_its_own_budget_if_all_fit() -> None:
+    assert stage_budget(25.0, 5.0, later=20.0) == 5.0
+    assert stage_budget(INFINITY, 5.0, later=100.0, unlimited=1) == 5.0
+
+
+def test_scarce_time_is_divided_in_proportion() -> None:
+    assert stage_budget(10.0, 5.0, later=15.0) == pytest.approx(2.5)
+    assert stage_budget(10.0, INFINITY, later=10.0) == pytest.approx(5.0)
+    assert stage_budget(10.0, INFINITY, unlimited=1) == pytest.approx(5.0)
+
+
+def test_unused_time_passes_on() -> None:
+    first = stage_budget(10.0, 10.0, later=10.0)
+    assert first == pytest.approx(5.0)
+    assert stage_budget(10.0 - 1.0, 10.0) == pytest.approx(9.0)  # the first took 1 s of its 5
+
+
+def test_nothing_is_left_after_the_deadline() -> None:
+    assert stage_budget(0.0, 5.0) == 0.0
+    assert stage_budget(-math.inf, INFINITY) == 0.0
+
+
+budgets = st.lists(st.floats(0.0, 1e3) | st.just(INFINITY), min_size=1, max_size=20)
+
+
+@given(st.floats(0.0, 1e3), budgets, st.data())
+def test_stages_never_exceed_the_deadline_nor_their_own_budget(
+    remaining: float, stages: list[float], data: st.DataObject
+) -> None:
+    left = remaining
+    for index, budget in enumerate(stages):
+        later = stages[index + 1 :]
+        share = stage_budget(left, budget, sum(b for b in later if b < INFINITY), later.count(INFINITY))
+        assert 0.0 <= share <= min(budget, left) + 1e-9
+        left -= data.draw(st.floats(0.0, 1.0)) * share
+    assert left >= -1e-6
+
+
+@given(st.floats(1.0, 1e3), budgets.filter(lambda stages: all(b >= 0.01 for b in stages)))
+def test_no_stage_starves_when_all_use_their_time_up(remaining: float, stages: list[float]) -> None:
+    left = remaining
+    for index, budget in enumerate(stages):
+        later = stages[index + 1 :]
+        share = stage_budget(left, budget, sum(b for b in later if b < INFINITY), later.count(INFINITY))
+        assert share > 0.0
+        left -= share
+
+
+@pytest.mark.parametrize(
+    ("report", "code"),
+    [
+        (ShutdownReport("SIGTERM"), 0),
+        (ShutdownReport("SIGTERM", aborted=3), 0),
+        (ShutdownReport("SIGTERM", killed=1), 0),
+        (ShutdownReport("failure", started=False, failure="no such model"), 1),
+        (ShutdownReport("failure", failure="worker lost", abandoned=1), 70),
+        (ShutdownReport("SIGTERM", abandoned=1), 71),
+        (ShutdownReport("SIGINT", abandoned=1, forced_by=2), 130),
+        (ShutdownReport("SIGTERM", failure="late", forced_by=15), 143),
+    ],
+)
+def test_exit_codes(report: ShutdownReport, code: int) -> None:
+    assert report.exit_code == code
+
+
+def test_report_is_one_line_with_every_stage() -> None:
+    report = ShutdownReport(
+        "SIGTERM",
+        drained=12,
+        aborted=3,
+        killed=1,
+        stages=(StageReport("drain", 2.0), StageReport("http", 0.123, "killed")),
+        seconds=2.5,
+    )
+    assert str(report) == (
+        "stopped in 2.50 s by SIGTERM: 12 drained, 3 aborted, 1 killed, 0 abandoned; "
+        "drain 2.00 s done, http 0.12 s killed; exit code 0"
+    )
+
+
+def test_report_names_the_failure() -> None:
+    assert "failure: worker lost; exit code 70" in str(ShutdownReport("failure", failure="worker lost"))
+
+
+def test_child_reports_count_workers_at_any_depth() -> None:
+    leaf = ChildReport("rank0", "abandoned", 1.0)
+    tree = ChildReport("replica0", "killed", 1.0, children=(leaf, ChildReport("scheduler", "stopped", 0.1)))
+    assert tree.count("abandoned") == 1
+    assert tree.count("killed") == 0
+    assert tree.count("stopped") == 1
+    assert stages_of([tree]) == (StageReport("replica0", 1.0, "killed"),)
+
+
+def test_brutal_kill_is_no_budget() -> None:
+    assert stage_budget(INFINITY, BRUTAL_KILL) == 0.0
