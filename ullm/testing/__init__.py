@@ -2,7 +2,7 @@
 
 `ScriptedRunner` takes a model's place in any kind of worker, without torch::
 
-    ullm serve --model FOLDER --load-format dummy --runner ullm.testing:ScriptedRunner
+    ullm serve --model FOLDER --runner ullm.testing:ScriptedRunner
 
 with a folder from `write_scripted_model`. `write_tiny_model` writes a real model of a few thousand
 random weights. `FakeWorkers` are workers in memory that die and hang when a test says so.
