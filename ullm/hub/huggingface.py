@@ -208,7 +208,7 @@ def _check_reachable(repo: str, revision: str | None, progress: Progress) -> Non
         raise ModelNotFound(
             f"{repo} is no local folder and not in the Hugging Face cache, and HF_HUB_OFFLINE is set; "
             "unset it, or give a local folder with --model"
-        )
+        ) from OSError("HF_HUB_OFFLINE is set")
 
     def question() -> None:
         from huggingface_hub import get_session

@@ -1,0 +1,218 @@
+"""Local folders and GGUF files: what is found, and what is said when it is broken."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ullm import hub
+from ullm.config import EngineConfig
+from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
+from ullm.hub.files import build_folder, silent
+from ullm.testing import tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint that is whole as far as the front end looks."""
+    folder = tmp_path / "model"
+    tiny_tokenizer(folder)
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    save_file({"a": np.ones((4, 4), np.float32), "b": np.ones(8, np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def test_folder(folder: Path) -> None:
+    model = hub.resolve(EngineConfig(model=str(folder)))
+    assert model.path == model.tokenizer_path == folder
+    assert model.name == "model"
+    assert model.config == {"architectures": ["LlamaForCausalLM"]}
+    assert model.generation_config == {}
+
+
+def test_served_name_and_chat_template(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages }}")
+    config = EngineConfig(model=str(folder), served_model_name="mine", chat_template=str(template))
+    model = hub.resolve(config)
+    assert (model.name, model.chat_template) == ("mine", "{{ messages }}")
+
+
+def test_tokenizer_from_elsewhere(folder: Path, tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path / "other")
+    model = hub.resolve(EngineConfig(model=str(folder), tokenizer=str(tmp_path / "other")))
+    assert model.tokenizer_path == tmp_path / "other"
+    assert model.path == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("./nothing/here", "no such folder"),
+        ("/nothing/here", "no such folder"),
+        ("owner/name", "HF_HUB_OFFLINE"),
+        ("owner/name/file.gguf", "HF_HUB_OFFLINE"),
+    ],
+)
+def test_no_such_model(name: str, says: str) -> None:
+    with pytest.raises(ModelNotFound, match=says) as caught:
+        hub.resolve(EngineConfig(model=name))
+    assert name.removesuffix("/file.gguf") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_gguf(folder: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"not a \.gguf file"):
+        hub.resolve(EngineConfig(model=str(folder / "config.json")))
+
+
+def test_missing_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):
+        hub.resolve(EngineConfig(model=str(folder)))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+def test_broken_config(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ModelFileBroken, match=r"config\.json"):
+        hub.resolve(EngineConfig(model=str(folder)))
+
+
+def test_missing_chat_template(folder: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"--chat-template /nothing: No such file"):
+        hub.resolve(EngineConfig(model=str(folder), chat_template="/nothing"))
+
+
+@pytest.mark.parametrize(
+    ("keep", "says"), [(-1, "tensor [ab] ends"), (40, "header"), (3, "header"), (0, "header")]
+)
+def test_truncated_weights(folder: Path, keep: int, says: str) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelFileBroken, match=f"model.safetensors: truncated: .*{says}"):
+        hub.resolve(EngineConfig(model=str(folder)))
+
+
+def test_weights_that_are_something_else(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((5).to_bytes(8, "little") + b"hello world")
+    with pytest.raises(ModelFileBroken, match="not that of a safetensors file"):
+        hub.resolve(EngineConfig(model=str(folder)))
+
+
+def test_missing_shard_is_named(folder: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFileBroken, match=r"model-00002\.safetensors: missing"):
+        hub.resolve(EngineConfig(model=str(folder)))
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelUnsupported, match=r"no \.safetensors file"):
+        hub.resolve(EngineConfig(model=str(folder)))
+    assert hub.resolve(EngineConfig(model=str(folder), load_format="dummy")).path == folder
+
+
+@pytest.mark.process
+def test_gguf_tokenizer_and_config_are_written_once(tiny_gguf: Path) -> None:
+    seen: list[str] = []
+    model = hub.resolve(EngineConfig(model=str(tiny_gguf)), lambda label, done, total: seen.append(label))
+    assert model.path == tiny_gguf
+    assert model.config["architectures"] == ["LlamaForCausalLM"]
+    assert (model.tokenizer_path / "tokenizer.json").is_file()
+    assert set(seen) == {"reading the tokenizer of tiny.gguf"}
+    seen.clear()
+    assert hub.resolve(EngineConfig(model=str(tiny_gguf)), lambda *_: seen.append("again")) == model
+    assert seen == []
+
+
+@pytest.mark.process
+def test_broken_gguf(tiny_gguf: Path, caches: Path) -> None:
+    tiny_gguf.write_bytes(tiny_gguf.read_bytes()[:1000])
+    with pytest.raises(ModelFileBroken, match=r"tiny\.gguf"):
+        hub.resolve(EngineConfig(model=str(tiny_gguf)))
+    assert [path.name for path in (caches / "tokenizers").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.process
+def test_folder_without_any_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelFileBroken, match="tokenizer"):
+        hub.resolve(EngineConfig(model=str(folder)))
+
+
+@pytest.mark.process
+def test_progress_may_cancel(tiny_gguf: Path, caches: Path) -> None:
+    def cancel(label: str, done: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.resolve(EngineConfig(model=str(tiny_gguf)), cancel)
+    assert [path.name for path in (caches / "tokenizers").iterdir() if path.is_dir()] == []
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from ullm.hub.files import build_folder, silent
+with build_folder(Path(sys.argv[1]), "build", silent) as partial:
+    if partial is None:
+        print("found")
+    else:
+        (partial / "file").write_text("x" * 100)
+        print("built")
+"""
+
+
+@pytest.mark.process
+def test_many_processes_build_once(tmp_path: Path) -> None:
+    target = tmp_path / "cache" / "thing"
+    command = [sys.executable, "-c", BUILD, str(target)]
+    builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    said = sorted(builder.communicate()[0].strip() for builder in builders)
+    assert said == ["built", "found", "found", "found"]
+    assert (target / "file").read_text() == "x" * 100
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+
+    def build() -> None:
+        with build_folder(target, "build", silent) as partial:
+            assert partial is not None
+            (partial / "half").write_text("")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        build()
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
+    leftover = tmp_path / ".partial-thing-0123"
+    leftover.mkdir()
+    with build_folder(tmp_path / "thing", "build", silent) as partial:
+        assert partial is not None
+        assert not leftover.exists()
+
+
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert hub.cache_dir() == tmp_path / "ullm-cache"
+    monkeypatch.delenv("ULLM_CACHE")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert hub.cache_dir() == Path("/x/ullm")
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", "/local")
+    assert hub.cache_dir() == Path("/local/ullm/Cache")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("HOME", "/home/x")
+    assert hub.cache_dir() == Path("/home/x/Library/Caches/ullm")
