@@ -92,7 +92,11 @@ def test_missing_shard(tmp_path: Path) -> None:
     ("changes", "error", "message"),
     [
         ({"quantization_config": {"quant_method": "awq"}}, ModelUnsupported, "quantized \\(awq\\)"),
-        ({"architectures": ["BrainForCausalLM"]}, ModelUnsupported, "BrainForCausalLM"),
+        (
+            {"architectures": ["BrainForCausalLM"], "model_type": "brain"},
+            ModelUnsupported,
+            "BrainForCausalLM",
+        ),
         ({"architectures": []}, ModelUnsupported, "names no architecture"),
         ({"hidden_size": ...}, ModelFileBroken, "config.json: has no 'hidden_size'"),
         ({"hidden_act": "relu"}, ModelUnsupported, "relu"),
