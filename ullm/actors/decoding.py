@@ -78,7 +78,7 @@ class ByteLevelDecoder:
         self._bytes = token_bytes
         self._skip = skip
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        for token_id in context[-CONTEXT_TOKENS:]:
+        for token_id in _last(context, skip):
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
@@ -100,7 +100,7 @@ class WindowDecoder:
     def __init__(self, backend: Backend, skip: frozenset[int], context: Sequence[int]) -> None:
         self._backend = backend
         self._skip = skip
-        self._window = [token_id for token_id in context if token_id not in skip][-CONTEXT_TOKENS:]
+        self._window = _last(context, skip)
         self._shown = len(self._window)
         self._shown_text = self._decode(self._window)
 
@@ -131,6 +131,11 @@ class WindowDecoder:
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=False)
+
+
+def _last(context: Sequence[int], skip: frozenset[int]) -> list[int]:
+    tail = context[-8 * CONTEXT_TOKENS :]  # special tokens come in twos and threes
+    return [token_id for token_id in tail if token_id not in skip][-CONTEXT_TOKENS:]
 
 
 def _decoder_kinds(decoder: dict[str, Any] | None) -> list[str]:

@@ -1,0 +1,224 @@
+"""The tokenizer actor."""
+
+import dataclasses
+import json
+import threading
+
+import pytest
+import trio
+import trio.testing
+
+from ullm.actors.base import Lifetime
+from ullm.actors.tokenizer import Tokenizer
+from ullm.errors import InvalidParameter, ModelFileBroken
+from ullm.testing import local_model, write_scripted_model
+from ullm.testing.models import IM_END
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_scripted_model(tmp_path)
+
+
+@pytest.fixture
+async def tokenizer(folder, nursery):
+    tokenizer = Tokenizer(local_model(folder))
+    await nursery.start(tokenizer.run)
+    return tokenizer
+
+
+def loaded(folder, **changes):
+    tokenizer = Tokenizer(dataclasses.replace(local_model(folder), **changes))
+    tokenizer.load()
+    return tokenizer
+
+
+async def test_text_to_tokens_and_back(tokenizer):
+    text = "The capital of France is 東京 😀?"
+    ids = await tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+    decoder = tokenizer.detokenizer()
+    assert "".join(map(decoder.push, ids)) + decoder.flush() == text
+    assert tokenizer.vocab_size == 512
+    assert tokenizer.bos_token_id == 0
+
+
+async def test_tokens_are_those_of_transformers(tokenizer, folder):
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("", " ", "Hello, wörld!\n\n  x", f"a{IM_END}b", "東京" * 50):
+        assert await tokenizer.encode(text) == reference(text).input_ids
+    expected = reference.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+    assert await tokenizer.encode_chat(HELLO) == expected
+
+
+async def test_chat(tokenizer):
+    text = await tokenizer.render_chat(HELLO)
+    assert text == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    ids = await tokenizer.encode_chat(HELLO, add_generation_prompt=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text.removesuffix("<|im_start|>assistant\n")
+    assert tokenizer.decode(ids) == "user\nHello\n"
+    with pytest.raises(InvalidParameter) as caught:
+        await tokenizer.encode_chat([{"role": "user"}, {"content": 5}])
+    assert caught.value.param == "messages"
+
+
+async def test_special_tokens_in_streams(tokenizer):
+    ids = await tokenizer.encode(f"a{IM_END}b")
+    assert "".join(map(tokenizer.detokenizer().push, ids)) == "ab"
+    shown = tokenizer.detokenizer(skip_special_tokens=False)
+    assert "".join(map(shown.push, ids)) == f"a{IM_END}b"
+
+
+async def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(InvalidParameter, match=r"U\+D83D, at character 2") as caught:
+        await tokenizer.encode("ab\ud83d", param="suffix")
+    assert caught.value.param == "suffix"
+    with pytest.raises(InvalidParameter) as caught:
+        await tokenizer.encode_chat([{"role": "user", "content": "\udc00"}])
+    assert caught.value.param == "messages"
+
+
+async def test_token_text(tokenizer):
+    (first, *rest) = await tokenizer.encode("ö", add_special_tokens=False)
+    assert tokenizer.token_text(first) == ("\ufffd" if rest else "ö")
+    assert tokenizer.token_text(2) == IM_END
+    assert tokenizer.token_text(10**9) == ""
+
+
+class Slow:
+    """A backend whose encoding of the text "slow" waits until it is let go."""
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.go = threading.Event()
+
+    def encode(self, text, add_special_tokens):
+        if text == "slow":
+            assert self.go.wait(30)
+        if text == "panic":
+            raise BaseException("the library panicked")
+        return self.backend.encode(text, add_special_tokens=add_special_tokens)
+
+
+@pytest.fixture
+def slow(tokenizer, monkeypatch):
+    slow = Slow(tokenizer._backend)
+    monkeypatch.setattr(tokenizer, "_backend", slow)
+    yield slow
+    slow.go.set()
+
+
+async def test_long_text_holds_up_neither_the_loop_nor_others(tokenizer, slow, nursery):
+    done = trio.Event()
+
+    async def encode_slowly():
+        await tokenizer.encode("slow")
+        done.set()
+
+    nursery.start_soon(encode_slowly)
+    await trio.testing.wait_all_tasks_blocked()
+    assert await tokenizer.encode("quick")
+    assert not done.is_set()
+    slow.go.set()
+    await done.wait()
+
+
+async def test_cancelled_caller_does_not_wait_for_its_text(tokenizer, slow):
+    with trio.move_on_after(0.01) as scope:
+        await tokenizer.encode("slow")
+    assert scope.cancelled_caught
+    assert await tokenizer.encode("quick")
+
+
+async def test_panic_is_the_error_of_one_request(tokenizer, slow):
+    with pytest.raises(InvalidParameter, match="cannot be tokenized: the library panicked"):
+        await tokenizer.encode("panic")
+    assert await tokenizer.encode("quick")
+
+
+async def test_work_in_hand_is_done_again_after_a_restart(folder, monkeypatch, nursery):
+    tokenizer = loaded(folder)
+    results = []
+
+    async def one_life(scope, task_status):
+        with Lifetime("tokenizer").running(), scope:
+            await tokenizer.run(task_status=task_status)
+
+    async def encode():
+        results.append(await tokenizer.encode("slow"))
+
+    first, second = trio.CancelScope(), trio.CancelScope()
+    await nursery.start(lambda task_status: one_life(first, task_status))
+    slow = Slow(tokenizer._backend)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "_backend", slow)
+        nursery.start_soon(encode)
+        await trio.testing.wait_all_tasks_blocked()
+        first.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert results == []
+    await nursery.start(lambda task_status: one_life(second, task_status))
+    with trio.fail_after(5):
+        while not results:
+            await trio.testing.wait_all_tasks_blocked()
+    slow.go.set()
+    assert results == [tokenizer._backend.encode("slow").ids]
+
+
+# --- loading ---
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({}, {}, (2,)),
+        ({"eos_token_id": 0}, {"eos_token_id": 1}, (0, 2)),
+        ({"eos_token_id": [1, 2, 1]}, {}, (1, 2)),
+        ({}, {"eos_token_id": [1, 0]}, (1, 0, 2)),
+        ({"eos_token_id": None}, {"eos_token_id": 1}, (1, 2)),
+    ],
+)
+def test_end_of_sequence_tokens(folder, generation, config, expected):
+    assert loaded(folder, generation_config=generation, config=config).eos_token_ids == expected
+
+
+def test_template_of_the_command_line_wins(folder):
+    tokenizer = loaded(folder, chat_template="mine: {{ messages[0].content }}")
+    assert tokenizer._template.render(HELLO) == "mine: Hello"
+    with pytest.raises(ModelFileBroken, match="line 1"):
+        loaded(folder, chat_template="{% if %}")
+
+
+def test_broken_template_of_the_model_costs_only_chat(folder):
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    tokenizer = loaded(folder)
+    assert not tokenizer.has_chat_template
+    assert loaded(folder, chat_template="x").has_chat_template
+
+
+def test_truncation_and_padding_of_the_file_do_not_apply(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert len(loaded(folder)._encode("one two three four", True, "prompt")) > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", None, "no such file; name the tokenizer's folder with --tokenizer"),
+        ("tokenizer.json", '{"version": "1.0", "mod', "not a tokenizer"),
+        ("tokenizer_config.json", "{", "not JSON"),
+    ],
+)
+async def test_unreadable_files_fail_the_start(folder, name, content, message):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.RaisesGroup(pytest.RaisesExc(ModelFileBroken, match=message)):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(Tokenizer(local_model(folder)).run)
