@@ -18,11 +18,11 @@ log = get_logger("ullm.supervision")
 class _Stop:
     """The stop of one incarnation."""
 
-    def __init__(self, incarnation: Incarnation, budget: float) -> None:
+    def __init__(self, incarnation: Incarnation, budget: float, patience: float) -> None:
         self.incarnation = incarnation
         self.began = trio.current_time()
         self.stop_by = self.began + budget
-        self.patience = 0.0 if budget == BRUTAL_KILL == incarnation.spec.shutdown else SETTLE
+        self.patience = 0.0 if incarnation.spec.shutdown == BRUTAL_KILL else patience
         self.killed_at: float | None = None
         self.ended_at = self.began
         self.detail = ""
@@ -127,9 +127,10 @@ class Terminator:
             unlimited: how many of those have an infinite budget.
         """
         self._later = (later, unlimited)
-        self._stops = [_Stop(incarnation, self._budget(incarnation)) for incarnation in incarnations]
-        for stop in self._stops:
-            stop.patience = min(stop.patience, self._patience())
+        self._stops = []
+        for incarnation in incarnations:
+            stop = _Stop(incarnation, self._budget(incarnation), self._patience())
+            self._stops.append(stop)
             stop.ask()
         for stop in sorted(self._stops, key=_Stop.kill_due):
             if not await self._wait(stop, stop.kill_due):
@@ -155,6 +156,11 @@ class Terminator:
             with trio.CancelScope(deadline=limit(), shield=True) as self._waiting:
                 await done.wait()
         self._waiting = None
+        if not done.is_set():
+            # The time may have passed while the event loop was busy: let everyone run once who can.
+            # That takes two turns, because trio shuffles the order of tasks within one.
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            await trio.lowlevel.cancel_shielded_checkpoint()
         stop.ended_at = trio.current_time()
         return done.is_set()
 
