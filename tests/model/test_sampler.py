@@ -25,14 +25,6 @@ VOCAB = 1000
 EOS = 7
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def sampler(vocab: int = VOCAB) -> Sampler:
     return Sampler(vocab, torch.device("cpu"), (EOS,))
 
