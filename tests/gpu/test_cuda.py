@@ -1,0 +1,91 @@
+"""The same answers on a GPU: varlen attention, CUDA graphs, steps in flight. Skipped without CUDA."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+from model_fixtures import (
+    GREEDY,
+    MODELS,
+    config,
+    generate,
+    load_runner,
+    random_tokens,
+    reference_greedy,
+    save_tiny,
+)
+
+from ullm.messages import NewSequence, RankSpec, Row, Start, Step
+from ullm.model.runner import ModelRunner
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ON_GPU: dict[str, Any] = {"device": "cuda", "num_blocks": 16, "block_size": 256}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_float32_equals_transformers(name: str, tmp_path: Path) -> None:
+    reference, prompt = save_tiny(tmp_path, name), random_tokens(13, seed=1)
+    runner = load_runner(tmp_path, **ON_GPU)
+    assert generate(runner, prompt, 20, chunk=5) == reference_greedy(reference, prompt, 20)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-windows", "qwen3"])
+def test_graphs_equal_eager(name: str, tmp_path: Path) -> None:
+    """bfloat16 goes through varlen attention; decode steps of 1, 3 and 8 sequences through padded graphs."""
+    save_tiny(tmp_path, name)
+    prompts = [random_tokens(5 + i, seed=i) for i in range(8)]
+    found = []
+    for eager in (True, False):
+        runner = load_runner(tmp_path, **ON_GPU, dtype="bfloat16", enforce_eager=eager)
+        found.append({count: decode(runner, prompts[:count]) for count in (1, 3, 8)})
+    assert found[0] == found[1]
+
+
+def test_bfloat16_is_near_the_cpu(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "qwen3")
+    prompts = [random_tokens(300 if i == 0 else 9, seed=i)[:250] for i in range(3)]
+    gpu = decode(load_runner(tmp_path, **ON_GPU, dtype="bfloat16"), prompts, steps=1)
+    cpu = decode(load_runner(tmp_path, block_size=256, num_blocks=16), prompts, steps=1)
+    agreements = sum(a == b for a, b in zip(gpu, cpu, strict=True))
+    assert agreements >= 2, (gpu, cpu)
+
+
+def test_pool_size_follows_the_utilization(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    blocks = []
+    for share in (0.1, 0.2):
+        runner = ModelRunner()
+        options = ON_GPU | {"num_blocks": None, "gpu_memory_utilization": share, "dtype": "bfloat16"}
+        start = Start(config(tmp_path, **options), RankSpec(device_index=0), str(tmp_path))
+        info = runner.load(start, lambda _: None)
+        assert info.block_size == 256
+        blocks.append(info.num_blocks)
+        runner.close()
+    assert blocks[1] > 1.5 * blocks[0] > 0
+    assert torch.cuda.memory_allocated() < 64 << 20
+
+
+def decode(runner: ModelRunner, prompts: list[list[int]], steps: int = 12) -> list[list[int]]:
+    """Greedy tokens of several sequences, each step submitted before the last one's result is taken."""
+    new = [
+        NewSequence(i, prompt, len(prompt), GREEDY, [2 * i, 2 * i + 1]) for i, prompt in enumerate(prompts)
+    ]
+    rows = [Row(i, 0, len(prompt), True) for i, prompt in enumerate(prompts)]
+    pending = [runner.submit(Step(0, rows, new, forget=list(range(8))))]
+    found: list[list[int]] = [[] for _ in prompts]
+    for step in range(1, steps + 1):
+        if step < steps:
+            rows = [Row(i, len(prompt) + step - 1, 1, True) for i, prompt in enumerate(prompts)]
+            pending.append(runner.submit(Step(step, rows)))
+        for sampled in pending.pop(0).result().sampled:
+            found[sampled.seq_id] += sampled.token_ids
+    return found
