@@ -253,12 +253,12 @@ def test_length_dependent_rotary_embeddings(tmp_path: Path) -> None:
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
-        "original_max_position_embeddings": 32,
         "short_factor": [1.0] * 8,
         "long_factor": [4.0] * 8,
     }
     family, options = MODELS["phi3"]
-    build(family, {**options, "rope_parameters": rope}).save_pretrained(tmp_path)
+    options = {**options, "rope_parameters": rope, "original_max_position_embeddings": 32}
+    build(family, options).save_pretrained(tmp_path)
     with pytest.raises(ModelUnsupported, match="--context-len 32"):
         LogitsModel(tmp_path)
     assert LogitsModel(tmp_path, context_len=32).model.kv_shape.num_layers == 3
@@ -297,7 +297,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(ModelFileBroken, match=r"tensor 'transformer\.h\.3\..*' is missing"):
         load(tmp_path)
     edit_config(tmp_path, n_layer=3, n_embd=32)
-    with pytest.raises(ModelFileBroken, match=r"(?i)shape|size"):
+    with pytest.raises(ModelFileBroken, match=r"tensor '.*' has shape \(192,\), the config says \(96,\)"):
         load(tmp_path)
     edit_config(tmp_path, n_embd=64, n_head="many")
     with pytest.raises(ModelError, match=str(tmp_path)):

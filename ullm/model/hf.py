@@ -176,8 +176,8 @@ def read_hf_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         config = transformers.AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise ModelFileBroken(path / "config.json", _first_line(error)) from error
+    except Exception as error:  # the config's own checks may raise anything
+        raise ModelFileBroken(path / "config.json", f"cannot be used: {_first_line(error)}") from error
     if known and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not custom:
         raise ModelUnsupported(f"{path}: {name} is not a causal language model")
     return config
@@ -190,16 +190,15 @@ def check_rope(hf_config: Any, checkpoint: Checkpoint) -> None:
         ModelUnsupported: names the context length that works.
     """
     text = hf_config.get_text_config()
-    parameters = getattr(text, "rope_parameters", None) or {}
-    kind = parameters.get("rope_type")
-    if kind not in LENGTH_DEPENDENT_ROPE:
-        return
-    limit = parameters.get("original_max_position_embeddings") or text.max_position_embeddings
-    if checkpoint.context_len > limit:
-        raise ModelUnsupported(
-            f"{checkpoint.path}: {kind} rotary embeddings are supported up to the original context; "
-            f"use --context-len {limit} or less"
-        )
+    whole = getattr(text, "rope_parameters", None) or {}
+    for parameters in (whole, *(part for part in whole.values() if isinstance(part, dict))):
+        kind = parameters.get("rope_type")
+        limit = parameters.get("original_max_position_embeddings") or text.max_position_embeddings
+        if kind in LENGTH_DEPENDENT_ROPE and checkpoint.context_len > limit:
+            raise ModelUnsupported(
+                f"{checkpoint.path}: {kind} rotary embeddings are supported up to the original context; "
+                f"use --context-len {limit} or less"
+            )
 
 
 def _stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
@@ -212,6 +211,7 @@ def _stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: boo
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
         )
         model, info = loaded
     except OSError as error:
@@ -224,11 +224,13 @@ def _stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: boo
         raise
     except Exception as error:  # whatever a damaged file or a custom class makes of it
         raise ModelFileBroken(path, f"cannot be loaded: {_first_line(error)}") from error
-    for what in ("missing_keys", "mismatched_keys"):
-        if info[what]:
-            first = sorted(str(key) for key in info[what])[0]
-            detail = f"tensor {first!r} is {what.removesuffix('_keys')} ({len(info[what])} in all)"
-            raise ModelFileBroken(path, detail)
+    if info["mismatched_keys"]:
+        name, stored, wanted = min(info["mismatched_keys"])
+        detail = f"tensor {name!r} has shape {tuple(stored)}, the config says {tuple(wanted)}"
+        raise ModelFileBroken(path, detail)
+    if info["missing_keys"]:
+        name, count = min(info["missing_keys"]), len(info["missing_keys"])
+        raise ModelFileBroken(path, f"tensor {name!r} is missing ({count} in all)")
     return model
 
 
@@ -246,12 +248,14 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars on stderr while loading."""
+    """No progress bars and tables of tensors on stderr while loading; what matters is raised."""
     logging: Any = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
