@@ -218,6 +218,7 @@ class Control:
         Raises:
             StartFailed: it failed; the child is left stopped.
         """
+        await trio.lowlevel.checkpoint_if_cancelled()  # a stop may have come while siblings were ended
         incarnation = child.begin(self._post)
         self._nursery.start_soon(incarnation.run, name=f"{self.name}/{child.spec.child_id}")
         await incarnation.settled.wait()
@@ -314,6 +315,7 @@ class Control:
         for each in reversed(self._affected(child)):
             if each is child:
                 continue
+            await trio.lowlevel.checkpoint_if_cancelled()
             await self._terminate([each])
             if each.temporary:
                 self._forget(each)
