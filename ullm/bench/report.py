@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -20,14 +21,17 @@ COLUMNS = (
     "tok/s",
     "req/s",
     "TTFT p50",
-    "p99",
-    "inter-token p50",
-    "p90",
-    "p99",
+    "TTFT p99",
+    "gap p50",
+    "gap p90",
+    "gap p99",
     "e2e p50",
-    "p99",
+    "e2e p99",
     "failed",
 )
+
+
+CAPTION = "TTFT: time to first token; gap: between pieces of text; e2e: whole request; all in ms"
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -71,9 +75,9 @@ class Report(msgspec.Struct, frozen=True):
     def show(self, console: Console) -> None:
         """A table for a terminal, times in milliseconds."""
         title = f"{self.target} · {self.model} · prompts of {self.workload['prompt_words']} words"
-        table = Table(title=title, caption="times in ms; tok/s counts generated tokens")
+        table = Table(title=title, caption=CAPTION, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in COLUMNS:
-            table.add_column(column, justify="right")
+            table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
         for run in self.runs:
             table.add_row(*_cells(run))
         console.print(table)
@@ -108,4 +112,7 @@ def _cells(run: Summary) -> list[str]:
 
 
 def _milliseconds(spread: Spread | None, name: str) -> str:
-    return "–" if spread is None else f"{getattr(spread, name) * 1000:.1f}"
+    if spread is None:
+        return "–"
+    value = getattr(spread, name) * 1000
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"

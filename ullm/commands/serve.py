@@ -1,0 +1,102 @@
+"""``ullm serve``: the engine and its HTTP server as one tree, until a signal ends it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from functools import partial
+
+import trio
+
+from ullm.commands.terminal import progress_bar, stderr
+from ullm.config import EngineConfig, ServerConfig
+from ullm.engine import Engine
+from ullm.hub import LocalModel, resolve
+from ullm.logs import configure
+from ullm.server import bind, serve_http, urls
+from ullm.supervision import ChildSpec
+from ullm.supervision.signals import Watchdog, leave_now, signal_ladder
+
+HTTP_BUDGET = 5.0
+"""Seconds for the server to flush and close connections, within the engine's one deadline."""
+WATCHDOG_MARGIN = 5.0
+"""Seconds past the deadline after which a process that still hangs is ended by force."""
+
+
+def serve(config: EngineConfig, server: ServerConfig) -> int:
+    """Listen, load, serve; the exit status, as docs/configuration.md lists them.
+
+    Raises:
+        PortTaken: before anything is loaded.
+        UllmError: the engine could not start, or failed.
+    """
+    configure(config.log_level)
+    listener = bind(server)
+    try:
+        return trio.run(run_server, config, server, listener)
+    finally:
+        listener.close()
+
+
+async def run_server(config: EngineConfig, server: ServerConfig, listener: socket.socket) -> int:
+    """The engine with the server as its first child, and the signals that stop both."""
+
+    async def http(*, task_status: trio.TaskStatus[list[str]]) -> None:
+        await serve_http(engine, server, sockets=[listener], task_status=task_status)
+
+    engine = Engine(
+        config, first_children=[ChildSpec("http", http, shutdown=HTTP_BUDGET)], find_model=find_model
+    )
+    with Watchdog() as watchdog:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(partial(answer_signals, engine, watchdog))
+            await engine.run(task_status=Announcement(engine, listener))
+            nursery.cancel_scope.cancel()
+    report = engine.report
+    # A failure to start raises; what was asked to stop before it was ready has stopped in order.
+    return report.exit_code if report is not None and report.started else 0
+
+
+async def answer_signals(engine: Engine, watchdog: Watchdog, *, task_status: trio.TaskStatus[None]) -> None:
+    """First signal: drain. Second: end requests now. Third: leave now."""
+
+    def drain(number: signal.Signals) -> None:
+        watchdog.arm(engine.config.shutdown_timeout + WATCHDOG_MARGIN)
+        engine.request_shutdown(by=number.name)
+
+    def hurry(number: signal.Signals) -> None:
+        watchdog.arm(WATCHDOG_MARGIN)
+        engine.expedite()
+
+    def kill(number: signal.Signals) -> None:
+        engine.kill(number)
+        leave_now(number)
+
+    await signal_ladder(drain, hurry, kill, task_status=task_status)
+
+
+class Announcement:
+    """The engine's task status: says on stdout that the server is ready."""
+
+    def __init__(self, engine: Engine, listener: socket.socket) -> None:
+        self._engine = engine
+        self._url = urls([listener])[0]
+        self._began = trio.current_time()
+
+    def started(self, value: object = None) -> None:
+        """One line with the address, the model, and how long it took."""
+        seconds = trio.current_time() - self._began
+        sys.stdout.write(f"ready: {self._url}/v1 model {self._engine.model_name} in {seconds:.1f} s\n")
+        sys.stdout.flush()
+
+
+def find_model(config: EngineConfig) -> LocalModel:
+    """`resolve` with progress on stderr; ends soon when the engine is stopped. Called in a thread."""
+    with progress_bar(stderr()) as show:
+
+        def report(label: str, done: int, total: int | None) -> None:
+            trio.from_thread.check_cancelled()
+            show(label, done, total)
+
+        return resolve(config, report)
