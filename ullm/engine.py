@@ -28,7 +28,14 @@ from ullm.actors.scheduler import SchedulerActor
 from ullm.actors.tokenizer import Tokenizer
 from ullm.actors.transports import OpenTransport, open_transport
 from ullm.config import EngineConfig
-from ullm.errors import EngineDead, EngineDraining, EngineNotReady, RestartLimitReached, StartFailed
+from ullm.errors import (
+    EngineDead,
+    EngineDraining,
+    EngineNotReady,
+    RestartLimitReached,
+    StartCancelled,
+    StartFailed,
+)
 from ullm.generation import Generation, Readers
 from ullm.hub import LocalModel, resolve
 from ullm.logs import get_logger
@@ -326,6 +333,8 @@ class Engine:
                 nursery.cancel_scope.cancel()
         if self._failure is not None:
             raise EngineDead(f"the engine has failed: {self._failure}")
+        if self.report is not None and not self.report.started:
+            raise StartCancelled
 
     async def _notice_cancellation(self) -> None:
         """The scope around the engine may be cancelled at any time; the tree itself is shielded."""
@@ -355,8 +364,12 @@ class Engine:
                     asked = _Clock()
                     self.report = await self._stop(root)
         except BaseException as error:
-            self._fail(first_cause(error))
-            raise first_cause(error) from error
+            cause = first_cause(error)
+            if not isinstance(cause, Exception):
+                raise
+            if self.state is EngineState.STARTING:
+                raise cause from error
+            self._fail(cause)
         finally:
             self._finish(asked)
 
@@ -404,9 +417,7 @@ class Engine:
 
     def _fail(self, cause: BaseException) -> None:
         """Remember the first cause, and tell every reader."""
-        if self._failure is None and self.state is not EngineState.STARTING:
-            self._failure = str(cause) or type(cause).__name__
-        failure = self._failure or str(cause)
+        failure = self._failure = self._failure or str(cause) or type(cause).__name__
         self._router.fail_all(lambda: EngineDead(f"the engine has failed: {failure}"))
 
     async def _stop(self, root: Supervisor) -> ShutdownReport:
@@ -481,6 +492,7 @@ async def open_engine(
 
     Raises:
         UllmError: it could not start; one line that names the cause and the remedy.
+        StartCancelled: a stop was asked for before it had started.
         EngineDead: it failed while it ran.
     """
     engine = Engine(config, first_children=first_children, transport=transport, find_model=find_model)

@@ -204,6 +204,13 @@ class StartFailed(UllmError):
         self.cause = cause
 
 
+class StartCancelled(UllmError):
+    """A stop was asked for before the engine had started; nothing is left of it."""
+
+    def __init__(self) -> None:
+        super().__init__("stopped while starting")
+
+
 class RestartLimitReached(UllmError):
     """A supervisor's children failed more often than its intensity allows.
 
@@ -225,7 +232,8 @@ class RestartLimitReached(UllmError):
     ) -> None:
         last = f"child {child_id!r}: {cause}" if child_id else str(cause)
         super().__init__(
-            f"supervisor {supervisor!r}: more than {intensity:g} restarts within {period:g} s; last cause: {last}"
+            f"supervisor {supervisor!r}: more than {intensity:g} restarts within {period:g} s; "
+            f"last cause: {last}"
         )
         self.cause = cause
         self.child_id = child_id

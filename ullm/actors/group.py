@@ -81,7 +81,12 @@ class WorkerGroup:
             watchdog.outstanding += 1
             if watchdog.outstanding == 1:
                 watchdog.expect(trio.current_time() + self._config.step_timeout)
-            await transport.send(step)
+            try:
+                await transport.send(step)
+            except WorkerLost:
+                # The group's own task sees the same loss and ends with it; failing here as well would
+                # count one loss twice.
+                await trio.sleep_forever()
 
     async def attach(self, deliver: Callable[[StepResult], None]) -> int:
         """Send results to ``deliver`` from now on, with every sequence forgotten.

@@ -200,7 +200,7 @@ class Router:
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Take in what schedulers say. After a failure of this task, everything is submitted again."""
-        for record in self._records.values():
+        for record in list(self._records.values()):
             self._withdraw(record)
             self._take_back(record)
         self._assign()
@@ -240,8 +240,8 @@ class Router:
         del self._replicas[down.replica]
         for seq_id in replica.assigned:
             record = self._records[seq_id]
-            self._take_back(record)
             record.crashes += down.crashed and seq_id in down.in_step
+            self._take_back(record)
             # Alone in its step, and the worker died again: it is the one.
             if record.crashes > SUSPECT_AFTER and len(down.in_step) == 1:
                 self._fail(record, RequestPoisoned(record.request_id, record.crashes))
@@ -276,8 +276,11 @@ class Router:
         replica.up.submit(record)
 
     def _take_back(self, record: RequestRecord) -> None:
+        """Make it wait for a replica again, by a new number: what is still said of the old one is dropped."""
+        del self._records[record.seq_id]
         record.replica = None
-        self._unassigned[record.seq_id] = record
+        record.seq_id = self.arrival()
+        self._records[record.seq_id] = self._unassigned[record.seq_id] = record
 
     def _withdraw(self, record: RequestRecord) -> None:
         replica = self._replicas.get(record.replica) if record.replica is not None else None
