@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from model_fixtures import (
     GREEDY,
     SHAPE,
@@ -23,6 +24,7 @@ from model_fixtures import (
 
 from ullm.errors import OutOfMemory
 from ullm.messages import NewSequence, Progress, RankSpec, Row, Start, Step
+from ullm.model import registry
 from ullm.model.runner import ModelRunner
 
 
@@ -189,6 +191,20 @@ def test_no_memory_for_one_block(llama: tuple[Path, Any]) -> None:
         load_runner(llama[0], num_blocks=None, kv_cache_memory=100)
 
 
+def test_a_pool_that_cannot_be_filled(llama: tuple[Path, Any]) -> None:
+    with pytest.raises(OutOfMemory, match=r"the KV cache of \d+ blocks needs .* MiB, there are .* MiB"):
+        load_runner(llama[0], num_blocks=1 << 40)
+
+
+def test_failed_allocation_is_one_line(llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory\nframe #0")
+
+    monkeypatch.setattr(registry, "allocate", allocate)
+    with pytest.raises(OutOfMemory, match=r"cpu: .*not enough memory$"):
+        load_runner(llama[0])
+
+
 def test_close_releases_in_order_and_only_once(llama: tuple[Path, Any]) -> None:
     runner = load_runner(llama[0])
     assert list(runner.close()) == ["steps", "graphs", "kv_cache", "weights", "process_group", "device_cache"]
@@ -203,6 +219,21 @@ def test_two_runners_in_one_process(llama: tuple[Path, Any], tmp_path: Path) -> 
     first, second, prompt = load_runner(llama[0]), load_runner(tmp_path), random_tokens(5, seed=9)
     assert generate(first, prompt, 5) == reference_greedy(llama[1], prompt, 5)
     assert generate(second, prompt, 5) == reference_greedy(other, prompt, 5)
+
+
+def test_foreign_architecture(tmp_path: Path) -> None:
+    """What is not native runs through transformers' own code, on the same pool and steps."""
+    torch.manual_seed(0)
+    shape = SHAPE | {"intermediate_size": 128, "initializer_range": 0.2}
+    reference = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape)).eval()
+    reference.save_pretrained(tmp_path)
+    prompt, seen = random_tokens(11, seed=2), list[Progress]()
+    runner = ModelRunner()
+    info = runner.load(Start(config(tmp_path), RankSpec(), str(tmp_path)), seen.append)
+    assert (info.architecture, info.vocab_size, info.context_len) == ("GPTNeoXForCausalLM", VOCAB, 256)
+    assert seen[0].budget == config(tmp_path).start_timeout
+    assert generate(runner, prompt, 12, chunk=4) == reference_greedy(reference, prompt, 12)
+    runner.close()
 
 
 def test_bfloat16_and_dummy_weights(llama: tuple[Path, Any]) -> None:

@@ -80,13 +80,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """``[T, hidden_size]`` → ``[T, hidden_size]``."""
-        tokens, query_heads = x.shape[0], self.num_heads
+        tokens, query_heads, kv_heads = x.shape[0], self.num_heads, self.num_kv_heads
         heads = self.qkv_proj.forward(x).view(tokens, -1, self.head_dim)
-        qk, v = heads.split((query_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        qk, v = heads[:, :-kv_heads], heads[:, -kv_heads:]
         if self.qk_norm:
-            q, k = qk.split((query_heads, self.num_kv_heads), dim=1)
-            qk = torch.cat((self.q_norm.forward(q), self.k_norm.forward(k)), dim=1)
-        q, k = rotate(qk, cos, sin).split((query_heads, self.num_kv_heads), dim=1)
+            q, k = self.q_norm.forward(qk[:, :query_heads]), self.k_norm.forward(qk[:, query_heads:])
+            qk = torch.cat((q, k), dim=1)
+        qk = rotate(qk, cos, sin)
+        q, k = qk[:, :query_heads], qk[:, query_heads:]
         out = batch.attention(self.layer, q, k, v, self.scale, self.window)
         return self.o_proj.forward(out.view(tokens, -1))
 

@@ -53,6 +53,20 @@ def count_blocks(config: CacheConfig, block_bytes: int, budget: int) -> int:
     return memory // block_bytes
 
 
+def check_fits(num_blocks: int, block_bytes: int) -> None:
+    """On a CPU the pool's memory is taken as it is used, so that too much would be noticed late.
+
+    Raises:
+        OutOfMemory: the pool could not be filled.
+    """
+    need, free = num_blocks * block_bytes, available_memory()
+    if need > free:
+        raise OutOfMemory(
+            f"the KV cache of {num_blocks} blocks needs {mib(need)}, there are {mib(free)}; "
+            "lower --kv-cache-memory or --num-blocks"
+        )
+
+
 def cpu_budget() -> int:
     """Bytes that a CPU's pool gets by default."""
     return min(available_memory() // CPU_SHARE, CPU_LIMIT)

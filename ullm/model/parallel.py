@@ -75,7 +75,7 @@ class ParallelContext:
         if self.group is None or not dist.is_initialized():
             return
         if dist.get_backend(self.group) == "nccl":
-            dist.distributed_c10d._abort_process_group(self.group)  # type: ignore[no-untyped-call]
+            dist.distributed_c10d._abort_process_group(self.group)
         else:
             dist.destroy_process_group(self.group)
 

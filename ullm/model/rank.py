@@ -18,9 +18,9 @@ from ullm.model.attention_gather import GatherAttention
 from ullm.model.attention_varlen import VarlenAttention
 from ullm.model.batch import AttentionBackend, CausalModel, Layout
 from ullm.model.graphs import DecodeGraphs
-from ullm.model.kv_pool import count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
+from ullm.model.kv_pool import check_fits, count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
 from ullm.model.parallel import ParallelContext, open_parallel
-from ullm.model.registry import Checkpoint, choose_device, load_model, read_checkpoint
+from ullm.model.registry import NATIVE, Checkpoint, choose_device, load_model, read_checkpoint
 
 SIGN_OF_LIFE = 1.0
 """Seconds between signs of life while weights load."""
@@ -59,11 +59,10 @@ def open_rank(start: Start, progress: Callable[[Progress], None]) -> Rank:
     parallel = open_parallel(start.rank, device)
     try:
         return _open(checkpoint, config, device, parallel, progress)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except BaseException as error:
         parallel.close()
-        raise OutOfMemory(f"{device}: {str(error).splitlines()[0]}") from error
-    except BaseException:
-        parallel.close()
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"{device}: {str(error).splitlines()[0]}") from error
         raise
 
 
@@ -74,41 +73,72 @@ def _open(
     parallel: ParallelContext,
     progress: Callable[[Progress], None],
 ) -> Rank:
+    if checkpoint.architecture not in NATIVE:  # transformers gives no signs of life while it loads
+        progress(Progress("load", config.start_timeout))
     model = load_model(checkpoint, config, device, parallel, throttled("load", progress))
+    progress(Progress("profile"))
+    backend = open_pool(model, config, device, parallel)
+    progress(Progress("warmup"))
+    vocab_size = trial_run(model, backend, tokens=1).shape[-1]
+    info = describe(checkpoint, model, backend, vocab_size, device)
+    graphs = None
+    if isinstance(backend, VarlenAttention) and not config.enforce_eager:
+        graphs = DecodeGraphs(model, backend, config.max_bs, info.context_len)
+        with torch.inference_mode():
+            graphs.capture(throttled("capture", progress))
+    return Rank(device, parallel, model, backend, graphs, info)
+
+
+def open_pool(
+    model: CausalModel, config: EngineConfig, device: torch.device, parallel: ParallelContext
+) -> AttentionBackend:
+    """The KV pool, of the same number of blocks on all ranks, and the attention that goes with it.
+
+    Raises:
+        OutOfMemory: not even one block fits, or fewer than were asked for.
+    """
     varlen = device.type == "cuda" and model.dtype != torch.float32
     block_size = true_block_size(config.block_size, varlen=varlen)
     make = VarlenAttention if varlen else GatherAttention
     block_bytes = block_size * kv_bytes_per_token(model.kv_shape, model.dtype)
-    progress(Progress("profile"))
-    budget = (
-        cuda_budget(model, config, make(model.kv_shape, 1, block_size, model.dtype, device))
-        if (device.type == "cuda")
-        else cpu_budget()
-    )
-    num_blocks = parallel.agree_least(count_blocks(config, block_bytes, budget), device)
-    backend: AttentionBackend = make(model.kv_shape, num_blocks, block_size, model.dtype, device)
-    progress(Progress("warmup"))
-    logits = trial_run(model, backend, tokens=1)
-    context_len = min(checkpoint.context_len, num_blocks * block_size)
-    info = ModelInfo(
+    if device.type == "cpu":
+        num_blocks = count_blocks(config, block_bytes, cpu_budget())
+        check_fits(num_blocks, block_bytes)
+    else:
+        trial = make(model.kv_shape, 1, block_size, model.dtype, device)
+        num_blocks = count_blocks(config, block_bytes, cuda_budget(model, config, trial))
+    num_blocks = parallel.agree_least(num_blocks, device)
+    return make(model.kv_shape, num_blocks, block_size, model.dtype, device)
+
+
+def describe(
+    checkpoint: Checkpoint,
+    model: CausalModel,
+    backend: AttentionBackend,
+    vocab_size: int,
+    device: torch.device,
+) -> ModelInfo:
+    """What the engine is told; a pool that is smaller than the model's context limits it."""
+    return ModelInfo(
         architecture=checkpoint.architecture,
         num_parameters=model.num_parameters(),
-        vocab_size=logits.shape[-1],
+        vocab_size=vocab_size,
         eos_token_ids=checkpoint.eos_token_ids,
-        context_len=context_len,
-        num_blocks=num_blocks,
-        block_size=block_size,
+        context_len=min(checkpoint.context_len, backend.num_blocks * backend.block_size),
+        num_blocks=backend.num_blocks,
+        block_size=backend.block_size,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(device),
         kv_bytes_per_token=kv_bytes_per_token(model.kv_shape, model.dtype),
         weight_bytes=model.weight_bytes(),
     )
-    graphs = None
-    if isinstance(backend, VarlenAttention) and not config.enforce_eager:
-        graphs = DecodeGraphs(model, backend, config.max_bs, context_len)
-        with torch.inference_mode():
-            graphs.capture(throttled("capture", progress))
-    return Rank(device, parallel, model, backend, graphs, info)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, by whichever allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 @torch.inference_mode()

@@ -67,8 +67,9 @@ def _llama3(rope: dict[str, Any], plain: Tensor) -> Tensor:
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     length = rope["original_max_position_embeddings"]
     wavelength = 2 * math.pi / plain
-    smooth = ((length / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * plain / rope["factor"] + smooth * plain
+    smooth: Tensor = ((length / wavelength - low) / (high - low)).clamp(0, 1)
+    factor = float(rope["factor"])
+    return (1 - smooth) * plain / factor + smooth * plain
 
 
 def _yarn(rope: dict[str, Any], plain: Tensor, head_dim: int) -> Tensor:
@@ -83,8 +84,8 @@ def _yarn(rope: dict[str, Any], plain: Tensor, head_dim: int) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
-    keep = 1 - ramp.clamp(0, 1)
-    return plain / rope["factor"] * (1 - keep) + plain * keep
+    keep: Tensor = 1 - ramp.clamp(0, 1)
+    return plain / float(rope["factor"]) * (1 - keep) + plain * keep
 
 
 def _yarn_attention_factor(rope: dict[str, Any]) -> float:
