@@ -1,0 +1,227 @@
+"""`LLM` under asyncio, under trio, and without a loop; on a scripted model in a thread worker."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from ullm.config import EngineConfig
+from ullm.errors import EngineDead, InvalidParameter, ModelNotFound
+from ullm.llm import LLM, GenerateOutput, SamplingParams
+from ullm.testing import ScriptedSettings, scripted_tokens, write_scripted_model
+
+PROMPT = [300, 301]
+GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scripted_model(tmp_path_factory.mktemp("scripted"), step_seconds=0.001)
+
+
+def build(model: Path, **options: object) -> LLM:
+    return LLM(
+        str(model),
+        use_threading=True,
+        load_format="dummy",
+        runner="ullm.testing:ScriptedRunner",
+        **options,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def llm(model: Path) -> Iterator[LLM]:
+    llm = build(model)
+    yield llm
+    llm.shutdown(0)
+
+
+def expected(model: Path, prompt: list[int] = PROMPT, params: SamplingParams = GREEDY) -> list[int]:
+    return scripted_tokens(prompt, params, params.max_tokens or 0, ScriptedSettings.read(str(model)))
+
+
+async def collect(llm: LLM, params: SamplingParams = GREEDY) -> list[GenerateOutput]:
+    return [token async for token in llm.generate(PROMPT, params)]
+
+
+def test_it_can_be_built_before_a_loop_runs_and_used_in_asyncio(llm: LLM, model: Path) -> None:
+    async def main() -> None:
+        await llm.ready()
+        outputs = await collect(llm)
+        assert [token for output in outputs for token in output.token_ids] == expected(model)
+        assert [output.is_finished for output in outputs][-1]
+        assert outputs[-1].finish_reason == "length"
+        assert (outputs[-1].num_prompt_tokens, outputs[-1].num_generated_tokens) == (2, 8)
+        assert all(isinstance(output.token_str, str) for output in outputs)
+
+    asyncio.run(main())
+
+
+async def test_it_works_the_same_under_trio(llm: LLM, model: Path) -> None:
+    await llm.ready()
+    outputs = await collect(llm)
+    assert [token for output in outputs for token in output.token_ids] == expected(model)
+
+
+def test_it_survives_the_loop_that_used_it(llm: LLM) -> None:
+    assert asyncio.run(collect(llm)) == asyncio.run(collect(llm))
+
+
+def test_many_streams_at_once(llm: LLM) -> None:
+    async def main() -> None:
+        alone = await collect(llm)
+        together = await asyncio.gather(*(collect(llm) for _ in range(20)))
+        texts = {"".join(output.token_str for output in outputs) for outputs in together}
+        assert texts == {"".join(output.token_str for output in alone)}
+
+    asyncio.run(main())
+
+
+def test_a_batch_without_any_loop(llm: LLM, model: Path) -> None:
+    first, second = llm.generate_sync([PROMPT, [400]], GREEDY)
+    assert first[0].token_ids == expected(model)
+    assert second[0].token_ids == expected(model, [400])
+    assert first[0].finish_reason == "length"
+
+
+def test_a_batch_has_all_choices(llm: LLM) -> None:
+    (choices,) = llm.generate_sync("The supervisor", SamplingParams(n=3, seed=5, max_tokens=6))
+    assert len({choice.text for choice in choices}) == 3
+
+
+def test_chat_messages_go_through_the_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    ((choice,),) = llm.generate_sync([messages], GREEDY)
+    assert choice.num_prompt_tokens > 5
+
+
+def test_a_bad_request_is_one_error_and_harms_nothing(llm: LLM) -> None:
+    with pytest.raises(InvalidParameter, match="empty"):
+        llm.generate_sync([PROMPT, []], GREEDY)
+    assert llm.generate_sync([PROMPT], GREEDY)[0][0].finish_reason == "length"
+
+
+def test_dropping_a_stream_aborts_it(llm: LLM) -> None:
+    async def main() -> None:
+        stream = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=1900), "dropped")
+        await anext(stream)
+        del stream
+        gc.collect()
+        assert llm.generate_sync([PROMPT], GREEDY)  # a whole turn later
+        await llm.ready()
+
+    asyncio.run(main())
+    engine = llm._host._engine
+    assert engine is not None
+    assert engine.statistics().requests_total.get("abort") == 1
+
+
+def test_abort_by_sequence_id(llm: LLM) -> None:
+    async def main() -> None:
+        outputs = []
+        async for output in llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=1900), "mine"):
+            outputs.append(output)
+            llm.abort("mine")
+        assert outputs[-1].finish_reason == "abort"
+        assert len(outputs) < 1000
+
+    asyncio.run(main())
+
+
+def test_tokenize_and_detokenize_are_inverse(llm: LLM) -> None:
+    async def main() -> None:
+        assert await llm.detokenize(await llm.tokenize("Größe, 東京 😀")) == "Größe, 東京 😀"
+
+    asyncio.run(main())
+
+
+def test_shutdown_without_a_loop_blocks_until_all_is_gone(model: Path) -> None:
+    before = set(threading.enumerate())
+    llm = build(model)
+    llm.generate_sync([PROMPT], GREEDY)
+    report = llm.shutdown().wait()
+    assert report is not None
+    assert report.exit_code == 0
+    assert not [thread for thread in set(threading.enumerate()) - before if "ullm" in thread.name]
+    llm.shutdown()
+
+
+def test_shutdown_in_a_loop_drains_the_streams_of_that_loop(model: Path) -> None:
+    llm = build(model)
+
+    async def main() -> None:
+        stream = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=200))
+        outputs = [await anext(stream)]
+        ending = llm.shutdown()
+        outputs += [output async for output in stream]
+        report = await ending
+        assert outputs[-1].finish_reason == "length"
+        assert report is not None
+        assert (report.drained, report.aborted) == (1, 0)
+        with pytest.raises(EngineDead):
+            await collect(llm)
+
+    asyncio.run(main())
+
+
+def test_a_model_that_is_not_there_is_told_to_whoever_asks() -> None:
+    llm = LLM("/nowhere/at/all", use_threading=True)
+    with pytest.raises(ModelNotFound, match="/nowhere/at/all"):
+        asyncio.run(llm.ready())
+    with pytest.raises(ModelNotFound):
+        llm.generate_sync([PROMPT])
+    llm.shutdown()
+
+
+def test_the_object_can_be_collected(model: Path) -> None:
+    llm = build(model)
+    llm.generate_sync([PROMPT], GREEDY)
+    gone = weakref.ref(llm)
+    del llm
+    gc.collect()
+    assert gone() is None
+
+
+def test_one_config_says_everything(model: Path) -> None:
+    config = EngineConfig(
+        model=str(model), transport="thread", load_format="dummy", runner="ullm.testing:ScriptedRunner"
+    )
+    with LLM(config) as llm:
+        assert llm.generate_sync([PROMPT], GREEDY)
+
+
+async def test_two_engines_live_in_one_process(model: Path) -> None:
+    async with build(model) as first, build(model) as second:
+        results: list[list[GenerateOutput]] = []
+
+        async def one(llm: LLM) -> None:
+            results.append(await collect(llm))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one, first)
+            nursery.start_soon(one, second)
+    assert results[0] == results[1]
+
+
+@pytest.mark.process
+def test_a_script_that_forgets_to_shut_down_ends_and_leaves_nothing(model: Path) -> None:
+    script = f"""
+from ullm import LLM, SamplingParams
+llm = LLM({str(model)!r}, load_format="dummy", runner="ullm.testing:ScriptedRunner")
+print(llm.generate_sync([[300]], SamplingParams(temperature=0, max_tokens=3))[0][0].token_ids)
+print(llm._host._engine.health().replicas[0].worker_pids[0])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    pid = int(done.stdout.split()[-1])
+    assert not Path(f"/proc/{pid}").exists()
