@@ -43,7 +43,7 @@ TEMPLATES = {
     "no tools": "{% if tools is none %}none{% endif %}{% if documents is none %}none{% endif %}",
     "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}x{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-    "namespace": "{% set s = namespace(n=0) %}{% for m in 'abc' %}{% set s.n = s.n + 1 %}{% endfor %}{{ s.n }}",
+    "namespace": "{% set s = namespace(n=0) %}{% for m in messages %}{% set s.n = 1 %}{% endfor %}{{ s.n }}",
     "reasoning": "{{ messages[2].reasoning_content }}{{ messages[2].thinking }}{{ messages[0].thinking }}",
     "variable": "{{ enable_thinking }}{{ missing is defined }}",
     "date": "{{ strftime_now('%Y') }}",

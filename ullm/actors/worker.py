@@ -50,6 +50,10 @@ Inbox = queue.SimpleQueue["ToWorker | NotUnderstood | FrameBroken"]
 """What a worker reads. A reader puts in what it could not decode, so that it is answered in turn."""
 
 
+class Terminated(BaseException):
+    """Raised into a runner that shall not come to the end of what it does, because of `Stop`."""
+
+
 class Ended(enum.Enum):
     """How a worker loop ended."""
 

@@ -12,7 +12,9 @@ something only after `Stop`, as the second step of the transport's escalation.
 
 from __future__ import annotations
 
+import _thread
 import argparse
+import logging
 import os
 import queue
 import signal
@@ -24,16 +26,12 @@ from typing import NoReturn
 
 from ullm import logs
 from ullm.actors.transports.frames import FrameReader, encode
-from ullm.actors.worker import IMPORT_BUDGET, Ended, Inbox, failed, load_runner, run_worker
+from ullm.actors.worker import IMPORT_BUDGET, Ended, Inbox, Terminated, failed, load_runner, run_worker
 from ullm.core.runner import Runner
 from ullm.errors import FrameBroken
-from ullm.messages import FromWorker, Progress, Stop, Stopped, ToWorker
+from ullm.messages import FromWorker, NotUnderstood, Progress, Ready, Start, Stop, Stopped, ToWorker
 
 READ_BYTES = 1 << 16
-
-
-class Terminated(BaseException):
-    """SIGTERM came after `Stop`: leave what hangs, and release what can be released."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -42,9 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     frames_in, frames_out = _take_pipes()
     if options.lifeline is not None:
         arm_lifeline(options.lifeline)
-    logs.configure(options.log_level)
+    logs.configure(as_json=True)  # the transport reads records, and logs them as its own
     worker = WorkerProcess(frames_in, frames_out)
-    worker.start_reader()
     _exit(0 if worker.run(options.runner) is Ended.STOPPED else 1)
 
 
@@ -55,13 +52,18 @@ class WorkerProcess:
         self._in = frames_in
         self._out = frames_out
         self._inbox: Inbox = queue.SimpleQueue()
+        self._writing = threading.Lock()
+        self._interrupted = False
+        self._ready = False
         self._stop_seen = False
 
     def run(self, runner_path: str) -> Ended:
         """Import the runner while the parent prepares `Start`, then serve."""
         runner: Runner | None = None
-        self._take_signals()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
+            threading.Thread(target=self._read, name="reader", daemon=True).start()
             self.send(Progress("import", IMPORT_BUDGET))
             runner = load_runner(runner_path)
             return run_worker(runner, self._inbox, self.send)
@@ -73,38 +75,53 @@ class WorkerProcess:
             return Ended.FAILED
 
     def send(self, message: FromWorker) -> None:
-        """Write one frame; the parent being gone ends the process."""
+        """Write one frame, from any thread; the parent being gone ends the process."""
         frame = memoryview(encode(message))
-        try:
-            while frame:
-                frame = frame[os.write(self._out, frame) :]
-        except OSError:
-            os._exit(1)
-
-    def start_reader(self) -> None:
-        """Read in a thread of its own, so that the end of the parent is seen at any time."""
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        with self._writing:
+            try:
+                while frame:
+                    frame = frame[os.write(self._out, frame) :]
+            except OSError:
+                os._exit(1)
+        self._ready |= isinstance(message, Ready)
+        if self._interrupted:
+            interrupt_main_thread()
 
     def _read(self) -> None:
+        """In a thread of its own, so that the end of the parent is seen at any time."""
         reader: FrameReader[ToWorker] = FrameReader(ToWorker)
         while data := os.read(self._in, READ_BYTES):
             reader.feed(data)
             try:
                 while (message := reader.next()) is not None:
-                    self._stop_seen |= isinstance(message, Stop)
-                    self._inbox.put(message)
+                    self._take(message)
             except FrameBroken as error:
                 return self._inbox.put(error)
         os._exit(1)  # the parent is gone; nobody reads what could still be flushed
 
-    def _take_signals(self) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+    def _take(self, message: ToWorker | NotUnderstood) -> None:
+        self._inbox.put(message)
+        if isinstance(message, Start):
+            logging.getLogger("ullm").setLevel(message.config.log_level.upper())
+        if isinstance(message, Stop):
+            self._stop_seen = True
+            if not self._ready:
+                interrupt_main_thread()  # loading need not come to its end
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        if self._stop_seen:
+        if self._writing.locked():
+            self._interrupted = True  # not amid a frame: nothing after it could be read
+        elif self._stop_seen:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise Terminated
+
+
+def interrupt_main_thread() -> None:
+    """As if SIGTERM had come; on POSIX also out of a system call that waits."""
+    if sys.platform == "win32":
+        _thread.interrupt_main(signal.SIGTERM)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
 def arm_lifeline(descriptor: int) -> None:
@@ -154,7 +171,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ullm.actors.worker_main", description=__doc__)
     parser.add_argument("--name", required=True, help="shown in process lists")
     parser.add_argument("--runner", required=True, help="module:class")
-    parser.add_argument("--log-level", default="info")
     parser.add_argument("--lifeline", type=int, help="descriptor of a pipe whose end is this process's end")
     return parser
 

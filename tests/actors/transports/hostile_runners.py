@@ -9,6 +9,7 @@ import sys
 import time
 
 from ullm.errors import ModelFileBroken
+from ullm.logs import get_logger
 from ullm.messages import Progress
 from ullm.testing import ScriptedRunner
 
@@ -23,6 +24,7 @@ class Prints(ScriptedRunner):
         os.write(1, b"from a descriptor\n")
         ctypes.CDLL(None).puts(b"from C")
         ctypes.CDLL(None).fflush(None)
+        get_logger("ullm.hostile").warning("from a logger", answer=42)
         subprocess.run([sys.executable, "-c", "print('from a child')"], check=True)
         return super().submit(step)
 
@@ -69,10 +71,16 @@ class Sleeps(ScriptedRunner):
         time.sleep(FOREVER)
 
 
+class SleepsInStep(ScriptedRunner):
+    def submit(self, step):
+        time.sleep(FOREVER)
+
+
 class HoldsTheInterpreter(ScriptedRunner):
     """Hangs in C without releasing the interpreter's lock: no thread and no signal handler runs."""
 
     def load(self, start, progress):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # not even on the way there
         progress(Progress("hanging"))
         mutex = ctypes.create_string_buffer(128)
         for _ in range(2):

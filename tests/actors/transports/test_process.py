@@ -59,6 +59,8 @@ async def test_prints_go_to_the_log(talk, caplog):
         await worker.receive()
         await worker.stop(5)
     lines = [record.getMessage() for record in caplog.records if record.worker == "replica0.rank0"]
+    (warning,) = [record for record in caplog.records if record.name == "ullm.hostile"]
+    assert (warning.levelname, warning.getMessage()) == ("WARNING", "from a logger answer=42")
     for source in ("from python", "from a descriptor", "from C", "from a child"):
         assert source in lines
 
@@ -132,18 +134,41 @@ async def test_closed_pipe_loses_the_worker(talk):
     assert error.cause == "closed its pipe without ending"
 
 
-async def test_stop_interrupts_what_sleeps_by_sigterm(talk):
+async def test_stop_interrupts_loading_at_once(talk):
     async with open_process(talk.spec("Sleeps")) as worker:
         await hanging(worker, talk)
+        report = await worker.stop(60)
+    assert report.outcome == "stopped"
+    assert report.seconds < 1
+
+
+async def test_stop_does_not_wait_for_loading_that_cannot_be_interrupted(talk):
+    async with open_process(talk.spec("HoldsTheInterpreter")) as worker:
+        await hanging(worker, talk)
+        report = await worker.stop(60)
+    assert report.outcome == "killed"
+    assert report.seconds < 1.5
+
+
+async def test_stop_before_the_interpreter_is_up(talk):
+    async with open_process(talk.spec()) as worker:
+        report = await worker.stop(60)
+    assert report.outcome == "stopped"
+    assert report.seconds < 1.5
+
+
+async def test_stop_interrupts_a_step_by_sigterm(talk):
+    async with open_process(talk.spec("SleepsInStep")) as worker:
+        await talk.load(worker)
+        await worker.send(talk.step())
         report = await worker.stop(1.0)
     assert report.outcome == "stopped"
     assert 0.7 < report.seconds < 1.0
 
 
-@pytest.mark.parametrize("runner", ["HoldsTheInterpreter", "IgnoresSigterm"])
-async def test_stop_kills_what_does_not_listen_within_its_budget(talk, runner):
-    async with open_process(talk.spec(runner)) as worker:
-        await (hanging if runner == "HoldsTheInterpreter" else lambda w, t: t.load(w))(worker, talk)
+async def test_stop_kills_what_does_not_listen_within_its_budget(talk):
+    async with open_process(talk.spec("IgnoresSigterm")) as worker:
+        await talk.load(worker)
         report = await worker.stop(1.0)
         assert report.outcome == "killed"
         assert 0.9 < report.seconds < 1.2

@@ -83,6 +83,32 @@ async def test_abandoned_thread_that_comes_back_is_not_heard_and_ends(talk, gate
         assert (await worker.stop(5)).outcome == "lost"
 
 
+async def test_stop_while_loading_ends_at_the_next_sign_of_progress(talk, monkeypatch):
+    seen = []
+
+    class Loads(ScriptedRunner):
+        def load(self, start, progress):
+            for number in range(10**9):
+                seen.append(number)
+                progress(Progress("load"))
+
+        def close(self):
+            seen.append("closed")
+            return {}
+
+    import ullm.testing
+
+    monkeypatch.setattr(ullm.testing, "Loads", Loads, raising=False)
+    async with open_thread(spec(talk, "Loads")) as worker:
+        await worker.send(talk.start())
+        while (await talk.until(worker, Progress)).stage != "load":
+            pass
+        report = await worker.stop(5)
+    assert report.seconds < 5
+    assert report.outcome == "stopped"
+    assert seen[-1] == "closed"
+
+
 async def test_leaving_does_not_wait_for_a_hanging_thread(talk, gate):
     with trio.fail_after(5):
         async with open_thread(spec(talk, "Waits")) as worker:

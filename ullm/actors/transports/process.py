@@ -6,6 +6,8 @@ which then stops its workers in order. The other half is `ullm.actors.worker_mai
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 import subprocess
@@ -22,7 +24,7 @@ from ullm.actors.transports.base import STDERR_TAIL_LINES, StopReport, Transport
 from ullm.actors.transports.frames import FrameReader, encode
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.logs import get_logger
-from ullm.messages import FromWorker, Stop, Stopped, ToWorker
+from ullm.messages import FromWorker, Ready, Stop, Stopped, ToWorker
 
 OUTBOX = 64
 """Frames that may wait for the pipe before a sender waits itself."""
@@ -31,6 +33,9 @@ READ_BYTES = 1 << 16
 
 EXIT_SECONDS = 1.0
 """How long a worker may take from closing its pipe to being gone, and the kernel to reap a killed one."""
+
+STARTING_SECONDS = 1.0
+"""Budget for stopping a worker that has not become ready, and may be in the middle of loading."""
 
 STDERR_SECONDS = 0.2
 """How long the end of stderr is waited for, for the error's tail; a grandchild may hold it open."""
@@ -76,6 +81,7 @@ class ProcessTransport:
         self._backlog: deque[FromWorker] = deque()
         self._stderr_tail: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
         self._stderr_ended = trio.Event()
+        self._ready = False
         self._stopped: Stopped | None = None
         self._cause: str | None = None
 
@@ -118,10 +124,15 @@ class ProcessTransport:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def stop(self, budget: float) -> StopReport:
-        """`Stop`, then SIGTERM for the last quarter of the budget, then SIGKILL."""
+        """`Stop`, then SIGTERM for the last quarter of the budget, then SIGKILL.
+
+        A worker that is not ready has nothing to finish: it gets `STARTING_SECONDS` at most.
+        """
         began = trio.current_time()
         if not self.alive():
             return self._report("stopped" if self._stopped else "lost", began)
+        if not self._ready:
+            budget = min(budget, STARTING_SECONDS)
         with trio.move_on_at(began + 0.75 * budget):
             await self._ask(Stop(0.75 * budget))
             await self._drain()
@@ -185,6 +196,7 @@ class ProcessTransport:
             self._reader.feed(data)
         if isinstance(message, Stopped):
             self._stopped = message
+        self._ready |= isinstance(message, Ready)
         return message
 
     def _next_frame(self) -> FromWorker | None:
@@ -241,8 +253,21 @@ class ProcessTransport:
     def _forward(self, line: bytes) -> None:
         text = line.decode("utf-8", "replace").rstrip()
         if text:
-            self._stderr_tail.append(text)
-            log.info(text, worker=self._name)
+            logger, level, event = _parse_record(text)
+            self._stderr_tail.append(event)
+            get_logger(logger).log(level, event, worker=self._name)
+
+
+def _parse_record(line: str) -> tuple[str, int, str]:
+    """Logger, level and text of a line: a record of ullm's own, or anything that was printed."""
+    try:
+        record = json.loads(line)
+        level = logging.getLevelNamesMapping()[record.pop("level").upper()]
+        logger, text = record.pop("logger"), record.pop("event")
+        record.pop("time")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return __name__, logging.INFO, line
+    return logger, level, " ".join([text, *(f"{key}={value}" for key, value in record.items())])
 
 
 def _describe_exit(status: int | None, stderr_tail: tuple[str, ...]) -> str:
@@ -272,7 +297,7 @@ def _lifeline() -> Iterator[int | None]:
 
 
 async def _spawn(spec: WorkerSpec, lifeline: int | None) -> trio.Process:
-    command = [sys.executable, "-X", "faulthandler", "-m", "ullm.actors.worker_main"]
+    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "ullm.actors.worker_main"]
     command += ["--name", spec.rank.name, "--runner", spec.runner]
     options: dict[str, Any] = {}
     if os.name == "posix":
@@ -294,7 +319,8 @@ async def _spawn(spec: WorkerSpec, lifeline: int | None) -> trio.Process:
 
 def _environment(spec: WorkerSpec) -> dict[str, str]:
     """Our own, with what Python finds here, and the number of threads to compute with."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    environment = dict(os.environ, PYTHONPATH=path)
     if spec.cpu_threads is not None:
         for library in ("OMP", "MKL", "OPENBLAS"):
             environment[f"{library}_NUM_THREADS"] = str(spec.cpu_threads)

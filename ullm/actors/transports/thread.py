@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
-from ullm.actors.worker import IMPORT_BUDGET, Ended, Inbox, failed, load_runner, run_worker
+from ullm.actors.worker import IMPORT_BUDGET, Ended, Inbox, Terminated, failed, load_runner, run_worker
 from ullm.core.runner import Runner
 from ullm.errors import WorkerLost
 from ullm.logs import get_logger
@@ -51,6 +51,7 @@ class ThreadTransport:
         self._ended = trio.Event()
         self._cause = "ended"
         self._killed = False
+        self._stopping = False
         self._stopped: Stopped | None = None
 
     @property
@@ -88,7 +89,7 @@ class ThreadTransport:
     def kill(self) -> None:
         """Tell the thread to stop, and count it as lost from now on."""
         if self.alive():
-            self._killed = True
+            self._killed = self._stopping = True
             self._cause = "was given up; its thread cannot be killed"
             self._inbox.put(Stop(0.0))
             self._deliver.close()
@@ -97,6 +98,7 @@ class ThreadTransport:
         """`Stop`, and wait; a thread that has not ended then is abandoned."""
         began = trio.current_time()
         if not self._ended.is_set():
+            self._stopping = True
             self._inbox.put(Stop(budget))
             with trio.move_on_after(budget):
                 await self._ended.wait()
@@ -120,18 +122,23 @@ class ThreadTransport:
 
     def _work(self) -> None:
         runner: Runner | None = None
+        ended = Ended.FAILED
         try:
             self._answer(Progress("import", IMPORT_BUDGET))
             runner = load_runner(self._spec.runner)
             ended = run_worker(runner, self._inbox, self._answer)
+        except Terminated:
+            self._answer(Stopped(_close(runner, self.name)))
+            ended = Ended.STOPPED
         except Exception as error:
-            ended = Ended.FAILED
             self._answer(failed(error))
-        if ended is Ended.FAILED and runner is not None:
+        if ended is Ended.FAILED:
             _close(runner, self.name)
         self._to_trio(self._end)
 
     def _answer(self, message: FromWorker) -> None:
+        if self._stopping and isinstance(message, Progress):
+            raise Terminated  # loading tells its progress often; it need not come to its end
         self._to_trio(self._take, message)
 
     def _to_trio(self, callback: object, *arguments: object) -> None:
@@ -154,9 +161,10 @@ class ThreadTransport:
         self._deliver.close()
 
 
-def _close(runner: Runner, name: str) -> None:
-    """Free what a failed runner holds: its process goes on without it."""
+def _close(runner: Runner | None, name: str) -> dict[str, float]:
+    """Free what a runner holds that did not come to its proper end: its process goes on without it."""
     try:
-        runner.close()
+        return runner.close() if runner is not None else {}
     except Exception:
-        log.warning("worker did not close cleanly after it failed", worker=name, exc_info=True)
+        log.warning("worker did not close cleanly", worker=name, exc_info=True)
+        return {}
