@@ -178,7 +178,12 @@ def _typed_in(annotation: Any) -> Any:
 
 
 def _is_stop(annotation: Any) -> bool:
-    return str in typing.get_args(annotation) and "tuple[" in str(annotation)
+    # "A string or several": the only kind of field that takes one value or a tuple of them.
+    return (
+        typing.get_origin(annotation) is not tuple
+        and str in typing.get_args(annotation)
+        and "tuple[" in str(annotation)
+    )
 
 
 def _converted(name: str, value: Any, annotation: Any) -> Any:

@@ -1,0 +1,108 @@
+"""Configuration: checks, combinations, and what the environment may say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+import pytest
+
+from ullm.config import DEFAULT_MODEL, EngineConfig, ServerConfig, from_env
+from ullm.errors import ConfigError
+
+
+def test_defaults_are_valid_and_frozen() -> None:
+    config = EngineConfig()
+    assert config.model == DEFAULT_MODEL
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.max_bs = 3  # type: ignore[misc]
+
+
+def test_round_trip_through_a_frame() -> None:
+    config = EngineConfig(model="x", device_ids=(0, 1), tp_size=2, kv_cache_memory=5, dtype="float32")
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"block_size": 0}, "--block-size must be at least 1, got 0"),
+        ({"max_bs": 0}, "--max-bs must be at least 1"),
+        ({"tp_size": 0}, "--tp-size must be at least 1"),
+        ({"context_len": 0}, "--context-len must be at least 1"),
+        ({"num_blocks": 0}, "--num-blocks must be at least 1"),
+        ({"shutdown_timeout": -1}, "--shutdown-timeout must be at least 0"),
+        ({"shutdown_timeout": float("nan")}, "--shutdown-timeout"),
+        ({"step_timeout": 0}, "--step-timeout must be above 0"),
+        ({"gpu_memory_utilization": 0}, "--gpu-memory-utilization must be above 0"),
+        ({"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization must be above 0 and at most 1"),
+        ({"steps_ahead": 2}, "--steps-ahead must be 0 or 1"),
+        (
+            {"max_bs": 64, "max_num_batched_tokens": 63},
+            "--max-num-batched-tokens 63 is less than --max-bs 64",
+        ),
+        ({"transport": "thread", "tp_size": 2}, "use --transport process"),
+        ({"pp_size": 2}, "--pp-size above 1 is not supported"),
+        ({"device_ids": (0,), "tp_size": 2}, "--device-ids names 1 devices"),
+    ],
+)
+def test_refusals_name_the_option(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(**options)  # type: ignore[arg-type]
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"port": -1}, "--port"), ({"port": 65536}, "--port"), ({"api_key": ""}, "--api-key is empty")],
+)
+def test_server_refusals(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        ServerConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("owner/name", "name"), ("/models/x/", "x"), ("x.gguf", "x.gguf"), ("name", "name")],
+)
+def test_model_name(model: str, name: str) -> None:
+    assert EngineConfig(model=model).model_name == name
+    assert EngineConfig(model=model, served_model_name="mine").model_name == "mine"
+
+
+def test_from_env() -> None:
+    environ = {
+        "ULLM_MODEL": "m",
+        "ULLM_MAX_BS": "8",
+        "ULLM_DEVICE_IDS": "0, 2",
+        "ULLM_PREFIX_CACHE": "false",
+        "ULLM_SHUTDOWN_TIMEOUT": "1.5",
+        "ULLM_CACHE": "/elsewhere",
+        "ULLM_PORT": "80",
+        "OTHER": "x",
+    }
+    config = from_env(EngineConfig, environ, model="mine")
+    assert (config.model, config.max_bs, config.device_ids) == ("mine", 8, (0, 2))
+    assert (config.prefix_cache, config.shutdown_timeout) == (False, 1.5)
+    assert from_env(ServerConfig, environ).port == 80
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "text"),
+    [
+        (EngineConfig, "ULLM_MAX_BS", "many"),
+        (EngineConfig, "ULLM_DTYPE", "float12"),
+        (EngineConfig, "ULLM_DEVICE_IDS", "0,x"),
+        (EngineConfig, "ULLM_PREFIX_CACHE", "perhaps"),
+        (ServerConfig, "ULLM_PORT", "http"),
+    ],
+)
+def test_from_env_names_the_variable(cls: type[EngineConfig], name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}='{text}'"):
+        from_env(cls, {name: text})
+
+
+def test_a_variable_out_of_range_names_the_option() -> None:
+    with pytest.raises(ConfigError, match="--max-bs must be at least 1"):
+        from_env(EngineConfig, {"ULLM_MAX_BS": "0"})
