@@ -1,0 +1,284 @@
+"""An engine without a model: scripted tokens, a tiny real tokenizer, and gates to hold it at a token."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any
+
+import tokenizers
+import trio
+from tokenizers import decoders, models, pre_tokenizers
+
+from ullm.engine import EngineStatistics, Health, ReplicaHealth
+from ullm.errors import EngineDraining, EngineNotReady, InvalidParameter, PromptTooLong, QueueFull
+from ullm.generation import Output
+from ullm.messages import ModelInfo, TokenLogprobs
+from ullm.sampling import SamplingParams
+from ullm.config import ServerConfig
+from ullm.server import bind, serve_http
+from ullm.supervision import EngineState
+
+BOS, EOS = "<s>", "</s>"
+ANSWER = "Grüße aus Paris! 🎉 "
+CONTEXT_LEN = 512
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8, behind the special tokens ``<s>`` and ``</s>``."""
+
+    has_chat_template = True
+
+    def __init__(self) -> None:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {token: number for number, token in enumerate([BOS, EOS, *alphabet])}
+        self._tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._tokenizer.decoder = decoders.ByteLevel()
+        self._tokenizer.add_special_tokens([BOS, EOS])
+        self.vocab_size = len(vocabulary)
+        self.bos_token_id, self.eos_token_ids = 0, (1,)
+        self.seen: list[dict[str, Any]] = []
+
+    def plain(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        await trio.lowlevel.checkpoint()
+        return ([self.bos_token_id] if add_special_tokens else []) + self.plain(text)
+
+    async def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        self.seen.append({"messages": messages, "tools": tools, "kwargs": kwargs})
+        if messages[0]["role"] == "assistant":
+            raise InvalidParameter("the template wants a user's turn first", "messages")
+        text = "".join(f"[{message['role']}]{message['content']}" for message in messages)
+        return await self.encode(text + ("[assistant]" if add_generation_prompt else ""))
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id % 256])
+
+
+Script = Callable[[int], list[int]]
+"""What choice number so-and-so says."""
+
+
+class FakeEngine:
+    """Has what the server needs of an engine.
+
+    Args:
+        hold_after: tokens of each choice after which it waits for `release`.
+        fail_after: tokens of each choice after which `failure` is raised.
+    """
+
+    def __init__(self, *, loaded: bool = True) -> None:
+        self.model_name = "fake"
+        self.state = EngineState.RUNNING if loaded else EngineState.STARTING
+        self._tokenizer = ByteTokenizer()
+        self._info = ModelInfo(
+            architecture="Fake",
+            num_parameters=1,
+            vocab_size=self._tokenizer.vocab_size,
+            eos_token_ids=self._tokenizer.eos_token_ids,
+            context_len=CONTEXT_LEN,
+            num_blocks=64,
+            block_size=16,
+            dtype="float32",
+            device="cpu",
+        )
+        self.script: Script = lambda index: self._tokenizer.plain(ANSWER)
+        self.hold_after: int | None = None
+        self.fail_after: int | None = None
+        self.failure: BaseException = RuntimeError("boom")
+        self.refuse: BaseException | None = None
+        self.release = trio.Event()
+        self.held = trio.Event()
+        self.active: dict[str, FakeGeneration] = {}
+        self.all_gone = trio.Event()
+        self.admitted: list[FakeGeneration] = []
+        self.aborted = 0
+
+    @property
+    def tokenizer(self) -> ByteTokenizer | None:
+        return None if self.state is EngineState.STARTING else self._tokenizer
+
+    @property
+    def info(self) -> ModelInfo | None:
+        return None if self.state is EngineState.STARTING else self._info
+
+    def check_admission(self) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+        if self.state is EngineState.STARTING:
+            raise EngineNotReady(self.state.value)
+        if self.state is not EngineState.RUNNING:
+            raise EngineDraining(self.state.value)
+
+    def fill_queue(self) -> None:
+        self.refuse = QueueFull(8, 8, retry_after=1.2)
+
+    def generate(
+        self, prompt: Sequence[int] | str, params: SamplingParams, *, request_id: str | None = None
+    ) -> FakeGeneration:
+        assert not isinstance(prompt, str)
+        return FakeGeneration(self, list(prompt), params, request_id or "req")
+
+    def health(self) -> Health:
+        ready = self.state is EngineState.RUNNING
+        return Health(
+            state=self.state.value,
+            live=self.state is not EngineState.FAILED,
+            ready=ready,
+            detail="" if ready else self.state.value,
+            replicas=[ReplicaHealth(0, ready, 1, [])],
+        )
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            running=len(self.active),
+            waiting=0,
+            kv_blocks_used=16,
+            kv_blocks_total=64,
+            prefix_cache_hit_tokens=3,
+            prefix_cache_query_tokens=10,
+            prompt_tokens_total=20,
+            generation_tokens_total=30,
+            preemptions_total=1,
+            requests_total={"stop": 2, "length": 1},
+            worker_restarts_total=0,
+            requests_resumed_total=0,
+            tokens_resubmitted_total=0,
+        )
+
+
+class FakeGeneration:
+    """One request; its outputs are made as they are asked for."""
+
+    def __init__(
+        self, engine: FakeEngine, prompt: list[int], params: SamplingParams, request_id: str
+    ) -> None:
+        self._engine = engine
+        self.prompt_token_ids = prompt
+        self.params = params
+        self.request_id = request_id
+        self._finished = False
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        if self.params.prompt_logprobs is None:
+            return None
+        return [None, *(_score(token, self.params.prompt_logprobs) for token in self.prompt_token_ids[1:])]
+
+    async def __aenter__(self) -> FakeGeneration:
+        await trio.lowlevel.checkpoint()
+        if len(self.prompt_token_ids) >= CONTEXT_LEN:
+            raise PromptTooLong(len(self.prompt_token_ids), CONTEXT_LEN)
+        assert self.request_id not in self._engine.active
+        self._engine.active[self.request_id] = self
+        self._engine.admitted.append(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine.aborted += not self._finished
+        del self._engine.active[self.request_id]
+        if not self._engine.active:
+            self._engine.all_gone.set()
+
+    def __aiter__(self) -> FakeGeneration:
+        scripts = [self._engine.script(index) for index in range(self.params.n)]
+        self._texts = [_Text(self._engine._tokenizer) for _ in scripts]
+        limit = self.params.max_tokens or CONTEXT_LEN
+        self._steps = deque(
+            (number, index, script[number], _end(number, script, limit))
+            for number in range(limit)
+            for index, script in enumerate(scripts)
+            if number < min(len(script), limit)
+        )
+        return self
+
+    async def __anext__(self) -> Output:
+        if not self._steps:
+            self._finished = True
+            raise StopAsyncIteration
+        number, index, token, reason = self._steps.popleft()
+        if index == 0:
+            await self._pause(number)
+        return self._output(index, number, token, reason)
+
+    async def _pause(self, number: int) -> None:
+        await trio.lowlevel.checkpoint()
+        if number == self._engine.fail_after:
+            raise self._engine.failure
+        if number == self._engine.hold_after:
+            self._engine.held.set()
+            await self._engine.release.wait()
+
+    def _output(self, index: int, number: int, token: int, reason: str | None) -> Output:
+        logprobs = None if self.params.logprobs is None else [_score(token, self.params.logprobs)]
+        return Output(
+            index=index,
+            text=self._texts[index].push(token, flush=reason is not None),
+            token_ids=[token],
+            logprobs=logprobs,
+            finish_reason=reason,
+            num_prompt_tokens=len(self.prompt_token_ids),
+            num_generated_tokens=number + 1,
+            num_cached_tokens=2,
+        )
+
+
+def _end(number: int, script: list[int], limit: int) -> str | None:
+    if number + 1 == limit:
+        return "length"
+    return "stop" if number + 1 == len(script) else None
+
+
+class _Text:
+    """Text of whole characters, as they become complete."""
+
+    def __init__(self, tokenizer: ByteTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._held: list[int] = []
+
+    def push(self, token: int, *, flush: bool) -> str:
+        self._held.append(token)
+        text = self._tokenizer.decode(self._held)
+        if text.endswith("\ufffd") and not flush:
+            return ""
+        self._held.clear()
+        return text
+
+
+def _score(token: int, count: int) -> TokenLogprobs:
+    top = [(token, -0.5), *((other, float("-inf")) for other in range(2, 1 + count))]
+    return TokenLogprobs(token, -0.5, 1, top[:count])
+
+
+@asynccontextmanager
+async def serving(engine: FakeEngine, **server_options: Any) -> AsyncIterator[str]:
+    """The app on a real Hypercorn server on loopback; yields its URL."""
+    config = ServerConfig(port=0, **server_options)
+    async with trio.open_nursery() as nursery:
+
+        async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
+            await serve_http(engine, config, sockets=[bind(config)], task_status=task_status)
+
+        urls = await nursery.start(run)
+        yield urls[0]
+        nursery.cancel_scope.cancel()

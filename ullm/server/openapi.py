@@ -1,0 +1,168 @@
+"""``/openapi.json``: every route, with its schemas and each status that it can answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from quart import Response
+from quart_trio import QuartTrio
+
+import ullm
+from ullm.server import responses, schemas
+
+_REF = "#/components/schemas/{name}"
+_DESCRIPTIONS = {
+    200: "The answer.",
+    400: "The request cannot be served as it is; `param` names the field.",
+    401: "The API key is missing or wrong.",
+    404: "No such model.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    429: "The queue is full; `Retry-After` says when to come back.",
+    500: "The engine failed.",
+    503: "The engine is starting, restarting, or stopping.",
+}
+_BODY = (400, 404, 408, 413, 415)
+_GENERATE = (*_BODY, 429, 500, 503)
+
+_COMPONENTS: tuple[Any, ...] = (
+    schemas.CompletionRequest,
+    schemas.ChatCompletionRequest,
+    schemas.TokenizeRequest,
+    schemas.DetokenizeRequest,
+    responses.Completion,
+    responses.ChatCompletion,
+    responses.ChatCompletionChunk,
+    responses.ModelCard,
+    responses.ModelList,
+    responses.Tokenized,
+    responses.Detokenized,
+    responses.Version,
+    responses.Liveness,
+    responses.ErrorBody,
+)
+
+
+def install(app: QuartTrio, *, secured: bool) -> None:
+    """Add the route to ``app``; the document is built when it is first asked for."""
+    built: list[bytes] = []
+
+    async def document() -> Response:
+        if not built:
+            built.append(msgspec.json.encode(openapi_document(secured=secured)))
+        return Response(built[0], content_type="application/json")
+
+    app.get("/openapi.json")(document)
+
+
+def openapi_document(*, secured: bool = False) -> dict[str, Any]:
+    """The OpenAPI 3.1 document.
+
+    Args:
+        secured: an API key is needed.
+    """
+    _, components = msgspec.json.schema_components(_COMPONENTS, ref_template=_REF)
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "ullm", "version": ullm.__version__},
+        "paths": _paths(secured),
+        "components": {"schemas": components},
+    }
+    if secured:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return document
+
+
+def _paths(secured: bool) -> dict[str, Any]:
+    model = _get("One model.", responses.ModelCard, (404,), secured)
+    model["parameters"] = [
+        {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    ]
+    stream = [responses.Completion, responses.ChatCompletionChunk]
+    return {
+        "/v1/models": {"get": _get("The models that are served.", responses.ModelList, (), secured)},
+        "/v1/models/{model}": {"get": model},
+        "/v1/completions": {
+            "post": _post(
+                "Continue prompts.",
+                schemas.CompletionRequest,
+                responses.Completion,
+                _GENERATE,
+                secured,
+                stream[0],
+            )
+        },
+        "/v1/chat/completions": {
+            "post": _post(
+                "Answer a conversation.",
+                schemas.ChatCompletionRequest,
+                responses.ChatCompletion,
+                _GENERATE,
+                secured,
+                stream[1],
+            )
+        },
+        "/tokenize": {
+            "post": _post(
+                "Text to token ids.", schemas.TokenizeRequest, responses.Tokenized, (*_BODY, 503), secured
+            )
+        },
+        "/detokenize": {
+            "post": _post(
+                "Token ids to text.", schemas.DetokenizeRequest, responses.Detokenized, (*_BODY, 503), secured
+            )
+        },
+        "/live": {"get": _probe("Whether the process is worth keeping.", _ref(responses.Liveness))},
+        "/ready": {"get": _probe("Whether new requests are served.", _ref(responses.Liveness))},
+        "/health": {"get": _probe("The state, in detail.", {"type": "object"})},
+        "/version": {"get": _get("The server's version.", responses.Version, (), secured=False)},
+        "/metrics": {"get": _text("Prometheus metrics.")},
+    }
+
+
+def _ref(schema: Any) -> dict[str, str]:
+    return {"$ref": _REF.format(name=schema.__name__)}
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def _answers(answer: dict[str, Any], errors: tuple[int, ...], secured: bool) -> dict[str, Any]:
+    found = {"200": {"description": _DESCRIPTIONS[200], "content": answer}}
+    for status in (*errors, *((401,) if secured else ())):
+        content = _json(_ref(responses.ErrorBody))
+        found[str(status)] = {"description": _DESCRIPTIONS[status], "content": content}
+    return found
+
+
+def _get(summary: str, answer: Any, errors: tuple[int, ...], secured: bool) -> dict[str, Any]:
+    operation = {"summary": summary, "responses": _answers(_json(_ref(answer)), errors, secured)}
+    return operation | ({"security": [{"key": []}]} if secured else {})
+
+
+def _post(
+    summary: str, body: Any, answer: Any, errors: tuple[int, ...], secured: bool, event: Any = None
+) -> dict[str, Any]:
+    operation = _get(summary, answer, errors, secured)
+    operation["requestBody"] = {"required": True, "content": _json(_ref(body))}
+    if event is not None:
+        operation["responses"]["200"]["content"]["text/event-stream"] = {
+            "schema": {"type": "string", "description": f"Events of {event.__name__}, then [DONE]."}
+        }
+    return operation
+
+
+def _probe(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
+    found = {
+        str(status): {"description": text, "content": _json(schema)}
+        for status, text in ((200, "Yes."), (503, "No."))
+    }
+    return {"summary": summary, "responses": found}
+
+
+def _text(summary: str) -> dict[str, Any]:
+    content = {"text/plain": {"schema": {"type": "string"}}}
+    return {"summary": summary, "responses": {"200": {"description": _DESCRIPTIONS[200], "content": content}}}

@@ -1,0 +1,134 @@
+"""What the HTTP surface needs of an engine; `ullm.engine.Engine` has it, and so do fakes in tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ullm.messages import ModelInfo, TokenLogprobs
+from ullm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from ullm.generation import Output
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text."""
+
+    async def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The tokens of a conversation in the model's chat template.
+
+        Raises:
+            InvalidParameter: the template refuses the messages.
+        """
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of tokens."""
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, for log probabilities."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's bytes, which may be part of a character."""
+
+
+class Generation(Protocol):
+    """One admitted request; see `ullm.generation.Generation`."""
+
+    @property
+    def prompt_token_ids(self) -> Sequence[int]:
+        """The prompt, once entered."""
+
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprobs | None] | None:
+        """One per prompt token once the first output is there, if asked for."""
+
+    async def __aenter__(self) -> Generation:
+        """Admit the request."""
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Abort what has not finished."""
+
+    def __aiter__(self) -> AsyncIterator[Output]:
+        """What is new, as it comes."""
+
+
+class Health(Protocol):
+    """How the engine is, for probes; encoded to JSON as it is."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are served."""
+
+    @property
+    def live(self) -> bool:
+        """Whether the process is worth keeping."""
+
+
+class Statistics(Protocol):
+    """Counters and gauges, for metrics."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    prefix_cache_hit_tokens: int
+    prefix_cache_query_tokens: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    preemptions_total: int
+    requests_total: Mapping[str, int]
+    worker_restarts_total: int
+    requests_resumed_total: int
+    tokens_resubmitted_total: int
+
+
+class Engine(Protocol):
+    """An engine in any state; before it is ready, ``info`` and ``tokenizer`` may be None."""
+
+    @property
+    def model_name(self) -> str:
+        """The name that the API shows."""
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """What the loaded model is."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The loaded model's tokenizer."""
+
+    @property
+    def state(self) -> str:
+        """One of `ullm.supervision.state.EngineState`."""
+
+    def check_admission(self) -> None:
+        """Raise what a new request would get: EngineDraining, EngineNotReady, QueueFull, EngineDead."""
+
+    def generate(
+        self, prompt: Sequence[int] | str, params: SamplingParams, *, request_id: str | None = None
+    ) -> Generation:
+        """A request that is admitted when the result is entered."""
+
+    def health(self) -> Health:
+        """For probes."""
+
+    def statistics(self) -> Statistics:
+        """For metrics."""
