@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -128,14 +130,25 @@ async def cost(number: int, strategy: Strategy, end: str) -> float:
     return (time.process_time() - began) / number
 
 
+@pytest.fixture
+def _uncollected() -> Iterator[None]:
+    """The collector's share depends on what else the test process holds."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_uncollected")
 @pytest.mark.parametrize("end", ["stop", "terminate"])
 @pytest.mark.parametrize("strategy", [Strategy.DYNAMIC, Strategy.ONE_FOR_ONE])
 async def test_cost_is_nearly_linear(strategy: Strategy, end: str) -> None:
-    small = await cost(1_000, strategy, end)
-    large = await cost(10_000, strategy, end)
+    small = await cost(500, strategy, end)
+    large = await cost(5_000, strategy, end)
     assert large < 5 * small  # linear would be 1; quadratic 10
 
 
+@pytest.mark.usefixtures("_uncollected")
 async def test_100_000_children(autojump_clock: MockClock) -> None:
     small = await cost(1_000, Strategy.DYNAMIC, "stop")
     large = await cost(100_000, Strategy.DYNAMIC, "stop")
