@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from ullm.actors.transports.fake import FakeBehaviour, FakeWorker, FakeWorkers
 from ullm.testing.models import local_model, tiny_tokenizer, write_scripted_model, write_tiny_model
-from ullm.testing.scripted import ScriptedRunner, ScriptedSettings, ScriptViolation, scripted_tokens
+from ullm.testing.scripted import ScriptedRunner, ScriptViolation, scripted_tokens
+from ullm.testing.settings import ScriptedSettings
 
 __all__ = [
     "FakeBehaviour",

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ullm.testing.scripted import ScriptedSettings
+from ullm.testing.settings import ScriptedSettings
 
 if TYPE_CHECKING:
     from ullm.hub import LocalModel

@@ -10,18 +10,16 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import trio
 
 from ullm.actors.transports.background import background_tasks
 from ullm.actors.transports.base import STDERR_TAIL_LINES, StopReport, Transport, WorkerSpec
 from ullm.actors.transports.frames import FrameReader, encode
+from ullm.actors.transports.spawn import lifeline, spawn
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.logs import get_logger
 from ullm.messages import FromWorker, Ready, Stop, Stopped, ToWorker
@@ -53,8 +51,8 @@ async def open_process(spec: WorkerSpec) -> AsyncIterator[Transport]:
     Raises:
         OSError: the process cannot be started at all.
     """
-    with _lifeline() as inherited:
-        process = await _spawn(spec, inherited)
+    with lifeline() as inherited:
+        process = await spawn(spec, inherited)
         transport = ProcessTransport(spec.rank.name, process)
         async with background_tasks() as nursery:
             nursery.start_soon(transport.write_frames)
@@ -281,47 +279,3 @@ def _describe_exit(status: int | None, stderr_tail: tuple[str, ...]) -> str:
     shown = f"{status:#x}" if status > 255 else str(status)  # Windows' codes are known in hexadecimal
     reason = f": {stderr_tail[-1]}" if status and stderr_tail else ""
     return f"exited with status {shown}{reason}"
-
-
-@contextmanager
-def _lifeline() -> Iterator[int | None]:
-    """A pipe that is open as long as this process and this context live; the worker's end of it."""
-    if sys.platform != "linux":
-        yield None
-        return
-    theirs, ours = os.pipe()
-    try:
-        yield theirs
-    finally:
-        os.close(ours)
-
-
-async def _spawn(spec: WorkerSpec, lifeline: int | None) -> trio.Process:
-    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "ullm.actors.worker_main"]
-    command += ["--name", spec.rank.name, "--runner", spec.runner]
-    options: dict[str, Any] = {}
-    if os.name == "posix":
-        options["start_new_session"] = True
-    else:
-        options["creationflags"] = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-    if lifeline is not None:
-        command += ["--lifeline", str(lifeline)]
-        options["pass_fds"] = [lifeline]
-    pipe = subprocess.PIPE
-    try:
-        return await trio.lowlevel.open_process(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(spec), **options
-        )
-    finally:
-        if lifeline is not None:
-            os.close(lifeline)
-
-
-def _environment(spec: WorkerSpec) -> dict[str, str]:
-    """Our own, with what Python finds here, and the number of threads to compute with."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    environment = dict(os.environ, PYTHONPATH=path)
-    if spec.cpu_threads is not None:
-        for library in ("OMP", "MKL", "OPENBLAS"):
-            environment[f"{library}_NUM_THREADS"] = str(spec.cpu_threads)
-    return environment

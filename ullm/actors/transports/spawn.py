@@ -1,0 +1,63 @@
+"""Starting a worker process: its command line, its environment, and the pipe that it lives by."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import trio
+
+from ullm.actors.transports.base import WorkerSpec
+
+
+@contextmanager
+def lifeline() -> Iterator[int | None]:
+    """A pipe that is open as long as this process and this context live; the worker's end of it."""
+    if sys.platform != "linux":
+        yield None
+        return
+    theirs, ours = os.pipe()
+    try:
+        yield theirs
+    finally:
+        os.close(ours)
+
+
+async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
+    """Start the process; it inherits one descriptor, which is closed here.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "ullm.actors.worker_main"]
+    command += ["--name", spec.rank.name, "--runner", spec.runner]
+    options: dict[str, Any] = {}
+    if os.name == "posix":
+        options["start_new_session"] = True
+    else:
+        options["creationflags"] = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    if inherited is not None:
+        command += ["--lifeline", str(inherited)]
+        options["pass_fds"] = [inherited]
+    pipe = subprocess.PIPE
+    try:
+        return await trio.lowlevel.open_process(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(spec), **options
+        )
+    finally:
+        if inherited is not None:
+            os.close(inherited)
+
+
+def _environment(spec: WorkerSpec) -> dict[str, str]:
+    """Our own, with what Python finds here, and the number of threads to compute with."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    environment = dict(os.environ, PYTHONPATH=path)
+    if spec.cpu_threads is not None:
+        for library in ("OMP", "MKL", "OPENBLAS"):
+            environment[f"{library}_NUM_THREADS"] = str(spec.cpu_threads)
+    return environment

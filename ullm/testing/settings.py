@@ -1,0 +1,67 @@
+"""How a scripted model behaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ullm.errors import ModelFileBroken
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptedSettings:
+    """How a `ScriptedRunner` behaves.
+
+    Read from the section ``scripted`` of the model's config.json, or from a model path such as
+    ``scripted:step_seconds=0.01,vocab_size=300``; ``ULLM_SCRIPTED_<FIELD>`` variables win.
+
+    Args:
+        vocab_size: token ids are below it.
+        first_token: generated ids are at or above it, so that special tokens are never drawn.
+        eos_token_id: drawn only by ``eos_after``.
+        eos_after: generated tokens after which the sequence ends; None: never by itself.
+        context_len, num_blocks: of the model; the engine's configuration wins.
+        load_seconds, step_seconds, token_seconds: real time that is slept.
+        asynchronous: steps run beside the host, as on a GPU.
+    """
+
+    vocab_size: int = 1000
+    first_token: int = 3
+    eos_token_id: int = 2
+    eos_after: int | None = None
+    context_len: int = 4096
+    num_blocks: int = 1024
+    load_seconds: float = 0.0
+    step_seconds: float = 0.0
+    token_seconds: float = 0.0
+    asynchronous: bool = False
+
+    @staticmethod
+    def read(model_path: str, environ: Mapping[str, str] = os.environ) -> ScriptedSettings:
+        """The settings for a model.
+
+        Raises:
+            ModelFileBroken: config.json or a value in it cannot be read.
+        """
+        values: dict[str, Any] = {}
+        if model_path.startswith("scripted:"):
+            values = dict(pair.split("=", 1) for pair in model_path[len("scripted:") :].split(",") if pair)
+        elif (file := Path(model_path) / "config.json").is_file():
+            config = json.loads(file.read_text("utf-8"))
+            values = {key: config[key] for key in ("vocab_size",) if key in config} | config.get(
+                "scripted", {}
+            )
+        names = ScriptedSettings.__dataclass_fields__
+        values |= {
+            n: environ[f"ULLM_SCRIPTED_{n.upper()}"] for n in names if f"ULLM_SCRIPTED_{n.upper()}" in environ
+        }
+        try:
+            return msgspec.convert(values, ScriptedSettings, strict=False)
+        except msgspec.ValidationError as error:
+            raise ModelFileBroken(model_path, f"not settings of a scripted model: {error}") from None
