@@ -298,6 +298,26 @@ def test_unknown_architecture_tensor_and_experts(tmp_path: Path) -> None:
         list(iterate_gguf_tensors(tmp_path / "odd.gguf"))
 
 
+def test_metadata_that_are_not_what_they_should_be(tmp_path: Path) -> None:
+    writer = start_file(tmp_path / "heads.gguf")
+    writer.kv_data[0].pop("llama.attention.head_count_kv")
+    writer.add_head_count_kv([2, 4])
+    finish(writer)
+    writer = start_file(tmp_path / "text.gguf")
+    writer.kv_data[0].pop("llama.block_count")
+    writer.add_string("llama.block_count", "two")
+    finish(writer)
+    writer = start_file(tmp_path / "lacks.gguf")
+    writer.kv_data[0].pop("llama.embedding_length")
+    finish(writer)
+    with pytest.raises(ModelUnsupported, match="different numbers of heads"):
+        read_gguf_config(tmp_path / "heads.gguf")
+    with pytest.raises(ModelFileBroken, match=r"'llama\.block_count' is 'two', not one positive number"):
+        read_gguf_config(tmp_path / "text.gguf")
+    with pytest.raises(ModelFileBroken, match=r"lacks 'llama\.embedding_length'"):
+        read_gguf_config(tmp_path / "lacks.gguf")
+
+
 # --- tokenizers --------------------------------------------------------------------------------
 
 SPLITS = {

@@ -26,7 +26,6 @@ _KEYS = {
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
     "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "context_length": "max_position_embeddings",
 }
@@ -68,20 +67,19 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
     """
     file = GgufFile(path)
     arch = _architecture(file)
-    config = {ours: file.require(f"{arch}.{theirs}") for theirs, ours in _KEYS.items()}
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    if not isinstance(heads, int) or not 0 < heads <= hidden:
-        raise ModelUnsupported(f"{file.path}: layers with different numbers of heads ({heads}) cannot be run")
-    head_dim = file.metadata.get(f"{arch}.attention.key_length", hidden // heads)
+    config = {ours: file.number(f"{arch}.{theirs}") for theirs, ours in _KEYS.items()}
+    heads, kv_heads = _head_counts(file, arch)
+    head_dim = file.number(f"{arch}.attention.key_length", config["hidden_size"] // heads or None)
     return {
         "architectures": [ARCHITECTURES[arch]],
         "model_type": arch,
         **config,
-        "num_key_value_heads": file.metadata.get(f"{arch}.attention.head_count_kv", heads),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "vocab_size": _vocab_size(file),
         "hidden_act": "silu",
-        "rope_theta": float(file.metadata.get(f"{arch}.rope.freq_base", 10000.0)),
+        "rope_theta": float(file.number(f"{arch}.rope.freq_base", 10000.0)),
         "rope_scaling": _rope_scaling(file, arch, head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
@@ -107,8 +105,7 @@ def iterate_gguf_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]
     """
     file = GgufFile(path)
     arch = _architecture(file)
-    heads = file.require(f"{arch}.attention.head_count")
-    kv_heads = file.metadata.get(f"{arch}.attention.head_count_kv", heads)
+    heads, kv_heads = _head_counts(file, arch)
     permuted = {"q_proj": heads, "k_proj": kv_heads} if arch == "llama" else {}
     for name in file.tensors:
         if name == ROPE_FACTORS:
@@ -131,6 +128,18 @@ def _architecture(file: GgufFile) -> str:
     if file.metadata.get(f"{arch}.expert_count"):
         raise ModelUnsupported(f"{file.path}: GGUF models with experts cannot be run")
     return str(arch)
+
+
+def _head_counts(file: GgufFile, arch: str) -> tuple[int, int]:
+    """Query heads and KV heads, which must be the same in all layers."""
+    counts = (
+        file.require(f"{arch}.attention.head_count"),
+        file.metadata.get(f"{arch}.attention.head_count_kv"),
+    )
+    if any(isinstance(count, list) for count in counts):
+        raise ModelUnsupported(f"{file.path}: layers with different numbers of heads cannot be run")
+    heads = file.number(f"{arch}.attention.head_count")
+    return heads, file.number(f"{arch}.attention.head_count_kv", heads)
 
 
 def _vocab_size(file: GgufFile) -> int:
@@ -156,7 +165,7 @@ def _rope_scaling(file: GgufFile, arch: str, head_dim: int) -> dict[str, Any] | 
         return None
     if kind not in ("linear", "yarn"):
         raise ModelUnsupported(f"{file.path}: rotary scaling {kind!r} is not known")
-    scaling = {"rope_type": kind, "factor": float(file.require(f"{arch}.rope.scaling.factor"))}
+    scaling = {"rope_type": kind, "factor": float(file.number(f"{arch}.rope.scaling.factor"))}
     original = file.metadata.get(f"{arch}.rope.scaling.original_context_length")
     return scaling if original is None else {**scaling, "original_max_position_embeddings": original}
 
@@ -165,7 +174,7 @@ def _llama3_scaling(file: GgufFile, arch: str, head_dim: int) -> dict[str, Any]:
     """The rope_scaling entry that gives the divisors in the file; checked against all of them."""
     divisors = torch.from_numpy(file.values(ROPE_FACTORS).copy()).double()
     factor = round(float(divisors.max()))
-    theta = float(file.metadata.get(f"{arch}.rope.freq_base", 10000.0))
+    theta = float(file.number(f"{arch}.rope.freq_base", 10000.0))
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     turns = LLAMA3_ORIGINAL_CONTEXT * frequencies / (2 * math.pi)
     smooth = (turns - LLAMA3_LOW_FREQ_FACTOR) / (LLAMA3_HIGH_FREQ_FACTOR - LLAMA3_LOW_FREQ_FACTOR)

@@ -43,7 +43,7 @@ _SCALARS = {
     GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT64: "d",
 }
-PLAIN_TYPES = {
+PLAIN_TYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype("<f4"),
     GGMLQuantizationType.F16: np.dtype("<f2"),
     GGMLQuantizationType.F64: np.dtype("<f8"),
@@ -102,6 +102,17 @@ class GgufFile:
             raise self.broken(f"the metadata lacks {key!r}")
         return self.metadata[key]
 
+    def number(self, key: str, default: float | None = None) -> Any:
+        """A metadata value that must be one positive number.
+
+        Raises:
+            ModelFileBroken: it is missing and has no default, or is something else; names the key.
+        """
+        value = self.require(key) if default is None else self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self.broken(f"the metadata's {key!r} is {value!r}, not one positive number")
+        return value
+
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """A tensor's bytes as stored, a read-only view of the mapped file."""
         tensor = self.tensors[name]
@@ -115,7 +126,8 @@ class GgufFile:
         """
         tensor, raw = self.tensors[name], self.raw(name)
         if tensor.type in PLAIN_TYPES:
-            return raw.view(PLAIN_TYPES[tensor.type]).reshape(tensor.shape)
+            plain: npt.NDArray[Any] = raw.view(PLAIN_TYPES[tensor.type])
+            return plain.reshape(tensor.shape)
         try:
             rows = raw.reshape(*tensor.shape[:-1], -1)
             with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale may be infinite
