@@ -13,9 +13,10 @@ import pytest
 import trio
 
 from ullm.actors.transports.base import STDERR_TAIL_LINES
+from ullm.actors.transports.frames import FrameReader, encode
 from ullm.actors.transports.process import open_process
 from ullm.errors import WorkerLost
-from ullm.messages import NewSequence, Ping, Pong, Progress, Row, Step, StepResult, Stop
+from ullm.messages import FromWorker, NewSequence, Ping, Pong, Progress, Row, Step, StepResult, Stop
 from ullm.testing import scripted_tokens
 
 pytestmark = [
@@ -367,3 +368,38 @@ async def test_stop_message_alone_ends_the_process(talk):
         await worker.send(Stop(5))
         error = await lost(worker)
     assert error.cause == "exited with status 0"
+
+
+async def test_reader_alone_ends_an_orphan_where_there_is_no_lifeline(talk):
+    """As on macOS and Windows: the end of stdin is enough, also in a long step."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    command = [sys.executable, "-m", "ullm.actors.worker_main", "--name", "orphan"]
+    process = await trio.lowlevel.open_process(
+        [*command, "--runner", "hostile_runners:Sleeps"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    try:
+        await process.stdin.send_all(encode(talk.start()))
+        reader, message = FrameReader(FromWorker), None
+        while getattr(message, "stage", None) != "hanging":
+            if (message := reader.next()) is None:
+                reader.feed(await process.stdout.receive_some(1 << 16))
+        await process.stdin.aclose()
+        with trio.fail_after(1):
+            assert await process.wait() == 1
+    finally:
+        process.kill()
+        await process.stdout.aclose()
+
+
+def test_worker_process_imports_only_what_it_needs():
+    program = (
+        "import sys; import ullm.actors.worker_main; "
+        "print(*sorted({'trio', 'torch', 'transformers', 'tokenizers', 'jinja2'} & set(sys.modules)))"
+    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == ""
+    assert result.returncode == 0, result.stderr
