@@ -26,10 +26,11 @@ from ullm.commands.flags import (
     with_options,
 )
 from ullm.config import EngineConfig, ServerConfig
-from ullm.errors import UllmError, UsageError
+from ullm.errors import EngineDead, UllmError, UsageError
 
-START_FAILED = 1
+FAILED = 1
 USAGE = 2
+ENGINE_FAILED = 70
 INTERRUPTED = 130
 
 CHAT_DEFAULTS = {"temperature": 0.2, "top_p": 0.9, "max_tokens": 1024}
@@ -186,38 +187,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except CycloptsError as error:
         return _complain(" ".join(str(error).split()), USAGE)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has enough; Python must not complain about it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return START_FAILED
     except BaseException as error:
         return _failed(error, debug=_wants_debug(arguments))
     return int(status or 0)
 
 
 def _failed(error: BaseException, *, debug: bool) -> int:
-    cause = _user_error(error)
-    if cause is None:
-        raise error
-    if debug:
-        traceback.print_exception(error)
-    return _complain(" ".join(str(cause).split()), USAGE if isinstance(cause, UsageError) else _status(cause))
+    """The exit status for an exception; one that is neither the user's nor a signal's goes on."""
+    match _only(error):
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case BrokenPipeError():
+            # Whoever read our output has enough; Python must not complain about it again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+        case UllmError() as cause:
+            if debug:
+                traceback.print_exception(error)
+            return _complain(" ".join(str(cause).split()), _status(cause))
+    raise error
 
 
 def _status(cause: UllmError) -> int:
-    from ullm.errors import EngineDead
+    if isinstance(cause, UsageError):
+        return USAGE
+    return ENGINE_FAILED if isinstance(cause, EngineDead) else FAILED
 
-    return 70 if isinstance(cause, EngineDead) else START_FAILED
 
-
-def _user_error(error: BaseException) -> UllmError | None:
-    """The one error of ours in what trio may have wrapped in groups; None if there is another kind."""
-    if isinstance(error, BaseExceptionGroup):
-        found = [_user_error(inner) for inner in error.exceptions]
-        return None if None in found else found[0]
-    return error if isinstance(error, UllmError) else None
+def _only(error: BaseException) -> BaseException:
+    """The error in groups of one, which trio makes; else the error itself."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def _complain(line: str, status: int) -> int:

@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import typing
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from ullm.commands.backend import Answer, Backend, Message, open_backend
 from ullm.commands.flags import SAMPLING_FIELDS
-from ullm.commands.interrupts import FORCED
+from ullm.commands.interrupts import cancel_on_signal
 from ullm.commands.terminal import fetch_model, stderr
 from ullm.config import EngineConfig
 from ullm.errors import RequestError, ServerRefused, ServerUnreachable
@@ -238,36 +238,18 @@ def chat(
     if url is None:
         fetch_model(config, stderr())
 
-    async def converse(set_chat: Callable[[Chat], None]) -> int:
+    chats: list[Chat] = []
+
+    async def converse() -> int:
         async with open_backend(config, url, model, api_key) as backend:
-            running = Chat(backend, Conversation(params, system), read_line, Console())
-            set_chat(running)
-            return await running.run()
+            chats.append(Chat(backend, Conversation(params, system), read_line, Console()))
+            return await chats[-1].run()
+
+    def fatal(number: int) -> bool:
+        return number != signal.SIGINT or not chats or not chats[-1].interrupt()
 
     with _terminal_restored():
-        return trio.run(with_interrupts, converse)
-
-
-async def with_interrupts(converse: Callable[[Callable[[Chat], None]], Awaitable[int]]) -> int:
-    """Hand SIGINT to the chat once there is one; SIGTERM, and SIGINT before that, end the program."""
-    chats: list[Chat] = []
-    status = 0
-    async with trio.open_nursery() as nursery:
-
-        async def watch(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-            nonlocal status
-            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                task_status.started()
-                async for number in signals:
-                    if number == signal.SIGINT and chats and chats[-1].interrupt():
-                        continue
-                    status = FORCED + number
-                    nursery.cancel_scope.cancel()
-
-        await nursery.start(watch)
-        status = await converse(chats.append)
-        nursery.cancel_scope.cancel()
-    return status
+        return trio.run(cancel_on_signal, converse, fatal)
 
 
 def read_line(prompt: str) -> str:

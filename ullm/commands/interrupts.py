@@ -7,28 +7,43 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from ullm.errors import StartCancelled
+
 FORCED = 128
 """Added to a signal's number for the exit status, as shells do."""
 
 
 def run_interruptibly(work: Callable[[], Awaitable[int]]) -> int:
     """``trio.run(work)``; SIGINT or SIGTERM cancels it, and the status is 128 + the signal's number."""
+    return trio.run(cancel_on_signal, work, lambda number: True)
 
-    async def main() -> int:
-        status = 0
-        async with trio.open_nursery() as nursery:
 
-            async def watch(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-                nonlocal status
-                with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                    task_status.started()
-                    async for number in signals:
-                        status = FORCED + number
+async def cancel_on_signal(work: Callable[[], Awaitable[int]], fatal: Callable[[int], bool]) -> int:
+    """Run ``work`` until it is done or a signal cancels it.
+
+    Args:
+        fatal: is told the number of each SIGINT and SIGTERM; False if the program is to go on.
+
+    Returns:
+        What ``work`` returned, or 128 + the signal's number.
+    """
+    stopped_by = 0
+    async with trio.open_nursery() as nursery:
+
+        async def watch(task_status: trio.TaskStatus[None]) -> None:
+            nonlocal stopped_by
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                task_status.started()
+                async for number in signals:
+                    if fatal(number):
+                        stopped_by = stopped_by or number
                         nursery.cancel_scope.cancel()
 
-            await nursery.start(watch)
+        await nursery.start(watch)
+        try:
             status = await work()
-            nursery.cancel_scope.cancel()
-        return status
-
-    return trio.run(main)
+        except StartCancelled:
+            if not stopped_by:
+                raise
+        nursery.cancel_scope.cancel()
+    return FORCED + stopped_by if stopped_by else status

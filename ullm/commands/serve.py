@@ -12,10 +12,12 @@ import trio
 from ullm.commands.terminal import progress_bar, stderr
 from ullm.config import EngineConfig, ServerConfig
 from ullm.engine import Engine
+from ullm.errors import StartCancelled
 from ullm.hub import LocalModel, resolve
 from ullm.logs import configure
 from ullm.server import bind, serve_http, urls
 from ullm.supervision import ChildSpec
+from ullm.supervision.shutdown import EXIT_OK
 from ullm.supervision.signals import Watchdog, leave_now, signal_ladder
 
 HTTP_BUDGET = 5.0
@@ -51,11 +53,14 @@ async def run_server(config: EngineConfig, server: ServerConfig, listener: socke
     with Watchdog() as watchdog:
         async with trio.open_nursery() as nursery:
             await nursery.start(partial(answer_signals, engine, watchdog))
-            await engine.run(task_status=Announcement(engine, listener))
-            nursery.cancel_scope.cancel()
-    report = engine.report
-    # A failure to start raises; what was asked to stop before it was ready has stopped in order.
-    return report.exit_code if report is not None and report.started else 0
+            try:
+                await engine.run(task_status=Announcement(engine, listener))
+            except StartCancelled:
+                return EXIT_OK  # asked to stop, and stopped in order
+            finally:
+                nursery.cancel_scope.cancel()
+    assert engine.report is not None, "an engine that has stopped has a report"
+    return engine.report.exit_code
 
 
 async def answer_signals(engine: Engine, watchdog: Watchdog, *, task_status: trio.TaskStatus[None]) -> None:
