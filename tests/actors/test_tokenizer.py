@@ -89,6 +89,13 @@ async def test_token_text(tokenizer):
     assert tokenizer.token_text(10**9) == ""
 
 
+@pytest.mark.parametrize("token_id", [-1, 2**32, 1.5, "a", None])
+async def test_ids_that_no_vocabulary_has(tokenizer, token_id):
+    assert tokenizer.decode([10**6]) == ""
+    with pytest.raises(InvalidParameter, match="from 0 to 4294967295"):
+        tokenizer.decode([5, token_id])
+
+
 class Slow:
     """A backend whose encoding of the text "slow" waits until it is let go."""
 

@@ -175,8 +175,15 @@ class Tokenizer:
     # --- decoding ---
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of some tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        """The text of some tokens; bytes that are no UTF-8 become U+FFFD, ids that are no token nothing.
+
+        Raises:
+            InvalidParameter: an id that no vocabulary can have.
+        """
+        try:
+            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        except (OverflowError, TypeError):
+            raise InvalidParameter("token ids must be whole numbers from 0 to 4294967295", "tokens") from None
 
     def detokenizer(
         self, *, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True

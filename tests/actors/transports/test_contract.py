@@ -1,5 +1,7 @@
 """What every kind of worker does, whatever it is made of."""
 
+import importlib.util
+import sys
 from contextlib import suppress
 
 import pytest
@@ -22,7 +24,13 @@ from ullm.messages import (
 )
 from ullm.testing import scripted_tokens
 
-KINDS = [pytest.param("process", marks=pytest.mark.process), "thread", "fake"]
+WITH_RAY = importlib.util.find_spec("ray") is not None
+KINDS = [
+    pytest.param("process", marks=pytest.mark.process),
+    "thread",
+    "fake",
+    *([pytest.param("ray", marks=pytest.mark.process)] if WITH_RAY else []),
+]
 BUDGET = 5.0
 
 
@@ -263,5 +271,10 @@ async def test_workers_do_not_mix(open_worker, talk):
 def test_unknown_kind_is_a_config_error():
     with pytest.raises(ConfigError, match="process, thread"):
         open_transport("carrier pigeon")
-    with pytest.raises(ConfigError, match="not available"):
+
+
+def test_missing_library_is_a_config_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "ullm.actors.transports.ray", raising=False)
+    with pytest.raises(ConfigError, match=r"needs Ray .*pip install 'ullm\[ray\]'"):
         open_transport("ray")

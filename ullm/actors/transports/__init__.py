@@ -12,7 +12,7 @@ def open_transport(kind: str) -> OpenTransport:
     """What starts workers of one kind: ``process``, ``thread``, ``ray`` or ``fake``.
 
     Raises:
-        ConfigError: there is no such kind, or it is not available here.
+        ConfigError: there is no such kind, or its library is not installed.
     """
     match kind:
         case "process":
@@ -28,5 +28,9 @@ def open_transport(kind: str) -> OpenTransport:
 
             return FakeWorkers().open
         case "ray":
-            raise ConfigError("--transport ray is not available in this release; use --transport process")
+            try:
+                from ullm.actors.transports.ray import open_ray
+            except ModuleNotFoundError as error:
+                raise ConfigError(f"--transport ray needs Ray ({error}): pip install 'ullm[ray]'") from None
+            return open_ray
     raise ConfigError(f"--transport {kind!r} is none of process, thread, ray, fake")
