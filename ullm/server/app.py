@@ -72,7 +72,7 @@ def _install_api_key(app: QuartTrio, api_key: str) -> None:
     expected = f"Bearer {api_key}".encode()
 
     async def check() -> None:
-        given = request.headers.get("Authorization", "").encode("utf-8", "replace")
+        given = request.headers.get("Authorization", "").encode("latin-1")  # the bytes that were sent
         if request.path not in _OPEN and not hmac.compare_digest(given, expected):
             raise errors.Unauthorized("the API key is missing or wrong; send 'Authorization: Bearer <key>'")
 

@@ -109,8 +109,10 @@ class Connection(TrioASGIHTTPConnection):
         """Serve it."""
 
         async def shielding(message: Any) -> None:
-            final = message["type"] == "http.response.body" and not message.get("more_body", False)
-            with trio.CancelScope(shield=final):
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                with trio.CancelScope(shield=True):
+                    await send(message)
+            else:
                 await send(message)
 
         await super().__call__(receive, shielding)

@@ -46,7 +46,7 @@ def invalid_field(error: msgspec.ValidationError) -> InvalidParameter:
     text = str(error)
     place = _PATH.search(text)
     message = _PATH.sub("", text)
-    path = place["path"] if place else ""
+    path = place["path"].replace("[...]", "") if place else ""  # an object's keys are not told
     missing = _FIELD.search(message)
     if missing:
         path = f"{path}.{missing['field']}".lstrip(".")

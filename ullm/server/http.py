@@ -78,9 +78,9 @@ def urls(sockets: Sequence[socket.socket]) -> list[str]:
 
 
 def hypercorn_config(sockets: Sequence[socket.socket]) -> Config:
-    """Hypercorn's settings: duplicates of ``sockets``, no access log, no limits of its own on time."""
+    """Hypercorn's settings: the given sockets, which it takes over; no access log; no time limits."""
     config = Config()
-    config.bind = [f"fd://{sock.dup().detach()}" for sock in sockets]
+    config.bind = [f"fd://{sock.detach()}" for sock in sockets]
     config.backlog = BACKLOG
     config.accesslog = None
     config.errorlog = None
@@ -104,14 +104,15 @@ async def serve_http(
 
     When it is cancelled it stops accepting, gives the handlers that run until its stop deadline to
     finish, and then closes their connections. The engine is drained before that, while this still serves.
-    ``sockets``, from `bind`, are closed at the end.
+    ``sockets``, from `bind`, belong to the server from now on.
     """
     stop, stopped = trio.Event(), trio.Event()
+    scope = trio.CancelScope(shield=True)
     app = create_app(engine, server_config)
+    addresses = urls(sockets)
 
     async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
-        with trio.CancelScope(shield=True) as scope:
-            scopes.append(scope)
+        with scope:
             await serve(
                 app,
                 hypercorn_config(sockets),
@@ -120,18 +121,13 @@ async def serve_http(
             )
         stopped.set()
 
-    scopes: list[trio.CancelScope] = []
-    try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(run)
-            task_status.started(urls(sockets))
-            try:
-                await trio.sleep_forever()
-            finally:
-                stop.set()
-                with cleanup_scope(FLUSH):
-                    await stopped.wait()
-                scopes[0].cancel()
-    finally:
-        for sock in sockets:
-            sock.close()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run)
+        task_status.started(addresses)
+        try:
+            await trio.sleep_forever()
+        finally:
+            stop.set()
+            with cleanup_scope(FLUSH):
+                await stopped.wait()
+            scope.cancel()

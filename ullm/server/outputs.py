@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -42,9 +43,10 @@ class Job:
     async def run(self) -> AsyncIterator[Outputs]:
         """Admit all prompts, then yield ``(prompt, output)`` as they come; leaving aborts the rest."""
         timer = RequestTimer(self.metrics)
+        unique = secrets.token_hex(4)  # clients may use one X-Request-Id twice
         async with AsyncExitStack() as stack:
             for index, prompt in enumerate(self.prompts):
-                engine_id = self.request_id if len(self.prompts) == 1 else f"{self.request_id}-{index}"
+                engine_id = f"{self.request_id}-{unique}-{index}"
                 generation = self.engine.generate(prompt, self.params, request_id=engine_id)
                 self.generations.append(await stack.enter_async_context(generation))
             if len(self.generations) == 1:

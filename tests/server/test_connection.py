@@ -1,0 +1,223 @@
+"""Connections: disconnects, keep-alive, slow readers, and the stop of the server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+import trio
+import trio.testing
+from fake_engine import FakeEngine, serving
+
+from ullm.actors.base import Lifetime
+from ullm.config import ServerConfig
+from ullm.errors import ConfigError, PortTaken
+from ullm.server import bind, serve_http, urls
+
+pytestmark = pytest.mark.process
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[trio.SocketStream]:
+    host, port = url.removeprefix("http://").split(":")
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        yield stream
+
+
+def request(method: str = "POST", path: str = "/v1/completions", headers: str = "", **body: Any) -> bytes:
+    content = json.dumps(body).encode() if body else b""
+    kind = f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n" if body else ""
+    return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{headers}{kind}\r\n".encode() + content
+
+
+async def read_until(stream: trio.SocketStream, mark: bytes) -> bytes:
+    data = b""
+    with trio.fail_after(5):
+        while mark not in data:
+            more = await stream.receive_some()
+            assert more, data
+            data += more
+    return data
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["hi", ["a", "b"]])
+async def test_a_disconnect_aborts_the_request(
+    engine: FakeEngine, url: str, stream: bool, prompt: Any
+) -> None:
+    engine.hold_after = 3
+    async with connected(url) as connection:
+        await connection.send_all(request(prompt=prompt, stream=stream))
+        await engine.held.wait()
+        if stream:
+            await read_until(connection, b"data: ")
+        assert engine.active
+    with trio.fail_after(5):
+        await engine.all_gone.wait()
+    assert engine.aborted == len(engine.admitted)
+
+
+async def test_a_disconnect_of_a_client_that_does_not_read(engine: FakeEngine, url: str) -> None:
+    """Its stream is stuck in a send, and still ends when the connection does."""
+    engine.script = lambda index: [70] * 1_000_000
+    async with connected(url) as connection:
+        connection.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, 4096)
+        await connection.send_all(request(prompt="hi", stream=True, max_tokens=1_000_000))
+        await read_until(connection, b"data: ")
+    with trio.fail_after(10):
+        await engine.all_gone.wait()
+    assert engine.aborted == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_connection_close_closes(url: str, stream: bool) -> None:
+    async with connected(url) as connection:
+        await connection.send_all(request(headers="Connection: close\r\n", prompt="hi", stream=stream))
+        with trio.fail_after(5):
+            answer = b"".join([data async for data in connection])
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+async def test_a_connection_serves_many_requests(url: str) -> None:
+    async with connected(url) as connection:
+        for _ in range(3):
+            await connection.send_all(request(prompt="hi", stream=True))
+            assert b"[DONE]" in await read_until(connection, b"0\r\n\r\n")
+            await connection.send_all(request("GET", "/live"))
+            assert b'"live"' in await read_until(connection, b"}")
+
+
+async def test_pipelined_requests_are_answered_in_order(url: str) -> None:
+    async with connected(url) as connection:
+        await connection.send_all(request("GET", "/live") + request("GET", "/version"))
+        answer = await read_until(connection, b'"version"')
+    assert answer.index(b'"status"') < answer.index(b'"version"')
+
+
+async def test_five_hundred_streams_at_once(engine: FakeEngine, url: str) -> None:
+    engine.script = lambda index: [70] * 20
+    done = 0
+
+    async def one() -> None:
+        nonlocal done
+        async with connected(url) as connection:
+            asked = request(headers="Connection: close\r\n", prompt="x", stream=True, max_tokens=20)
+            await connection.send_all(asked)
+            answer = b"".join([data async for data in connection])
+            assert answer.count(b'"text":"') == 20
+            assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            done += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(500):
+            nursery.start_soon(one)
+    assert done == 500
+    assert not engine.active
+    assert engine.aborted == 0
+
+
+# --- listening and stopping --------------------------------------------------------------------
+
+
+def test_a_taken_port_is_known_at_once() -> None:
+    with bind(ServerConfig(port=0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"127.0.0.1:{port}"):
+            bind(ServerConfig(port=port))
+    bind(ServerConfig(port=port)).close()
+
+
+def test_an_address_that_is_not_ours() -> None:
+    with pytest.raises(ConfigError, match="--host"):
+        bind(ServerConfig(host="192.0.2.1"))
+    with pytest.raises(ConfigError, match="--host"):
+        bind(ServerConfig(host="no such host.invalid"))
+
+
+def test_urls_have_the_real_port() -> None:
+    with bind(ServerConfig(port=0)) as sock:
+        assert urls([sock]) == [f"http://127.0.0.1:{sock.getsockname()[1]}"]
+
+
+async def test_running_requests_finish_when_the_server_is_stopped(engine: FakeEngine) -> None:
+    engine.hold_after = 2
+    config = ServerConfig(port=0)
+    answers: list[str] = []
+
+    async def ask(url: str) -> None:
+        async with httpx.AsyncClient() as client:
+            response = await client.post(
+                f"{url}/v1/completions", json={"prompt": "hi", "stream": True, "max_tokens": 100}
+            )
+            answers.append(response.text)
+
+    async with trio.open_nursery() as nursery:
+        url = await _start(nursery, engine, config)
+        nursery.start_soon(ask, url)
+        await engine.held.wait()
+        async with connected(url):  # an idle connection does not hold up the stop
+            _stop(nursery)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            with pytest.raises(OSError, match="connect"):
+                await trio.open_tcp_stream(*_address(url))
+            engine.release.set()
+            with trio.fail_after(5):
+                await _stopped(nursery)
+    assert answers[0].endswith("data: [DONE]\n\n")
+
+
+async def test_the_stop_deadline_ends_what_does_not_finish(engine: FakeEngine) -> None:
+    engine.hold_after = 2
+    async with trio.open_nursery() as nursery:
+        url = await _start(nursery, engine, ServerConfig(port=0), deadline=trio.current_time() + 0.2)
+        async with connected(url) as connection:
+            await connection.send_all(request(prompt="hi", stream=True))
+            await engine.held.wait()
+            with trio.fail_after(5):
+                _stop(nursery)
+                await _stopped(nursery)
+    assert engine.aborted == 1
+
+
+_scopes: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
+
+
+async def _start(
+    nursery: trio.Nursery, engine: FakeEngine, config: ServerConfig, deadline: float | None = None
+) -> str:
+    scope, ended = trio.CancelScope(), trio.Event()
+    _scopes[id(nursery)] = scope, ended
+
+    async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
+        with Lifetime("http").running() as lifetime, scope:
+            if deadline is not None:
+                lifetime.tighten(deadline)
+            await serve_http(engine, config, sockets=[bind(config)], task_status=task_status)
+        ended.set()
+
+    started: list[str] = await nursery.start(run)
+    return started[0]
+
+
+def _stop(nursery: trio.Nursery) -> None:
+    _scopes[id(nursery)][0].cancel()
+
+
+async def _stopped(nursery: trio.Nursery) -> None:
+    await _scopes.pop(id(nursery))[1].wait()
+
+
+def _address(url: str) -> tuple[str, int]:
+    host, port = url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+async def test_no_socket_stays_open(engine: FakeEngine) -> None:
+    async with serving(engine) as url:
+        host, port = _address(url)
+    with pytest.raises(OSError, match="connect"):
+        await trio.open_tcp_stream(host, port)

@@ -1,0 +1,206 @@
+"""What surrounds the routes: probes, states, keys, CORS, request ids, metrics, tokenize."""
+
+from __future__ import annotations
+
+import re
+
+import httpx
+import pytest
+from fake_engine import FakeEngine, serving
+from prometheus_client.parser import text_string_to_metric_families
+
+from ullm.server.metrics import Histogram, Metrics, RequestTimer
+from ullm.supervision import EngineState
+
+PROBES = ("/live", "/ready", "/health")
+
+
+async def codes(client: httpx.AsyncClient) -> list[int]:
+    return [(await client.get(path)).status_code for path in PROBES]
+
+
+async def test_probes_of_a_running_engine(client: httpx.AsyncClient) -> None:
+    assert await codes(client) == [200, 200, 200]
+    health = (await client.get("/health")).json()
+    assert health["state"] == "running"
+    assert health["replicas"] == [{"replica": 0, "up": True, "epoch": 1, "worker_pids": []}]
+    assert re.match(r"\d+\.\d+", (await client.get("/version")).json()["version"])
+
+
+async def test_an_engine_that_is_starting() -> None:
+    engine = FakeEngine(loaded=False)
+    async with serving(engine) as url, httpx.AsyncClient(base_url=url) as client:
+        assert await codes(client) == [200, 503, 503]
+        assert (await client.get("/metrics")).status_code == 200
+        assert (await client.get("/v1/models")).json()["data"][0]["max_model_len"] is None
+        for path, body in (("/v1/completions", {"prompt": "hi"}), ("/tokenize", {"prompt": "hi"})):
+            response = await client.post(path, json=body)
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "not_ready"
+            assert response.headers["retry-after"] == "1"
+        engine.state = EngineState.RUNNING
+        assert await codes(client) == [200, 200, 200]
+        assert (await client.post("/v1/completions", json={"prompt": "hi"})).status_code == 200
+
+
+async def test_an_engine_that_is_draining(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.state = EngineState.DRAINING
+    assert await codes(client) == [200, 503, 503]
+    assert (await client.get("/health")).json()["state"] == "draining"
+    response = await client.post("/v1/completions", json={"prompt": "hi"})
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "draining"
+    assert response.headers["connection"] == "close"
+    assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_an_engine_that_has_failed(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.state = EngineState.FAILED
+    assert await codes(client) == [503, 503, 503]
+
+
+async def test_a_full_queue(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.fill_queue()
+    response = await client.post("/v1/completions", json={"prompt": "hi"})
+    assert response.status_code == 429
+    assert response.json()["error"]["code"] == "queue_full"
+    assert response.headers["retry-after"] == "2"
+
+
+async def test_the_key_guards_the_api_and_not_the_probes(engine: FakeEngine) -> None:
+    async with serving(engine, api_key="sésame") as url, httpx.AsyncClient(base_url=url) as client:
+        for path in (*PROBES, "/version", "/metrics", "/openapi.json"):
+            assert (await client.get(path)).status_code == 200
+        for key in (None, b"Bearer wrong", b"sesame", b"Bearer s\xe9same", b"Basic c2VzYW1l"):
+            headers = {} if key is None else {b"Authorization": key}
+            for path in ("/v1/models", "/tokenize", "/v1/nope"):
+                response = await client.get(path, headers=headers)
+                assert response.status_code == 401
+                assert response.json()["error"]["code"] == "invalid_api_key"
+                assert response.headers["www-authenticate"] == "Bearer"
+        right = {b"Authorization": "Bearer sésame".encode()}
+        assert (await client.get("/v1/models", headers=right)).status_code == 200
+
+
+async def test_request_ids_come_back(client: httpx.AsyncClient) -> None:
+    given = await client.post("/v1/completions", json={"prompt": "a"}, headers={"X-Request-Id": "mine-1"})
+    assert given.headers["x-request-id"] == "mine-1"
+    assert given.json()["id"] == "cmpl-mine-1"
+    streamed = await client.post(
+        "/v1/completions", json={"prompt": "a", "stream": True}, headers={"X-Request-Id": "mine-2"}
+    )
+    assert streamed.headers["x-request-id"] == "mine-2"
+    made = [(await client.get("/live")).headers["x-request-id"] for _ in range(2)]
+    assert made[0] != made[1]
+    odd = await client.get("/nope", headers={"X-Request-Id": "a b" * 100})
+    assert re.fullmatch("[0-9a-f]{32}", odd.headers["x-request-id"])
+
+
+async def test_two_requests_may_have_the_same_id(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    for _ in range(2):
+        response = await client.post(
+            "/v1/completions", json={"prompt": "a"}, headers={"X-Request-Id": "same"}
+        )
+        assert response.json()["id"] == "cmpl-same"
+    first, second = (generation.request_id for generation in engine.admitted)
+    assert first != second
+
+
+@pytest.mark.parametrize("origins", [("https://a.example",), ("*",)])
+async def test_cors(engine: FakeEngine, origins: tuple[str, ...]) -> None:
+    async with (
+        serving(engine, cors_origins=origins, api_key="k") as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        origin = {"Origin": "https://a.example"}
+        preflight = await client.options(
+            "/v1/completions",
+            headers={
+                **origin,
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization,content-type",
+            },
+        )
+        assert preflight.status_code == 204
+        assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        assert preflight.headers["access-control-allow-headers"] == "authorization,content-type"
+        refused = await client.get("/v1/models", headers=origin)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://a.example"
+        other = await client.get("/live", headers={"Origin": "https://b.example"})
+        assert ("access-control-allow-origin" in other.headers) is (origins == ("*",))
+
+
+async def test_no_cors_by_default(client: httpx.AsyncClient) -> None:
+    response = await client.get("/live", headers={"Origin": "https://a.example"})
+    assert "access-control-allow-origin" not in response.headers
+
+
+async def test_tokenize_and_back(client: httpx.AsyncClient) -> None:
+    body = (await client.post("/tokenize", json={"prompt": "Grüße", "return_token_strs": True})).json()
+    assert body["count"] == len(body["tokens"]) == 8
+    assert body["max_model_len"] == 512
+    assert body["token_strs"][:2] == ["<s>", "G"]
+    bare = await client.post("/tokenize", json={"prompt": "Grüße", "add_special_tokens": False})
+    assert bare.json()["tokens"] == body["tokens"][1:]
+    back = await client.post("/detokenize", json={"tokens": bare.json()["tokens"]})
+    assert back.json() == {"prompt": "Grüße"}
+    chat = await client.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]})
+    assert chat.json()["count"] == 1 + len("[user]hi[assistant]")
+
+
+async def test_metrics(client: httpx.AsyncClient) -> None:
+    for _ in range(2):
+        await client.post("/v1/completions", json={"prompt": "hi", "stream": True, "max_tokens": 5})
+    await client.get("/nope")
+    await client.post("/v1/completions", json={"prompt": 5})
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    samples = {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+    assert samples[("ullm_time_to_first_token_seconds_count",)] == 2
+    assert samples[("ullm_inter_token_latency_seconds_count",)] == 8
+    assert samples[("ullm_e2e_request_latency_seconds_count",)] == 2
+    assert samples[("ullm_request_generation_tokens_sum",)] == 10
+    assert samples[("ullm_engine_state", ("state", "running"))] == 1
+    assert samples[("ullm_engine_state", ("state", "draining"))] == 0
+    assert samples[("ullm_kv_cache_usage_ratio",)] == 0.25
+    assert samples[("ullm_requests_total", ("finish_reason", "stop"))] == 2
+    assert samples[("ullm_generation_tokens_total",)] == 30
+    completions = ("method", "POST"), ("route", "/v1/completions")
+    assert samples[("ullm_http_responses_total", *completions, ("status", "200"))] == 2
+    assert samples[("ullm_http_responses_total", *completions, ("status", "400"))] == 1
+    other = ("method", "other"), ("route", "other")
+    assert samples[("ullm_http_responses_total", *other, ("status", "404"))] == 1
+
+
+async def test_two_apps_have_metrics_of_their_own(client: httpx.AsyncClient) -> None:
+    async with serving(FakeEngine()) as url, httpx.AsyncClient(base_url=url) as other:
+        await other.post("/v1/completions", json={"prompt": "hi"})
+        assert "ullm_time_to_first_token_seconds_count 1.0" in (await other.get("/metrics")).text
+        assert "ullm_time_to_first_token_seconds_count 0.0" in (await client.get("/metrics")).text
+
+
+def test_histogram_buckets_are_cumulative_and_include_their_bound() -> None:
+    histogram = Histogram("h", "help", (1, 2))
+    for value in (0.5, 1, 1.5, 99):
+        histogram.observe(value)
+    samples = {sample.labels.get("le", sample.name): sample.value for sample in histogram.collect().samples}
+    assert samples == {"1.0": 2, "2.0": 3, "+Inf": 4, "h_count": 4, "h_sum": 102}
+
+
+async def test_latencies_per_token_of_a_chunk(engine: FakeEngine) -> None:
+    now = [0.0]
+    metrics = Metrics(engine)
+    timer = RequestTimer(metrics, clock=lambda: now[0])
+    for at, tokens in ((2.0, 1), (3.0, 4), (3.5, 0)):
+        now[0] = at
+        timer.note((0, 0), tokens)
+    timer.end(7, 5)
+    assert metrics.first_token._sum == 2
+    assert metrics.inter_token._sum == 1
+    assert sum(metrics.inter_token._counts) == 4
+    assert metrics.end_to_end._sum == 3.5
