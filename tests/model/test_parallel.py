@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -18,27 +19,30 @@ from ullm.model.parallel import ParallelContext
 WAIT = 120
 
 
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 def run_ranks(folder: Path, out: Path, world_size: int) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    files = [out / f"rank{rank}.pt" for rank in range(world_size)]
-    script = Path(__file__).with_name("tp_rank.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, folder, str(rank), str(world_size), f"127.0.0.1:{port}", file],
-            stderr=subprocess.PIPE,
-        )
-        for rank, file in enumerate(files)
-    ]
-    try:
-        for rank in ranks:
-            _, stderr = rank.communicate(timeout=WAIT)
-            assert rank.returncode == 0, stderr.decode()
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    """Each rank opens two process groups, one after the other; each needs a port of its own."""
+    script, files = (
+        Path(__file__).with_name("tp_rank.py"),
+        [out / f"rank{rank}.pt" for rank in range(world_size)],
+    )
+    meet = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for rank, file in enumerate(files):
+            command = [sys.executable, script, folder, str(rank), str(world_size), *meet, file]
+            ranks.append(stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE)))
+            stack.callback(ranks[-1].kill)
+        for process in ranks:
+            _, stderr = process.communicate(timeout=WAIT)
+            assert process.returncode == 0, stderr.decode()
     return [torch.load(file) for file in files]
 
 

@@ -1,6 +1,6 @@
 """Run by test_parallel.py, once per rank: greedy tokens and logits of a tiny model, written to a file.
 
-Arguments: model folder, rank, world size, rendezvous, output file.
+Arguments: model folder, rank, world size, two rendezvous, output file.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import msgspec
 import torch
 from model_fixtures import LogitsModel, generate, load_runner, random_tokens
 
@@ -15,10 +16,10 @@ from ullm.messages import RankSpec
 from ullm.model.parallel import open_parallel
 
 if __name__ == "__main__":
-    folder, rank, world_size, rendezvous, out = sys.argv[1:]
+    folder, rank, world_size, first, second, out = sys.argv[1:]
     torch.set_num_threads(1)
-    spec = RankSpec(rank=int(rank), world_size=int(world_size), rendezvous=rendezvous)
-    parallel = open_parallel(spec, torch.device("cpu"))
+    spec = RankSpec(rank=int(rank), world_size=int(world_size), rendezvous=second)
+    parallel = open_parallel(msgspec.structs.replace(spec, rendezvous=first), torch.device("cpu"))
     model, tokens = LogitsModel(Path(folder), parallel), random_tokens(20, seed=1)
     model.add(0, tokens, [0, 1, 2, 3, 4])
     logits = torch.cat([model.step((0, 0, 19))[0], model.step((0, 19, 1))[0]])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def _open(
 ) -> Rank:
     if checkpoint.architecture not in NATIVE:  # transformers gives no signs of life while it loads
         progress(Progress("load", config.start_timeout))
-    model = load_model(checkpoint, config, device, parallel, throttled("load", progress))
+    with one_thread():
+        model = load_model(checkpoint, config, device, parallel, throttled("load", progress))
     progress(Progress("profile"))
     backend = open_pool(model, config, device, parallel)
     progress(Progress("warmup"))
@@ -132,6 +134,18 @@ def describe(
         kv_bytes_per_token=kv_bytes_per_token(model.kv_shape, model.dtype),
         weight_bytes=model.weight_bytes(),
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Copying and packing many small tensors is as fast with one thread, and much faster where other
+    processes keep the cores busy: each parallel region then waits for a thread that is not scheduled."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
