@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from ullm.supervision import IGNORE, ChildSpec, Shutdown, cleanup_scope
+from ullm.supervision import IGNORE, ChildReport, ChildSpec, Shutdown, cleanup_scope
 
 
 class Boom(Exception):
@@ -71,6 +72,11 @@ class Cast:
         """The next starts are "ready", "slow" (1 s), "fail", "hang" or "ignore"; after them, ``always``."""
         self._openings[child_id] = list(what)
         self._always[child_id] = always
+
+    @staticmethod
+    def outcomes(reports: Iterable[ChildReport]) -> list[tuple[str, str]]:
+        """Who ended how, in the order in which they were stopped."""
+        return [(report.child_id, report.outcome) for report in reports]
 
     async def end(self, child_id: str) -> None:
         """It returns."""

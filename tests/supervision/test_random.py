@@ -43,7 +43,7 @@ class Chaos:
                 if self.wild and self.dice.random() < 0.2:
                     raise OSError("cannot start")
                 task_status.started()
-                await trio.sleep(self.dice.choice([0.1, 1, 10, 1000]))
+                await trio.sleep(self.dice.choice([0.01, 0.1, 1, 1000]))
                 if self.dice.random() < 0.5:
                     raise OSError("crash")
             finally:
@@ -56,8 +56,8 @@ class Chaos:
 
     async def meddle(self, supervisor: Supervisor) -> None:
         """Some task keeps changing the tree."""
-        for number in range(30):
-            await trio.sleep(self.dice.choice([0, 0, 0.1, 1.0]))
+        for number in range(100):
+            await trio.sleep(self.dice.choice([0, 0, 0.1, 0.3]))
             name = f"c{self.dice.randrange(8)}"
             call = self.dice.choice(
                 [supervisor.terminate_child, supervisor.restart_child, supervisor.delete_child, None]

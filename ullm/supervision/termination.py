@@ -156,7 +156,7 @@ class Terminator:
             with trio.CancelScope(deadline=limit(), shield=True) as self._waiting:
                 await done.wait()
         self._waiting = None
-        if not done.is_set():
+        if not done.is_set() and (stop.patience or stop.killed_at is not None):
             # The time may have passed while the event loop was busy: let everyone run once who can.
             # That takes two turns, because trio shuffles the order of tasks within one.
             await trio.lowlevel.cancel_shielded_checkpoint()
