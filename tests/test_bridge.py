@@ -198,6 +198,14 @@ async def test_stream_in_another_trio_loop(thread: TrioThread) -> None:
     assert [item async for item in thread.stream(Source(500))] == list(range(500))
 
 
+def test_pipe(thread: TrioThread) -> None:
+    async def produce(send: Any) -> None:
+        for number in range(1000):
+            await send(number)
+
+    assert list(thread.pipe(produce)) == list(range(1000))
+
+
 def test_stream_error_comes_after_the_items(thread: TrioThread) -> None:
     stream = thread.stream(Source(3, then=ValueError("broken")))
     assert [next(stream) for _ in range(3)] == [0, 1, 2]

@@ -140,6 +140,16 @@ class TrioThread:
         """
         return Stream(self._target, self._submit(partial(_iterate, open_stream)))
 
+    def pipe(self, async_fn: Callable[[Callable[[T], Awaitable[None]]], Awaitable[object]]) -> Stream[T]:
+        """Run ``async_fn(send)`` in the loop, and iterate, from any loop or none, over what it sends.
+
+        ``send`` waits while the consumer is far behind.
+
+        Raises:
+            EngineDead: the loop has stopped.
+        """
+        return Stream(self._target, self._submit(partial(_push, async_fn)))
+
     def stop(self, timeout: float | None = None) -> bool:
         """Cancel everything in the loop and wait for its end; idempotent, from any thread but its own.
 
@@ -276,6 +286,12 @@ def _without_cancelled(error: BaseException) -> BaseException:
 
 async def _call(async_fn: Callable[..., Awaitable[T]], args: tuple[Any, ...], channel: Channel[T]) -> None:
     channel.put(await async_fn(*args))
+
+
+async def _push(
+    async_fn: Callable[[Callable[[T], Awaitable[None]]], Awaitable[object]], channel: Channel[T]
+) -> None:
+    await async_fn(channel.send)
 
 
 async def _iterate(

@@ -78,9 +78,9 @@ def urls(sockets: Sequence[socket.socket]) -> list[str]:
 
 
 def hypercorn_config(sockets: Sequence[socket.socket]) -> Config:
-    """Hypercorn's settings: the given sockets, which it takes over; no access log; no time limits."""
+    """Hypercorn's settings: duplicates of the sockets; no access log; no time limits of its own."""
     config = Config()
-    config.bind = [f"fd://{sock.detach()}" for sock in sockets]
+    config.bind = [f"fd://{sock.dup().detach()}" for sock in sockets]
     config.backlog = BACKLOG
     config.accesslog = None
     config.errorlog = None
@@ -104,30 +104,38 @@ async def serve_http(
 
     When it is cancelled it stops accepting, gives the handlers that run until its stop deadline to
     finish, and then closes their connections. The engine is drained before that, while this still serves.
-    ``sockets``, from `bind`, belong to the server from now on.
+
+    Args:
+        sockets: from `bind`. A stop closes them; a failure does not, so that a supervisor can restart this.
     """
-    stop, stopped = trio.Event(), trio.Event()
+    stop, ended = trio.Event(), trio.Event()
     scope = trio.CancelScope(shield=True)
     app = create_app(engine, server_config)
-    addresses = urls(sockets)
 
     async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
-        with scope:
-            await serve(
-                app,
-                hypercorn_config(sockets),
-                shutdown_trigger=stop.wait,
-                task_status=task_status,
-            )
-        stopped.set()
+        try:
+            with scope:
+                await serve(
+                    app, hypercorn_config(sockets), shutdown_trigger=stop.wait, task_status=task_status
+                )
+        finally:
+            ended.set()
 
     async with trio.open_nursery() as nursery:
         await nursery.start(run)
-        task_status.started(addresses)
+        task_status.started(urls(sockets))
         try:
             await trio.sleep_forever()
         finally:
-            stop.set()
-            with cleanup_scope(FLUSH):
-                await stopped.wait()
-            scope.cancel()
+            if not ended.is_set():
+                await _finish(sockets, stop, ended)
+                scope.cancel()
+
+
+async def _finish(sockets: Sequence[socket.socket], stop: trio.Event, ended: trio.Event) -> None:
+    """Stop accepting, and let the handlers finish until the stop deadline."""
+    for sock in sockets:
+        sock.close()  # Hypercorn closes its duplicate; the port listens until both are
+    stop.set()
+    with cleanup_scope(FLUSH):
+        await ended.wait()

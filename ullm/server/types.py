@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +10,7 @@ from ullm.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from ullm.engine import EngineStatistics, Health
     from ullm.generation import Output
 
 
@@ -70,36 +71,6 @@ class Generation(Protocol):
         """What is new, as it comes."""
 
 
-class Health(Protocol):
-    """How the engine is, for probes; encoded to JSON as it is."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether new requests are served."""
-
-    @property
-    def live(self) -> bool:
-        """Whether the process is worth keeping."""
-
-
-class Statistics(Protocol):
-    """Counters and gauges, for metrics."""
-
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    prefix_cache_hit_tokens: int
-    prefix_cache_query_tokens: int
-    prompt_tokens_total: int
-    generation_tokens_total: int
-    preemptions_total: int
-    requests_total: Mapping[str, int]
-    worker_restarts_total: int
-    requests_resumed_total: int
-    tokens_resubmitted_total: int
-
-
 class Engine(Protocol):
     """An engine in any state; before it is ready, ``info`` and ``tokenizer`` may be None."""
 
@@ -130,5 +101,5 @@ class Engine(Protocol):
     def health(self) -> Health:
         """For probes."""
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> EngineStatistics:
         """For metrics."""
