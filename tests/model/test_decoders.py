@@ -42,6 +42,17 @@ def test_chunks_then_decode(pair: tuple[Path, Any]) -> None:
     assert_close(ours, reference_logits(reference, tokens))
 
 
+def test_long_chunks(pair: tuple[Path, Any]) -> None:
+    """Long enough for fused attention, without a prefix and with one."""
+    path, reference = pair
+    model, tokens = LogitsModel(path, num_blocks=70), random_tokens(256, seed=5)
+    model.add(0, tokens[:250], list(range(63)))
+    whole = reference_logits(reference, tokens)
+    assert_close(model.step((0, 0, 250))[0], whole[:250])
+    model.add(2, tokens, [*range(20), *range(26, 70)])
+    assert_close(model.step((2, 80, 176))[2], whole[80:])
+
+
 def test_mixed_batch(pair: tuple[Path, Any]) -> None:
     """Decodes of different lengths, a chunk with a prefix and a whole prompt in one step."""
     path, reference = pair

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,16 @@ def test_close_releases_in_order_and_only_once(llama: tuple[Path, Any]) -> None:
     assert ModelRunner().close() == {}
     with pytest.raises(RuntimeError, match="no model is loaded"):
         runner.submit(Step(0, []))
+
+
+def test_weights_are_freed_at_once(llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native models have no reference cycles, so that releasing them needs no garbage collection."""
+    runner = load_runner(llama[0])
+    generate(runner, [3, 4], 2)
+    collected: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(1))
+    runner.close()
+    assert collected == []
 
 
 def test_two_runners_in_one_process(llama: tuple[Path, Any], tmp_path: Path) -> None:

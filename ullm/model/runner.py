@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -195,8 +196,10 @@ class ModelRunner:
                 rank.graphs = None
 
         def drop_weights() -> None:
+            model = weakref.ref(rank.model)
             del rank.model
-            gc.collect()
+            if model() is not None:  # transformers' models have reference cycles
+                gc.collect()
 
         def empty_device_cache() -> None:
             if rank.device.type == "cuda":
