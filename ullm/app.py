@@ -140,6 +140,7 @@ class App:
         if failure is None:
             await send({"type": "lifespan.shutdown.complete"})
         else:
+            get_logger("ullm.app").error("could not start", cause=_one_line(failure))
             await send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
 
     # --- under an asyncio server ---
