@@ -325,3 +325,47 @@ def test_a_signal_while_starting(scripted: list[str]) -> None:
     assert not any(worker.is_running() for worker in workers)
     assert time.monotonic() - began < 10
     assert "Traceback" not in error
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no pseudo-terminals there")
+def test_chat_on_a_terminal(scripted: list[str]) -> None:
+    import pty
+    import termios
+
+    master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
+    arguments = command("chat", *scripted, "--max-tokens", "3000", "--ignore-eos")
+    environ = {**os.environ, "ULLM_SCRIPTED_STEP_SECONDS": "0.02", "TERM": "dumb"}
+    process = subprocess.Popen(
+        arguments, stdin=slave, stdout=slave, stderr=slave, cwd=REPOSITORY, env=environ
+    )
+    try:
+        read_until(master, "› ")
+        os.write(master, b"hello\n")
+        read_until(master, "hello")
+        assert len(os.read(master, 100)) > 0
+        process.send_signal(signal.SIGINT)
+        read_until(master, "stopped")
+        read_until(master, "› ")
+        process.send_signal(signal.SIGINT)
+        read_until(master, "Ctrl-C again")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT) == 128 + signal.SIGINT
+        assert termios.tcgetattr(slave) == before
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+        os.close(slave)
+
+
+def read_until(descriptor: int, text: str) -> None:
+    """Read a terminal until it has shown a text."""
+    import select
+
+    seen = b""
+    deadline = time.monotonic() + TIMEOUT
+    while text.encode() not in seen:
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"{text!r} was not shown, but {seen.decode(errors='replace')!r}"
+        seen += os.read(descriptor, 1)

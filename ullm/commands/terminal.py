@@ -32,7 +32,7 @@ def progress_bar(console: Console) -> Iterator[hub.Progress]:
     if not console.is_terminal:
         yield _plain(console)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
     with Progress(
         *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True
     ) as progress:

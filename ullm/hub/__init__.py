@@ -52,8 +52,8 @@ def resolve(config: ModelConfig, progress: Progress | None = None, *, refresh: b
     """Find, and where necessary fetch and convert, the model that ``config.model`` names.
 
     Blocks, for minutes when it downloads; call it in a thread. ``progress`` is called at least
-    every half second as ``progress(label, done, total)`` with bytes, or counts, or total None, in
-    the calling thread or one that downloads; an exception that it raises cancels the work, ends
+    every half second as ``progress(label, done, total)`` in bytes, or with total None,
+    in the calling thread; an exception that it raises cancels the work, ends
     child processes and removes partial files.
 
     Args:

@@ -3,12 +3,13 @@ of their own so that the front end never loads torch or transformers.
 
 ``tokenizer`` writes tokenizer.json and its companions, for a GGUF file also config.json;
 ``model`` writes a GGUF file's weights too, dequantized, as bf16 safetensors. Progress goes to stdout
-as ``Progress DONE of TOTAL``. Exit status 1 and one line ``error: …`` when it cannot be done.
+as ``Progress DONE of TOTAL`` bytes. Exit status 1 and one line ``error: …`` when it cannot be done.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -71,18 +72,19 @@ def write_weights(source: Path, folder: Path) -> None:
     from ullm.model.gguf import iterate_gguf_tensors
 
     tensors: dict[str, torch.Tensor] = {}
-    total = count_tensors(source)
+    done, total = 0, bf16_bytes(source)
     for name, tensor in iterate_gguf_tensors(source):
         tensors[name] = tensor.to(torch.bfloat16).contiguous()
-        _say(f"Progress {len(tensors)} of {total}")
+        done += tensors[name].nbytes
+        _say(f"Progress {done} of {total}")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def count_tensors(source: Path) -> int:
-    """How many tensors a GGUF file holds."""
+def bf16_bytes(source: Path) -> int:
+    """What a GGUF file's tensors take as bf16."""
     from ullm.model.gguf_file import GgufFile
 
-    return len(GgufFile(source).tensors)
+    return sum(2 * math.prod(tensor.shape) for tensor in GgufFile(source).tensors.values())
 
 
 def _say(line: str) -> None:
