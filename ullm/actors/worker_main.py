@@ -77,13 +77,13 @@ class WorkerProcess:
     def send(self, message: FromWorker) -> None:
         """Write one frame, from any thread; the parent being gone ends the process."""
         frame = memoryview(encode(message))
+        self._ready |= isinstance(message, Ready)  # first, because the parent may answer at once
         with self._writing:
             try:
                 while frame:
                     frame = frame[os.write(self._out, frame) :]
             except OSError:
                 os._exit(1)
-        self._ready |= isinstance(message, Ready)
         if self._interrupted:
             interrupt_main_thread()
 
@@ -109,11 +109,13 @@ class WorkerProcess:
                 interrupt_main_thread()  # loading need not come to its end
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        if not self._stop_seen:
+            return
         if self._writing.locked():
             self._interrupted = True  # not amid a frame: nothing after it could be read
-        elif self._stop_seen:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            raise Terminated
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
 
 
 def interrupt_main_thread() -> None:

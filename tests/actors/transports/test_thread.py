@@ -109,6 +109,24 @@ async def test_stop_while_loading_ends_at_the_next_sign_of_progress(talk, monkey
     assert seen[-1] == "closed"
 
 
+async def test_runner_is_gone_when_its_thread_has_stopped(talk, monkeypatch):
+    """Freeing its weights must not go on while the interpreter may be ending."""
+    gone = threading.Event()
+
+    class Heavy(ScriptedRunner):
+        def __del__(self):
+            gone.set()
+
+    import ullm.testing
+
+    monkeypatch.setattr(ullm.testing, "Heavy", Heavy, raising=False)
+    async with open_thread(spec(talk, "Heavy")) as worker:
+        await talk.load(worker)
+        await worker.stop(5)
+        assert gone.is_set()
+    assert not [thread for thread in threading.enumerate() if thread.name == "replica0.rank0"]
+
+
 async def test_leaving_does_not_wait_for_a_hanging_thread(talk, gate):
     with trio.fail_after(5):
         async with open_thread(spec(talk, "Waits")) as worker:

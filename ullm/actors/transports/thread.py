@@ -113,6 +113,8 @@ class ThreadTransport:
         self.kill()
         with trio.move_on_after(LEAVE_SECONDS, shield=True):
             await self._ended.wait()
+        if self._ended.is_set():
+            self._thread.join(LEAVE_SECONDS)  # it has only to return
 
     def _report(self, outcome: str, began: float) -> StopReport:
         timings = self._stopped.timings if self._stopped else {}
@@ -121,6 +123,10 @@ class ThreadTransport:
     # --- on the worker's thread ---
 
     def _work(self) -> None:
+        self._serve()  # and the runner is gone: freeing weights takes a while, and is part of ending
+        self._to_trio(self._end)
+
+    def _serve(self) -> None:
         runner: Runner | None = None
         ended = Ended.FAILED
         try:
@@ -134,7 +140,6 @@ class ThreadTransport:
             self._answer(failed(error))
         if ended is Ended.FAILED:
             _close(runner, self.name)
-        self._to_trio(self._end)
 
     def _answer(self, message: FromWorker) -> None:
         if self._stopping and isinstance(message, Progress):
