@@ -7,7 +7,6 @@ import dataclasses
 import importlib
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,6 +140,9 @@ def test_import_ullm_is_light() -> None:
     assert took < 0.3
 
 
+EXTRAS = {"ray", "opentelemetry"}
+"""Packages that only the extras of pyproject.toml install."""
+
 TIMED = "import time; t = time.process_time(); import ullm; print(time.process_time() - t)"
 
 
@@ -175,8 +177,11 @@ def test_no_option_belongs_to_both_configurations() -> None:
 
 
 def test_every_module_can_be_imported_by_its_name() -> None:
-    started = time.monotonic()
     for name, _ in modules():
-        if name.split(".")[0] != "model" and not name.endswith("__main__"):
+        if name.split(".")[0] == "model" or name.endswith("__main__"):
+            continue
+        try:
             importlib.import_module(f"ullm.{name}".rstrip("."))
-    assert time.monotonic() - started < 60
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRAS:
+                raise

@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-3}
 ROUGH_TOLERANCE = 0.1
 """Relative error of a text's median token: rounding in half precision gives about 0.01, and may send
 a token to another expert; a wrong computation is wrong everywhere."""
-LAYER_TYPES = {"attention", "full_attention", "sliding_attention"}
+LAYER_TYPES = frozenset(("attention", "full_attention", "sliding_attention"))
 """The layer types of transformers' configs that are nothing but causal attention over all layers' KV."""
 
 
