@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ullm.errors import ModelFileBroken
+from ullm.errors import ModelError, ModelFileBroken, ModelUnsupported
 from ullm.hub.files import HEARTBEAT, Progress, build_folder, cache_dir
 
 _TAIL_LINES = 20
@@ -46,7 +46,7 @@ def convert(what: str, source: Path, target: Path, label: str, progress: Progres
         what: ``tokenizer``, or ``model`` for the weights too.
 
     Raises:
-        ModelFileBroken: it failed; the message is its last line.
+        ModelFileBroken, ModelUnsupported: it failed; the message is its last line.
     """
 
     def on_line(line: str) -> None:
@@ -57,9 +57,16 @@ def convert(what: str, source: Path, target: Path, label: str, progress: Progres
     command = [sys.executable, "-m", "ullm.model.convert", what, str(source), str(target)]
     code, tail = run(command, on_line, lambda: progress(label, 0, None))
     if code:
-        raise ModelFileBroken(
-            source, tail[-1].removeprefix("error: ") if tail else f"conversion ended with {code}"
-        )
+        raise _failure(source, tail[-1] if tail else f"the conversion ended with status {code}")
+
+
+def _failure(source: Path, line: str) -> ModelError:
+    match line.split(" ", 2):
+        case ["error", "ModelUnsupported", message]:
+            return ModelUnsupported(message)
+        case ["error", _, message]:
+            return ModelFileBroken(source, message.removeprefix(f"{source}: "))
+    return ModelFileBroken(source, f"cannot be converted: {line}")
 
 
 def run(
