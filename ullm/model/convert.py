@@ -3,7 +3,7 @@ of their own so that the front end never loads torch or transformers.
 
 ``tokenizer`` writes tokenizer.json and its companions, for a GGUF file also config.json;
 ``model`` writes a GGUF file's weights too, dequantized, as bf16 safetensors. Progress goes to stdout
-as ``Progress DONE of TOTAL`` bytes. Exit status 1 and one line ``error CLASS MESSAGE`` when it cannot be done.
+as ``Progress DONE of TOTAL`` bytes. Exit status 1 and a line ``error CLASS MESSAGE`` if it cannot be done.
 """
 
 from __future__ import annotations
