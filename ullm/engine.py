@@ -28,14 +28,7 @@ from ullm.actors.scheduler import SchedulerActor
 from ullm.actors.tokenizer import Tokenizer
 from ullm.actors.transports import OpenTransport, open_transport
 from ullm.config import EngineConfig
-from ullm.errors import (
-    EngineDead,
-    EngineDraining,
-    EngineNotReady,
-    RestartLimitReached,
-    StartCancelled,
-    StartFailed,
-)
+from ullm.errors import EngineDead, EngineDraining, EngineNotReady, StartCancelled, first_cause
 from ullm.generation import Generation, Readers
 from ullm.hub import LocalModel, resolve
 from ullm.logs import get_logger
@@ -151,7 +144,7 @@ class Engine:
         first_children: children that start before all others and stop after them, such as the HTTP
             server, which so can answer probes from the first moment to the last.
         transport: how to start workers, instead of ``config.transport``.
-        find_model: `ullm.hub.resolve`, or a test's replacement.
+        find_model: what stands in for `find_local_model`; called in a thread.
     """
 
     def __init__(
@@ -160,7 +153,7 @@ class Engine:
         *,
         first_children: Sequence[ChildSpec] = (),
         transport: OpenTransport | None = None,
-        find_model: Callable[[EngineConfig], LocalModel] = resolve,
+        find_model: Callable[[EngineConfig], LocalModel] | None = None,
     ) -> None:
         self.config = config
         self.model_name = config.model_name
@@ -168,7 +161,7 @@ class Engine:
         self.tokenizer: Tokenizer | None = None
         self.report: ShutdownReport | None = None
         self._first_children = list(first_children)
-        self._find_model = find_model
+        self._find_model = find_model or find_local_model
         self._state = StateCell()
         self._router = Router(config)
         transport = transport or open_transport(config.worker_transport)
@@ -181,6 +174,8 @@ class Engine:
         self._stop_requested = trio.Event()
         self._stopped = trio.Event()
         self._requested_by = ""
+        self._asked: _Clock | None = None
+        self._started = False
         self._deadline = float("inf")
         self._starting = trio.CancelScope()
         self._draining = trio.CancelScope()
@@ -287,6 +282,7 @@ class Engine:
         drain_until = trio.current_time() + max(0.0, seconds - TEARDOWN_RESERVE)
         self._draining.deadline = min(self._draining.deadline, drain_until)
         self._requested_by = self._requested_by or by
+        self._asked = self._asked or _Clock()
         self._stop_requested.set()
         if self.state is EngineState.STARTING:
             self._starting.cancel()
@@ -333,7 +329,7 @@ class Engine:
                 nursery.cancel_scope.cancel()
         if self._failure is not None:
             raise EngineDead(f"the engine has failed: {self._failure}")
-        if self.report is not None and not self.report.started:
+        if not self._started:
             raise StartCancelled
 
     async def _notice_cancellation(self) -> None:
@@ -344,7 +340,6 @@ class Engine:
             self.request_shutdown(by="cancelled")
 
     async def _run_tree(self, task_status: trio.TaskStatus[None]) -> None:
-        asked = _Clock()
         try:
             with self._starting:
                 await self._prepare()
@@ -358,10 +353,10 @@ class Engine:
                     self.info = self._replicas[0].group.info
                     await self._router.wait_for_replicas(len(self._replicas))
                     self._state.advance(EngineState.RUNNING)
+                    self._started = True
                     log.info("engine running", model=self.model_name)
                     task_status.started()
                     await self._stop_requested.wait()
-                    asked = _Clock()
                     self.report = await self._stop(root)
         except BaseException as error:
             cause = first_cause(error)
@@ -371,11 +366,11 @@ class Engine:
                 raise cause from error
             self._fail(cause)
         finally:
-            self._finish(asked)
+            self._finish()
 
     async def _prepare(self) -> None:
         """Find the model's files, which children need before they start."""
-        local = await trio.to_thread.run_sync(self._find_model, self.config, abandon_on_cancel=True)
+        local = await trio.to_thread.run_sync(self._find_model, self.config)
         self.tokenizer = Tokenizer(local)
         for replica in self._replicas:
             replica.group.model_path = str(local.path)
@@ -454,13 +449,13 @@ class Engine:
         stages.append(StageReport("abort", clock.seconds(), "timeout" if scope.cancelled_caught else "done"))
         return aborted
 
-    def _finish(self, asked: _Clock) -> None:
+    def _finish(self) -> None:
         """Write the report and the last line of the log."""
         report = self.report or ShutdownReport(requested_by=self._requested_by or "failure")
         self.report = replace(
             report,
-            seconds=asked.seconds(),
-            started=self.state is not EngineState.STARTING,
+            seconds=self._asked.seconds() if self._asked is not None else 0.0,
+            started=self._started or self._stop_requested.is_set(),
             failure=self._failure,
             forced_by=self._forced_by,
         )
@@ -484,7 +479,7 @@ async def open_engine(
     *,
     first_children: Sequence[ChildSpec] = (),
     transport: OpenTransport | None = None,
-    find_model: Callable[[EngineConfig], LocalModel] = resolve,
+    find_model: Callable[[EngineConfig], LocalModel] | None = None,
 ) -> AsyncIterator[Engine]:
     """Start an engine, and stop it in order on leaving; the arguments are those of `Engine`.
 
@@ -516,14 +511,6 @@ def _only_error(error: BaseException) -> BaseException:
     return error
 
 
-def first_cause(error: BaseException) -> BaseException:
-    """What went wrong first, without the groups and supervisors that it passed through."""
-    while True:
-        if isinstance(error, BaseExceptionGroup):
-            error = next(
-                (e for e in error.exceptions if not isinstance(e, trio.Cancelled)), error.exceptions[0]
-            )
-        elif isinstance(error, StartFailed | RestartLimitReached) and error.cause is not None:
-            error = error.cause
-        else:
-            return error
+def find_local_model(config: EngineConfig) -> LocalModel:
+    """`resolve` in a thread of trio's, which ends soon when the start is cancelled."""
+    return resolve(config, lambda label, done, total: trio.from_thread.check_cancelled())

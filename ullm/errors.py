@@ -290,3 +290,18 @@ class ServerRefused(UllmError):
 
 class ShutdownForced(UllmError):
     """A stop was escalated: what had not stopped was killed or abandoned."""
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What went wrong first, without the groups and supervisors that it passed through.
+
+    Of a group that is the first real error; the cancellations beside it are its consequences.
+    """
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            inner: list[BaseException] = list(error.exceptions)
+            error = next((one for one in inner if isinstance(one, Exception)), inner[0])
+        elif isinstance(error, StartFailed | RestartLimitReached) and error.cause is not None:
+            error = error.cause
+        else:
+            return error

@@ -17,8 +17,8 @@ import trio
 
 from ullm.bridge import Stream, TrioThread
 from ullm.config import DEFAULT_MODEL, EngineConfig
-from ullm.engine import Engine, first_cause, open_engine
-from ullm.errors import EngineDead
+from ullm.engine import Engine, open_engine
+from ullm.errors import EngineDead, first_cause
 from ullm.generation import Output
 from ullm.sampling import SamplingParams
 from ullm.supervision import ShutdownReport

@@ -16,7 +16,7 @@ from ullm import errors
 from ullm.actors.base import cleanup_scope
 from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
 from ullm.config import EngineConfig
-from ullm.errors import ConfigError, ModelError, UllmError, WorkerFailed, WorkerLost
+from ullm.errors import ConfigError, ModelError, UllmError, WorkerFailed, WorkerLost, first_cause
 from ullm.logs import get_logger
 from ullm.messages import (
     Failed,
@@ -162,7 +162,7 @@ class WorkerGroup:
                 self._ready = True
                 task_status.started(infos[0])
         except BaseExceptionGroup as group:
-            raise _first_cause(group) from group
+            raise first_cause(group) from group
 
     async def _start_rank(self, rank: int, infos: list[ModelInfo]) -> None:
         transport = self._transports[rank]
@@ -221,7 +221,8 @@ class WorkerGroup:
             rank=rank,
             world_size=config.world_size,
             epoch=self.epoch,
-            rendezvous=f"127.0.0.1:{config.nccl_port + self.replica}",
+            # A port of its own for each incarnation: a rank must not meet what is left of the last one.
+            rendezvous=f"127.0.0.1:{config.nccl_port + self.replica + config.replicas * (self.epoch - 1)}",
             device_index=None if config.device == "cpu" else devices[first + rank],
         )
         return WorkerSpec(rank_spec, config.runner, config.cpu_threads)
@@ -240,7 +241,7 @@ def _checked(transport: Transport, message: FromWorker) -> FromWorker:
             log.debug("worker failed", worker=transport.name, traceback=message.traceback)
             raise failure(transport.name, message)
         case NotUnderstood():
-            log.error("worker did not understand a message", worker=transport.name, detail=message.detail)
+            raise WorkerFailed(transport.name, f"did not understand a message: {message.detail}")
     return message
 
 
@@ -256,11 +257,3 @@ def failure(name: str, message: Failed) -> UllmError:
         error.args = (message.message,)
         return error
     return WorkerFailed(name, f"failed: {message.kind}: {message.message}")
-
-
-def _first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error of a rank; the others ended because of it."""
-    rest = group
-    while isinstance(rest, BaseExceptionGroup):
-        rest = next((e for e in rest.exceptions if not isinstance(e, trio.Cancelled)), rest.exceptions[0])
-    return rest

@@ -18,7 +18,7 @@ from ullm.logs import configure
 from ullm.server import bind, serve_http, urls
 from ullm.supervision import ChildSpec
 from ullm.supervision.shutdown import EXIT_OK
-from ullm.supervision.signals import Watchdog, leave_now, signal_ladder
+from ullm.supervision.signals import STOP_SIGNALS, Watchdog, leave_now, signal_ladder
 
 HTTP_BUDGET = 5.0
 """Seconds for the server to flush and close connections, within the engine's one deadline."""
@@ -59,6 +59,8 @@ async def run_server(config: EngineConfig, server: ServerConfig, listener: socke
                 return EXIT_OK  # asked to stop, and stopped in order
             finally:
                 nursery.cancel_scope.cancel()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # too late to change how this ends
     assert engine.report is not None, "an engine that has stopped has a report"
     return engine.report.exit_code
 

@@ -80,7 +80,6 @@ def _paths(secured: bool) -> dict[str, Any]:
     model["parameters"] = [
         {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     ]
-    stream = [responses.Completion, responses.ChatCompletionChunk]
     return {
         "/v1/models": {"get": _get("The models that are served.", responses.ModelList, (), secured)},
         "/v1/models/{model}": {"get": model},
@@ -91,7 +90,7 @@ def _paths(secured: bool) -> dict[str, Any]:
                 responses.Completion,
                 _GENERATE,
                 secured,
-                stream[0],
+                responses.Completion,
             )
         },
         "/v1/chat/completions": {
@@ -101,7 +100,7 @@ def _paths(secured: bool) -> dict[str, Any]:
                 responses.ChatCompletion,
                 _GENERATE,
                 secured,
-                stream[1],
+                responses.ChatCompletionChunk,
             )
         },
         "/tokenize": {
@@ -149,10 +148,18 @@ def _post(
     operation = _get(summary, answer, errors, secured)
     operation["requestBody"] = {"required": True, "content": _json(_ref(body))}
     if event is not None:
-        operation["responses"]["200"]["content"]["text/event-stream"] = {
-            "schema": {"type": "string", "description": f"Events of {event.__name__}, then [DONE]."}
-        }
+        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _event(event)}
     return operation
+
+
+def _event(schema: Any) -> dict[str, Any]:
+    chunk = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(schema), _ref(responses.ErrorBody)]},
+    }
+    data = {"anyOf": [{"const": "[DONE]"}, chunk]}
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
 
 
 def _probe(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
