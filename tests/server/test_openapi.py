@@ -1,0 +1,116 @@
+"""The published document is complete and true: a fuzzer that believes it finds nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import hypothesis
+import pytest
+import requests
+import schemathesis
+import trio
+from fake_engine import FakeEngine, serving
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks
+
+from ullm.config import ServerConfig
+from ullm.server import create_app
+from ullm.server.openapi import openapi_document
+
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+]
+OPERATIONS = [
+    result.ok() for result in schemathesis.openapi.from_dict(openapi_document()).get_all_operations()
+]
+HEALTH = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A server in a thread of its own, because the fuzzer is synchronous."""
+    addresses: list[str] = []
+    ready = threading.Event()
+    stop: list[Any] = []
+
+    async def main() -> None:
+        token, event = trio.lowlevel.current_trio_token(), trio.Event()
+        async with serving(FakeEngine()) as address:
+            addresses.append(address)
+            stop.append(lambda: token.run_sync_soon(event.set))
+            ready.set()
+            await event.wait()
+
+    thread = threading.Thread(target=trio.run, args=(main,))
+    thread.start()
+    assert ready.wait(10)
+    yield addresses[0]
+    stop[0]()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
+def test_what_the_document_allows(url: str, operation: Any) -> None:
+    fuzz(url, operation, GenerationMode.POSITIVE)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "operation",
+    [operation for operation in OPERATIONS if operation.method == "post"],
+    ids=lambda operation: operation.label,
+)
+def test_what_the_document_forbids(url: str, operation: Any) -> None:
+    fuzz(url, operation, GenerationMode.NEGATIVE)
+
+
+def fuzz(url: str, operation: Any, mode: GenerationMode) -> None:
+    with requests.Session() as session:
+
+        @hypothesis.given(operation.as_strategy(mode))
+        @hypothesis.settings(
+            max_examples=50, derandomize=True, deadline=None, database=None, suppress_health_check=HEALTH
+        )
+        def run(case: Any) -> None:
+            response = case.call(base_url=url, session=session)
+            case.validate_response(response, checks=CHECKS)
+
+        run()
+
+
+async def test_every_route_is_documented(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    document = (await client.get("/openapi.json")).json()
+    assert document == openapi_document()
+    routes = {
+        (rule.rule.replace("<path:name>", "{model}"), method.lower())
+        for rule in create_app(engine, ServerConfig()).url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }
+    documented = {(path, method) for path, found in document["paths"].items() for method in found}
+    assert routes - documented == {("/openapi.json", "get")}
+    assert documented - routes == set()
+
+
+def test_a_key_is_documented_where_it_is_needed() -> None:
+    document = openapi_document(secured=True)
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    secured = {path for path, found in document["paths"].items() if "security" in next(iter(found.values()))}
+    assert secured == {
+        "/v1/models",
+        "/v1/models/{model}",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/tokenize",
+        "/detokenize",
+    }
+    assert "401" in document["paths"]["/tokenize"]["post"]["responses"]
+    assert "401" not in document["paths"]["/live"]["get"]["responses"]
