@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ from fake_engine import FakeEngine, serving
 from ullm.actors.base import Lifetime
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError, PortTaken
-from ullm.server import bind, serve_http, urls
+from ullm.server import bind, http, serve_http, urls
 
 pytestmark = pytest.mark.process
 
@@ -145,7 +146,6 @@ def test_urls_have_the_real_port() -> None:
 
 async def test_running_requests_finish_when_the_server_is_stopped(engine: FakeEngine) -> None:
     engine.hold_after = 2
-    config = ServerConfig(port=0)
     answers: list[str] = []
 
     async def ask(url: str) -> None:
@@ -156,59 +156,54 @@ async def test_running_requests_finish_when_the_server_is_stopped(engine: FakeEn
             answers.append(response.text)
 
     async with trio.open_nursery() as nursery:
-        url = await _start(nursery, engine, config)
-        nursery.start_soon(ask, url)
+        running = await _start(nursery, engine)
+        nursery.start_soon(ask, running.url)
         await engine.held.wait()
-        async with connected(url):  # an idle connection does not hold up the stop
-            _stop(nursery)
+        async with connected(running.url):  # an idle connection does not hold up the stop
+            running.scope.cancel()
             await trio.testing.wait_all_tasks_blocked(0.01)
             with pytest.raises(OSError, match="connect"):
-                await trio.open_tcp_stream(*_address(url))
+                await trio.open_tcp_stream(*_address(running.url))
             engine.release.set()
             with trio.fail_after(5):
-                await _stopped(nursery)
+                await running.ended.wait()
     assert answers[0].endswith("data: [DONE]\n\n")
 
 
 async def test_the_stop_deadline_ends_what_does_not_finish(engine: FakeEngine) -> None:
     engine.hold_after = 2
     async with trio.open_nursery() as nursery:
-        url = await _start(nursery, engine, ServerConfig(port=0), deadline=trio.current_time() + 0.2)
-        async with connected(url) as connection:
+        running = await _start(nursery, engine, deadline=trio.current_time() + 0.2)
+        async with connected(running.url) as connection:
             await connection.send_all(request(prompt="hi", stream=True))
             await engine.held.wait()
             with trio.fail_after(5):
-                _stop(nursery)
-                await _stopped(nursery)
+                running.scope.cancel()
+                await running.ended.wait()
     assert engine.aborted == 1
 
 
-_scopes: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
+class Running:
+    """A server that can be stopped, and waited for."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+        self.url = ""
 
 
-async def _start(
-    nursery: trio.Nursery, engine: FakeEngine, config: ServerConfig, deadline: float | None = None
-) -> str:
-    scope, ended = trio.CancelScope(), trio.Event()
-    _scopes[id(nursery)] = scope, ended
+async def _start(nursery: trio.Nursery, engine: FakeEngine, deadline: float | None = None) -> Running:
+    running, config = Running(), ServerConfig(port=0)
 
     async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
-        with Lifetime("http").running() as lifetime, scope:
+        with Lifetime("http").running() as lifetime, running.scope:
             if deadline is not None:
                 lifetime.tighten(deadline)
             await serve_http(engine, config, sockets=[bind(config)], task_status=task_status)
-        ended.set()
+        running.ended.set()
 
-    started: list[str] = await nursery.start(run)
-    return started[0]
-
-
-def _stop(nursery: trio.Nursery) -> None:
-    _scopes[id(nursery)][0].cancel()
-
-
-async def _stopped(nursery: trio.Nursery) -> None:
-    await _scopes.pop(id(nursery))[1].wait()
+    (running.url,) = await nursery.start(run)
+    return running
 
 
 def _address(url: str) -> tuple[str, int]:
@@ -221,3 +216,31 @@ async def test_no_socket_stays_open(engine: FakeEngine) -> None:
         host, port = _address(url)
     with pytest.raises(OSError, match="connect"):
         await trio.open_tcp_stream(host, port)
+
+
+async def test_a_server_that_failed_can_be_started_again(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The port is not given up in between."""
+    config = ServerConfig(port=0)
+    sockets = [bind(config)]
+    crash = trio.Event()
+    original = http.serve
+
+    async def crashing(*args: Any, **kwargs: Any) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(original, *args, **kwargs))
+            await crash.wait()
+            raise RuntimeError("crashed")
+
+    monkeypatch.setattr(http, "serve", crashing)
+    with pytest.RaisesGroup(pytest.RaisesGroup(RuntimeError, flatten_subgroups=True)):
+        async with trio.open_nursery() as nursery:
+            address = await nursery.start(partial(serve_http, engine, config, sockets=sockets))
+            crash.set()
+    monkeypatch.setattr(http, "serve", original)
+    async with trio.open_nursery() as nursery:
+        assert await nursery.start(partial(serve_http, engine, config, sockets=sockets)) == address
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"{address[0]}/live")).status_code == 200
+        nursery.cancel_scope.cancel()
