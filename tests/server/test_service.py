@@ -9,6 +9,7 @@ import pytest
 from fake_engine import FakeEngine, serving
 from prometheus_client.parser import text_string_to_metric_families
 
+from ullm.errors import ActorLost, AskTimeout
 from ullm.server.metrics import Histogram, Metrics, RequestTimer
 from ullm.supervision import EngineState
 
@@ -65,6 +66,20 @@ async def test_a_full_queue(client: httpx.AsyncClient, engine: FakeEngine) -> No
     assert response.status_code == 429
     assert response.json()["error"]["code"] == "queue_full"
     assert response.headers["retry-after"] == "2"
+
+
+@pytest.mark.parametrize("error", [ActorLost("the tokenizer ended"), AskTimeout("no answer")])
+async def test_a_part_that_is_being_restarted(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def encode(*args: object, **kwargs: object) -> list[int]:
+        raise error
+
+    monkeypatch.setattr(engine._tokenizer, "encode", encode)
+    response = await client.post("/v1/completions", json={"prompt": "hi"})
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "not_ready"
+    assert response.headers["retry-after"] == "1"
 
 
 async def test_the_key_guards_the_api_and_not_the_probes(engine: FakeEngine) -> None:

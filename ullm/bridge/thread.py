@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import trio
 
+from ullm.bridge import tasks
 from ullm.bridge.channel import AsyncioTarget, Channel, Target, TrioTarget
 from ullm.bridge.handles import Job, Stream
 from ullm.errors import EngineDead
@@ -72,7 +73,7 @@ class TrioThread:
             EngineDead: the loop has stopped, before or meanwhile.
             TimeoutError: ``timeout`` has passed.
         """
-        channel = self._submit(partial(_call, async_fn, args))
+        channel = self._submit(partial(tasks.call, async_fn, args))
         try:
             if not channel.block(until_end=True, timeout=timeout):
                 raise TimeoutError(f"no result within {timeout:g} s")
@@ -91,7 +92,7 @@ class TrioThread:
             EngineDead: the loop has stopped, before or meanwhile.
         """
         target = self._target()
-        channel = self._submit(partial(_call, async_fn, args))
+        channel = self._submit(partial(tasks.call, async_fn, args))
         try:
             await channel.wait(target, until_end=True)
         except BaseException:
@@ -138,7 +139,7 @@ class TrioThread:
         Raises:
             EngineDead: the loop has stopped.
         """
-        return Stream(self._target, self._submit(partial(_iterate, open_stream)))
+        return Stream(self._target, self._submit(partial(tasks.iterate, open_stream)))
 
     def pipe(self, async_fn: Callable[[Callable[[T], Awaitable[None]]], Awaitable[object]]) -> Stream[T]:
         """Run ``async_fn(send)`` in the loop, and iterate, from any loop or none, over what it sends.
@@ -148,7 +149,7 @@ class TrioThread:
         Raises:
             EngineDead: the loop has stopped.
         """
-        return Stream(self._target, self._submit(partial(_push, async_fn)))
+        return Stream(self._target, self._submit(partial(tasks.push, async_fn)))
 
     def stop(self, timeout: float | None = None) -> bool:
         """Cancel everything in the loop and wait for its end; idempotent, from any thread but its own.
@@ -230,7 +231,7 @@ class TrioThread:
             error = EngineDead("the engine was stopped")
             raise
         except BaseException as raised:  # belongs to the caller, whatever it is
-            error = _without_cancelled(raised)
+            error = tasks.without_cancelled(raised)
         finally:
             self._forget(channel)
             channel.finish(error)
@@ -240,7 +241,7 @@ class TrioThread:
             self._channels.discard(channel)
 
     def _job(self, async_fn: Callable[..., Awaitable[object]], args: tuple[Any, ...]) -> Job:
-        return Job(self._target, self._submit(partial(_start, async_fn, args)))
+        return Job(self._target, self._submit(partial(tasks.start, async_fn, args)))
 
     def _flush_soon(self, target: Target) -> None:
         if self._dead is None:
@@ -275,42 +276,3 @@ class _EndOfTurn(trio.abc.Instrument):
 
     def before_io_wait(self, timeout: float) -> None:
         self._flush()
-
-
-def _without_cancelled(error: BaseException) -> BaseException:
-    """An error as another loop may see it: without this loop's own cancellations."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    return error.split(trio.Cancelled)[1] or EngineDead("the engine was stopped")
-
-
-async def _call(async_fn: Callable[..., Awaitable[T]], args: tuple[Any, ...], channel: Channel[T]) -> None:
-    channel.put(await async_fn(*args))
-
-
-async def _push(
-    async_fn: Callable[[Callable[[T], Awaitable[None]]], Awaitable[object]], channel: Channel[T]
-) -> None:
-    await async_fn(channel.send)
-
-
-async def _iterate(
-    open_stream: Callable[[], AbstractAsyncContextManager[AsyncIterable[T]]], channel: Channel[T]
-) -> None:
-    async with open_stream() as items:
-        async for item in items:
-            await channel.send(item)
-
-
-class _TaskStatus:
-    def __init__(self, channel: Channel[Any]) -> None:
-        self._channel = channel
-
-    def started(self, value: Any = None) -> None:
-        self._channel.put(value)
-
-
-async def _start(
-    async_fn: Callable[..., Awaitable[object]], args: tuple[Any, ...], channel: Channel[Any]
-) -> None:
-    await async_fn(*args, task_status=_TaskStatus(channel))

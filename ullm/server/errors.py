@@ -11,7 +11,14 @@ from quart import Response
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
-from ullm.errors import EngineDraining, InvalidParameter, RequestError
+from ullm.errors import (
+    ActorLost,
+    AskTimeout,
+    EngineDraining,
+    EngineNotReady,
+    InvalidParameter,
+    RequestError,
+)
 from ullm.logs import get_logger
 from ullm.server.responses import ErrorBody, ErrorDetail
 
@@ -94,6 +101,8 @@ def as_request_error(error: BaseException) -> RequestError:
     """The error that a client is told; exception groups of one error count as that error."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
+    if isinstance(error, ActorLost | AskTimeout):
+        return EngineNotReady("restarting a part of itself")
     return error if isinstance(error, RequestError) else internal_error(error)
 
 
