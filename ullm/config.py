@@ -49,6 +49,7 @@ class ModelConfig:
     load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights of the model's shape.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
     enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
+    cpu_kernels: bool = option(True, "On CPUs, compile fused kernels where a C++ compiler is found.")
     runner: str = option(
         "ullm.model.runner:ModelRunner", "What workers run, as module:class; for tests and experiments."
     )

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ullm.config import EngineConfig
 from ullm.messages import NewSequence, RankSpec, Row, Start, Step
-from ullm.model.attention_gather import GatherAttention
 from ullm.model.parallel import ParallelContext
+from ullm.model.rank import choose_gather
 from ullm.model.registry import load_model, read_checkpoint
 from ullm.model.runner import ModelRunner
 from ullm.model.sequences import SequenceTable
@@ -118,9 +118,8 @@ class LogitsModel:
         checkpoint = read_checkpoint(path, options_, cpu)
         self.model = load_model(checkpoint, options_, cpu, parallel or ParallelContext(), lambda: None)
         size = options_.block_size
-        self.backend = GatherAttention(
-            self.model.kv_shape, options_.num_blocks or 1, size, self.model.dtype, cpu
-        )
+        make = choose_gather(self.model)
+        self.backend = make(self.model.kv_shape, options_.num_blocks or 1, size, self.model.dtype, cpu)
         self.table = SequenceTable(size)
 
     def add(self, seq_id: int, tokens: list[int], blocks: list[int]) -> None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ullm.model.batch import Batch, KvShape, Layout
+from ullm.model.batch import Attend, Batch, KvShape, Layout
 from ullm.model.kv_pool import lazy_zeros
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -56,18 +56,22 @@ class GatherAttention:
 
     def prepare(self, layout: Layout) -> Batch:
         """See `AttentionBackend.prepare`."""
+        return self.batch(layout, GatherStep(self, layout))
+
+    def batch(self, layout: Layout, attention: Attend) -> Batch:
+        """A step's layout on the device, with the attention that goes with it."""
         starts = np.concatenate(([0], np.cumsum(layout.query_lens))).astype(np.int32)
         return Batch(
             token_ids=self.to_device(layout.token_ids),
             positions=self.to_device(layout.positions),
             query_start=self.to_device(starts),
             seq_lens=self.to_device(np.asarray(layout.seq_lens, dtype=np.int32)),
-            block_tables=self.to_device(layout.block_tables),
+            block_tables=self.to_device(np.ascontiguousarray(layout.block_tables)),
             slot_mapping=self.to_device(layout.slot_mapping),
             query_lens_host=layout.query_lens,
             seq_lens_host=layout.seq_lens,
             num_decodes=layout.num_decodes,
-            attention=GatherStep(self, layout),
+            attention=attention,
         )
 
     def to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
@@ -96,14 +100,15 @@ class GatherStep:
         self.backend = backend
         self.key_slots = backend.to_device(keys)
         self.value_slots = self.key_slots + heads * block_size
-        self.parts: list[_Decodes | _Prefill] = [
-            _Decodes(backend, layout, start, end)
-            for start, end in length_groups(layout.seq_lens[: layout.num_decodes], GROUP_COST)
-        ]
-        first = layout.num_decodes
-        for i in range(layout.num_decodes, len(layout.seq_lens)):
-            self.parts.append(_Prefill(backend, layout, i, first))
-            first += layout.query_lens[i]
+        groups = length_groups(layout.seq_lens[: layout.num_decodes], GROUP_COST)
+        self.parts: list[_Decodes | _Prefill] = [_Decodes(backend, layout, *group) for group in groups]
+        self.parts += self.prefill_parts(layout)
+
+    def prefill_parts(self, layout: Layout) -> list[_Prefill]:
+        """One for each sequence with more than one query."""
+        starts = np.concatenate(([0], np.cumsum(layout.query_lens))).tolist()
+        sequences = range(layout.num_decodes, len(layout.seq_lens))
+        return [_Prefill(self.backend, layout, i, starts[i]) for i in sequences]
 
     def __call__(
         self,

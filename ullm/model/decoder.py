@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ullm.errors import ModelUnsupported
 from ullm.model.batch import Batch, KvShape
+from ullm.model.cpu.ops import kernel_ops
 from ullm.model.layers import (
     ColumnParallelLinear,
     Loadable,
@@ -22,11 +23,11 @@ from ullm.model.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
-    silu_and_mul,
 )
 from ullm.model.linear_kernels import LinearKernel
+from ullm.model.ops import LayerOps, StepOps, TorchOps
 from ullm.model.parallel import ParallelContext
-from ullm.model.rope import rope_cache, rotate
+from ullm.model.rope import rope_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +75,12 @@ class Attention(nn.Module):
         self.o_proj = RowParallelLinear(
             config.num_heads * d, config.hidden_size, config.output_bias, parallel
         )
-        if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
-        self.qk_norm = config.qk_norm
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x: Tensor, step: StepOps) -> Tensor:
         """``[T, hidden_size]`` → ``[T, hidden_size]``."""
-        tokens, query_heads, kv_heads = x.shape[0], self.num_heads, self.num_kv_heads
-        heads = self.qkv_proj.forward(x).view(tokens, -1, self.head_dim)
-        qk, v = heads[:, :-kv_heads], heads[:, -kv_heads:]
-        if self.qk_norm:
-            q, k = self.q_norm.forward(qk[:, :query_heads]), self.k_norm.forward(qk[:, query_heads:])
-            qk = torch.cat((q, k), dim=1)
-        qk = rotate(qk, cos, sin)
-        q, k = qk[:, :query_heads], qk[:, query_heads:]
-        out = batch.attention(self.layer, q, k, v, self.scale, self.window)
-        return self.o_proj.forward(out.view(tokens, -1))
+        return self.o_proj.forward(step.attend(self, self.qkv_proj.forward(x)))
 
 
 class GatedMLP(nn.Module):
@@ -104,9 +95,9 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, config.mlp_bias)
         self.down_proj = RowParallelLinear(total, config.hidden_size, config.mlp_bias, parallel)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, step: StepOps) -> Tensor:
         """``[T, hidden_size]`` → ``[T, hidden_size]``."""
-        return self.down_proj.forward(silu_and_mul(self.gate_up_proj.forward(x)))
+        return self.down_proj.forward(step.silu_and_mul(self.gate_up_proj.forward(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -119,10 +110,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        """Adds this layer to the residual stream ``x [T, hidden_size]`` in place."""
-        x.add_(self.self_attn.forward(self.input_layernorm.forward(x), cos, sin, batch))
-        return x.add_(self.mlp.forward(self.post_attention_layernorm.forward(x)))
+    def forward(self, x: Tensor, delta: Tensor | None, step: StepOps) -> Tensor:
+        """Adds ``delta``, what the layer before has left to add, and the attention to the residual stream
+        ``x [T, hidden_size]`` in place; returns what is to be added next."""
+        delta = self.self_attn.forward(step.add_norm(x, delta, self.input_layernorm), step)
+        return self.mlp.forward(step.add_norm(x, delta, self.post_attention_layernorm), step)
 
 
 class DecoderStack(nn.Module):
@@ -144,8 +136,7 @@ class Decoder(nn.Module):
         ModelUnsupported: the sizes do not divide by the ranks, or an unknown rope scaling.
     """
 
-    cos: Tensor
-    sin: Tensor
+    ops: LayerOps
 
     def __init__(self, config: DecoderConfig, parallel: ParallelContext) -> None:
         super().__init__()
@@ -158,7 +149,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = None
         self._layers = list(self.model.layers)
         self._counts = (0, 0)
-        self._dtype = torch.get_default_dtype()
+        self._dtype = self._residual_dtype = torch.get_default_dtype()
 
     @staticmethod
     def read_config(hf: dict[str, Any], context_len: int) -> DecoderConfig:
@@ -172,28 +163,35 @@ class Decoder(nn.Module):
 
     def materialize(self, dtype: torch.dtype, device: torch.device) -> None:
         """Give the parameters memory, uninitialised."""
-        self._dtype = dtype
+        self._dtype = self._residual_dtype = dtype
         self.to(dtype).to_empty(device=device)
 
     @torch.no_grad()
-    def prepare(self, kernel: LinearKernel, device: torch.device) -> None:
+    def prepare(self, kernel: LinearKernel, device: torch.device, *, cpu_kernels: bool = True) -> None:
         """Called once when the weights are loaded: tie and pack them, and compute the rotary tables."""
         self._counts = self._count()
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for module in self.modules():
-            if isinstance(module, ParallelLinear | VocabParallelHead):
+            if isinstance(module, ParallelLinear):
                 module.prepare(kernel)
+        tied = self.config.tie_word_embeddings and device.type == "cpu"
+        self.lm_head.prepare(kernel, self.model.embed_tokens.weight if tied else None)
         cos, sin = rope_cache(self.config.rope, self.config.head_dim, self.config.context_len)
-        self.cos, self.sin = cos.to(device, self._dtype), sin.to(device, self._dtype)
+        self.ops = TorchOps(cos.to(device, self._dtype), sin.to(device, self._dtype))
+        if device.type == "cpu":
+            # Sums over many layers lose most in bfloat16, and cost nothing in float32 here.
+            self._residual_dtype = torch.float32
+            if cpu_kernels:
+                self.ops = kernel_ops(self.kv_shape, self._dtype, cos, sin) or self.ops
 
     def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
         """``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
-        x = self.model.embed_tokens.forward(token_ids)
-        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
+        x = self.model.embed_tokens.forward(token_ids).to(self._residual_dtype)
+        step, delta = self.ops.begin(batch), None
         for layer in self._layers:
-            x = layer.forward(x, cos, sin, batch)
-        return self.model.norm.forward(x)
+            delta = layer.forward(x, delta, step)
+        return step.add_norm(x, delta, self.model.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden_size]`` → ``[rows, vocab_size]``."""

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from ullm.model.linear_kernels import Linear, LinearKernel
 from ullm.model.parallel import ParallelContext
 
+SHARPENED = 8
+"""Logits per row that are computed in float32; it costs less than finding the largest in bfloat16."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -61,8 +64,8 @@ class RMSNorm(Loadable):
         self.shape, self.eps = (size,), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape."""
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        """Same shape, in the numbers of the weight; computed in those of ``x``."""
+        return F.rms_norm(x, self.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
     def shards(self, name: str) -> Shards:
         """The whole weight."""
@@ -179,20 +182,33 @@ class VocabParallelHead(VocabParallel):
     def __init__(self, vocab_size: int, hidden_size: int, parallel: ParallelContext) -> None:
         super().__init__(vocab_size, hidden_size, parallel)
         self.multiply: Linear | None = None
+        self.table: Tensor | None = None
 
-    def prepare(self, kernel: LinearKernel) -> None:
-        """Hand the weight to ``kernel``; a tied embedding keeps its own reference."""
+    def prepare(self, kernel: LinearKernel, table: Tensor | None = None) -> None:
+        """Hand the weight to ``kernel``.
+
+        Args:
+            table: the same weight where another module keeps it anyway, to sharpen logits with.
+        """
         assert self.weight is not None
         self.multiply = kernel(self.weight.data, None)
         self.weight = None
+        self.table = table if table is not None and table.dtype != torch.float32 else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden_size]`` → ``[rows, vocab_size]``, on all ranks."""
-        logits = self.parallel.gather_last(self.multiply(hidden))  # type: ignore[misc]  # set by prepare
-        return logits[:, : self.full_shape[0]]
+        logits = self.multiply(hidden)  # type: ignore[misc]  # set by prepare
+        if self.table is not None:
+            logits = sharpen(logits, hidden, self.table)
+        return self.parallel.gather_last(logits)[:, : self.full_shape[0]]
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of ``[T, gate and up side by side]``."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+def sharpen(logits: Tensor, hidden: Tensor, table: Tensor) -> Tensor:
+    """Logits ``[rows, vocab_size]`` in float32, the most likely ones computed anew in it.
+
+    A logit near 20 in bfloat16 is one of 16 values per unit, so the two best tokens are often equal, and
+    the choice between them a matter of their ids.
+    """
+    top = logits.topk(min(SHARPENED, logits.shape[1])).indices
+    exact = torch.bmm(table[top].float(), hidden.float().unsqueeze(2)).squeeze(2)
+    return logits.float().scatter_(1, top, exact)

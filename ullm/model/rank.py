@@ -18,6 +18,8 @@ from ullm.messages import ModelInfo, Progress, Start
 from ullm.model.attention_gather import GatherAttention
 from ullm.model.attention_varlen import VarlenAttention
 from ullm.model.batch import AttentionBackend, CausalModel, Layout
+from ullm.model.cpu.ops import KernelAttention, KernelOps
+from ullm.model.decoder import Decoder
 from ullm.model.graphs import DecodeGraphs
 from ullm.model.kv_pool import check_fits, count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
 from ullm.model.parallel import ParallelContext, open_parallel
@@ -101,7 +103,7 @@ def open_pool(
     """
     varlen = device.type == "cuda" and model.dtype != torch.float32
     block_size = true_block_size(config.block_size, varlen=varlen)
-    make = VarlenAttention if varlen else GatherAttention
+    make = VarlenAttention if varlen else choose_gather(model)
     block_bytes = block_size * kv_bytes_per_token(model.kv_shape, model.dtype)
     if device.type == "cpu":
         num_blocks = count_blocks(config, block_bytes, cpu_budget())
@@ -111,6 +113,13 @@ def open_pool(
         num_blocks = count_blocks(config, block_bytes, cuda_budget(model, config, trial))
     num_blocks = parallel.agree_least(num_blocks, device)
     return make(model.kv_shape, num_blocks, block_size, model.dtype, device)
+
+
+def choose_gather(model: CausalModel) -> type[GatherAttention]:
+    """The attention that goes with a model's kernels."""
+    if isinstance(model, Decoder) and isinstance(model.ops, KernelOps):
+        return KernelAttention
+    return GatherAttention
 
 
 def describe(

@@ -96,7 +96,8 @@ def load_model(
         fill_dummy(model, seed=parallel.rank)
     else:
         load_weights(model, checkpoint.path, progress)
-    model.prepare(choose_linear_kernel(device, checkpoint.dtype), device)
+    kernel = choose_linear_kernel(device, checkpoint.dtype)
+    model.prepare(kernel, device, cpu_kernels=config.cpu_kernels)
     return model
 
 

@@ -1,0 +1,91 @@
+"""Compile `kernels.cpp` for this CPU, once, and keep the result in the user's cache.
+
+Measured on two cores in bfloat16 with one row of SmolLM2: the calls between the matrix products take
+about 5 ms a step in PyTorch and under 1 ms here; no library has them fused over paged KV. Without a
+compiler, or on Windows, the model runs without them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from ullm.hub import cache_dir
+from ullm.logs import get_logger
+
+log = get_logger("ullm.kernels")
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = (
+    *("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),  # needed to vectorize; keep NaN and inf
+)
+COMPILERS = ("c++", "g++", "clang++")
+COMPILE_SECONDS = 120.0
+
+
+def open_library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, with a line in the log that says why, where they cannot be had."""
+    compiler = find_compiler()
+    if compiler is None or os.name == "nt":
+        log.info("no C++ compiler: decoding without fused kernels", looked_for="CXX, " + ", ".join(COMPILERS))
+        return None
+    path = cache_dir() / "kernels" / f"{_key(compiler)}.so"
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        log.warning("decoding without fused kernels", compiler=compiler, reason=str(reason)[-500:])
+        return None
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: ``$CXX``, or the first of the usual ones."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Beside the final name and then renamed, so that two processes may do it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", str(built)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_SECONDS,
+            stdin=subprocess.DEVNULL,
+        )
+        built.replace(path)
+
+
+def _key(compiler: str) -> str:
+    """Differs with the source, the compiler and the CPU: a cache may be on a disk that machines share."""
+    parts = [
+        SOURCE.read_bytes(),
+        " ".join(FLAGS).encode(),
+        compiler.encode(),
+        str(os.stat(compiler).st_mtime).encode(),
+    ]
+    return hashlib.sha256(b"\0".join([*parts, _cpu().encode()])).hexdigest()[:24]
+
+
+def _cpu() -> str:
+    """What ``-march=native`` depends on."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(errors="replace").splitlines()
+        return "".join(
+            sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+        )
+    return f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,100 @@
+"""What a decoder layer does between its matrix products: in PyTorch, or in the CPU's own kernels.
+
+Chosen once per model. `TorchOps` is the reference for the others, and what runs on CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ullm.model.batch import Batch
+from ullm.model.layers import RMSNorm
+from ullm.model.rope import rotate
+
+
+class AttentionModule(Protocol):
+    """What `StepOps.attend` needs to know of one layer's attention on this rank."""
+
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+
+
+class StepOps(Protocol):
+    """The three things between matrix products, for the batch of one step. T tokens."""
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
+        """Add ``delta`` to the residual stream ``x [T, hidden_size]`` in place; returns its norm."""
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """``silu(gate) * up`` of ``[T, gate and up side by side]``."""
+
+    def attend(self, module: AttentionModule, qkv: Tensor) -> Tensor:
+        """Normalise and rotate queries and keys, store keys and values, attend.
+
+        Args:
+            qkv: ``[T, (query heads + 2 * KV heads) * head_dim]``; may be overwritten.
+
+        Returns:
+            ``[T, query heads * head_dim]``.
+        """
+
+
+class LayerOps(Protocol):
+    """One implementation of `StepOps`, for all steps of a model."""
+
+    def begin(self, batch: Batch) -> StepOps:
+        """Prepare what all layers of a step share."""
+
+
+class TorchOps:
+    """Implements `LayerOps` on any device.
+
+    Args:
+        cos, sin: of `ullm.model.rope.rope_cache`.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self._cos, self._sin = cos, sin
+
+    def begin(self, batch: Batch) -> StepOps:
+        """See `LayerOps`."""
+        return TorchStep(batch, self._cos[batch.positions], self._sin[batch.positions])
+
+
+class TorchStep:
+    """Implements `StepOps`; see there."""
+
+    def __init__(self, batch: Batch, cos: Tensor, sin: Tensor) -> None:
+        self._batch, self._cos, self._sin = batch, cos, sin
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
+        """See `StepOps`."""
+        if delta is not None:
+            x.add_(delta)
+        return norm.forward(x)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See `StepOps`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def attend(self, module: AttentionModule, qkv: Tensor) -> Tensor:
+        """See `StepOps`."""
+        tokens, counts = qkv.shape[0], [module.num_heads, module.num_kv_heads]
+        heads = qkv.view(tokens, -1, module.head_dim)
+        qk, v = torch.split(heads, [sum(counts), module.num_kv_heads], dim=1)
+        if module.q_norm is not None and module.k_norm is not None:
+            q, k = torch.split(qk, counts, dim=1)
+            qk = torch.cat((module.q_norm.forward(q), module.k_norm.forward(k)), dim=1)
+        q, k = torch.split(rotate(qk, self._cos, self._sin), counts, dim=1)
+        return self._batch.attention(module.layer, q, k, v, module.scale, module.window).view(tokens, -1)
