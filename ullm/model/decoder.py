@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ullm.errors import ModelUnsupported
 from ullm.model.batch import Batch, KvShape
-from ullm.model.cpu.ops import kernel_ops
+from ullm.model.cpu.kernels import LANES, Kernels
+from ullm.model.cpu.ops import KernelOps
 from ullm.model.layers import (
     ColumnParallelLinear,
     Loadable,
@@ -24,7 +25,7 @@ from ullm.model.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from ullm.model.linear_kernels import LinearKernel
+from ullm.model.linear_kernels import choose_linear_kernel
 from ullm.model.ops import LayerOps, StepOps, TorchOps
 from ullm.model.parallel import ParallelContext
 from ullm.model.rope import rope_cache
@@ -147,7 +148,7 @@ class Decoder(nn.Module):
         self.lm_head = VocabParallelHead(config.vocab_size, config.hidden_size, parallel)
         if config.tie_word_embeddings:
             self.lm_head.weight = None
-        self._layers = list(self.model.layers)
+        self._layers = [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
         self._counts = (0, 0)
         self._dtype = self._residual_dtype = torch.get_default_dtype()
 
@@ -167,23 +168,36 @@ class Decoder(nn.Module):
         self.to(dtype).to_empty(device=device)
 
     @torch.no_grad()
-    def prepare(self, kernel: LinearKernel, device: torch.device, *, cpu_kernels: bool = True) -> None:
-        """Called once when the weights are loaded: tie and pack them, and compute the rotary tables."""
+    def prepare(self, device: torch.device, kernels: Kernels | None = None) -> None:
+        """Called once when the weights are loaded: tie and pack them, and compute the rotary tables.
+
+        Args:
+            kernels: what computes the layers on a CPU, instead of PyTorch.
+        """
         self._counts = self._count()
+        linear = kernels.linear if kernels is not None else choose_linear_kernel(device, self._dtype)
+        embedding = self.model.embed_tokens.weight
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = embedding
         for module in self.modules():
             if isinstance(module, ParallelLinear):
-                module.prepare(kernel)
-        tied = self.config.tie_word_embeddings and device.type == "cpu"
-        self.lm_head.prepare(kernel, self.model.embed_tokens.weight if tied else None)
+                module.prepare(linear)
+        # In float32 the logits need no sharpening; on CUDA it would cost more than it is worth.
+        sharpen = self.config.tie_word_embeddings and kernels is None and device.type == "cpu"
+        self.lm_head.prepare(linear, embedding if sharpen else None)
         cos, sin = rope_cache(self.config.rope, self.config.head_dim, self.config.context_len)
-        self.ops = TorchOps(cos.to(device, self._dtype), sin.to(device, self._dtype))
         if device.type == "cpu":
             # Sums over many layers lose most in bfloat16, and cost nothing in float32 here.
             self._residual_dtype = torch.float32
-            if cpu_kernels:
-                self.ops = kernel_ops(self.kv_shape, self._dtype, cos, sin) or self.ops
+        if kernels is not None:
+            self.ops = KernelOps(kernels, cos, sin)
+        else:
+            self.ops = TorchOps(cos.to(device, self._dtype), sin.to(device, self._dtype))
+
+    def suits_kernels(self) -> bool:
+        """Whether the CPU's kernels can compute this rank's share: they work on vectors of sixteen."""
+        sizes = (self.config.hidden_size, self.config.head_dim, self._layers[0].mlp.down_proj.local)
+        return not any(size % LANES for size in sizes)
 
     def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
         """``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""

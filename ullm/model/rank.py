@@ -115,8 +115,8 @@ def open_pool(
     return make(model.kv_shape, num_blocks, block_size, model.dtype, device)
 
 
-def choose_gather(model: CausalModel) -> type[GatherAttention]:
-    """The attention that goes with a model's kernels."""
+def choose_gather(model: CausalModel) -> type[GatherAttention | KernelAttention]:
+    """The attention that goes with how a model computes its layers."""
     if isinstance(model, Decoder) and isinstance(model.ops, KernelOps):
         return KernelAttention
     return GatherAttention

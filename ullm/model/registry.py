@@ -12,9 +12,10 @@ import torch
 from ullm.config import EngineConfig
 from ullm.errors import ConfigError, ModelFileBroken, ModelUnsupported, OutOfMemory
 from ullm.model.batch import CausalModel
+from ullm.model.cpu.kernels import load_kernels
 from ullm.model.decoder import Decoder
 from ullm.model.kv_pool import available_memory, mib
-from ullm.model.linear_kernels import choose_linear_kernel, fast_bfloat16
+from ullm.model.linear_kernels import fast_bfloat16
 from ullm.model.llama import LlamaForCausalLM, MistralForCausalLM
 from ullm.model.loader import fill_dummy, load_weights, read_config, read_json, reject_quantized
 from ullm.model.parallel import ParallelContext
@@ -96,8 +97,8 @@ def load_model(
         fill_dummy(model, seed=parallel.rank)
     else:
         load_weights(model, checkpoint.path, progress)
-    kernel = choose_linear_kernel(device, checkpoint.dtype)
-    model.prepare(kernel, device, cpu_kernels=config.cpu_kernels)
+    use_kernels = config.cpu_kernels and device.type == "cpu" and model.suits_kernels()
+    model.prepare(device, load_kernels(checkpoint.dtype) if use_kernels else None)
     return model
 
 

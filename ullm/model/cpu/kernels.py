@@ -1,4 +1,4 @@
-"""The compiled kernels as functions of tensors; `kernels.cpp` says what they compute."""
+"""The compiled kernels as functions of tensors; `linear.cpp` and `layer.cpp` say what they compute."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import torch
 from torch import Tensor
 
 from ullm.model.cpu.build import open_library
+from ullm.model.linear_kernels import Linear
 
 LANES = 16
-"""``head_dim`` must be a multiple; as in kernels.cpp."""
-MAX_GROUP = 64
-"""Most query heads per KV head; as in kernels.cpp."""
+"""Floats that are computed side by side; sizes must be multiples. As in common.h."""
+COLUMNS = 64
+"""Outputs of a linear layer that are packed together. As in linear.cpp."""
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class StepStruct(ctypes.Structure):
-    """``Step`` of kernels.cpp."""
+    """``Step`` of layer.cpp."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("tokens", "decodes", "table_width", "block_size")),
-        *((name, c_void_p) for name in ("positions", "slots", "tables", "lens")),
+        *((name, c_int64) for name in ("tokens", "num_tiles", "table_width", "block_size")),
+        *((name, c_void_p) for name in ("positions", "slots", "tables", "tiles")),
     )
 
 
 class LayerStruct(ctypes.Structure):
-    """``Layer`` of kernels.cpp."""
+    """``Layer`` of layer.cpp."""
 
     _fields_ = (
         *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "window")),
@@ -37,22 +38,45 @@ class LayerStruct(ctypes.Structure):
 
 
 class Kernels:
-    """The kernels for one kind of number. All tensors are contiguous and on the CPU."""
+    """The kernels for one kind of number, ``dtype``: what linear layers take, weights and pages hold.
+
+    What lies between is float32. All tensors are contiguous and on the CPU.
+    """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        name = NAMES[dtype]
-        self._add_rms_norm = library[f"add_rms_norm_{name}"]
-        self._add_rms_norm.argtypes = (*(c_void_p,) * 4, c_int64, c_int64, c_float)
-        self._silu_and_mul = library[f"silu_and_mul_{name}"]
-        self._silu_and_mul.argtypes = (c_void_p, c_void_p, c_int64, c_int64)
-        self._attend = library[f"attend_{name}"]
-        self._attend.argtypes = (POINTER(StepStruct), POINTER(LayerStruct), *(c_void_p,) * 3)
-        for function in (self._add_rms_norm, self._silu_and_mul, self._attend):
-            function.restype = None
+
+        def function(name: str, *types: type) -> ctypes._NamedFuncPointer:
+            found = library[f"{name}_{NAMES[dtype]}"]
+            found.argtypes, found.restype = types, None
+            return found
+
+        pointer, structs = c_void_p, (POINTER(StepStruct), POINTER(LayerStruct))
+        self._pack = function("pack", pointer, pointer, c_int64, c_int64)
+        self._linear = function("linear", *(pointer,) * 4, *(c_int64,) * 3)
+        self._add_rms_norm = function("add_rms_norm", *(pointer,) * 4, c_int64, c_int64, c_float)
+        self._silu_and_mul = function("silu_and_mul", pointer, pointer, c_int64, c_int64)
+        self._attend = function("attend", *structs, pointer, pointer, pointer)
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """A `ullm.model.linear_kernels.LinearKernel` whose outputs are float32."""
+        out_features, in_features = weight.shape
+        groups = -(-out_features // COLUMNS)
+        packed = torch.empty(groups * COLUMNS * in_features, dtype=self.dtype)
+        self._pack(weight.contiguous().data_ptr(), packed.data_ptr(), in_features, out_features)
+        offsets = None if bias is None else bias.float().contiguous()
+        weights, start = packed.data_ptr(), None if offsets is None else offsets.data_ptr()
+
+        def multiply(x: Tensor, keep: tuple[Tensor, Tensor | None] = (packed, offsets)) -> Tensor:
+            rows = x.shape[0]
+            out = torch.empty((rows, out_features), dtype=torch.float32)
+            self._linear(x.data_ptr(), weights, start, out.data_ptr(), rows, in_features, out_features)
+            return out
+
+        return multiply
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """``x [rows, size]`` float32 += ``delta``; returns the norm of it times ``weight``, float32."""
+        """``x [rows, size]`` += ``delta``; returns the norm of it times ``weight``, in ``dtype``."""
         rows, size = x.shape
         out = torch.empty((rows, size), dtype=self.dtype)
         source = None if delta is None else delta.data_ptr()
@@ -60,14 +84,14 @@ class Kernels:
         return out
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """``[rows, 2 * size]`` → ``[rows, size]``."""
+        """``[rows, 2 * size]`` → ``[rows, size]`` in ``dtype``."""
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty((rows, size), dtype=self.dtype)
         self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), rows, size)
         return out
 
     def attend(self, step: StepStruct, layer: LayerStruct, qkv: Tensor, pages: Tensor) -> Tensor:
-        """Rotate in place, store, and attend for sequences of one query; ``[tokens, heads * head_dim]``."""
+        """Rotate ``qkv`` in place, store, attend; ``[tokens, heads * head_dim]`` in ``dtype``."""
         out = torch.empty((step.tokens, layer.heads * layer.head_dim), dtype=self.dtype)
         self._attend(byref(step), byref(layer), qkv.data_ptr(), pages.data_ptr(), out.data_ptr())
         return out

@@ -1,34 +1,83 @@
-"""`LayerOps` by the CPU's own kernels: four calls per layer instead of some thirty."""
+"""`LayerOps` and `AttentionBackend` by the CPU's own kernels: four calls per layer instead of some thirty."""
 
 from __future__ import annotations
 
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ullm.model.attention_gather import GatherAttention, GatherStep
 from ullm.model.batch import Batch, KvShape, Layout
-from ullm.model.cpu.kernels import LANES, MAX_GROUP, Kernels, LayerStruct, StepStruct, load_kernels
+from ullm.model.cpu.kernels import Kernels, LayerStruct, StepStruct
+from ullm.model.kv_pool import lazy_zeros
 from ullm.model.layers import RMSNorm
 from ullm.model.ops import AttentionModule, StepOps
 
+TILE_ROWS = 12
+"""Query vectors that are attended together: those of one KV head times neighbouring tokens of a prompt."""
 
-class KernelAttention(GatherAttention):
-    """The same pool as its base; sequences of one query are left to the kernels."""
+
+class KernelAttention:
+    """Implements `ullm.model.batch.AttentionBackend` over a pool in the kernels' own layout."""
+
+    def __init__(
+        self, shape: KvShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.tile_tokens = max(1, TILE_ROWS * shape.num_kv_heads // shape.num_query_heads)
+        size = (num_blocks, 2 * shape.num_kv_heads * block_size * shape.head_dim)
+        self.pages = [lazy_zeros(size, dtype) for _ in range(shape.num_layers)]
 
     def prepare(self, layout: Layout) -> Batch:
         """See `AttentionBackend.prepare`."""
-        return self.batch(layout, KernelAttend(self, layout))
+        starts = np.concatenate(([0], np.cumsum(layout.query_lens))).astype(np.int32)
+        return Batch(
+            token_ids=torch.from_numpy(layout.token_ids),
+            positions=torch.from_numpy(layout.positions),
+            query_start=torch.from_numpy(starts),
+            seq_lens=torch.from_numpy(np.asarray(layout.seq_lens, dtype=np.int32)),
+            block_tables=torch.from_numpy(np.ascontiguousarray(layout.block_tables)),
+            slot_mapping=torch.from_numpy(layout.slot_mapping),
+            query_lens_host=layout.query_lens,
+            seq_lens_host=layout.seq_lens,
+            num_decodes=layout.num_decodes,
+            attention=KernelAttend(self, tiles(layout, starts, self.tile_tokens)),
+        )
+
+    def release(self) -> None:
+        """Free the pool."""
+        self.pages.clear()
 
 
-class KernelAttend(GatherStep):
-    """The part of a step's attention that is not the kernels': prefill chunks."""
+class KernelAttend:
+    """What the layers of one step share: the pool, and which queries are attended together."""
 
-    def __init__(self, backend: KernelAttention, layout: Layout) -> None:
-        self.backend = backend
-        self.prefills = self.prefill_parts(layout)
-        self.struct = StepStruct(tokens=len(layout.token_ids), decodes=layout.num_decodes)
+    def __init__(self, backend: KernelAttention, tiles: npt.NDArray[np.int32]) -> None:
+        self.backend, self.tiles = backend, tiles
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Not used: `KernelStep.attend` takes what comes before the rotation as well."""
+        raise TypeError("this pool is attended by KernelStep only")
+
+
+def tiles(layout: Layout, starts: npt.NDArray[np.int32], tokens: int) -> npt.NDArray[np.int32]:
+    """``[n, 3]``: sequence, first token, tokens; at most ``tokens`` neighbouring ones of a sequence."""
+    counts = -(-np.asarray(layout.query_lens) // tokens)
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    index = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first = starts[sequence] + index * tokens
+    return np.stack((sequence, first, np.minimum(tokens, starts[sequence + 1] - first)), 1).astype(np.int32)
 
 
 class KernelOps:
@@ -75,28 +124,23 @@ class KernelOps:
         return self._layers[module.layer]
 
 
-def kernel_ops(shape: KvShape, dtype: torch.dtype, cos: Tensor, sin: Tensor) -> KernelOps | None:
-    """`KernelOps` for a model, where they fit its shape and the kernels can be had."""
-    if shape.head_dim % LANES or shape.num_query_heads > MAX_GROUP * shape.num_kv_heads:
-        return None
-    kernels = load_kernels(dtype)
-    return None if kernels is None else KernelOps(kernels, cos, sin)
-
-
 class KernelStep:
     """Implements `StepOps`; see there."""
 
     def __init__(self, ops: KernelOps, batch: Batch) -> None:
+        attention = cast(KernelAttend, batch.attention)
         self._ops, self._kernels, self._batch = ops, ops.kernels, batch  # the batch owns the arrays
-        self._attention = cast(KernelAttend, batch.attention)
-        self._pages = self._attention.backend.pages
-        self._struct = self._attention.struct
-        self._struct.table_width = batch.block_tables.shape[1]
-        self._struct.block_size = self._attention.backend.block_size
-        self._struct.positions = batch.positions.data_ptr()
-        self._struct.slots = batch.slot_mapping.data_ptr()
-        self._struct.tables = batch.block_tables.data_ptr()
-        self._struct.lens = batch.seq_lens.data_ptr()
+        self._pages = attention.backend.pages
+        self._struct = StepStruct(
+            tokens=len(batch.token_ids),
+            num_tiles=len(attention.tiles),
+            table_width=batch.block_tables.shape[1],
+            block_size=attention.backend.block_size,
+            positions=batch.positions.data_ptr(),
+            slots=batch.slot_mapping.data_ptr(),
+            tables=batch.block_tables.data_ptr(),
+            tiles=attention.tiles.ctypes.data,
+        )
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
         """See `StepOps`."""
@@ -108,18 +152,4 @@ class KernelStep:
 
     def attend(self, module: AttentionModule, qkv: Tensor) -> Tensor:
         """See `StepOps`."""
-        pages = self._pages[module.layer]
-        out = self._kernels.attend(self._struct, self._ops.layer(module), qkv, pages)
-        if self._attention.prefills:
-            self._attend_prefills(module, qkv, pages, out)
-        return out
-
-    def _attend_prefills(self, module: AttentionModule, qkv: Tensor, pages: Tensor, out: Tensor) -> None:
-        heads = qkv.view(qkv.shape[0], -1, module.head_dim)
-        counts = [module.num_heads, module.num_kv_heads, module.num_kv_heads]
-        q, k, v = torch.split(heads, counts, dim=1)
-        by_head = out.view(out.shape[0], module.num_heads, module.head_dim)
-        for part in self._attention.prefills:
-            rows = slice(part.start, part.end)
-            chunk = (q[rows], k[rows], v[rows])
-            by_head[rows] = part.attend(pages, chunk, module.scale, module.window, None)
+        return self._kernels.attend(self._struct, self._ops.layer(module), qkv, self._pages[module.layer])

@@ -1,0 +1,266 @@
+// What happens in a decoder layer between its linear layers, over keys and values in pages.
+//
+// Sums are taken in float32, in an order that depends neither on the batch, nor on how a prompt was cut
+// into chunks, nor on the number of threads; see linear.cpp.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "common.h"
+
+extern "C" {
+
+// One step: which tokens, whose they are, and where their keys and values live.
+struct Step {
+    int64_t tokens;
+    int64_t num_tiles;            // rows of `tiles`
+    int64_t table_width;          // blocks per row of `tables`
+    int64_t block_size;
+    const int64_t *positions, *slots;  // of each token
+    const int32_t* tables;             // blocks of each sequence
+    const int32_t* tiles;              // (sequence, first token, tokens): queries that are attended together
+};
+
+// One layer's attention. The rotary tables have one row of head_dim / 2 floats per position.
+struct Layer {
+    int64_t heads, kv_heads, head_dim;
+    int64_t window;  // keys that a query sees, itself included; 0: all
+    float scale, norm_eps;
+    const float *cosines, *sines;
+    const float *q_norm, *k_norm;  // null: no normalisation of queries and keys
+};
+
+}  // extern "C"
+
+namespace {
+
+float sum_of_squares(const float* x, int64_t size) {
+    floats sums = {};
+    for (int64_t i = 0; i < size; i += LANES) sums += load_floats(x + i) * load_floats(x + i);
+    return total(sums);
+}
+
+template <typename T>
+void add_rms_norm(float* x, const float* delta, const float* weight, T* out, int64_t rows, int64_t size, float eps) {
+#pragma omp parallel for if (rows >= 16)
+    for (int64_t row = 0; row < rows; ++row) {
+        float* values = x + row * size;
+        if (delta)
+            for (int64_t i = 0; i < size; ++i) values[i] += delta[row * size + i];
+        const float factor = 1 / std::sqrt(sum_of_squares(values, size) / size + eps);
+        for (int64_t i = 0; i < size; ++i) store(out + row * size + i, values[i] * factor * weight[i]);
+    }
+}
+
+template <typename T>
+void silu_and_mul(const float* gate_up, T* out, int64_t rows, int64_t size) {
+#pragma omp parallel for if (rows >= 8)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float *gates = gate_up + row * 2 * size, *ups = gates + size;
+        for (int64_t i = 0; i < size; i += LANES) {
+            const floats gate = load_floats(gates + i);
+            const floats product = gate / (1 + exponential(-gate)) * load_floats(ups + i);
+            for (int j = 0; j < LANES; ++j) store(out + row * size + i + j, product[j]);
+        }
+    }
+}
+
+void normalize(float* head, const float* weight, float eps, int64_t size) {
+    const float factor = 1 / std::sqrt(sum_of_squares(head, size) / size + eps);
+    for (int64_t i = 0; i < size; ++i) head[i] *= factor * weight[i];
+}
+
+void rotate(float* head, const float* cosines, const float* sines, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = head[i], b = head[i + half];
+        head[i] = a * cosines[i] - b * sines[i];
+        head[i + half] = b * cosines[i] + a * sines[i];
+    }
+}
+
+// The pages of one layer are [block][KV head][keys, values]: keys as [head_dim][block_size], so that the
+// scores of neighbouring keys are computed side by side, values as [block_size][head_dim].
+template <typename T>
+inline T* page_of(T* pages, const Step& step, const Layer& layer, int64_t block, int64_t head) {
+    return pages + (block * layer.kv_heads + head) * 2 * step.block_size * layer.head_dim;
+}
+
+// Normalise and rotate queries and keys in place, and put keys and values into their pages.
+template <typename T>
+void rotate_and_store(const Step& step, const Layer& layer, float* qkv, T* pages) {
+    const int64_t dim = layer.head_dim, half = dim / 2, size = step.block_size;
+    const int64_t all = layer.heads + 2 * layer.kv_heads;
+#pragma omp parallel for if (step.tokens >= 16)
+    for (int64_t token = 0; token < step.tokens; ++token) {
+        float* row = qkv + token * all * dim;
+        const float* cosines = layer.cosines + step.positions[token] * half;
+        const float* sines = layer.sines + step.positions[token] * half;
+        for (int64_t head = 0; head < layer.heads + layer.kv_heads; ++head) {
+            const float* weight = head < layer.heads ? layer.q_norm : layer.k_norm;
+            if (weight) normalize(row + head * dim, weight, layer.norm_eps, dim);
+            rotate(row + head * dim, cosines, sines, half);
+        }
+        const int64_t block = step.slots[token] / size, offset = step.slots[token] % size;
+        for (int64_t head = 0; head < layer.kv_heads; ++head) {
+            const float* key = row + (layer.heads + head) * dim;
+            const float* value = key + layer.kv_heads * dim;
+            T* keys = page_of(pages, step, layer, block, head) + offset;
+            T* values = keys - offset + size * dim + offset * dim;
+            for (int64_t i = 0; i < dim; ++i) store(keys + i * size, key[i]);
+            for (int64_t i = 0; i < dim; ++i) store(values + i, value[i]);
+        }
+    }
+}
+
+// Scores of R queries with LANES neighbouring keys.
+template <int R, typename T>
+void score(const float* queries, const T* keys, float* scores, int64_t score_stride, int64_t dim, int64_t size) {
+    floats sums[R] = {};
+    for (int64_t i = 0; i < dim; ++i) {
+        const floats key = load_floats(keys + i * size);
+        for (int r = 0; r < R; ++r) sums[r] += queries[r * dim + i] * key;
+    }
+    for (int r = 0; r < R; ++r) store_floats(scores + r * score_stride, sums[r]);
+}
+
+// Add `count` weighted values to LANES * V neighbouring outputs of R queries.
+template <int R, int V, typename T>
+void add_values(const float* weights, int64_t weight_stride, const T* values, float* out, int64_t count, int64_t dim) {
+    floats sums[R][V];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) sums[r][v] = load_floats(out + r * dim + v * LANES);
+    for (int64_t key = 0; key < count; ++key)
+        for (int v = 0; v < V; ++v) {
+            const floats value = load_floats(values + key * dim + v * LANES);
+            for (int r = 0; r < R; ++r) sums[r][v] += weights[r * weight_stride + key] * value;
+        }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store_floats(out + r * dim + v * LANES, sums[r][v]);
+}
+
+template <int R, typename T>
+void add_all_values(const float* weights, int64_t weight_stride, const T* values, float* out, int64_t count,
+                    int64_t dim) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= dim; i += 4 * LANES)
+        add_values<R, 4>(weights, weight_stride, values + i, out + i, count, dim);
+    for (; i < dim; i += LANES) add_values<R, 1>(weights, weight_stride, values + i, out + i, count, dim);
+}
+
+// Turn the scores of the keys first ... end - 1 into weights, and those of all others into nothing; returns
+// what the sum of the weighted values must be divided by.
+float softmax(float* scores, int64_t first, int64_t end, int64_t width) {
+    std::fill(scores, scores + first, 0.0f), std::fill(scores + end, scores + width, 0.0f);
+    float most = -std::numeric_limits<float>::infinity();
+    for (int64_t i = first; i < end; ++i) most = std::max(most, scores[i]);
+    floats sums = {};
+    int64_t i = first;
+    for (; i + LANES <= end; i += LANES) {
+        const floats weights = exponential(load_floats(scores + i) - most);
+        store_floats(scores + i, weights);
+        sums += weights;
+    }
+    if (i < end) {
+        float rest[LANES];
+        for (int j = 0; j < LANES; ++j) rest[j] = i + j < end ? scores[i + j] - most : -100.0f;
+        floats weights = exponential(load_floats(rest));
+        for (int j = 0; j < LANES; ++j) weights[j] = i + j < end ? weights[j] : 0.0f;
+        for (int j = 0; i + j < end; ++j) scores[i + j] = weights[j];
+        sums += weights;
+    }
+    return total(sums);
+}
+
+constexpr int TOGETHER = 4;  // query vectors that share the loads of keys and values
+
+// The queries of one tile that share one KV head: `tokens` neighbouring tokens of a sequence times the
+// query heads of the group.
+template <typename T>
+void attend_tile(const Step& step, const Layer& layer, const int32_t* tile, int64_t head, const float* qkv,
+                 const T* pages, T* out, std::vector<float>& scratch) {
+    const int64_t token = tile[1], tokens = tile[2], dim = layer.head_dim, size = step.block_size;
+    const int64_t group = layer.heads / layer.kv_heads, rows = tokens * group, all = layer.heads + 2 * layer.kv_heads;
+    const int64_t end = step.positions[token + tokens - 1] + 1;
+    const int64_t first = layer.window ? std::max<int64_t>(0, step.positions[token] + 1 - layer.window) : 0;
+    const int64_t first_block = first / size, last_block = (end + size - 1) / size;
+    const int64_t width = (last_block - first_block) * size, begin = first_block * size;
+    const int32_t* table = step.tables + tile[0] * step.table_width;
+    scratch.resize(rows * (width + LANES + 2 * dim));
+    const int64_t stride = width + LANES;  // scores are stored LANES at a time
+    float *scores = scratch.data(), *queries = scores + rows * stride, *sums = queries + rows * dim;
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* query = qkv + ((token + row / group) * all + head * group + row % group) * dim;
+        for (int64_t i = 0; i < dim; ++i) queries[row * dim + i] = query[i] * layer.scale;
+    }
+    std::fill(sums, sums + rows * dim, 0.0f);
+
+    const auto by_rows = [&](auto function) {
+        int64_t row = 0;
+        for (; row + TOGETHER <= rows; row += TOGETHER) function(std::integral_constant<int, TOGETHER>{}, row);
+        if (rows - row == 3) function(std::integral_constant<int, 3>{}, row);
+        if (rows - row == 2) function(std::integral_constant<int, 2>{}, row);
+        if (rows - row == 1) function(std::integral_constant<int, 1>{}, row);
+    };
+    for (int64_t block = first_block; block < last_block; ++block) {
+        const T* keys = page_of(pages, step, layer, table[block], head);
+        for (int64_t lane = 0; lane < size; lane += LANES)
+            by_rows([&](auto r, int64_t row) {
+                score<r.value>(queries + row * dim, keys + lane, scores + row * stride + block * size - begin + lane,
+                               stride, dim, size);
+            });
+    }
+    std::vector<float> divisors(rows);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t sees = step.positions[token + row / group] + 1;
+        const int64_t from = layer.window ? std::max<int64_t>(0, sees - layer.window) : 0;
+        divisors[row] = softmax(scores + row * stride, from - begin, sees - begin, width);
+    }
+    for (int64_t block = first_block; block < last_block; ++block) {
+        const T* values = page_of(pages, step, layer, table[block], head) + size * dim;
+        by_rows([&](auto r, int64_t row) {
+            add_all_values<r.value>(scores + row * stride + block * size - begin, stride, values, sums + row * dim,
+                                    std::min(size, end - block * size), dim);
+        });
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        T* to = out + ((token + row / group) * layer.heads + head * group + row % group) * dim;
+        for (int64_t i = 0; i < dim; ++i) store(to + i, sums[row * dim + i] / divisors[row]);
+    }
+}
+
+template <typename T>
+void attend(const Step& step, const Layer& layer, float* qkv, T* pages, T* out) {
+    rotate_and_store(step, layer, qkv, pages);
+#pragma omp parallel
+    {
+        std::vector<float> scratch;
+        // The longest last: tiles of one prompt come in ascending order, so begin at their end.
+#pragma omp for schedule(dynamic)
+        for (int64_t i = step.num_tiles * layer.kv_heads - 1; i >= 0; --i)
+            attend_tile(step, layer, step.tiles + 3 * (i / layer.kv_heads), i % layer.kv_heads, qkv, pages, out,
+                        scratch);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+#define FOR_NUMBERS(T, NAME)                                                                               \
+    void add_rms_norm_##NAME(float* x, const float* delta, const float* weight, T* out, int64_t rows,      \
+                             int64_t size, float eps) {                                                    \
+        add_rms_norm(x, delta, weight, out, rows, size, eps);                                              \
+    }                                                                                                      \
+    void silu_and_mul_##NAME(const float* gate_up, T* out, int64_t rows, int64_t size) {                   \
+        silu_and_mul(gate_up, out, rows, size);                                                            \
+    }                                                                                                      \
+    void attend_##NAME(const Step* step, const Layer* layer, float* qkv, T* pages, T* out) {               \
+        attend(*step, *layer, qkv, pages, out);                                                            \
+    }
+
+FOR_NUMBERS(float, float32)
+FOR_NUMBERS(bfloat16, bfloat16)
+
+}  // extern "C"

@@ -1,0 +1,124 @@
+// out = x * weight^T + bias, for few rows and for many.
+//
+// Each output is the sum over the inputs in ascending order, whatever else is computed beside it: a row
+// has the same result alone and in any batch, bit by bit, on any number of threads. What is resumed after
+// the loss of a worker, with other neighbours and in other chunks, so says the same.
+
+#include <algorithm>
+
+#include "common.h"
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// 4 vectors of outputs times 6 rows take 24 of the 32 registers of AVX-512. Measured with 512 rows in
+// bfloat16 on two cores of Zen 5: 2 x 12 takes 1.7 times as long, 3 x 8 1.5 times.
+constexpr int VECTORS = 4;
+constexpr int COLUMNS = VECTORS * LANES;
+constexpr int ROWS = 6;
+
+// Weights are packed in groups of COLUMNS outputs: for each step of the inputs, what each output needs.
+// In bfloat16 a step is two inputs, which is what the processor's instruction multiplies.
+template <typename T>
+constexpr int STEP = 1;
+template <>
+constexpr int STEP<bfloat16> = 2;
+
+inline floats multiply_add(floats sum, const float* weights, const float* x) { return sum + load_floats(weights) * *x; }
+inline floats multiply_add(floats sum, const bfloat16* weights, const bfloat16* x) {
+#ifdef __AVX512BF16__
+    int32_t pair;
+    std::memcpy(&pair, x, 4);
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(pair));
+#else
+    const uints pairs = *reinterpret_cast<const uints*>(weights);
+    sum += (floats)(pairs << 16) * load(x);
+    return sum + (floats)(pairs & 0xffff0000u) * load(x + 1);
+#endif
+}
+
+template <typename T, int R>
+void tile(const T* x, int64_t stride, const T* weights, const float* bias, float* out, int64_t out_stride,
+          int64_t steps, int64_t columns) {
+    floats sums[R][VECTORS];
+    float start[COLUMNS] = {};
+    if (bias) std::copy(bias, bias + columns, start);
+    for (int row = 0; row < R; ++row)
+        for (int v = 0; v < VECTORS; ++v) sums[row][v] = load_floats(start + v * LANES);
+    for (int64_t step = 0; step < steps; ++step) {
+        const T* here = weights + step * COLUMNS * STEP<T>;
+        for (int row = 0; row < R; ++row) {
+            const T* inputs = x + row * stride + step * STEP<T>;
+            for (int v = 0; v < VECTORS; ++v)
+                sums[row][v] = multiply_add(sums[row][v], here + v * LANES * STEP<T>, inputs);
+        }
+    }
+    for (int row = 0; row < R; ++row) {
+        float all[COLUMNS];
+        for (int v = 0; v < VECTORS; ++v) store_floats(all + v * LANES, sums[row][v]);
+        std::copy(all, all + columns, out + row * out_stride);
+    }
+}
+
+template <typename T, int R = ROWS>
+void rows_tile(int64_t rows, const T* x, int64_t stride, const T* weights, const float* bias, float* out,
+               int64_t out_stride, int64_t steps, int64_t columns) {
+    if constexpr (R > 0) {
+        if (rows == R) return tile<T, R>(x, stride, weights, bias, out, out_stride, steps, columns);
+        rows_tile<T, R - 1>(rows, x, stride, weights, bias, out, out_stride, steps, columns);
+    }
+}
+
+inline int64_t groups(int64_t out_features) { return (out_features + COLUMNS - 1) / COLUMNS; }
+
+template <typename T>
+void linear(const T* x, const T* packed, const float* bias, float* out, int64_t rows, int64_t in, int64_t out_features) {
+    const int64_t steps = in / STEP<T>, group_size = in * COLUMNS;
+    // Few rows are split by outputs only, so that each thread reads a stretch of the weights of its own.
+    const int64_t chunk = 4 * ROWS, chunks = (rows + chunk - 1) / chunk, all = groups(out_features);
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t part = 0; part < chunks; ++part)
+        for (int64_t group = 0; group < all; ++group) {
+            const int64_t first = group * COLUMNS, columns = std::min<int64_t>(COLUMNS, out_features - first);
+            for (int64_t row = part * chunk; row < std::min(rows, (part + 1) * chunk); row += ROWS)
+                rows_tile<T>(std::min<int64_t>(ROWS, std::min(rows, (part + 1) * chunk) - row), x + row * in, in,
+                             packed + group * group_size, bias ? bias + first : nullptr,
+                             out + row * out_features + first, out_features, steps, columns);
+        }
+}
+
+// [out_features][in] -> groups, steps, COLUMNS, STEP; the last group is filled up with zeros.
+template <typename T>
+void pack(const T* weight, T* packed, int64_t in, int64_t out_features) {
+    const int64_t steps = in / STEP<T>;
+    for (int64_t group = 0; group < groups(out_features); ++group)
+        for (int64_t step = 0; step < steps; ++step)
+            for (int64_t column = 0; column < COLUMNS; ++column)
+                for (int i = 0; i < STEP<T>; ++i) {
+                    const int64_t row = group * COLUMNS + column;
+                    *packed++ = row < out_features ? weight[row * in + step * STEP<T> + i] : T{};
+                }
+}
+
+}  // namespace
+
+extern "C" {
+
+void linear_float32(const float* x, const float* packed, const float* bias, float* out, int64_t rows, int64_t in,
+                    int64_t out_features) {
+    linear(x, packed, bias, out, rows, in, out_features);
+}
+void linear_bfloat16(const bfloat16* x, const bfloat16* packed, const float* bias, float* out, int64_t rows,
+                     int64_t in, int64_t out_features) {
+    linear(x, packed, bias, out, rows, in, out_features);
+}
+void pack_float32(const float* weight, float* packed, int64_t in, int64_t out_features) {
+    pack(weight, packed, in, out_features);
+}
+void pack_bfloat16(const bfloat16* weight, bfloat16* packed, int64_t in, int64_t out_features) {
+    pack(weight, packed, in, out_features);
+}
+
+}  // extern "C"
