@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTED, Server, eventually, is_gone
-from test_stop import Stream, streams
+from harness import SCRIPTED, Server, Stream, eventually, is_gone, streams
+
+from ullm.model.cpu.build import find_compiler
 
 pytestmark = pytest.mark.process
 
@@ -60,8 +61,11 @@ def test_a_worker_lost_again_and_again_ends_the_server_with_one_cause(
 
 
 @pytest.mark.e2e
-def test_the_real_model_says_the_same_after_a_kill(serve: Serve, real_model: Path) -> None:
-    server = serve("--dtype", "float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_real_model_says_the_same_after_a_kill(serve: Serve, real_model: Path, dtype: str) -> None:
+    if dtype == "bfloat16" and find_compiler() is None:
+        pytest.skip("without the CPU's kernels, bfloat16 depends on the batch")
+    server = serve("--dtype", dtype)
     prompts = [[504, 3575, 282, 4649 + number] for number in range(4)]
 
     def run(fault: Callable[[], None]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from conftest import Server
+from harness import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.process]
 

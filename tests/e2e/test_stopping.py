@@ -2,92 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import pytest
-from conftest import SCRIPTED, Server, eventually, is_gone
+from harness import SCRIPTED, Server, eventually, is_gone, streams
 
 pytestmark = pytest.mark.process
 
 Serve = Callable[..., Server]
-
-
-class Stream:
-    """One streamed completion, read in a thread until it ends, however that happens."""
-
-    def __init__(self, server: Server, max_tokens: int, prompt: list[int] | None = None) -> None:
-        self.text = ""
-        self.finish_reason: str | None = None
-        self.done = False
-        self.error: Exception | None = None
-        self.failure: dict[str, str] | None = None
-        self.begun = threading.Event()
-        self._body = {
-            "model": server_model(server),
-            "prompt": prompt or [300, 301],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "ignore_eos": True,
-            "stream_options": {"include_usage": True},
-        }
-        self.usage: dict[str, int] | None = None
-        self.gap = 0.0
-        self._url = f"{server.url}/v1/completions"
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        last = time.monotonic()
-        try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=60) as response:
-                response.raise_for_status()
-                for line in response.iter_lines():
-                    if line.startswith("data: "):
-                        self._take(line[6:])
-                        self.gap, last = max(self.gap, time.monotonic() - last), time.monotonic()
-        except httpx.HTTPError as error:
-            self.error = error
-        self.begun.set()
-
-    def _take(self, data: str) -> None:
-        if data == "[DONE]":
-            self.done = True
-            return
-        chunk = json.loads(data)
-        if "error" in chunk:
-            self.failure = chunk["error"]
-            return
-        self.usage = chunk.get("usage") or self.usage
-        for choice in chunk["choices"]:
-            self.text += choice["text"]
-            self.finish_reason = choice["finish_reason"] or self.finish_reason
-            self.begun.set()
-
-    def join(self, timeout: float = 60) -> Stream:
-        self._thread.join(timeout)
-        assert not self._thread.is_alive(), "the stream has no end"
-        return self
-
-
-def server_model(server: Server) -> str:
-    with server.client() as client:
-        name: str = client.get("/v1/models").json()["data"][0]["id"]
-        return name
-
-
-def streams(server: Server, count: int, max_tokens: int) -> list[Stream]:
-    """Streams that have all begun."""
-    found = [Stream(server, max_tokens, [300 + number]) for number in range(count)]
-    for stream in found:
-        assert stream.begun.wait(30)
-    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

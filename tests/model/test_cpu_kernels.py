@@ -1,0 +1,192 @@
+"""The CPU's kernels against PyTorch, and their promise: a result depends on nothing but its own inputs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from model_fixtures import MODELS, LogitsModel, load_runner, random_tokens, save_tiny
+from torch import Tensor
+
+from ullm.messages import NewSequence, Row, Step
+from ullm.model.attention_gather import GatherAttention
+from ullm.model.batch import Layout
+from ullm.model.cpu import build
+from ullm.model.cpu.kernels import NAMES, Kernels, load_kernels
+from ullm.model.cpu.ops import KernelAttention, tiles
+from ullm.sampling import SamplingParams
+
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(params=list(NAMES), ids=list(NAMES.values()))
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    found = load_kernels(request.param)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 24, 25, 100])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 1), (64, 64), (48, 100), (576, 960)])
+def test_linear(kernels: Kernels, rows: int, inputs: int, outputs: int) -> None:
+    x, weight = (
+        numbers(rows, inputs, dtype=kernels.dtype),
+        numbers(outputs, inputs, dtype=kernels.dtype, seed=1),
+    )
+    bias = numbers(outputs, seed=2)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    got = kernels.linear(weight, bias)(x)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(
+        kernels.linear(weight, None)(x)[-1:], kernels.linear(weight, None)(x[-1:].contiguous())
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_add_rms_norm(kernels: Kernels, rows: int) -> None:
+    x, delta, weight = numbers(rows, 96), numbers(rows, 96, seed=1), numbers(96, seed=2)
+    expected = F.rms_norm(x + delta, (96,), weight, 1e-5)
+    stream = x.clone()
+    got = kernels.add_rms_norm(stream, delta, weight, 1e-5)
+    torch.testing.assert_close(stream, x + delta)
+    tolerance = TOLERANCE[kernels.dtype]
+    torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_silu_and_mul(kernels: Kernels) -> None:
+    gate_up = torch.cat((torch.linspace(-120, 120, 64), numbers(64))).repeat(9, 1)
+    expected = F.silu(gate_up[:, :64]) * gate_up[:, 64:]
+    tolerance = TOLERANCE[kernels.dtype]
+    torch.testing.assert_close(
+        kernels.silu_and_mul(gate_up).float(), expected, rtol=tolerance, atol=tolerance
+    )
+
+
+def test_tiles_cover_each_query_once() -> None:
+    lens = [1, 1, 7, 3, 12]
+    starts = np.concatenate(([0], np.cumsum(lens))).astype(np.int32)
+    layout = Layout(*(np.empty(0),) * 2, lens, lens, *(np.empty(0),) * 2, 2)  # type: ignore[arg-type]
+    covered = [
+        (sequence, token)
+        for sequence, first, count in tiles(layout, starts, 4).tolist()
+        for token in range(first, first + count)
+    ]
+    assert covered == [(i, t) for i in range(5) for t in range(starts[i], starts[i + 1])]
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"qwen3"}))  # whose heads do not suit the kernels
+def test_models_have_the_same_logits_with_and_without(name: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path, name)
+    prompt = random_tokens(23, seed=3)
+    results = []
+    for cpu_kernels in (True, False):
+        model = LogitsModel(tmp_path, cpu_kernels=cpu_kernels)
+        assert isinstance(model.backend, KernelAttention if cpu_kernels else GatherAttention)
+        model.add(0, [*prompt, 5, 6, 7], list(range(20)))
+        results.append([model.step((0, 0, 9))[0], model.step((0, 9, 14))[0], model.step((0, 23, 1))[0]])
+    for with_kernels, without in zip(*results, strict=True):
+        torch.testing.assert_close(with_kernels.float(), without.float(), rtol=1e-4, atol=1e-4)
+
+
+def outputs(
+    path: Path, prompts: list[list[int]], *, chunk: int, lose_after: int | None = None
+) -> list[list[int]]:
+    """Twelve greedy tokens of each prompt, computed together, in chunks; perhaps with a loss of all KV."""
+    runner = load_runner(path, dtype="bfloat16", num_blocks=400)
+    tokens = [list(prompt) for prompt in prompts]
+    computed = [0] * len(prompts)
+    greedy = SamplingParams(temperature=0, seed=0)
+
+    def introduce() -> list[NewSequence]:
+        blocks = [list(range(40 * i, 40 * i + 40)) for i in range(len(prompts))]
+        return [NewSequence(i, tokens[i], len(prompts[i]), greedy, blocks[i]) for i in range(len(prompts))]
+
+    new, forget = introduce(), list[int]()
+    for number in range(1, 200):
+        rows = []
+        for i, known in enumerate(tokens):
+            count = min(chunk, len(known) - computed[i])
+            if len(known) < len(prompts[i]) + 12:
+                rows.append(Row(i, computed[i], count, computed[i] + count == len(known)))
+                computed[i] += count
+        if not rows:
+            break
+        for sampled in runner.submit(Step(number, rows, new, forget)).result().sampled:
+            tokens[sampled.seq_id] += sampled.token_ids
+        new, forget = [], []
+        if number == lose_after:
+            new, forget, computed = introduce(), list(range(len(prompts))), [0] * len(prompts)
+    runner.close()
+    return [known[len(prompt) :] for known, prompt in zip(tokens, prompts, strict=True)]
+
+
+def test_in_bfloat16_a_text_is_the_same_alone_among_others_in_chunks_and_resumed(
+    tmp_path: Path, threads: None
+) -> None:
+    save_tiny(tmp_path, "llama")
+    prompts = [random_tokens(count, seed=count) for count in (1, 5, 16, 33, 70, 101)]
+    alone = [outputs(tmp_path, [prompt], chunk=1000)[0] for prompt in prompts]
+    assert outputs(tmp_path, prompts, chunk=1000) == alone
+    assert outputs(tmp_path, prompts, chunk=7) == alone
+    assert outputs(tmp_path, prompts, chunk=30, lose_after=9) == alone
+    torch.set_num_threads(1)
+    assert outputs(tmp_path, prompts, chunk=1000) == alone
+
+
+def test_logits_in_bfloat16_are_bitwise_the_same(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "qwen3-bias")
+    prompt = random_tokens(40, seed=1)
+    whole = LogitsModel(tmp_path, dtype="bfloat16")
+    whole.add(0, prompt, list(range(12)))
+    expected = whole.step((0, 0, 40))[0]
+    parts = LogitsModel(tmp_path, dtype="bfloat16")
+    parts.add(1, random_tokens(30, seed=2), list(range(20, 32)))
+    parts.add(0, prompt, list(range(12)))
+    got = [
+        parts.step((1, 0, 20), (0, 0, 11))[0],
+        parts.step((1, 20, 1), (0, 11, 1))[0],
+        parts.step((0, 12, 28))[0],
+    ]
+    assert torch.equal(torch.cat(got), expected)
+
+
+def test_without_a_compiler_the_model_runs_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path, "llama")
+    prompt = random_tokens(9, seed=4)
+    logits = []
+    for found in (shutil.which, lambda name: None):
+        monkeypatch.setattr(build.shutil, "which", found)
+        model = LogitsModel(tmp_path)
+        model.add(0, prompt, list(range(3)))
+        logits.append(model.step((0, 0, 9))[0])
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiler_that_fails_is_told_and_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ULLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    assert load_kernels(torch.float32) is None
+    assert "without fused kernels" in caplog.text
+    assert not list((tmp_path / "kernels").glob("*.so"))
