@@ -23,9 +23,9 @@ log = get_logger("ullm.kernels")
 
 FOLDER = Path(__file__).parent
 SOURCES = ("linear.cpp", "layer.cpp")
-HEADERS = ("common.h",)
+HEADERS = ("common.h", "pool.h")
 FLAGS = (
-    *("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+    *("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++20", "-pthread", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),  # needed to vectorize
     "-Wno-psabi",
 )

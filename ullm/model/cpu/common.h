@@ -1,6 +1,6 @@
 // Numbers, and vectors of sixteen of them.
 //
-// Everything here is plain C++17 with the vector extensions that GCC and Clang share; sixteen floats are
+// Everything here is plain C++20 with the vector extensions that GCC and Clang share; sixteen floats are
 // one register of AVX-512, two of AVX2, four of NEON.
 
 #pragma once

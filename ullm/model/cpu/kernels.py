@@ -100,4 +100,7 @@ class Kernels:
 def load_kernels(dtype: torch.dtype) -> Kernels | None:
     """The kernels for ``dtype``; None where there are none, with a line in the log."""
     library = open_library() if dtype in NAMES else None
-    return None if library is None else Kernels(library, dtype)
+    if library is None:
+        return None
+    library.use_threads(c_int64(torch.get_num_threads()))
+    return Kernels(library, dtype)

@@ -9,14 +9,15 @@
 #include <vector>
 
 #include "common.h"
+#include "pool.h"
 
 extern "C" {
 
 // One step: which tokens, whose they are, and where their keys and values live.
 struct Step {
     int64_t tokens;
-    int64_t num_tiles;            // rows of `tiles`
-    int64_t table_width;          // blocks per row of `tables`
+    int64_t num_tiles;    // rows of `tiles`
+    int64_t table_width;  // blocks per row of `tables`
     int64_t block_size;
     const int64_t *positions, *slots;  // of each token
     const int32_t* tables;             // blocks of each sequence
@@ -43,28 +44,31 @@ float sum_of_squares(const float* x, int64_t size) {
 }
 
 template <typename T>
-void add_rms_norm(float* x, const float* delta, const float* weight, T* out, int64_t rows, int64_t size, float eps) {
-#pragma omp parallel for if (rows >= 16)
-    for (int64_t row = 0; row < rows; ++row) {
-        float* values = x + row * size;
-        if (delta)
-            for (int64_t i = 0; i < size; ++i) values[i] += delta[row * size + i];
-        const float factor = 1 / std::sqrt(sum_of_squares(values, size) / size + eps);
-        for (int64_t i = 0; i < size; ++i) store(out + row * size + i, values[i] * factor * weight[i]);
-    }
+void add_rms_norm(float* x, const float* delta, const float* weight, T* out, int64_t rows, int64_t size,
+                  float eps) {
+    in_pieces(rows, 16, [&](int64_t row, int64_t end) {
+        for (; row < end; ++row) {
+            float* values = x + row * size;
+            if (delta)
+                for (int64_t i = 0; i < size; ++i) values[i] += delta[row * size + i];
+            const float factor = 1 / std::sqrt(sum_of_squares(values, size) / size + eps);
+            for (int64_t i = 0; i < size; ++i) store(out + row * size + i, values[i] * factor * weight[i]);
+        }
+    });
 }
 
 template <typename T>
 void silu_and_mul(const float* gate_up, T* out, int64_t rows, int64_t size) {
-#pragma omp parallel for if (rows >= 8)
-    for (int64_t row = 0; row < rows; ++row) {
-        const float *gates = gate_up + row * 2 * size, *ups = gates + size;
-        for (int64_t i = 0; i < size; i += LANES) {
-            const floats gate = load_floats(gates + i);
-            const floats product = gate / (1 + exponential(-gate)) * load_floats(ups + i);
-            for (int j = 0; j < LANES; ++j) store(out + row * size + i + j, product[j]);
+    in_pieces(rows, 8, [&](int64_t row, int64_t end) {
+        for (; row < end; ++row) {
+            const float *gates = gate_up + row * 2 * size, *ups = gates + size;
+            for (int64_t i = 0; i < size; i += LANES) {
+                const floats gate = load_floats(gates + i);
+                const floats product = gate / (1 + exponential(-gate)) * load_floats(ups + i);
+                for (int j = 0; j < LANES; ++j) store(out + row * size + i + j, product[j]);
+            }
         }
-    }
+    });
 }
 
 void normalize(float* head, const float* weight, float eps, int64_t size) {
@@ -92,31 +96,33 @@ template <typename T>
 void rotate_and_store(const Step& step, const Layer& layer, float* qkv, T* pages) {
     const int64_t dim = layer.head_dim, half = dim / 2, size = step.block_size;
     const int64_t all = layer.heads + 2 * layer.kv_heads;
-#pragma omp parallel for if (step.tokens >= 16)
-    for (int64_t token = 0; token < step.tokens; ++token) {
-        float* row = qkv + token * all * dim;
-        const float* cosines = layer.cosines + step.positions[token] * half;
-        const float* sines = layer.sines + step.positions[token] * half;
-        for (int64_t head = 0; head < layer.heads + layer.kv_heads; ++head) {
-            const float* weight = head < layer.heads ? layer.q_norm : layer.k_norm;
-            if (weight) normalize(row + head * dim, weight, layer.norm_eps, dim);
-            rotate(row + head * dim, cosines, sines, half);
+    in_pieces(step.tokens, 8, [&](int64_t token, int64_t end) {
+        for (; token < end; ++token) {
+            float* row = qkv + token * all * dim;
+            const float* cosines = layer.cosines + step.positions[token] * half;
+            const float* sines = layer.sines + step.positions[token] * half;
+            for (int64_t head = 0; head < layer.heads + layer.kv_heads; ++head) {
+                const float* weight = head < layer.heads ? layer.q_norm : layer.k_norm;
+                if (weight) normalize(row + head * dim, weight, layer.norm_eps, dim);
+                rotate(row + head * dim, cosines, sines, half);
+            }
+            const int64_t block = step.slots[token] / size, offset = step.slots[token] % size;
+            for (int64_t head = 0; head < layer.kv_heads; ++head) {
+                const float* key = row + (layer.heads + head) * dim;
+                const float* value = key + layer.kv_heads * dim;
+                T* keys = page_of(pages, step, layer, block, head) + offset;
+                T* values = keys - offset + size * dim + offset * dim;
+                for (int64_t i = 0; i < dim; ++i) store(keys + i * size, key[i]);
+                for (int64_t i = 0; i < dim; ++i) store(values + i, value[i]);
+            }
         }
-        const int64_t block = step.slots[token] / size, offset = step.slots[token] % size;
-        for (int64_t head = 0; head < layer.kv_heads; ++head) {
-            const float* key = row + (layer.heads + head) * dim;
-            const float* value = key + layer.kv_heads * dim;
-            T* keys = page_of(pages, step, layer, block, head) + offset;
-            T* values = keys - offset + size * dim + offset * dim;
-            for (int64_t i = 0; i < dim; ++i) store(keys + i * size, key[i]);
-            for (int64_t i = 0; i < dim; ++i) store(values + i, value[i]);
-        }
-    }
+    });
 }
 
 // Scores of R queries with LANES neighbouring keys.
 template <int R, typename T>
-void score(const float* queries, const T* keys, float* scores, int64_t score_stride, int64_t dim, int64_t size) {
+void score(const float* queries, const T* keys, float* scores, int64_t score_stride, int64_t dim,
+           int64_t size) {
     floats sums[R] = {};
     for (int64_t i = 0; i < dim; ++i) {
         const floats key = load_floats(keys + i * size);
@@ -127,7 +133,8 @@ void score(const float* queries, const T* keys, float* scores, int64_t score_str
 
 // Add `count` weighted values to LANES * V neighbouring outputs of R queries.
 template <int R, int V, typename T>
-void add_values(const float* weights, int64_t weight_stride, const T* values, float* out, int64_t count, int64_t dim) {
+void add_values(const float* weights, int64_t weight_stride, const T* values, float* out, int64_t count,
+                int64_t dim) {
     floats sums[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) sums[r][v] = load_floats(out + r * dim + v * LANES);
@@ -177,7 +184,8 @@ float softmax(float* scores, int64_t first, int64_t end, int64_t width) {
 // cannot foresee it. Measured with 32 sequences of 250 keys in 30 layers: 8 ms instead of 13.
 template <typename T>
 inline void prefetch(const T* page, int64_t size) {
-    for (const char* line = (const char*)page; line < (const char*)(page + size); line += 64) __builtin_prefetch(line);
+    for (const char* line = (const char*)page; line < (const char*)(page + size); line += 64)
+        __builtin_prefetch(line);
 }
 
 constexpr int TOGETHER = 4;  // query vectors that share the loads of keys and values
@@ -188,7 +196,8 @@ template <typename T>
 void attend_tile(const Step& step, const Layer& layer, const int32_t* tile, int64_t head, const float* qkv,
                  const T* pages, T* out, std::vector<float>& scratch) {
     const int64_t token = tile[1], tokens = tile[2], dim = layer.head_dim, size = step.block_size;
-    const int64_t group = layer.heads / layer.kv_heads, rows = tokens * group, all = layer.heads + 2 * layer.kv_heads;
+    const int64_t group = layer.heads / layer.kv_heads, rows = tokens * group,
+                  all = layer.heads + 2 * layer.kv_heads;
     const int64_t end = step.positions[token + tokens - 1] + 1;
     const int64_t first = layer.window ? std::max<int64_t>(0, step.positions[token] + 1 - layer.window) : 0;
     const int64_t first_block = first / size, last_block = (end + size - 1) / size;
@@ -205,18 +214,20 @@ void attend_tile(const Step& step, const Layer& layer, const int32_t* tile, int6
 
     const auto by_rows = [&](auto function) {
         int64_t row = 0;
-        for (; row + TOGETHER <= rows; row += TOGETHER) function(std::integral_constant<int, TOGETHER>{}, row);
+        for (; row + TOGETHER <= rows; row += TOGETHER)
+            function(std::integral_constant<int, TOGETHER>{}, row);
         if (rows - row == 3) function(std::integral_constant<int, 3>{}, row);
         if (rows - row == 2) function(std::integral_constant<int, 2>{}, row);
         if (rows - row == 1) function(std::integral_constant<int, 1>{}, row);
     };
     for (int64_t block = first_block; block < last_block; ++block) {
         const T* keys = page_of(pages, step, layer, table[block], head);
-        if (block + 1 < last_block) prefetch(page_of(pages, step, layer, table[block + 1], head), 2 * size * dim);
+        if (block + 1 < last_block)
+            prefetch(page_of(pages, step, layer, table[block + 1], head), 2 * size * dim);
         for (int64_t lane = 0; lane < size; lane += LANES)
             by_rows([&](auto r, int64_t row) {
-                score<r.value>(queries + row * dim, keys + lane, scores + row * stride + block * size - begin + lane,
-                               stride, dim, size);
+                score<r.value>(queries + row * dim, keys + lane,
+                               scores + row * stride + block * size - begin + lane, stride, dim, size);
             });
     }
     std::vector<float> divisors(rows);
@@ -228,8 +239,8 @@ void attend_tile(const Step& step, const Layer& layer, const int32_t* tile, int6
     for (int64_t block = first_block; block < last_block; ++block) {
         const T* values = page_of(pages, step, layer, table[block], head) + size * dim;
         by_rows([&](auto r, int64_t row) {
-            add_all_values<r.value>(scores + row * stride + block * size - begin, stride, values, sums + row * dim,
-                                    std::min(size, end - block * size), dim);
+            add_all_values<r.value>(scores + row * stride + block * size - begin, stride, values,
+                                    sums + row * dim, std::min(size, end - block * size), dim);
         });
     }
     for (int64_t row = 0; row < rows; ++row) {
@@ -241,31 +252,30 @@ void attend_tile(const Step& step, const Layer& layer, const int32_t* tile, int6
 template <typename T>
 void attend(const Step& step, const Layer& layer, float* qkv, T* pages, T* out) {
     rotate_and_store(step, layer, qkv, pages);
-#pragma omp parallel
-    {
-        std::vector<float> scratch;
-        // The longest last: tiles of one prompt come in ascending order, so begin at their end.
-#pragma omp for schedule(dynamic)
-        for (int64_t i = step.num_tiles * layer.kv_heads - 1; i >= 0; --i)
-            attend_tile(step, layer, step.tiles + 3 * (i / layer.kv_heads), i % layer.kv_heads, qkv, pages, out,
-                        scratch);
-    }
+    // The longest first: the tiles of a prompt come in ascending order, so begin at their end.
+    const int64_t count = step.num_tiles * layer.kv_heads;
+    pool().run(count, [&](int64_t number) {
+        thread_local std::vector<float> scratch;
+        const int64_t i = count - 1 - number;
+        attend_tile(step, layer, step.tiles + 3 * (i / layer.kv_heads), i % layer.kv_heads, qkv, pages, out,
+                    scratch);
+    });
 }
 
 }  // namespace
 
 extern "C" {
 
-#define FOR_NUMBERS(T, NAME)                                                                               \
-    void add_rms_norm_##NAME(float* x, const float* delta, const float* weight, T* out, int64_t rows,      \
-                             int64_t size, float eps) {                                                    \
-        add_rms_norm(x, delta, weight, out, rows, size, eps);                                              \
-    }                                                                                                      \
-    void silu_and_mul_##NAME(const float* gate_up, T* out, int64_t rows, int64_t size) {                   \
-        silu_and_mul(gate_up, out, rows, size);                                                            \
-    }                                                                                                      \
-    void attend_##NAME(const Step* step, const Layer* layer, float* qkv, T* pages, T* out) {               \
-        attend(*step, *layer, qkv, pages, out);                                                            \
+#define FOR_NUMBERS(T, NAME)                                                                          \
+    void add_rms_norm_##NAME(float* x, const float* delta, const float* weight, T* out, int64_t rows, \
+                             int64_t size, float eps) {                                               \
+        add_rms_norm(x, delta, weight, out, rows, size, eps);                                         \
+    }                                                                                                 \
+    void silu_and_mul_##NAME(const float* gate_up, T* out, int64_t rows, int64_t size) {              \
+        silu_and_mul(gate_up, out, rows, size);                                                       \
+    }                                                                                                 \
+    void attend_##NAME(const Step* step, const Layer* layer, float* qkv, T* pages, T* out) {          \
+        attend(*step, *layer, qkv, pages, out);                                                       \
     }
 
 FOR_NUMBERS(float, float32)

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "common.h"
+#include "pool.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -26,12 +27,15 @@ constexpr int STEP = 1;
 template <>
 constexpr int STEP<bfloat16> = 2;
 
-inline floats multiply_add(floats sum, const float* weights, const float* x) { return sum + load_floats(weights) * *x; }
+inline floats multiply_add(floats sum, const float* weights, const float* x) {
+    return sum + load_floats(weights) * *x;
+}
 inline floats multiply_add(floats sum, const bfloat16* weights, const bfloat16* x) {
 #ifdef __AVX512BF16__
     int32_t pair;
     std::memcpy(&pair, x, 4);
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(pair));
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weights),
+                                    (__m512bh)_mm512_set1_epi32(pair));
 #else
     const uints pairs = *reinterpret_cast<const uints*>(weights);
     sum += (floats)(pairs << 16) * load(x);
@@ -74,19 +78,18 @@ void rows_tile(int64_t rows, const T* x, int64_t stride, const T* weights, const
 inline int64_t groups(int64_t out_features) { return (out_features + COLUMNS - 1) / COLUMNS; }
 
 template <typename T>
-void linear(const T* x, const T* packed, const float* bias, float* out, int64_t rows, int64_t in, int64_t out_features) {
+void linear(const T* x, const T* packed, const float* bias, float* out, int64_t rows, int64_t in,
+            int64_t out_features) {
     const int64_t steps = in / STEP<T>, group_size = in * COLUMNS;
-    // Few rows are split by outputs only, so that each thread reads a stretch of the weights of its own.
     const int64_t chunk = 4 * ROWS, chunks = (rows + chunk - 1) / chunk, all = groups(out_features);
-#pragma omp parallel for collapse(2) schedule(static)
-    for (int64_t part = 0; part < chunks; ++part)
-        for (int64_t group = 0; group < all; ++group) {
-            const int64_t first = group * COLUMNS, columns = std::min<int64_t>(COLUMNS, out_features - first);
-            for (int64_t row = part * chunk; row < std::min(rows, (part + 1) * chunk); row += ROWS)
-                rows_tile<T>(std::min<int64_t>(ROWS, std::min(rows, (part + 1) * chunk) - row), x + row * in, in,
-                             packed + group * group_size, bias ? bias + first : nullptr,
-                             out + row * out_features + first, out_features, steps, columns);
-        }
+    pool().run(chunks * all, [&](int64_t i) {
+        const int64_t part = i / all * chunk, end = std::min(rows, part + chunk), group = i % all;
+        const int64_t first = group * COLUMNS, columns = std::min<int64_t>(COLUMNS, out_features - first);
+        for (int64_t row = part; row < end; row += ROWS)
+            rows_tile<T>(std::min<int64_t>(ROWS, end - row), x + row * in, in, packed + group * group_size,
+                         bias ? bias + first : nullptr, out + row * out_features + first, out_features, steps,
+                         columns);
+    });
 }
 
 // [out_features][in] -> groups, steps, COLUMNS, STEP; the last group is filled up with zeros.
@@ -106,8 +109,10 @@ void pack(const T* weight, T* packed, int64_t in, int64_t out_features) {
 
 extern "C" {
 
-void linear_float32(const float* x, const float* packed, const float* bias, float* out, int64_t rows, int64_t in,
-                    int64_t out_features) {
+void use_threads(int64_t threads) { pool().resize(int(threads)); }
+
+void linear_float32(const float* x, const float* packed, const float* bias, float* out, int64_t rows,
+                    int64_t in, int64_t out_features) {
     linear(x, packed, bias, out, rows, in, out_features);
 }
 void linear_bfloat16(const bfloat16* x, const bfloat16* packed, const float* bias, float* out, int64_t rows,

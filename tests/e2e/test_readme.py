@@ -1,0 +1,66 @@
+"""Every snippet of the README, run as it stands there; only the port is another."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.process]
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+SHELL = [text for language, text in BLOCKS if language == "bash"]
+ADDRESS = "http://127.0.0.1:8000"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, real_model: Path) -> Iterator[Server]:
+    server = Server(log=tmp_path_factory.mktemp("readme") / "server.log")
+    yield server
+    server.process.terminate()
+    assert server.wait() == 0
+    assert server.process.stdout is not None
+    server.process.stdout.close()
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_are_snippets() -> None:
+    assert len(PYTHON) == 4
+    assert len(SHELL) == 1
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python(server: Server, number: int) -> None:
+    says = run(sys.executable, "-W", "error", "-c", PYTHON[number].replace(ADDRESS, server.url))
+    assert len(says.split()) >= 2, says
+    if "capital of France" in PYTHON[number]:
+        assert "Paris" in says or "SamplingParams(max_new_tokens" in PYTHON[number], says
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize("number", range(len(SHELL)))
+def test_shell(server: Server, number: int) -> None:
+    says = run("bash", "-c", SHELL[number].replace(ADDRESS, server.url))
+    assert '"content":" Paris"' in says
+    assert says.rstrip().endswith("data: [DONE]")
+
+
+def test_the_first_command_says_paris(real_model: Path) -> None:
+    (command,) = re.findall(r'&& \.venv/bin/ullm (generate ".*?")', README.read_text("utf-8"))
+    question = command.split('"')[1]
+    assert (
+        run(sys.executable, "-m", "ullm", "generate", question).strip() == "The capital of France is Paris."
+    )

@@ -1,0 +1,90 @@
+"""What cannot start says why in one line, with exit status 1, within seconds, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ullm.testing import write_tiny_model
+
+pytestmark = pytest.mark.process
+
+SECONDS = 15.0
+
+
+def start(*arguments: str) -> str:
+    """Run a server that cannot start; the one line that it says."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "ullm", "serve", "--port", "0", "--log-level", "error", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert time.monotonic() - began < SECONDS
+    assert done.returncode == 1, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert "ready" not in done.stdout
+    return lines[0]
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def scramble(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\xff" * 4096)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (truncate, ["model.safetensors", "truncated"]),
+        (scramble, ["model.safetensors"]),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["safetensors"]),
+        (
+            lambda folder: change_config(folder, intermediate_size=256),
+            ["model.safetensors", "mlp", "256", "128"],
+        ),
+        (lambda folder: change_config(folder, num_hidden_layers=3), ["model.layers.2"]),
+        (lambda folder: change_config(folder, architectures=["FooForCausalLM"], model_type="foo"), ["foo"]),
+        (lambda folder: change_config(folder, quantization_config={"quant_method": "awq"}), ["awq"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["tokenizer"]),
+    ],
+)
+def test_a_damaged_model(tmp_path: Path, damage: Callable[[Path], object], says: list[str]) -> None:
+    write_tiny_model(tmp_path)
+    damage(tmp_path)
+    line = start("--model", str(tmp_path))
+    assert all(part.lower() in line.lower() for part in says), line
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--kv-cache-memory", "100"], "one block"),
+        (["--dtype", "bfloat16", "--num-blocks", "999999999"], "memory"),
+        (["--device", "cuda"], "cuda"),
+        (["--tp-size", "3"], "3"),
+        (["--context-len", "0"], "--context-len"),
+        (["--max-bs", "64", "--max-num-batched-tokens", "8"], "--max-num-batched-tokens"),
+        (["--runner", "nowhere:Nothing"], "nowhere:Nothing"),
+    ],
+)
+def test_options_that_cannot_work(tiny_model: Path, options: list[str], says: str) -> None:
+    assert says.lower() in start("--model", str(tiny_model), *options).lower()
