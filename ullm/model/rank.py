@@ -80,6 +80,10 @@ def _open(
         progress(Progress("load", config.start_timeout))
     with one_thread():
         model = load_model(checkpoint, config, device, parallel, throttled("load", progress))
+    if isinstance(model, Decoder) and isinstance(model.ops, KernelOps):
+        # What little is left to PyTorch is not worth waiting for OpenMP's threads; see cpu/pool.h.
+        model.ops.kernels.use_threads(torch.get_num_threads())
+        torch.set_num_threads(1)
     progress(Progress("profile"))
     backend = open_pool(model, config, device, parallel)
     progress(Progress("warmup"))

@@ -45,6 +45,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self._library = library
 
         def function(name: str, *types: type) -> ctypes._NamedFuncPointer:
             found = library[f"{name}_{NAMES[dtype]}"]
@@ -57,6 +58,10 @@ class Kernels:
         self._add_rms_norm = function("add_rms_norm", *(pointer,) * 4, c_int64, c_int64, c_float)
         self._silu_and_mul = function("silu_and_mul", pointer, pointer, c_int64, c_int64)
         self._attend = function("attend", *structs, pointer, pointer, pointer)
+
+    def use_threads(self, threads: int) -> None:
+        """How many threads compute, the calling one included; for all kernels of this process."""
+        self._library.use_threads(c_int64(threads))
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """A `ullm.model.linear_kernels.LinearKernel` whose outputs are float32."""
@@ -100,7 +105,4 @@ class Kernels:
 def load_kernels(dtype: torch.dtype) -> Kernels | None:
     """The kernels for ``dtype``; None where there are none, with a line in the log."""
     library = open_library() if dtype in NAMES else None
-    if library is None:
-        return None
-    library.use_threads(c_int64(torch.get_num_threads()))
-    return Kernels(library, dtype)
+    return None if library is None else Kernels(library, dtype)
