@@ -82,11 +82,11 @@ def test_silu_and_mul(kernels: Kernels) -> None:
 
 def test_tiles_cover_each_query_once() -> None:
     lens = [1, 1, 7, 3, 12]
-    starts = np.concatenate(([0], np.cumsum(lens))).astype(np.int32)
     layout = Layout(*(np.empty(0),) * 2, lens, lens, *(np.empty(0),) * 2, 2)  # type: ignore[arg-type]
+    starts = layout.starts()
     covered = [
         (sequence, token)
-        for sequence, first, count in tiles(layout, starts, 4).tolist()
+        for sequence, first, count in tiles(layout, 4).tolist()
         for token in range(first, first + count)
     ]
     assert covered == [(i, t) for i in range(5) for t in range(starts[i], starts[i + 1])]

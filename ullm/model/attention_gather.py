@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ullm.model.batch import Attend, Batch, KvShape, Layout
+from ullm.model.batch import Batch, KvShape, Layout
 from ullm.model.kv_pool import lazy_zeros
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -56,23 +56,7 @@ class GatherAttention:
 
     def prepare(self, layout: Layout) -> Batch:
         """See `AttentionBackend.prepare`."""
-        return self.batch(layout, GatherStep(self, layout))
-
-    def batch(self, layout: Layout, attention: Attend) -> Batch:
-        """A step's layout on the device, with the attention that goes with it."""
-        starts = np.concatenate(([0], np.cumsum(layout.query_lens))).astype(np.int32)
-        return Batch(
-            token_ids=self.to_device(layout.token_ids),
-            positions=self.to_device(layout.positions),
-            query_start=self.to_device(starts),
-            seq_lens=self.to_device(np.asarray(layout.seq_lens, dtype=np.int32)),
-            block_tables=self.to_device(np.ascontiguousarray(layout.block_tables)),
-            slot_mapping=self.to_device(layout.slot_mapping),
-            query_lens_host=layout.query_lens,
-            seq_lens_host=layout.seq_lens,
-            num_decodes=layout.num_decodes,
-            attention=attention,
-        )
+        return layout.batch(GatherStep(self, layout), self.device)
 
     def to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         """The array as a tensor on the pool's device."""
@@ -106,7 +90,7 @@ class GatherStep:
 
     def prefill_parts(self, layout: Layout) -> list[_Prefill]:
         """One for each sequence with more than one query."""
-        starts = np.concatenate(([0], np.cumsum(layout.query_lens))).tolist()
+        starts = layout.starts().tolist()
         sequences = range(layout.num_decodes, len(layout.seq_lens))
         return [_Prefill(self.backend, layout, i, starts[i]) for i in sequences]
 

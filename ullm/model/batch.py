@@ -134,6 +134,29 @@ class Layout:
     slot_mapping: npt.NDArray[np.int64]
     num_decodes: int
 
+    def starts(self) -> npt.NDArray[np.int32]:
+        """First token of each sequence, and the number of tokens."""
+        return np.concatenate(([0], np.cumsum(self.query_lens))).astype(np.int32)
+
+    def batch(self, attention: Attend, device: torch.device | str = "cpu") -> Batch:
+        """The same on a device, with the attention that goes with it."""
+
+        def tensor(array: npt.NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        return Batch(
+            token_ids=tensor(self.token_ids),
+            positions=tensor(self.positions),
+            query_start=tensor(self.starts()),
+            seq_lens=tensor(np.asarray(self.seq_lens, dtype=np.int32)),
+            block_tables=tensor(self.block_tables),
+            slot_mapping=tensor(self.slot_mapping),
+            query_lens_host=self.query_lens,
+            seq_lens_host=self.seq_lens,
+            num_decodes=self.num_decodes,
+            attention=attention,
+        )
+
 
 class AttentionBackend(Protocol):
     """Owns the paged KV pool and attends over it."""

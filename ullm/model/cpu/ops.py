@@ -32,19 +32,7 @@ class KernelAttention:
 
     def prepare(self, layout: Layout) -> Batch:
         """See `AttentionBackend.prepare`."""
-        starts = np.concatenate(([0], np.cumsum(layout.query_lens))).astype(np.int32)
-        return Batch(
-            token_ids=torch.from_numpy(layout.token_ids),
-            positions=torch.from_numpy(layout.positions),
-            query_start=torch.from_numpy(starts),
-            seq_lens=torch.from_numpy(np.asarray(layout.seq_lens, dtype=np.int32)),
-            block_tables=torch.from_numpy(np.ascontiguousarray(layout.block_tables)),
-            slot_mapping=torch.from_numpy(layout.slot_mapping),
-            query_lens_host=layout.query_lens,
-            seq_lens_host=layout.seq_lens,
-            num_decodes=layout.num_decodes,
-            attention=KernelAttend(self, tiles(layout, starts, self.tile_tokens)),
-        )
+        return layout.batch(KernelAttend(self, tiles(layout, self.tile_tokens)))
 
     def release(self) -> None:
         """Free the pool."""
@@ -71,8 +59,9 @@ class KernelAttend:
         raise TypeError("this pool is attended by KernelStep only")
 
 
-def tiles(layout: Layout, starts: npt.NDArray[np.int32], tokens: int) -> npt.NDArray[np.int32]:
+def tiles(layout: Layout, tokens: int) -> npt.NDArray[np.int32]:
     """``[n, 3]``: sequence, first token, tokens; at most ``tokens`` neighbouring ones of a sequence."""
+    starts = layout.starts()
     counts = -(-np.asarray(layout.query_lens) // tokens)
     sequence = np.repeat(np.arange(len(counts)), counts)
     index = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
