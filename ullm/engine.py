@@ -350,7 +350,7 @@ class Engine:
                     period=self.config.restart_period,
                 ) as root:
                     self._root = root
-                    self.info = self._replicas[0].group.info
+                    self._take_info(self._replicas[0].group.info)
                     await self._router.wait_for_replicas(len(self._replicas))
                     self._state.advance(EngineState.RUNNING)
                     self._started = True
@@ -367,6 +367,12 @@ class Engine:
             self._fail(cause)
         finally:
             self._finish()
+
+    def _take_info(self, info: ModelInfo | None) -> None:
+        assert info is not None, "a group that has started knows its model"
+        assert self.tokenizer is not None, "the tokenizer is started before the replicas"
+        self.info = info
+        self.tokenizer.max_tokens = info.context_len
 
     async def _prepare(self) -> None:
         """Find the model's files, which children need before they start."""

@@ -48,9 +48,11 @@ class PromptTooLong(RequestError):
 
     code = "context_length_exceeded"
 
-    def __init__(self, prompt_tokens: int, context_len: int, param: str = "prompt") -> None:
+    def __init__(
+        self, prompt_tokens: int, context_len: int, param: str = "prompt", *, at_least: bool = False
+    ) -> None:
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens, the model's context is {context_len} tokens and "
+            f"the prompt has {'at least ' if at_least else ''}{prompt_tokens} tokens, the model's context is {context_len} tokens and "
             "must also hold at least one generated token; shorten the prompt",
             param,
         )

@@ -10,7 +10,7 @@ import trio.testing
 
 from ullm.actors.base import Lifetime
 from ullm.actors.tokenizer import Tokenizer
-from ullm.errors import InvalidParameter, ModelFileBroken
+from ullm.errors import InvalidParameter, ModelFileBroken, PromptTooLong
 from ullm.testing import local_model, write_scripted_model
 from ullm.testing.models import IM_END
 
@@ -229,3 +229,13 @@ async def test_unreadable_files_fail_the_start(folder, name, content, message):
     with pytest.RaisesGroup(pytest.RaisesExc(ModelFileBroken, match=message)):
         async with trio.open_nursery() as nursery:
             await nursery.start(Tokenizer(local_model(folder)).run)
+
+
+async def test_what_is_far_too_long_is_not_encoded(folder, monkeypatch):
+    tokenizer = loaded(folder)
+    tokenizer.max_tokens = 100
+    assert len(tokenizer._encode("word " * 20, True, "prompt")) <= 100
+    monkeypatch.setattr(tokenizer, "_backend", None)
+    with pytest.raises(PromptTooLong, match=r"at least \d+ tokens.*context is 100 tokens") as caught:
+        tokenizer._encode("x" * 1_000_000, True, "messages")
+    assert caught.value.param == "messages"

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from ullm.actors.base import Mailbox, Reply, ask
 from ullm.actors.chat_template import ChatTemplate, read_special_tokens, read_templates
 from ullm.actors.decoding import ByteLevelDecoder, IncrementalDecoder, TokenBytes, WindowDecoder
-from ullm.errors import ActorLost, InvalidParameter, ModelFileBroken, UllmError
+from ullm.errors import ActorLost, InvalidParameter, ModelFileBroken, PromptTooLong, UllmError
 from ullm.logs import get_logger
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Tokenizer:
     """Number of tokens, special ones included."""
     bos_token_id: int | None
     """The token that begins a text, for models that have one."""
+    max_tokens: int | None
+    """Tokens that a prompt may have; the engine sets it. None: as many as memory allows."""
 
     def __init__(self, model: LocalModel) -> None:
         self._model = model
@@ -67,6 +69,8 @@ class Tokenizer:
         self._backend: Backend
         self._bytes: TokenBytes
         self._special: frozenset[int]
+        self._longest_token = 1
+        self.max_tokens = None
         self._template: ChatTemplate
 
     @property
@@ -104,7 +108,9 @@ class Tokenizer:
         self._special = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = len(vocabulary)
+        self._longest_token = max(map(len, vocabulary))
         self.bos_token_id = backend.token_to_id(special.get("bos_token", ""))
         self.eos_token_ids = self._eos_token_ids(special.get("eos_token", ""))
 
@@ -119,6 +125,7 @@ class Tokenizer:
 
         Raises:
             InvalidParameter: the text is not valid Unicode.
+            PromptTooLong: it must have more than `max_tokens` tokens, whatever they are.
         """
         return await self._ask(partial(self._encode, text, add_special_tokens, param))
 
@@ -225,6 +232,10 @@ class Tokenizer:
                 f"{error.start}; it is not valid Unicode",
                 param,
             ) from None
+        # What is far too long is not encoded at all: that would take gigabytes for tens of megabytes.
+        least = len(text) // self._longest_token
+        if self.max_tokens is not None and least > self.max_tokens:
+            raise PromptTooLong(least, self.max_tokens, param, at_least=True)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
