@@ -52,8 +52,9 @@ class PromptTooLong(RequestError):
         self, prompt_tokens: int, context_len: int, param: str = "prompt", *, at_least: bool = False
     ) -> None:
         super().__init__(
-            f"the prompt has {'at least ' if at_least else ''}{prompt_tokens} tokens, the model's context is {context_len} tokens and "
-            "must also hold at least one generated token; shorten the prompt",
+            f"the prompt has {'at least ' if at_least else ''}{prompt_tokens} tokens, "
+            f"the model's context is {context_len} tokens and must "
+            "also hold at least one generated token; shorten the prompt",
             param,
         )
 
