@@ -8,6 +8,7 @@ token everywhere, then its answer is ours, by induction. For some prompts `gener
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,12 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def reference(real_model: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
+def reference(real_model: Path) -> Iterator[Any]:
+    # One thread: with more, OpenMP waits for cores that other processes have.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +104,11 @@ def test_all_prompts_at_once_give_what_transformers_gives(
 
 
 def test_a_pool_too_small_for_all_changes_nothing(
-    reference: Any, real_model: Path, prompts: list[list[int]]
+    real_model: Path, prompts: list[list[int]], plentiful: tuple[list[list[int]], Any]
 ) -> None:
     outputs, statistics = outputs_of(real_model, prompts, max_bs=16, num_blocks=128)
     assert statistics.preemptions_total > 0
-    for prompt, output in zip(prompts, outputs, strict=True):
-        check(reference, prompt, output)
+    assert outputs == plentiful[0]
 
 
 def test_generate_itself_says_the_same(
