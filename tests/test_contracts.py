@@ -29,6 +29,18 @@ LAYERS: dict[str, set[str]] = {
     "actors": {"errors", "config", "sampling", "logs", "messages", "core", "hub"},
     "bridge": {"errors", "logs"},
     "supervision": {"errors", "logs", "actors.base"},
+    "health": set(),
+    "replica": {
+        "errors",
+        "config",
+        "sampling",
+        "logs",
+        "messages",
+        "core",
+        "actors",
+        "supervision",
+        "health",
+    },
     "generation": {"errors", "config", "sampling", "logs", "messages", "core", "actors"},
 }
 """What each layer may import of ullm; layers that are not listed are on top and may import all of it."""

@@ -19,20 +19,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import msgspec
 import trio
 
-from ullm.actors.group import WorkerGroup
 from ullm.actors.router import Router
-from ullm.actors.scheduler import SchedulerActor
 from ullm.actors.tokenizer import Tokenizer
 from ullm.actors.transports import OpenTransport, open_transport
 from ullm.config import EngineConfig
 from ullm.errors import EngineDead, EngineDraining, EngineNotReady, StartCancelled, first_cause
 from ullm.generation import Generation, Readers
+from ullm.health import EngineStatistics, Health
 from ullm.hub import LocalModel, resolve
 from ullm.logs import get_logger
 from ullm.messages import ModelInfo
+from ullm.replica import TEARDOWN_RESERVE, Replica
 from ullm.sampling import SamplingParams
 from ullm.supervision import (
     ChildInfo,
@@ -43,7 +42,6 @@ from ullm.supervision import (
     ShutdownReport,
     StageReport,
     StateCell,
-    Strategy,
     Supervisor,
     open_supervisor,
     stages_of,
@@ -51,90 +49,8 @@ from ullm.supervision import (
 
 log = get_logger("ullm.engine")
 
-TEARDOWN_RESERVE = 3.0
-"""Seconds of the shutdown timeout kept for ending requests and stopping children in order."""
 FLUSH_BUDGET = 1.0
 """Seconds that readers get to take the last outputs of aborted requests."""
-
-
-class ReplicaHealth(msgspec.Struct, frozen=True):
-    """One replica.
-
-    Args:
-        up: whether it takes requests.
-        epoch: incarnation of its worker group; 1 is the first.
-    """
-
-    replica: int
-    up: bool
-    epoch: int
-    worker_pids: list[int]
-
-
-class Health(msgspec.Struct, frozen=True):
-    """What the probes answer.
-
-    Args:
-        live: the process is worth keeping.
-        ready: requests are taken now.
-        detail: why not ready; empty if it is.
-    """
-
-    state: str
-    live: bool
-    ready: bool
-    detail: str
-    replicas: list[ReplicaHealth]
-
-
-class EngineStatistics(msgspec.Struct, frozen=True):
-    """What is inside, and counts since the start; over all replicas.
-
-    Args:
-        running: sequences in the workers' batches.
-        waiting: sequences admitted and not yet running.
-        requests_total: finish reason → ended choices; ``error`` for failed ones.
-        tokens_resubmitted_total: tokens computed again after a loss of workers.
-    """
-
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    prefix_cache_hit_tokens: int
-    prefix_cache_query_tokens: int
-    prompt_tokens_total: int
-    generation_tokens_total: int
-    preemptions_total: int
-    requests_total: dict[str, int]
-    worker_restarts_total: int
-    requests_resumed_total: int
-    tokens_resubmitted_total: int
-
-
-class _Replica:
-    """The actors of one replica."""
-
-    def __init__(self, index: int, config: EngineConfig, router: Router, transport: OpenTransport) -> None:
-        self.index = index
-        self.group = WorkerGroup(index, config, transport)
-        self.scheduler = SchedulerActor(config, self.group, router)
-
-    def spec(self, config: EngineConfig) -> ChildSpec:
-        """A scheduler is of no use without its workers, so their loss ends it too."""
-        # Their own budgets are wide: the engine's one deadline is what binds.
-        budget = config.shutdown_timeout + TEARDOWN_RESERVE
-        return ChildSpec.supervisor(
-            f"replica{self.index}",
-            [
-                ChildSpec("workers", self.group.run, shutdown=budget, kill=self.group.kill),
-                ChildSpec("scheduler", self.scheduler.run, shutdown=1.0),
-            ],
-            strategy=Strategy.REST_FOR_ONE,
-            intensity=config.max_restarts,
-            period=config.restart_period,
-            restart=Restart.TEMPORARY,
-        )
 
 
 class Engine:
@@ -165,9 +81,7 @@ class Engine:
         self._state = StateCell()
         self._router = Router(config)
         transport = transport or open_transport(config.worker_transport)
-        self._replicas = [
-            _Replica(index, config, self._router, transport) for index in range(config.replicas)
-        ]
+        self._replicas = [Replica(index, config, self._router, transport) for index in range(config.replicas)]
         self._failed_replicas: dict[int, BaseException] = {}
         self._root: Supervisor | None = None
         self._readers = Readers()
@@ -237,9 +151,7 @@ class Engine:
             live=self._failure is None,
             ready=ready,
             detail="" if ready else self._failure or waiting_for,
-            replicas=[
-                ReplicaHealth(r.index, r.index in up, r.group.epoch, r.group.pids) for r in self._replicas
-            ],
+            replicas=[replica.health(up=replica.index in up) for replica in self._replicas],
         )
 
     def statistics(self) -> EngineStatistics:

@@ -10,7 +10,7 @@ from ullm.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from ullm.engine import EngineStatistics, Health
+    from ullm.health import EngineStatistics, Health
     from ullm.generation import Output
 
 
