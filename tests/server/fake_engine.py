@@ -13,9 +13,9 @@ import trio
 from tokenizers import decoders, models, pre_tokenizers
 
 from ullm.config import ServerConfig
-from ullm.engine import EngineStatistics, Health, ReplicaHealth
 from ullm.errors import EngineDraining, EngineNotReady, InvalidParameter, PromptTooLong, QueueFull
 from ullm.generation import Output
+from ullm.health import EngineStatistics, Health, ReplicaHealth
 from ullm.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 from ullm.server import bind, serve_http

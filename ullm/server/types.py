@@ -10,8 +10,8 @@ from ullm.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from ullm.health import EngineStatistics, Health
     from ullm.generation import Output
+    from ullm.health import EngineStatistics, Health
 
 
 class Tokenizer(Protocol):
