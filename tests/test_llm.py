@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio_asyncio
 
 from ullm.config import EngineConfig
 from ullm.errors import EngineDead, InvalidParameter, ModelNotFound
@@ -197,6 +198,16 @@ def test_one_config_says_everything(model: Path) -> None:
     )
     with LLM(config) as llm:
         assert llm.generate_sync([PROMPT], GREEDY)
+
+
+def test_both_kinds_of_tasks_of_trio_asyncio_can_use_it(llm: LLM, model: Path) -> None:
+    async def main() -> None:
+        async with trio_asyncio.open_loop():
+            in_trio = await collect(llm)
+            in_asyncio = await trio_asyncio.aio_as_trio(collect)(llm)
+            assert in_trio == in_asyncio
+
+    trio.run(main)
 
 
 async def test_two_engines_live_in_one_process(model: Path) -> None:

@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, TypeVar, cast
 
+import sniffio
 import trio
 
 from ullm.bridge import tasks
@@ -18,6 +19,14 @@ from ullm.bridge.handles import Job, Stream
 from ullm.errors import EngineDead
 
 T = TypeVar("T")
+
+
+def in_trio() -> bool:
+    """Whether the caller awaits as trio does. With trio-asyncio both kinds of tasks run in one thread."""
+    try:
+        return sniffio.current_async_library() == "trio"
+    except sniffio.AsyncLibraryNotFoundError:
+        return False
 
 
 class TrioThread:
@@ -165,7 +174,7 @@ class TrioThread:
 
     async def stop_async(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109  # as `stop`
         """The same for a caller in asyncio or in another trio loop."""
-        if trio.lowlevel.in_trio_task():
+        if in_trio():
             return await trio.to_thread.run_sync(self.stop, timeout, abandon_on_cancel=True)
         import asyncio
 
@@ -254,7 +263,7 @@ class TrioThread:
             self._dirty.pop().flush()
 
     def _target(self) -> Target:
-        if trio.lowlevel.in_trio_task():
+        if in_trio():
             loop: Any = trio.lowlevel.current_trio_token()
             kind: type[Target] = TrioTarget
         else:
