@@ -76,8 +76,11 @@ class Option:
         group = Group(self.group, sort_key=GROUPS.index(self.group))
         detail = Parameter(name=names, help=self.help, group=group, show_default=shown)
         annotation = Annotated[_typed_in(self.annotation), detail]  # type: ignore[valid-type]
+        # A default of another type than what is typed in would fail where the library validates it,
+        # as it does once pydantic is loaded. It is never passed on: only what was given is.
+        default = None if self.default == () else self.default
         return inspect.Parameter(
-            self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=annotation
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
         )
 
 
