@@ -201,6 +201,8 @@ def _failed(error: BaseException, *, debug: bool) -> int:
             # Whoever read our output has enough; Python must not complain about it again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
+        case OSError() as cause if cause.errno is not None:
+            return _complain(f"{cause.filename or 'stdout'}: {cause.strerror}", FAILED)
         case UllmError() as cause:
             if debug:
                 traceback.print_exception(error)

@@ -20,6 +20,7 @@ from ullm.errors import ConfigError
 
 MINUTES = 60.0
 GIB = 1 << 30
+MAX_THREADS = 1024
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """Stands for the embedded default model; see `ullm.hub`."""
 
@@ -44,7 +45,7 @@ class ModelConfig:
         "auto", "Numbers to compute in; auto: the checkpoint's, where the device is fast at them."
     )
     context_len: int | None = option(
-        None, "Most tokens of prompt and output; default: the model's own limit."
+        None, "Most tokens of prompt and output; never more than the model's own limit."
     )
     load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights of the model's shape.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
@@ -133,6 +134,8 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
         for name in ("context_len", "num_blocks", "kv_cache_memory", "cpu_threads"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
+        if self.cpu_threads is not None and self.cpu_threads > MAX_THREADS:
+            raise ConfigError(f"--cpu-threads must be at most {MAX_THREADS}, got {self.cpu_threads}")
         for name in ("shutdown_timeout", "max_restarts", "steps_ahead"):
             _at_least(self, name, 0)
         for name in ("restart_period", "start_timeout", "step_timeout"):
@@ -192,6 +195,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
+        if self.max_body < 1:
+            raise ConfigError(f"--max-body must be at least 1 byte, got {self.max_body}")
         if self.api_key == "":
             raise ConfigError("--api-key is empty; leave it out, or give a key")
 

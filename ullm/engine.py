@@ -35,6 +35,7 @@ from ullm.replica import TEARDOWN_RESERVE, Replica
 from ullm.sampling import SamplingParams
 from ullm.supervision import (
     ChildInfo,
+    ChildReport,
     ChildSpec,
     EngineState,
     Kind,
@@ -353,10 +354,18 @@ class Engine:
             requested_by=self._requested_by,
             drained=live - aborted,
             aborted=aborted,
-            killed=sum(report.count("killed") for report in reports),
-            abandoned=sum(report.count("abandoned") for report in reports),
+            killed=self._count("killed", reports),
+            abandoned=self._count("abandoned", reports),
             stages=(*stages, *stages_of(reports)),
         )
+
+    def _count(self, outcome: str, reports: Sequence[ChildReport]) -> int:
+        """Children and workers that ended this way; a worker's end is its group's doing."""
+        workers = [stopped for replica in self._replicas for stopped in replica.group.stop_reports]
+        ended = [report.outcome for report in workers] + [
+            child.outcome for report in reports for child in (report, *report.children)
+        ]
+        return ended.count(outcome)
 
     async def _abort(self, stages: list[StageReport]) -> int:
         self._state.advance(EngineState.ABORTING)
@@ -378,7 +387,8 @@ class Engine:
             forced_by=self._forced_by,
         )
         self._state.advance(EngineState.FAILED if self._failure is not None else EngineState.STOPPED)
-        log.info("engine stopped", report=str(self.report))
+        say = log.info if self._started else log.debug  # a failure to start is said by whoever catches it
+        say("engine stopped", report=str(self.report))
 
 
 class _Clock:

@@ -32,7 +32,7 @@ class SamplingParams:
         min_tokens: end-of-sequence and stop tokens are impossible before this many.
         stop_token_ids: further token ids that end the text.
         include_stop_str_in_output: keep the stop string in the text.
-        repetition_penalty: > 1 makes tokens of the prompt and the output less likely (CTRL,
+        repetition_penalty: above 1, tokens of the prompt and the output are less likely (CTRL,
             arXiv:1909.05858, section 4.1).
         presence_penalty: subtracted once from the logit of each token already generated.
         frequency_penalty: subtracted once per occurrence in the output.

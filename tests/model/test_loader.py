@@ -14,7 +14,7 @@ from gguf import GGUFWriter
 from model_fixtures import SHAPE, VOCAB, LogitsModel, load_runner, random_tokens, reference_logits, save_tiny
 from safetensors.torch import load_file, save_file
 
-from ullm.errors import ConfigError, ModelError, ModelFileBroken, ModelNotFound, ModelUnsupported, OutOfMemory
+from ullm.errors import ModelError, ModelFileBroken, ModelNotFound, ModelUnsupported, OutOfMemory
 from ullm.model import registry
 
 
@@ -130,9 +130,19 @@ def test_nothing_there(copy: Path, tmp_path: Path) -> None:
         LogitsModel(copy)
 
 
-def test_context_len_beyond_the_model(copy: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--context-len 257 is more than the model's 256"):
-        LogitsModel(copy, context_len=257)
+@pytest.mark.parametrize(("wanted", "gets"), [(None, 256), (100, 100), (257, 256)])
+def test_the_context_is_never_longer_than_the_models(wanted: int | None, gets: int) -> None:
+    assert registry.choose_context_len({"max_position_embeddings": 256}, wanted) == gets
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": "sixty"}, {"num_hidden_layers": -2}, {"vocab_size": None}]
+)
+def test_a_config_that_makes_no_sense_is_named(copy: Path, changes: dict[str, Any]) -> None:
+    edit(copy, **changes)
+    with pytest.raises(ModelFileBroken, match=r"config\.json: ") as caught:
+        LogitsModel(copy)
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_that_do_not_fit(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

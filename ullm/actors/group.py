@@ -34,6 +34,10 @@ from ullm.messages import (
 log = get_logger("ullm.group")
 
 
+STARTING_GRACE = 1.0
+"""Seconds for a rank that is not ready yet to end by itself."""
+
+
 class _Watchdog:
     """Of one rank: how many results it owes, and when its next sign of life is due."""
 
@@ -66,6 +70,7 @@ class WorkerGroup:
         self._transports: list[Transport] = []
         self._watchdogs: list[_Watchdog] = []
         self._known: set[int] = set()
+        self._starting: dict[str, Progress] = {}
         self._last_step = 0
         self._ready = False
         self._deliver: Callable[[StepResult], None] | None = None
@@ -138,6 +143,7 @@ class WorkerGroup:
         self.epoch += 1
         self._known.clear()
         self._ready = False
+        self._starting.clear()
         async with AsyncExitStack() as stack:
             self._transports = [
                 await stack.enter_async_context(self._open_transport(self._spec(rank)))
@@ -145,6 +151,10 @@ class WorkerGroup:
             ]
             try:
                 await self._start_and_watch(task_status)
+            except WorkerLost:
+                # Whoever is left waits for the lost one, or hangs: there is no use in asking.
+                self.kill()
+                raise
             finally:
                 await self._stop_ranks()
 
@@ -165,18 +175,27 @@ class WorkerGroup:
             raise first_cause(group) from group
 
     async def _start_rank(self, rank: int, infos: list[ModelInfo]) -> None:
-        transport = self._transports[rank]
-        await transport.send(Start(self._config, self._spec(rank).rank, self.model_path))
-        budget = self._config.start_timeout
-        while True:
-            message = await self._receive(transport, budget, "starting")
-            match message:
-                case Progress():
-                    budget = message.budget
-                case Ready():
-                    log.info("worker ready", worker=transport.name, epoch=self.epoch, **message.timings)
-                    infos.append(message.info)
-                    return
+        transport, patience = self._transports[rank], self._config.start_timeout
+        with trio.move_on_after(patience):
+            await transport.send(Start(self._config, self._spec(rank).rank, self.model_path))
+            while not isinstance(message := await self._sign_of_life(transport), Ready):
+                log.debug("worker starting", worker=transport.name, message=message)
+            log.info("worker ready", worker=transport.name, epoch=self.epoch, **message.timings)
+            infos.append(message.info)
+            return
+        raise WorkerLost(transport.name, f"was not ready within --start-timeout {patience:g} s")
+
+    async def _sign_of_life(self, transport: Transport) -> FromWorker:
+        """The next message of a worker that starts; what takes long is announced by `Progress`."""
+        last = self._starting.get(transport.name, Progress("start", self._config.start_timeout))
+        with trio.move_on_after(last.budget):
+            message = _checked(transport, await transport.receive())
+            if isinstance(message, Progress):
+                self._starting[transport.name] = message
+            return message
+        raise WorkerLost(
+            transport.name, f"gave no sign of life for {last.budget:g} s at stage {last.stage!r}"
+        )
 
     async def _watch_rank(self, rank: int) -> None:
         transport, watchdog = self._transports[rank], self._watchdogs[rank]
@@ -196,15 +215,11 @@ class WorkerGroup:
             if rank == 0 and self._deliver is not None:
                 self._deliver(message)
 
-    async def _receive(self, transport: Transport, budget: float, doing: str) -> FromWorker:
-        with trio.move_on_after(budget):
-            return _checked(transport, await transport.receive())
-        raise WorkerLost(transport.name, f"gave no sign of life for {budget:g} s while {doing}")
-
     async def _stop_ranks(self) -> None:
         with cleanup_scope() as scope:
-            # A rank that is still loading does not hear `Stop`, and has nothing to lose.
-            budget = max(0.0, scope.deadline - trio.current_time()) if self._ready else 0.0
+            budget = max(0.0, scope.deadline - trio.current_time())
+            if not self._ready:  # nothing to finish
+                budget = min(budget, STARTING_GRACE)
             reports: list[StopReport] = []
             async with trio.open_nursery() as nursery:
                 for transport in self._transports:
@@ -231,7 +246,7 @@ class WorkerGroup:
 async def _stop_rank(transport: Transport, budget: float, reports: list[StopReport]) -> None:
     report = await transport.stop(budget)
     reports.append(report)
-    log.info("worker ended", worker=report.name, outcome=report.outcome, seconds=round(report.seconds, 3))
+    log.debug("worker ended", worker=report.name, outcome=report.outcome, seconds=round(report.seconds, 3))
 
 
 def _checked(transport: Transport, message: FromWorker) -> FromWorker:

@@ -15,13 +15,16 @@ from ullm.actors.base import Mailbox
 from ullm.config import EngineConfig
 from ullm.core.request import RequestRecord
 from ullm.core.sequence import FinishReason, TokenEvent
-from ullm.errors import QueueFull, RequestPoisoned
+from ullm.errors import InvalidParameter, QueueFull, RequestPoisoned
 from ullm.logs import get_logger
 
 log = get_logger("ullm.router")
 
 SUSPECT_AFTER = 2
 """Worker losses after which a request that was being computed each time runs alone."""
+CLEARED_AFTER = 4
+"""Tokens after which a suspect that runs alone is cleared: what killed the worker would come again in the
+first step, because a resumed request goes on exactly where it was."""
 
 
 # --- what schedulers say ---------------------------------------------------------------------------
@@ -129,7 +132,10 @@ class Router:
         return self._arrivals
 
     def check_room(self, choices: int = 1) -> None:
-        """Raise `QueueFull` if that many more choices would not fit the queue."""
+        """Raise `QueueFull` if so many more would not fit now, `InvalidParameter` if they never do."""
+        limit = self._capacity + self._max_queue
+        if choices > limit:
+            raise InvalidParameter(f"n is {choices}, but this server runs and queues {limit} at most", "n")
         waiting = len(self._records) - self._capacity
         if waiting + choices > self._max_queue:
             raise QueueFull(max(0, waiting), self._max_queue)
@@ -229,6 +235,8 @@ class Router:
 
     def _take_event(self, record: RequestRecord, event: TokenEvent, replica: _Replica) -> None:
         self._generated_tokens += record.take(event)
+        if record.crashes >= SUSPECT_AFTER and len(record.token_ids) >= record.resumed_at + CLEARED_AFTER:
+            record.crashes = 0
         if event.finish_reason is not None:
             replica.assigned.discard(record.seq_id)
             self._close(record, event.finish_reason)
@@ -271,6 +279,7 @@ class Router:
             self._resumed += 1
             self._resumed_tokens += len(record.prompt_token_ids) + len(record.token_ids)
         record.replica = replica.up.replica
+        record.resumed_at = len(record.token_ids)
         del self._unassigned[record.seq_id]
         replica.assigned.add(record.seq_id)
         replica.up.submit(record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -56,11 +56,22 @@ class EngineBackend:
         """See `Backend.ask`."""
         tokenizer = self._engine.tokenizer
         assert tokenizer is not None, "an open engine has a tokenizer"
-        whole = prompt if isinstance(prompt, str) else await tokenizer.encode_chat(list(prompt))
-        async with self._engine.generate(whole, params) as generation:
+        if isinstance(prompt, str):
+            whole = await tokenizer.encode(prompt)
+        else:
+            whole = await tokenizer.encode_chat(prompt)
+        async with self._engine.generate(whole, self._fitted(params, len(whole))) as generation:
             details: dict[str, Any] = {}
             async with aclosing(_texts(generation, details)) as text:
                 yield Answer(text, details)
+
+    def _fitted(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
+        """As many tokens as asked for, or as there is room for: a person at a terminal means the former."""
+        assert self._engine.info is not None, "an open engine has a model"
+        room = self._engine.info.context_len - prompt_tokens
+        if params.max_tokens is None or room < 1 or params.max_tokens <= room:
+            return params
+        return replace(params, max_tokens=room, max_new_tokens=None)
 
 
 async def _texts(generation: AsyncIterator[Any], details: dict[str, Any]) -> AsyncGenerator[str, None]:

@@ -26,6 +26,7 @@ class RequestRecord:
         order: (priority, arrival).
         notify: called after each change, for the reader.
         crashes: worker losses while it was in a step.
+        resumed_at: tokens that it had when it was last given to a replica.
         replica: the replica that runs it; None while it waits for one.
     """
 
@@ -45,6 +46,7 @@ class RequestRecord:
     error: Exception | None = None
     replica: int | None = None
     crashes: int = 0
+    resumed_at: int = 0
 
     @property
     def done(self) -> bool:

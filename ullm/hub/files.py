@@ -73,7 +73,10 @@ def shards(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelFileBroken(index, "has no weight_map")
-        paths = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+        names = sorted(set(map(str, weight_map.values())))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ModelFileBroken(index, f"names {outside[0]!r}, which is not in its folder")
+        paths = [folder / name for name in names]
     else:
         single = folder / "model.safetensors"
         paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))

@@ -104,13 +104,20 @@ def load_model(
 
 def build(native: type[Decoder], checkpoint: Checkpoint, parallel: ParallelContext) -> Decoder:
     """The model without memory for its weights."""
+    file = checkpoint.path if checkpoint.path.suffix == ".gguf" else checkpoint.path / "config.json"
     try:
         shape = native.read_config(checkpoint.hf, checkpoint.context_len)
     except KeyError as error:
-        file = checkpoint.path if checkpoint.path.suffix == ".gguf" else checkpoint.path / "config.json"
         raise ModelFileBroken(file, f"has no {error}") from None
-    with torch.device("meta"):
-        return native(shape, parallel)
+    except (TypeError, ValueError) as error:
+        raise ModelFileBroken(file, str(error)) from None
+    if shape.num_layers < 1:
+        raise ModelFileBroken(file, f"says that the model has {shape.num_layers} layers")
+    try:
+        with torch.device("meta"):
+            return native(shape, parallel)
+    except (TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        raise ModelFileBroken(file, f"makes no {checkpoint.architecture}: {error}") from None
 
 
 def allocate(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
@@ -168,11 +175,9 @@ def choose_dtype(wanted: str, hf: dict[str, Any], device: torch.device) -> torch
 
 
 def choose_context_len(hf: dict[str, Any], wanted: int | None) -> int:
-    """The model's own limit, or the lower one that is wanted."""
+    """The model's own limit, or the lower one that is wanted; what is wanted beyond it is cut."""
     limit = int(hf.get("max_position_embeddings") or hf.get("n_positions") or DEFAULT_CONTEXT_LEN)
-    if wanted is not None and wanted > limit:
-        raise ConfigError(f"--context-len {wanted} is more than the model's {limit} tokens")
-    return wanted or limit
+    return min(wanted, limit) if wanted is not None else limit
 
 
 def eos_token_ids(hf: dict[str, Any], path: Path) -> tuple[int, ...]:

@@ -49,9 +49,8 @@ def install(app: QuartTrio, engine: Engine, metrics: Metrics) -> None:
             request.add_generation_prompt,
             request.chat_template_kwargs,
         )
-        answer = _Answer(
-            request, Job(engine, metrics, f"chatcmpl-{g.request_id}", [prompt], params), tokenizer
-        )
+        job = Job(engine, metrics, f"chatcmpl-{g.request_id}", [prompt], params, prompt_field="messages")
+        answer = _Answer(request, job, tokenizer)
         if request.stream:
             return Push(answer.stream, sse.error_event)
         return Response(msgspec.json.encode(await answer.whole()), content_type="application/json")

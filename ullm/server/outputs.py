@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ullm.errors import PromptTooLong
 from ullm.sampling import SamplingParams
 from ullm.server.metrics import Metrics, RequestTimer
 from ullm.server.responses import PromptTokensDetails, Usage
@@ -27,6 +28,7 @@ class Job:
 
     Args:
         request_id: the response's id; the engine's requests are numbered under it.
+        prompt_field: where the client put the prompt, for errors.
         generated_tokens: per prompt and choice.
     """
 
@@ -35,6 +37,7 @@ class Job:
     request_id: str
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
+    prompt_field: str = "prompt"
     generations: list[Generation] = field(default_factory=list)
     cached_tokens: dict[int, int] = field(default_factory=dict)
     generated_tokens: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -48,7 +51,11 @@ class Job:
             for index, prompt in enumerate(self.prompts):
                 engine_id = f"{self.request_id}-{unique}-{index}"
                 generation = self.engine.generate(prompt, self.params, request_id=engine_id)
-                self.generations.append(await stack.enter_async_context(generation))
+                try:
+                    self.generations.append(await stack.enter_async_context(generation))
+                except PromptTooLong as error:
+                    error.param = self.prompt_field
+                    raise
             if len(self.generations) == 1:
                 yield _Noted(self, timer, _Numbered(self.generations[0]))
             else:
