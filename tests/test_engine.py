@@ -25,7 +25,7 @@ from ullm.errors import (
     RequestPoisoned,
 )
 from ullm.generation import Output
-from ullm.messages import Sampled, Step, StepResult, ToWorker
+from ullm.messages import Sampled, Step, StepResult, Stop, ToWorker
 from ullm.sampling import SamplingParams
 from ullm.supervision import EngineState
 from ullm.testing import (
@@ -491,3 +491,51 @@ async def test_states_only_go_forward_and_children_stop_in_reverse(clock: MockCl
     ]
     assert not workers.started[0].alive()
     assert math.isfinite(engine.report.seconds)
+
+
+# --- what had gone wrong once ---------------------------------------------------------------------------
+
+
+async def test_two_unlucky_losses_do_not_make_clients_wait_in_line(
+    clock: MockClock, opened: Open, script: ScriptedSettings
+) -> None:
+    """All are suspects after the second loss; each runs alone only until its first tokens clear it."""
+    params = SamplingParams(temperature=0, max_tokens=100)
+    results: list[list[int]] = []
+
+    async def one(number: int) -> None:
+        results.append(tokens_of(await collect(engine, [300 + number], params)))
+
+    async with opened() as (engine, workers), trio.open_nursery() as nursery:
+        for number in range(6):
+            nursery.start_soon(one, number)
+        for _ in range(2):
+            await trio.sleep(10.5)
+            workers.started[-1].die("was killed by SIGKILL")
+        began = trio.current_time()
+        nursery.start_soon(one, 6)
+    # Six in line would take 6 * 80 steps; cleared after a few tokens each they finish together.
+    assert trio.current_time() - began < 180
+    assert sorted(results) == sorted(scripted_tokens([300 + n], params, 100, script) for n in range(7))
+
+
+async def test_a_start_that_takes_too_long_fails(clock: MockClock, opened: Open) -> None:
+    with pytest.raises(Exception, match="--start-timeout 5 s"):
+        async with opened(FakeBehaviour(load_seconds=1000.0), start_timeout=5.0):
+            pytest.fail("opened before the model was loaded")
+
+
+async def test_a_hung_worker_is_not_asked_to_stop(clock: MockClock, opened: Open) -> None:
+    async with opened(step_timeout=30.0) as (engine, workers), trio.open_nursery() as nursery:
+        nursery.start_soon(collect, engine)
+        await trio.sleep(2.5)
+        workers.started[0].hang()
+        await trio.sleep(31)
+        assert len(workers.started) == 2
+        assert not any(isinstance(message, Stop) for message in workers.started[0].received)
+
+
+async def test_more_choices_than_ever_fit_are_a_bad_request(clock: MockClock, opened: Open) -> None:
+    async with opened(max_bs=2, max_num_batched_tokens=16, max_queue=3) as (engine, _):
+        with pytest.raises(InvalidParameter, match="5 at most"):
+            await collect(engine, params=SamplingParams(n=6, max_tokens=2))

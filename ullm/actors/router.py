@@ -259,17 +259,31 @@ class Router:
     # --- choosing a replica ----------------------------------------------------------------------------
 
     def _assign(self) -> None:
-        """Give waiting requests to the least loaded replica; suspects run alone."""
-        # Suspects first: nothing else may keep them from an empty replica.
-        waiting = sorted(self._unassigned.values(), key=lambda record: record.crashes < SUSPECT_AFTER)
-        for record in waiting:
-            if record.crashes >= SUSPECT_AFTER:
-                replica = next((r for r in self._replicas.values() if not r.assigned), None)
-            else:
-                open_ones = [r for r in self._replicas.values() if not self._has_suspect(r)]
-                replica = min(open_ones, key=lambda r: len(r.assigned), default=None)
-            if replica is not None:
+        """Give waiting requests to the least loaded replica; suspects run alone, and first."""
+        if not self._unassigned:
+            return
+        suspects = [record for record in self._unassigned.values() if record.crashes >= SUSPECT_AFTER]
+        for record in suspects:
+            if (alone := self._vacant()) is not None:
+                self._give(record, alone)
+        for record in list(self._unassigned.values()):
+            replica = self._least_loaded()
+            if replica is not None and record.crashes < SUSPECT_AFTER:
                 self._give(record, replica)
+
+    def _least_loaded(self) -> _Replica | None:
+        """Of the replicas without a suspect."""
+        open_ones = [replica for replica in self._replicas.values() if not self._has_suspect(replica)]
+        return min(open_ones, key=lambda replica: len(replica.assigned), default=None)
+
+    def _vacant(self) -> _Replica | None:
+        """The least loaded replica, its requests taken back; they go on after the suspect."""
+        replica = self._least_loaded()
+        for seq_id in list(replica.assigned) if replica is not None else ():
+            record = self._records[seq_id]
+            self._withdraw(record)
+            self._take_back(record)
+        return replica
 
     def _has_suspect(self, replica: _Replica) -> bool:
         return any(self._records[seq_id].crashes >= SUSPECT_AFTER for seq_id in replica.assigned)
