@@ -266,10 +266,18 @@ async def test_a_hung_worker_is_replaced(clock: MockClock, opened: Open, script:
 async def test_doubled_and_foreign_results_change_nothing(
     clock: MockClock, opened: Open, script: ScriptedSettings
 ) -> None:
+    seen: list[FakeWorkers] = []
+
     def fault(engine: Engine, workers: FakeWorkers) -> None:
-        workers.started[0].emit(StepResult(10**6, [Sampled(10**6, [9])]))
+        seen.append(workers)
+        worker = workers.started[0]
+        worker.emit(StepResult(10**6, [Sampled(10**6, [9])]))
+        worker.emit(
+            next(sent for sent in reversed(worker.sent) if isinstance(sent, StepResult) and sent.sampled)
+        )
 
     assert await run_with(opened, fault) == expected(script)
+    assert len(seen[0].started) == 1
 
 
 async def test_a_failing_scheduler_is_restarted_alone(

@@ -39,10 +39,10 @@ STARTING_GRACE = 1.0
 
 
 class _Watchdog:
-    """Of one rank: how many results it owes, and when its next sign of life is due."""
+    """Of one rank: which results it owes, and when its next sign of life is due."""
 
     def __init__(self) -> None:
-        self.outstanding = 0
+        self.owed: set[int] = set()
         self.scope = trio.CancelScope()
 
     def expect(self, due: float) -> None:
@@ -83,9 +83,9 @@ class WorkerGroup:
         self._known.difference_update(step.forget)
         self._known.update(new.seq_id for new in step.new)
         for transport, watchdog in zip(self._transports, self._watchdogs, strict=True):
-            watchdog.outstanding += 1
-            if watchdog.outstanding == 1:
+            if not watchdog.owed:
                 watchdog.expect(trio.current_time() + self._config.step_timeout)
+            watchdog.owed.add(step.step_id)
             try:
                 await transport.send(step)
             except WorkerLost:
@@ -208,9 +208,9 @@ class WorkerGroup:
         watchdog = self._watchdogs[rank]
         if isinstance(message, Progress):
             watchdog.expect(trio.current_time() + message.budget)
-        elif isinstance(message, StepResult):
-            watchdog.outstanding -= 1
-            patience = self._config.step_timeout if watchdog.outstanding else float("inf")
+        elif isinstance(message, StepResult) and message.step_id in watchdog.owed:  # a doubled one is not
+            watchdog.owed.remove(message.step_id)
+            patience = self._config.step_timeout if watchdog.owed else float("inf")
             watchdog.expect(trio.current_time() + patience)
             if rank == 0 and self._deliver is not None:
                 self._deliver(message)

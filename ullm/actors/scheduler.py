@@ -54,7 +54,6 @@ class SchedulerActor:
         self._core: Scheduler | None = None
         self._incarnation = 0
         self._in_flight: deque[Step] = deque()
-        self._mailbox: Mailbox[SchedulerMessage] = Mailbox(float("inf"), "scheduler")
 
     def statistics(self) -> SchedulerStatistics | None:
         """What is in the scheduler; None before it has started."""
@@ -64,7 +63,6 @@ class SchedulerActor:
         """The supervised child: ready when the workers have forgotten what was before."""
         group, mailbox = self._group, Mailbox[SchedulerMessage](float("inf"), "scheduler")
         assert group.info is not None, "the group is started before its scheduler"
-        self._mailbox = mailbox
         self._in_flight.clear()
         last_step = await group.attach(mailbox.send_nowait)
         self._core = new_scheduler(self._config, group.info, last_step)

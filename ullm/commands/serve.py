@@ -25,6 +25,9 @@ HTTP_BUDGET = 5.0
 WATCHDOG_MARGIN = 5.0
 """Seconds past the deadline after which a process that still hangs is ended by force."""
 
+LEAVE_WITHIN = 3.0
+"""Seconds from the end of the engine to the end of the process."""
+
 
 def serve(config: EngineConfig, server: ServerConfig) -> int:
     """Listen, load, serve; the exit status, as docs/configuration.md lists them.
@@ -50,19 +53,23 @@ async def run_server(config: EngineConfig, server: ServerConfig, listener: socke
     engine = Engine(
         config, first_children=[ChildSpec("http", http, shutdown=HTTP_BUDGET)], find_model=find_model
     )
+    started = True
     with Watchdog() as watchdog:
         async with trio.open_nursery() as nursery:
             await nursery.start(partial(answer_signals, engine, watchdog))
             try:
                 await engine.run(task_status=Announcement(engine, listener))
             except StartCancelled:
-                return EXIT_OK  # asked to stop, and stopped in order
+                started = False  # asked to stop, and stopped in order
             finally:
                 nursery.cancel_scope.cancel()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # too late to change how this ends
     assert engine.report is not None, "an engine that has stopped has a report"
-    return engine.report.exit_code
+    code = engine.report.exit_code if started else EXIT_OK
+    # What still holds the process then, a thread or a library, does not hold it for long.
+    Watchdog(exit_code=code).arm(LEAVE_WITHIN)
+    return code
 
 
 async def answer_signals(engine: Engine, watchdog: Watchdog, *, task_status: trio.TaskStatus[None]) -> None:
