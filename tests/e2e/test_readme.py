@@ -42,6 +42,16 @@ def test_there_are_snippets() -> None:
     assert len(SHELL) == 1
 
 
+@pytest.mark.parametrize("page", sorted([README, *(README.parent / "docs").glob("*.md")]))
+def test_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    named = re.findall(r"`((?:tests|ullm)/[\w/.]+)`", text) + re.findall(r"\]\(([\w/.]+\.md)\)", text)
+    missing = [
+        name for name in named if not (README.parent / name).exists() and not (page.parent / name).exists()
+    ]
+    assert not missing
+
+
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python(server: Server, number: int) -> None:
     says = run(sys.executable, "-W", "error", "-c", PYTHON[number].replace(ADDRESS, server.url))
