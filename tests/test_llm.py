@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import trio
-import trio_asyncio
 
 from ullm.config import EngineConfig
 from ullm.errors import EngineDead, InvalidParameter, ModelNotFound
@@ -200,14 +199,29 @@ def test_one_config_says_everything(model: Path) -> None:
         assert llm.generate_sync([PROMPT], GREEDY)
 
 
-def test_both_kinds_of_tasks_of_trio_asyncio_can_use_it(llm: LLM, model: Path) -> None:
-    async def main() -> None:
-        async with trio_asyncio.open_loop():
-            in_trio = await collect(llm)
-            in_asyncio = await trio_asyncio.aio_as_trio(collect)(llm)
-            assert in_trio == in_asyncio
-
-    trio.run(main)
+@pytest.mark.process
+def test_both_kinds_of_tasks_of_trio_asyncio_can_use_it(model: Path) -> None:
+    """In a process of its own: trio-asyncio changes asyncio's event loop policy when it is imported."""
+    script = f"""
+import trio, trio_asyncio
+from ullm.llm import LLM, SamplingParams
+llm = LLM({str(model)!r}, use_threading=True, load_format="dummy", runner="ullm.testing:ScriptedRunner")
+async def collect():
+    params = SamplingParams(temperature=0, max_tokens=6)
+    return [token.token_ids async for token in llm.generate([300, 301], params)]
+async def main():
+    async with trio_asyncio.open_loop():
+        in_trio = await collect()
+        assert len(in_trio) == 6
+        assert in_trio == await trio_asyncio.aio_as_trio(collect)()
+trio.run(main)
+llm.shutdown()
+print("equal")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "equal\n"
 
 
 async def test_two_engines_live_in_one_process(model: Path) -> None:
