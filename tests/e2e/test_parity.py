@@ -23,8 +23,9 @@ pytestmark = pytest.mark.e2e
 
 NEW_TOKENS = 64
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-CLOSE = 1e-3
-"""Logits nearer than this are a tie, which the order of float32 sums may decide either way."""
+CLOSE = 1e-4
+"""Logits nearer than this are a tie, which the order of float32 sums may decide either way. Where the CPU's
+kernels were measured there was none: every token was the best."""
 
 TEXTS = [
     "The supervisor starts its children in order and stops them in the reverse order.",

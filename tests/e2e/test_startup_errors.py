@@ -22,7 +22,7 @@ def start(*arguments: str) -> str:
     """Run a server that cannot start; the one line that it says."""
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "ullm", "serve", "--port", "0", "--log-level", "error", *arguments],
+        [sys.executable, "-m", "ullm", "serve", "--port", "0", *arguments],
         capture_output=True,
         text=True,
         timeout=60,

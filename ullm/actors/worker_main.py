@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arm_lifeline(options.lifeline)
     logs.configure(as_json=True)  # the transport reads records, and logs them as its own
     worker = WorkerProcess(frames_in, frames_out)
-    _exit(0 if worker.run(options.runner) is Ended.STOPPED else 1)
+    try:
+        ended = worker.run(options.runner)
+    except Terminated:  # it was ending anyway when it was told to
+        ended = Ended.FAILED
+    _exit(0 if ended is Ended.STOPPED else 1)
 
 
 class WorkerProcess:
@@ -73,6 +77,8 @@ class WorkerProcess:
         except Exception as error:
             self.send(failed(error))
             return Ended.FAILED
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is nothing left to interrupt
 
     def send(self, message: FromWorker) -> None:
         """Write one frame, from any thread; the parent being gone ends the process."""

@@ -1,7 +1,7 @@
 """Compile the kernels for this CPU, once, and keep the result in the user's cache.
 
 Measured on two cores in bfloat16 with one row of SmolLM2: the calls between the matrix products take
-about 5 ms a step in PyTorch and under 1 ms here; no library has them fused over paged KV. Without a
+2.6 ms less in a step than in PyTorch, and the products 3.9 ms less; see docs/performance.md. Without a
 compiler, or on Windows, the model runs without them.
 """
 

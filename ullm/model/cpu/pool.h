@@ -2,7 +2,7 @@
 //
 // OpenMP waits at the end of each parallel region for every thread of the team. Where another process has
 // taken a core, that is until the scheduler gives it back, milliseconds in each of a step's hundred regions:
-// measured with one busy neighbour on two cores, 50 times as slow. Here the caller takes up work itself,
+// measured with busy neighbours on two cores, ten times as slow and more. Here the caller takes up work itself,
 // piece by piece; a helper that is not running takes none, and is not waited for.
 
 #pragma once
