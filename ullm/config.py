@@ -21,6 +21,7 @@ from ullm.errors import ConfigError
 MINUTES = 60.0
 GIB = 1 << 30
 MAX_THREADS = 1024
+MAX_SLEEP_LEVEL = 3
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """Stands for the embedded default model; see `ullm.hub`."""
 
@@ -79,6 +80,9 @@ class SchedulerConfig:
     max_bs: int = option(64, "Most sequences that run at once.")
     max_num_batched_tokens: int = option(512, "Most tokens per step, prefill chunks and decodes together.")
     max_queue: int = option(1024, "Most requests waiting to run; further ones are refused with 429.")
+    max_admitted_tokens: int | None = option(
+        None, "Most tokens, prompts and possible outputs together, of all admitted requests; then 429."
+    )
     steps_ahead: int = option(1, "Steps planned before the results of the running one are in; 0 or 1.")
 
 
@@ -108,10 +112,28 @@ class SupervisionConfig:
     restart_period: float = option(1 * MINUTES, "Seconds.")
     start_timeout: float = option(10 * MINUTES, "Seconds that a worker may take to load and warm up.")
     step_timeout: float = option(1 * MINUTES, "Seconds without progress after which a worker counts as hung.")
+    health_interval: float = option(5.0, "Seconds between round trips through an idle worker's step loop.")
+    standby_workers: int | None = option(
+        None, "Spare worker processes per replica, imported and prepared; default: 1 where memory allows."
+    )
+    faults: str = option("", "A plan of faults to inject, for staging; see docs/fault-injection.md.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, SupervisionConfig):
+class SleepConfig:
+    """Giving memory back while there is nothing to do."""
+
+    sleep_after: float | None = option(None, "Seconds of idleness after which the engine falls asleep.")
+    sleep_level: int = option(
+        1,
+        "How deep: 0 pauses, 1 moves weights to host memory and drops KV, 2 drops weights too, "
+        "3 ends the worker processes.",
+    )
+    wake_on_request: bool = option(True, "A request that arrives asleep wakes the engine; else it gets 503.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, SupervisionConfig, SleepConfig):
     """Everything that an engine needs to know.
 
     Raises:
@@ -131,15 +153,15 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
             "replicas",
         ):
             _at_least(self, name, 1)
-        for name in ("context_len", "num_blocks", "kv_cache_memory", "cpu_threads"):
+        for name in ("context_len", "num_blocks", "kv_cache_memory", "cpu_threads", "max_admitted_tokens"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
         if self.cpu_threads is not None and self.cpu_threads > MAX_THREADS:
             raise ConfigError(f"--cpu-threads must be at most {MAX_THREADS}, got {self.cpu_threads}")
-        for name in ("shutdown_timeout", "max_restarts", "steps_ahead"):
+        for name in ("shutdown_timeout", "max_restarts", "steps_ahead", "sleep_level"):
             _at_least(self, name, 0)
-        for name in ("restart_period", "start_timeout", "step_timeout"):
-            if not getattr(self, name) > 0:
+        for name in ("restart_period", "start_timeout", "step_timeout", "health_interval", "sleep_after"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{_flag(name)} must be above 0 seconds, got {getattr(self, name)}")
         self._check_combinations()
 
@@ -160,6 +182,10 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
             raise ConfigError(
                 f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
             )
+        if self.sleep_level > MAX_SLEEP_LEVEL:
+            raise ConfigError(f"--sleep-level must be 0, 1, 2 or 3, got {self.sleep_level}")
+        if self.standby_workers is not None and self.standby_workers < 0:
+            raise ConfigError(f"--standby-workers must be at least 0, got {self.standby_workers}")
         if self.steps_ahead > 1:
             raise ConfigError(f"--steps-ahead must be 0 or 1, got {self.steps_ahead}")
         if self.max_num_batched_tokens < self.max_bs:
@@ -189,6 +215,14 @@ class ServerConfig:
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.")
     api_key: str | None = option(None, "Clients must send it as a bearer token.")
+    admin_key: str | None = option(None, "Opens the admin endpoints to those who send it as a bearer token.")
+    admin_listen: str | None = option(
+        None, "Serve the admin endpoints, without a key, on unix:PATH or on HOST:PORT of loopback."
+    )
+    sse_keep_alive: float = option(10.0, "Seconds of silence after which a stream gets a comment line.")
+    stall_timeout: float = option(
+        60.0, "Seconds that a client may leave its stream unread before the request is aborted."
+    )
     max_body: int = option(32 << 20, "Most bytes of a request's body; larger ones get 413.")
     cors_origins: tuple[str, ...] = option((), "Origins whose pages may call the API.")
 
@@ -197,6 +231,11 @@ class ServerConfig:
             raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
         if self.max_body < 1:
             raise ConfigError(f"--max-body must be at least 1 byte, got {self.max_body}")
+        for name in ("sse_keep_alive", "stall_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{_flag(name)} must be above 0 seconds, got {getattr(self, name)}")
+        if self.admin_key == "":
+            raise ConfigError("--admin-key is empty; leave it out, or give a key")
         if self.api_key == "":
             raise ConfigError("--api-key is empty; leave it out, or give a key")
 

@@ -105,6 +105,46 @@ class EngineNotReady(RequestError):
         super().__init__(f"the engine is {state}; try again later")
 
 
+class EngineSleeping(EngineNotReady):
+    """The engine is asleep, and requests do not wake it."""
+
+    code = "sleeping"
+
+    def __init__(self) -> None:
+        super().__init__("asleep, and started with --no-wake-on-request")
+
+
+class TooManyTokens(RequestError):
+    """The admitted requests have as many tokens as there may be; try again later."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_tokens"
+
+    def __init__(self, admitted: int, asked: int, limit: int, retry_after: float = 1.0) -> None:
+        super().__init__(
+            f"this request may need {asked} tokens, the admitted ones need {admitted}, and "
+            f"--max-admitted-tokens is {limit}; try again later"
+        )
+        self.retry_after = retry_after
+
+
+class EngineBusy(RequestError):
+    """Another change of the whole engine, a sleep, a wake or a reload, is under way or overtook this one."""
+
+    status = 409
+    type = "conflict_error"
+    code = "engine_busy"
+
+
+class ReloadFailed(RequestError):
+    """The new workers did not come up; the old ones serve on."""
+
+    status = 500
+    type = "server_error"
+    code = "reload_failed"
+
+
 class RequestPoisoned(RequestError):
     """This request crashed its workers each time it ran, so it was given up; others were not."""
 

@@ -11,18 +11,43 @@ class ReplicaHealth(msgspec.Struct, frozen=True):
     Args:
         up: whether it takes requests.
         epoch: incarnation of its worker group; 1 is the first.
+        state: ``starting``, ``up``, ``restarting``, ``asleep``, ``waking`` or ``failed``.
+        round_trip_age: seconds since an answer last came through the step loop: a step's while it is busy,
+            a canary's while it is idle; None before the first, and asleep.
+        round_trip_seconds: how long that one took.
     """
 
     replica: int
     up: bool
     epoch: int
     worker_pids: list[int]
+    state: str = "up"
+    round_trip_age: float | None = None
+    round_trip_seconds: float | None = None
+
+
+class SleepHealth(msgspec.Struct, frozen=True):
+    """Sleep and registration, which are two things.
+
+    Args:
+        state: ``awake``, ``falling_asleep``, ``asleep`` or ``waking``.
+        level: 0 to 3; None while awake.
+        registered: requests are taken: always while awake, and asleep if they wake the engine.
+        seconds: since the last change of ``state``.
+    """
+
+    state: str = "awake"
+    level: int | None = None
+    registered: bool = True
+    seconds: float = 0.0
 
 
 class Health(msgspec.Struct, frozen=True):
     """What the probes answer.
 
     Args:
+        state: ``starting``, ``running``, ``restarting`` (no replica is up), ``sleeping``, ``draining``,
+            ``aborting``, ``stopping``, ``stopped`` or ``failed``.
         live: the process is worth keeping.
         ready: requests are taken now.
         detail: why not ready; empty if it is.
@@ -33,6 +58,7 @@ class Health(msgspec.Struct, frozen=True):
     ready: bool
     detail: str
     replicas: list[ReplicaHealth]
+    sleep: SleepHealth = SleepHealth()
 
 
 class EngineStatistics(msgspec.Struct, frozen=True):
@@ -43,6 +69,12 @@ class EngineStatistics(msgspec.Struct, frozen=True):
         waiting: sequences admitted and not yet running.
         requests_total: finish reason → ended choices; ``error`` for failed ones.
         tokens_resubmitted_total: tokens computed again after a loss of workers.
+        sleeps_total: sleep level → times that the engine fell asleep so deeply.
+        wakes_total: times that it woke up.
+        last_sleep_seconds, last_wake_seconds: how long the last change took; None before the first.
+        bytes_given_back: by the current sleep; 0 while awake.
+        reloads_total: ``succeeded`` and ``failed`` → times.
+        admitted_tokens: prompt and possible output tokens of live requests.
     """
 
     running: int
@@ -58,3 +90,10 @@ class EngineStatistics(msgspec.Struct, frozen=True):
     worker_restarts_total: int
     requests_resumed_total: int
     tokens_resubmitted_total: int
+    sleeps_total: dict[int, int] = {}
+    wakes_total: int = 0
+    last_sleep_seconds: float | None = None
+    last_wake_seconds: float | None = None
+    bytes_given_back: int = 0
+    reloads_total: dict[str, int] = {}
+    admitted_tokens: int = 0

@@ -126,7 +126,45 @@ class Stop(Frame, frozen=True):
     budget: float
 
 
-ToWorker = Start | Step | Ping | Stop
+class Prepare(Frame, frozen=True):
+    """To a standby worker: do everything of `Start` that commits to nothing; answer `Prepared`.
+
+    What it takes must be shared or small: imports, compiled kernels, weights mapped or read. `Start`
+    may come at any moment, or never.
+    """
+
+    config: EngineConfig
+    rank: RankSpec
+    model_path: str
+
+
+class Sleep(Frame, frozen=True):
+    """Give memory back; answer `Asleep`. No step is in flight. Deeper levels may follow, `Wake` undoes all.
+
+    Args:
+        level: 1 moves weights to host memory and drops the KV cache; 2 drops the weights as well.
+    """
+
+    level: int
+
+
+class Wake(Frame, frozen=True):
+    """Be again as after `Start`, with every sequence forgotten; answer `Awake`, with `Progress` meanwhile."""
+
+
+class Inject(Frame, frozen=True):
+    """Do something bad to yourself before the next message is carried out; only fault plans send this.
+
+    Args:
+        action: one of `ullm.faults.WORKER_ACTIONS`.
+        seconds: how long, for actions that last.
+    """
+
+    action: str
+    seconds: float = 0.0
+
+
+ToWorker = Start | Step | Ping | Stop | Prepare | Sleep | Wake | Inject
 
 
 # --- from a worker -----------------------------------------------------------------------------
@@ -231,6 +269,40 @@ class Pong(Frame, frozen=True):
     number: int
 
 
+class Prepared(Frame, frozen=True):
+    """The answer to `Prepare`.
+
+    Args:
+        timings: stage → seconds.
+    """
+
+    timings: dict[str, float] = {}
+
+
+class Asleep(Frame, frozen=True):
+    """The answer to `Sleep`.
+
+    Args:
+        given_back: what → bytes on the device (on a CPU: of memory) that are free now, for example
+            ``{"kv_cache": …, "weights": …}``.
+        seconds: how long it took.
+    """
+
+    given_back: dict[str, int] = {}
+    seconds: float = 0.0
+
+
+class Awake(Frame, frozen=True):
+    """The answer to `Wake`; the number of KV blocks may differ from before.
+
+    Args:
+        timings: stage → seconds.
+    """
+
+    info: ModelInfo
+    timings: dict[str, float] = {}
+
+
 class Failed(Frame, frozen=True):
     """The worker cannot go on, and ends.
 
@@ -265,4 +337,6 @@ class Stopped(Frame, frozen=True):
     timings: dict[str, float] = {}
 
 
-FromWorker = Ready | Progress | StepResult | Pong | Failed | NotUnderstood | Stopped
+FromWorker = (
+    Ready | Progress | StepResult | Pong | Prepared | Asleep | Awake | Failed | NotUnderstood | Stopped
+)
