@@ -12,18 +12,24 @@ from ullm.actors.transports.frames import FrameReader, encode
 from ullm.config import EngineConfig
 from ullm.errors import FrameBroken
 from ullm.messages import (
+    Asleep,
+    Awake,
     Failed,
     FromWorker,
+    Inject,
     ModelInfo,
     NewSequence,
     NotUnderstood,
     Ping,
     Pong,
+    Prepare,
+    Prepared,
     Progress,
     RankSpec,
     Ready,
     Row,
     Sampled,
+    Sleep,
     Start,
     Step,
     StepResult,
@@ -31,6 +37,7 @@ from ullm.messages import (
     Stopped,
     TokenLogprobs,
     ToWorker,
+    Wake,
 )
 from ullm.sampling import SamplingParams
 
@@ -42,6 +49,10 @@ TO_WORKER = [
     ),
     Ping(2**40),
     Stop(1.5),
+    Prepare(EngineConfig(model="m"), RankSpec(), "/models/m"),
+    Sleep(2),
+    Wake(),
+    Inject("hang", 0.5),
 ]
 LOGPROBS = TokenLogprobs(3, -0.5, 1, [(3, -0.5), (4, -2.0)])
 INFO = ModelInfo("LlamaForCausalLM", 10, 1000, (1, 2), 4096, 8, 16, "float32", "cpu")
@@ -50,6 +61,9 @@ FROM_WORKER = [
     Progress("load", 3.0),
     StepResult(7, [Sampled(1, [3], [LOGPROBS], [LOGPROBS]), Sampled(2, [])], 0.01),
     Pong(1),
+    Prepared({"import": 0.5}),
+    Asleep({"kv_cache": 1 << 40}, 0.1),
+    Awake(INFO, {"load": 0.5}),
     Failed("OutOfMemory", "no room", "Traceback …"),
     NotUnderstood("what?"),
     Stopped({"kv": 0.1}),
