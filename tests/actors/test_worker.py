@@ -2,24 +2,30 @@
 
 import queue
 
+import msgspec
 import pytest
 
-from ullm.actors.worker import Ended, failed, load_runner, run_worker
+from ullm.actors.worker import SLEEP_BUDGET, Ended, failed, load_runner, run_worker
 from ullm.config import EngineConfig
 from ullm.errors import ConfigError, FrameBroken
 from ullm.messages import (
+    Asleep,
+    Awake,
     Failed,
     ModelInfo,
     NotUnderstood,
     Ping,
     Pong,
+    Progress,
     RankSpec,
     Ready,
+    Sleep,
     Start,
     Step,
     StepResult,
     Stop,
     Stopped,
+    Wake,
 )
 from ullm.testing import ScriptedRunner
 
@@ -40,6 +46,15 @@ class Device:
     def submit(self, step):
         self.diary.append(f"submit {step.step_id}")
         return Pending(self, step.step_id)
+
+    def sleep(self, level):
+        self.diary.append(f"sleep {level}")
+        return {"kv": 8} if level == 1 else {"kv": 1, "weights": 100}
+
+    def wake(self, progress):
+        self.diary.append("wake")
+        progress(Progress("load"))
+        return msgspec.structs.replace(INFO, num_blocks=7)
 
     def close(self):
         self.diary.append("close")
@@ -73,6 +88,16 @@ def inbox(*messages):
 
 def work(device, *messages):
     return run_worker(device, inbox(*messages), device.send)
+
+
+def said(device, *kinds):
+    """What the worker said of some kinds, without what differs each time."""
+    neutral = {Asleep: {"seconds": 0.0}, Awake: {"timings": {}}}
+    return [
+        msgspec.structs.replace(entry, **neutral.get(type(entry), {}))
+        for entry in device.diary
+        if isinstance(entry, kinds)
+    ]
 
 
 def test_on_a_cpu_each_result_leaves_before_the_next_step():
@@ -115,6 +140,58 @@ def test_ping_goes_through_the_loop_but_not_behind_a_running_step():
     device = Device(polls=10**9)
     work(device, START, Step(0, []), Ping(1), Stop(1))
     assert device.diary[1:5] == ["submit 0", Pong(1), "waited for 0", "sent 0"]
+
+
+def test_pending_steps_are_finished_before_sleep():
+    device = Device(polls=10**9)
+    work(device, START, Step(0, []), Step(1, []), Sleep(1), Wake(), Step(2, []), Stop(1))
+    assert [entry for entry in device.diary if isinstance(entry, str)] == [
+        *("submit 0", "submit 1", "waited for 0", "sent 0", "waited for 1", "sent 1"),
+        *("sleep 1", "wake", "submit 2", "waited for 2", "sent 2", "close"),
+    ]
+
+
+def test_deeper_sleep_follows_and_adds_up():
+    device = Device(polls=0)
+    work(device, START, Sleep(1), Sleep(1), Sleep(2), Sleep(2), Sleep(1), Wake(), Sleep(2), Stop(1))
+    shallow, deep = Asleep({"kv": 8}), Asleep({"kv": 9, "weights": 100})
+    assert said(device, Asleep) == [shallow, shallow, deep, deep, deep, Asleep({"kv": 1, "weights": 100})]
+    assert [entry for entry in device.diary if isinstance(entry, str)] == [
+        *("sleep 1", "sleep 2", "wake", "sleep 2", "close")
+    ]
+
+
+def test_wake_answers_with_what_was_found_and_shows_signs_of_life():
+    device = Device(polls=0)
+    work(device, START, Wake(), Sleep(2), Wake(), Wake(), Stop(1))
+    woken = Awake(msgspec.structs.replace(INFO, num_blocks=7))
+    assert said(device, Awake, Progress) == [
+        *(Awake(INFO), Progress("sleep", SLEEP_BUDGET), Progress("load"), woken, woken)
+    ]
+
+
+def test_asleep_it_answers_pings_and_computes_nothing():
+    device = Device(polls=0)
+    work(device, START, Sleep(1), Step(3, []), Ping(1), Stop(1))
+    assert said(device, NotUnderstood, Pong, Stopped) == [
+        NotUnderstood("Step came while asleep at level 1"),
+        *(Pong(1), Stopped({"kv": 0.5})),
+    ]
+
+
+@pytest.mark.parametrize("message", [Sleep(1), Wake(), Step(0, [])])
+def test_nothing_comes_before_start(message):
+    device = Device(polls=0)
+    work(device, message, Stop(1))
+    assert said(device, NotUnderstood) == [NotUnderstood(f"{type(message).__name__} came before Start")]
+
+
+@pytest.mark.parametrize("level", [-1, 0, 3])
+def test_levels_that_are_none_of_a_worker_s(level):
+    device = Device(polls=0)
+    work(device, START, Sleep(level), Step(0, []), Stop(1))
+    assert said(device, NotUnderstood) == [NotUnderstood(f"Sleep has level {level}; workers know (1, 2)")]
+    assert "submit 0" in device.diary
 
 
 def test_broken_frame_ends_the_loop():

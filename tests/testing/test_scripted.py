@@ -149,6 +149,36 @@ def test_equal_content_may_be_computed_twice_into_a_shared_block():
     assert step(runner, Row(2, 3, 3, True), new=[twin]).sampled
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_asleep_it_has_nothing_and_computes_nothing(level):
+    runner = load()
+    expected = generate(runner, PROMPT[:6], GREEDY, 4, 100)
+    given_back = runner.sleep(level)
+    assert given_back["kv_cache"] == 8 * 16 * 4
+    assert ("weights" in given_back) == (level == 2)
+    with pytest.raises(ScriptViolation, match="step 0 came while asleep"):
+        step(runner, Row(1, 6, 1, True))
+    assert runner.wake(lambda progress: None).num_blocks == 16
+    with pytest.raises(ScriptViolation, match="sequence 1 is not known here"):
+        step(runner, Row(1, 6, 1, True))
+    assert generate(runner, PROMPT[:6], GREEDY, 4, 100) == expected
+
+
+def test_what_was_cached_before_a_sleep_is_gone():
+    runner = load()
+    step(runner, Row(1, 0, 6, True), new=[NEW])
+    runner.sleep(1)
+    runner.wake(lambda progress: None)
+    cached = NewSequence(2, PROMPT[:6], 6, GREEDY, [0, 1], num_cached_tokens=4)
+    with pytest.raises(ScriptViolation, match="position 0 is not what its block has cached"):
+        step(runner, Row(2, 4, 2, True), new=[cached])
+
+
+def test_awake_it_is_not_woken():
+    with pytest.raises(ScriptViolation, match="not asleep"):
+        load().wake(lambda progress: None)
+
+
 def test_close_may_come_at_any_time_and_twice():
     runner = ScriptedRunner()
     assert runner.close() == runner.close()

@@ -20,18 +20,23 @@ from ullm.core.runner import PendingStep, Runner
 from ullm.errors import ConfigError, FrameBroken
 from ullm.logs import get_logger
 from ullm.messages import (
+    Asleep,
+    Awake,
     Failed,
     FromWorker,
+    ModelInfo,
     NotUnderstood,
     Ping,
     Pong,
     Progress,
     Ready,
+    Sleep,
     Start,
     Step,
     Stop,
     Stopped,
     ToWorker,
+    Wake,
 )
 
 MAX_PENDING = 2
@@ -40,6 +45,12 @@ MAX_PENDING = 2
 POLL_SECONDS = 100e-6
 """How often a pending step is looked at while the next message may still come: a small part of the
 fastest step. Applies only to devices; a message ends the wait at once."""
+
+SLEEP_LEVELS = (1, 2)
+"""Levels of sleep that a worker takes part in; at 0 it has nothing to do, at 3 it is stopped."""
+
+SLEEP_BUDGET = 120.0
+"""Seconds that giving memory back may take: weights cross the bus once, to memory that is pinned first."""
 
 IMPORT_BUDGET = 120.0
 """Seconds that importing the runner may take, torch from a cold disk included."""
@@ -112,7 +123,9 @@ class WorkerLoop:
     def __init__(self, runner: Runner, send: Callable[[FromWorker], None]) -> None:
         self._runner = runner
         self._send = send
-        self._loaded = False
+        self._info: ModelInfo | None = None
+        self._level = 0
+        self._given_back: dict[str, int] = {}
         self._pending: deque[PendingStep] = deque()
         self.stopped = False
 
@@ -152,6 +165,10 @@ class WorkerLoop:
                 self._load(message)
             case Stop():
                 self._stop()
+            case Sleep(level):
+                self._sleep(level)
+            case Wake():
+                self._wake()
             case FrameBroken():
                 raise message
             case NotUnderstood(detail):
@@ -161,24 +178,53 @@ class WorkerLoop:
                 self.handle(NotUnderstood(f"{type(message).__name__} is no message to a worker"))
 
     def _load(self, start: Start) -> None:
-        if self._loaded:
+        if self._info is not None:
             return self.handle(NotUnderstood("Start came twice"))
         began = time.perf_counter()
-        info = self._runner.load(start, self._send_progress)
-        self._loaded = True
+        info = self._info = self._runner.load(start, self._send_progress)
         self._send(Ready(info, {"load": time.perf_counter() - began}))
 
     def _send_progress(self, progress: Progress) -> None:
         self._send(progress)
 
     def _submit(self, step: Step) -> None:
-        if not self._loaded:
+        if self._info is None:
             return self.handle(NotUnderstood("Step came before Start"))
+        if self._level:
+            return self.handle(NotUnderstood(f"Step came while asleep at level {self._level}"))
         self._pending.append(self._runner.submit(step))
 
-    def _stop(self) -> None:
+    def _sleep(self, level: int) -> None:
+        """A level that is reached already changes nothing, and is answered alike."""
+        if self._info is None:
+            return self.handle(NotUnderstood("Sleep came before Start"))
+        if level not in SLEEP_LEVELS:
+            return self.handle(NotUnderstood(f"Sleep has level {level}; workers know {SLEEP_LEVELS}"))
+        self._finish_pending()
+        began = time.perf_counter()
+        if level > self._level:
+            self._send(Progress("sleep", SLEEP_BUDGET))
+            for what, count in self._runner.sleep(level).items():
+                self._given_back[what] = self._given_back.get(what, 0) + count
+            self._level = level
+        self._send(Asleep(dict(self._given_back), time.perf_counter() - began))
+
+    def _wake(self) -> None:
+        """Awake already, it is answered alike, and no sequence is forgotten."""
+        if self._info is None:
+            return self.handle(NotUnderstood("Wake came before Start"))
+        began = time.perf_counter()
+        if self._level:
+            self._info = self._runner.wake(self._send_progress)
+            self._level, self._given_back = 0, {}
+        self._send(Awake(self._info, {"wake": time.perf_counter() - began}))
+
+    def _finish_pending(self) -> None:
         while self._pending:
             self.send_oldest()
+
+    def _stop(self) -> None:
+        self._finish_pending()
         self._send(Stopped(self._runner.close()))
         self.stopped = True
 

@@ -31,6 +31,24 @@ class Runner(Protocol):
     def submit(self, step: Step) -> PendingStep:
         """Start a step. At most two are pending at a time; tokens of the first feed the second."""
 
+    def sleep(self, level: int) -> dict[str, int]:
+        """Give memory back and forget every sequence. No step is pending.
+
+        Args:
+            level: 1 moves weights to host memory and drops the KV cache; 2 drops the weights as well.
+                Higher than that of a sleep that lasts.
+
+        Returns:
+            What → bytes that this call gave back, as measured: on the device, on a CPU of memory.
+        """
+
+    def wake(self, progress: Callable[[Progress], None]) -> ModelInfo:
+        """Be again as after `load`, after any level; the number of KV blocks may differ.
+
+        Raises:
+            ModelError: the weights cannot be loaded any more, or there is no room for them.
+        """
+
     def close(self) -> dict[str, float]:
         """Release graphs, KV cache, weights, process groups, device cache, in that order.
 

@@ -87,6 +87,8 @@ class ScriptedRunner:
         self._owners: list[dict[int, int]] = []  # per block: sequence → index in its table
         self._block_size = 0
         self._busy_until = 0.0
+        self._asleep = False
+        self._info: ModelInfo | None = None
 
     def load(self, start: Start, progress: Callable[[Progress], None]) -> ModelInfo:
         """Pretend to load."""
@@ -95,9 +97,8 @@ class ScriptedRunner:
         time.sleep(settings.load_seconds)
         num_blocks = start.config.num_blocks or settings.num_blocks
         self._block_size = start.config.block_size
-        self._blocks = [[0] * self._block_size for _ in range(num_blocks)]
-        self._owners = [{} for _ in range(num_blocks)]
-        return ModelInfo(
+        self._open_pool(num_blocks)
+        self._info = ModelInfo(
             architecture="Scripted",
             num_parameters=0,
             vocab_size=settings.vocab_size,
@@ -108,6 +109,7 @@ class ScriptedRunner:
             dtype="none",
             device="none",
         )
+        return self._info
 
     def submit(self, step: Step) -> ScriptedStep:
         """Check the plan against what is held, and follow it.
@@ -116,6 +118,7 @@ class ScriptedRunner:
             ScriptViolation: it cannot be followed.
         """
         began = time.perf_counter()
+        _require(not self._asleep, f"step {step.step_id} came while asleep")
         for seq_id in step.forget:
             self._forget(seq_id)
         for new in step.new:
@@ -130,11 +133,35 @@ class ScriptedRunner:
             pending.wait()
         return pending
 
+    def sleep(self, level: int) -> dict[str, int]:
+        """Forget everything; a token in the pool counts for eight bytes, and the weights for a thousand."""
+        kv_cache = 8 * self._block_size * len(self._blocks)
+        self._drop_pool()
+        self._asleep = True
+        return {"kv_cache": kv_cache} | ({"weights": 1000} if level > 1 else {})
+
+    def wake(self, progress: Callable[[Progress], None]) -> ModelInfo:
+        """Pretend to load again, with empty blocks."""
+        _require(self._asleep and self._info is not None, "woken, but not asleep")
+        assert self._info is not None
+        progress(Progress("load", self._settings.wake_seconds + 60.0))
+        time.sleep(self._settings.wake_seconds)
+        self._open_pool(self._info.num_blocks)
+        self._asleep = False
+        return self._info
+
     def close(self) -> dict[str, float]:
         """Forget everything."""
+        self._drop_pool()
+        return {"kv": 0.0, "weights": 0.0}
+
+    def _open_pool(self, num_blocks: int) -> None:
+        self._blocks = [[0] * self._block_size for _ in range(num_blocks)]
+        self._owners = [{} for _ in range(num_blocks)]
+
+    def _drop_pool(self) -> None:
         self._sequences.clear()
         self._blocks, self._owners = [], []
-        return {"kv": 0.0, "weights": 0.0}
 
     def _forget(self, seq_id: int) -> None:
         sequence = self._sequences.pop(seq_id, None)

@@ -27,7 +27,7 @@ class ScriptedSettings:
         eos_token_id: drawn only by ``eos_after``.
         eos_after: generated tokens after which the sequence ends; None: never by itself.
         context_len, num_blocks: of the model; the engine's configuration wins.
-        load_seconds, step_seconds, token_seconds: real time that is slept.
+        load_seconds, wake_seconds, step_seconds, token_seconds: real time that is slept.
         asynchronous: steps run beside the host, as on a GPU.
     """
 
@@ -38,6 +38,7 @@ class ScriptedSettings:
     context_len: int = 4096
     num_blocks: int = 1024
     load_seconds: float = 0.0
+    wake_seconds: float = 0.0
     step_seconds: float = 0.0
     token_seconds: float = 0.0
     asynchronous: bool = False

@@ -12,6 +12,8 @@ from ullm.actors.base import cleanup_scope
 from ullm.actors.transports import WorkerSpec, open_transport
 from ullm.errors import ConfigError, WorkerLost
 from ullm.messages import (
+    Asleep,
+    Awake,
     Failed,
     NotUnderstood,
     Ping,
@@ -19,8 +21,10 @@ from ullm.messages import (
     Progress,
     RankSpec,
     Ready,
+    Sleep,
     StepResult,
     Stopped,
+    Wake,
 )
 from ullm.testing import scripted_tokens
 
@@ -74,6 +78,23 @@ async def test_tokens_are_those_of_the_script(open_worker, talk):
         await worker.send(talk.step())
         result = await worker.receive()
         assert result.sampled[0].token_ids == scripted_tokens(talk.PROMPT, talk.GREEDY, 1)
+
+
+async def test_sleeps_and_wakes(open_worker, talk):
+    async with open_worker(talk.spec()) as worker:
+        ready = await talk.load(worker)
+        await worker.send(talk.step())
+        before = await worker.receive()
+        for level in (1, 2):
+            await worker.send(Sleep(level))
+            asleep = await talk.until(worker, Asleep)
+            assert list(asleep.given_back) == ["kv_cache", "weights"][:level]
+        await worker.send(Ping(1))
+        assert await worker.receive() == Pong(1)
+        await worker.send(Wake())
+        assert (await talk.until(worker, Awake)).info == ready.info
+        await worker.send(talk.step())
+        assert (await worker.receive()).sampled == before.sampled
 
 
 async def test_failing_load_is_reported_with_its_kind(open_worker, talk):

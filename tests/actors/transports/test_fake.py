@@ -6,7 +6,7 @@ import trio.testing
 
 from ullm.actors.transports.fake import FakeBehaviour, FakeWorkers
 from ullm.errors import OutOfMemory, WorkerLost
-from ullm.messages import Failed, Ping, Pong, Start, Step, StepResult, Stop
+from ullm.messages import Asleep, Awake, Failed, Ping, Pong, Sleep, Start, Step, StepResult, Stop, Wake
 from ullm.testing import scripted_tokens
 
 
@@ -24,6 +24,19 @@ async def test_time_is_virtual(talk, autojump_clock):
         assert trio.current_time() - began == pytest.approx(80)
         report = await worker.stop(5)
         assert (report.outcome, report.seconds) == ("stopped", pytest.approx(3))
+
+
+async def test_sleeping_and_waking_take_their_time(talk, autojump_clock):
+    workers = FakeWorkers(FakeBehaviour(sleep_seconds=2, wake_seconds=5))
+    async with workers.open(talk.spec()) as worker:
+        await talk.load(worker)
+        began = trio.current_time()
+        await worker.send(Sleep(1))
+        await talk.until(worker, Asleep)
+        assert trio.current_time() - began == pytest.approx(2)
+        await worker.send(Wake())
+        await talk.until(worker, Awake)
+        assert trio.current_time() - began == pytest.approx(7)
 
 
 async def test_death_at_any_time(talk, autojump_clock):

@@ -22,7 +22,7 @@ from ullm.actors.transports.background import background_tasks
 from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
 from ullm.actors.worker import WorkerLoop, failed, load_runner
 from ullm.errors import WorkerLost
-from ullm.messages import FromWorker, Progress, Start, Step, Stop, Stopped, ToWorker
+from ullm.messages import FromWorker, Progress, Sleep, Start, Step, Stop, Stopped, ToWorker, Wake
 
 Predicate = Callable[[ToWorker], bool]
 
@@ -40,6 +40,8 @@ class FakeBehaviour:
         load_seconds: from `Start` to `Ready`.
         step_seconds: from taking up a `Step` to its result.
         stop_seconds: from `Stop` to `Stopped`.
+        sleep_seconds: from `Sleep` to `Asleep`.
+        wake_seconds: from `Wake` to `Awake`.
         load_error: what loading raises, after ``load_seconds``.
         die_on: messages that it dies of, as if killed by SIGKILL.
         hang_on: messages that it never gets done with, until `FakeWorker.resume`.
@@ -48,6 +50,8 @@ class FakeBehaviour:
     load_seconds: float = 0.0
     step_seconds: float = 0.0
     stop_seconds: float = 0.0
+    sleep_seconds: float = 0.0
+    wake_seconds: float = 0.0
     load_error: Exception | None = None
     die_on: Predicate = never
     hang_on: Predicate = never
@@ -61,6 +65,10 @@ class FakeBehaviour:
                 return self.load_seconds
             case Stop():
                 return self.stop_seconds
+            case Sleep():
+                return self.sleep_seconds
+            case Wake():
+                return self.wake_seconds
         return 0.0
 
 
@@ -126,6 +134,10 @@ class FakeWorker:
     def alive(self) -> bool:
         """Whether it has not ended or died."""
         return not self._ended.is_set() and not self._life.cancel_called
+
+    def suspended(self) -> bool:
+        """Never; see `hang`."""
+        return False
 
     async def send(self, message: ToWorker) -> None:
         """Hand one message over."""
