@@ -29,7 +29,18 @@ from ullm.actors.transports.frames import FrameReader, encode
 from ullm.actors.worker import IMPORT_BUDGET, Ended, Inbox, Terminated, failed, load_runner, run_worker
 from ullm.core.runner import Runner
 from ullm.errors import FrameBroken
-from ullm.messages import FromWorker, NotUnderstood, Progress, Ready, Start, Stop, Stopped, ToWorker
+from ullm.messages import (
+    Awake,
+    FromWorker,
+    NotUnderstood,
+    Progress,
+    Ready,
+    Start,
+    Stop,
+    Stopped,
+    ToWorker,
+    Wake,
+)
 
 READ_BYTES = 1 << 16
 
@@ -83,7 +94,7 @@ class WorkerProcess:
     def send(self, message: FromWorker) -> None:
         """Write one frame, from any thread; the parent being gone ends the process."""
         frame = memoryview(encode(message))
-        self._ready |= isinstance(message, Ready)  # first, because the parent may answer at once
+        self._ready |= isinstance(message, Ready | Awake)  # first, because the parent may answer at once
         with self._writing:
             try:
                 while frame:
@@ -109,10 +120,12 @@ class WorkerProcess:
         self._inbox.put(message)
         if isinstance(message, Start):
             logging.getLogger("ullm").setLevel(message.config.log_level.upper())
+        if isinstance(message, Wake):
+            self._ready = False
         if isinstance(message, Stop):
             self._stop_seen = True
             if not self._ready:
-                interrupt_main_thread()  # loading need not come to its end
+                interrupt_main_thread()  # loading and waking need not come to their end
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         if not self._stop_seen:

@@ -71,6 +71,12 @@ class Sleeps(ScriptedRunner):
         time.sleep(FOREVER)
 
 
+class HangsInWake(ScriptedRunner):
+    def wake(self, progress):
+        progress(Progress("hanging"))
+        time.sleep(FOREVER)
+
+
 class SleepsInStep(ScriptedRunner):
     def submit(self, step):
         time.sleep(FOREVER)

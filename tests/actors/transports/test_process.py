@@ -16,7 +16,19 @@ from ullm.actors.transports.base import STDERR_TAIL_LINES
 from ullm.actors.transports.frames import FrameReader, encode
 from ullm.actors.transports.process import open_process
 from ullm.errors import WorkerLost
-from ullm.messages import FromWorker, NewSequence, Ping, Pong, Progress, Row, Step, StepResult, Stop
+from ullm.messages import (
+    FromWorker,
+    NewSequence,
+    Ping,
+    Pong,
+    Progress,
+    Row,
+    Sleep,
+    Step,
+    StepResult,
+    Stop,
+    Wake,
+)
 from ullm.testing import scripted_tokens
 
 pytestmark = [
@@ -138,6 +150,18 @@ async def test_closed_pipe_loses_the_worker(talk):
 async def test_stop_interrupts_loading_at_once(talk):
     async with open_process(talk.spec("Sleeps")) as worker:
         await hanging(worker, talk)
+        report = await worker.stop(60)
+    assert report.outcome == "stopped"
+    assert report.seconds < 1
+
+
+async def test_stop_interrupts_waking_at_once(talk):
+    async with open_process(talk.spec("HangsInWake")) as worker:
+        await talk.load(worker)
+        await worker.send(Sleep(1))
+        await worker.send(Wake())
+        while (await talk.until(worker, Progress)).stage != "hanging":
+            pass
         report = await worker.stop(60)
     assert report.outcome == "stopped"
     assert report.seconds < 1
