@@ -165,7 +165,11 @@ class Decoder(nn.Module):
     def materialize(self, dtype: torch.dtype, device: torch.device) -> None:
         """Give the parameters memory, uninitialised."""
         self._dtype = self._residual_dtype = dtype
-        self.to(dtype).to_empty(device=device)
+        # Not by `to_empty`, which imports SymPy for tensors without memory, a quarter of a second.
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+                setattr(module, name, nn.Parameter(memory, requires_grad=False))
 
     @torch.no_grad()
     def prepare(self, device: torch.device, kernels: Kernels | None = None) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
 from ullm.logs import get_logger
-from ullm.model.gguf import iterate_gguf_tensors, read_gguf_config
 from ullm.model.layers import Loadable, RMSNorm, Shard
 
 log = get_logger(__name__)
@@ -49,6 +48,8 @@ def read_config(path: Path) -> dict[str, Any]:
         ModelFileBroken: it is not a JSON object.
     """
     if path.suffix == ".gguf":
+        from ullm.model.gguf import read_gguf_config  # its libraries take long to import
+
         return read_gguf_config(path)
     return read_json(path / "config.json")
 
@@ -139,6 +140,8 @@ def fill_dummy(model: nn.Module, seed: int = 0) -> None:
 def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, Source]]:
     """Each tensor of a checkpoint; of a sharded one only files with tensors in ``wanted`` are opened."""
     if path.suffix == ".gguf":
+        from ullm.model.gguf import iterate_gguf_tensors
+
         for name, tensor in iterate_gguf_tensors(path):
             yield name, Source(path, tuple(tensor.shape), tensor.narrow)
     elif (path / INDEX).exists():
