@@ -25,6 +25,8 @@ MAX_SLEEP_LEVEL = 3
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """Stands for the embedded default model; see `ullm.hub`."""
 
+SleepMode = Literal["wait", "abort", "keep"]
+"""What becomes of the requests in flight when the engine is put to sleep."""
 Transport = Literal["auto", "process", "thread", "ray", "fake"]
 
 

@@ -13,10 +13,9 @@ orderly stop: admitted requests run on until the deadline less what the teardown
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import trio
@@ -24,22 +23,32 @@ import trio
 from ullm.actors.router import Router
 from ullm.actors.tokenizer import Tokenizer
 from ullm.actors.transports import OpenTransport, open_transport
-from ullm.config import EngineConfig
-from ullm.errors import EngineDead, EngineDraining, EngineNotReady, StartCancelled, first_cause
+from ullm.config import EngineConfig, SleepMode
+from ullm.errors import (
+    ActorLost,
+    EngineBusy,
+    EngineDead,
+    EngineDraining,
+    EngineNotReady,
+    EngineSleeping,
+    RequestError,
+    StartCancelled,
+    first_cause,
+)
+from ullm.fleet import Fleet
 from ullm.generation import Generation, Readers
-from ullm.health import EngineStatistics, Health
+from ullm.health import EngineStatistics, Health, ReloadReport, SleepHealth
 from ullm.hub import LocalModel, resolve
+from ullm.lifecycle import AWAKE, Lifecycle
 from ullm.logs import get_logger
 from ullm.messages import ModelInfo
-from ullm.replica import TEARDOWN_RESERVE, Replica
+from ullm.replica import TEARDOWN_RESERVE
 from ullm.sampling import SamplingParams
 from ullm.supervision import (
     ChildInfo,
     ChildReport,
     ChildSpec,
     EngineState,
-    Kind,
-    Restart,
     ShutdownReport,
     StageReport,
     StateCell,
@@ -49,6 +58,11 @@ from ullm.supervision import (
 )
 
 log = get_logger("ullm.engine")
+
+_NOT_READY = {
+    "restarting": "no replica is up",
+    "sleeping": "asleep, and started with --no-wake-on-request",
+}
 
 FLUSH_BUDGET = 1.0
 """Seconds that readers get to take the last outputs of aborted requests."""
@@ -82,8 +96,10 @@ class Engine:
         self._state = StateCell()
         self._router = Router(config)
         transport = transport or open_transport(config.worker_transport)
-        self._replicas = [Replica(index, config, self._router, transport) for index in range(config.replicas)]
-        self._failed_replicas: dict[int, BaseException] = {}
+        self._fleet = Fleet(config, self._router, transport, self._give_up)
+        self._lifecycle = Lifecycle(
+            config, self._router, self._fleet, self._find_model, self._take_model, self._give_up
+        )
         self._root: Supervisor | None = None
         self._readers = Readers()
         self._stop_requested = trio.Event()
@@ -92,6 +108,7 @@ class Engine:
         self._asked: _Clock | None = None
         self._started = False
         self._deadline = float("inf")
+        self._reload_requested = trio.Event()
         self._starting = trio.CancelScope()
         self._draining = trio.CancelScope()
         self._failure: str | None = None
@@ -112,6 +129,8 @@ class Engine:
             raise EngineNotReady(state.value)
         if state is not EngineState.RUNNING:
             raise EngineDraining(state.value)
+        if not self._lifecycle.health().registered:
+            raise EngineSleeping
         self._router.check_room()
 
     def generate(
@@ -144,21 +163,27 @@ class Engine:
 
     def health(self) -> Health:
         """What the probes answer."""
-        up = self._router.replicas_up
-        ready = self.state is EngineState.RUNNING and bool(up)
-        waiting_for = "no replica is up" if self.state is EngineState.RUNNING else self.state.value
+        sleep, running = self._lifecycle.health(), self.state is EngineState.RUNNING
+        up = bool(self._router.replicas_up)
+        state = self.state.value
+        if running:
+            state = "sleeping" if sleep.state != AWAKE else "running" if up else "restarting"
+        ready = running and sleep.registered and (up or sleep.state != AWAKE)
+        starting = self.state is EngineState.STARTING
         return Health(
-            state=self.state.value,
+            state=state,
             live=self._failure is None,
             ready=ready,
-            detail="" if ready else self._failure or waiting_for,
-            replicas=[replica.health(up=replica.index in up) for replica in self._replicas],
+            detail="" if ready else self._failure or _NOT_READY.get(state, state),
+            replicas=self._fleet.health(starting=starting, sleep=sleep.state),
+            sleep=sleep,
         )
 
     def statistics(self) -> EngineStatistics:
         """What is inside, as a frozen value."""
         router = self._router.statistics()
-        inside = [found for r in self._replicas if (found := r.scheduler.statistics()) is not None]
+        lifecycle = self._lifecycle
+        inside = [found for r in self._fleet.replicas if (found := r.scheduler.statistics()) is not None]
         running = sum(s.running for s in inside)
         return EngineStatistics(
             running=running,
@@ -171,14 +196,103 @@ class Engine:
             generation_tokens_total=router.generated_tokens,
             preemptions_total=sum(s.preemptions for s in inside),
             requests_total=router.finished,
-            worker_restarts_total=sum(max(0, r.group.epoch - 1) for r in self._replicas),
+            worker_restarts_total=self._fleet.restarts,
             requests_resumed_total=router.resumed,
             tokens_resubmitted_total=router.resumed_tokens,
+            sleeps_total=dict(lifecycle.sleeps),
+            wakes_total=lifecycle.wakes,
+            last_sleep_seconds=lifecycle.sleep_seconds,
+            last_wake_seconds=lifecycle.wake_seconds,
+            bytes_given_back=lifecycle.given_back,
+            reloads_total=dict(lifecycle.reloads),
+            admitted_tokens=router.admitted_tokens,
         )
 
     def children(self) -> tuple[ChildInfo, ...]:
         """The supervision tree as it is now; empty before it is started."""
         return self._root.which_children() if self._root is not None else ()
+
+    # --- sleeping and reloading ----------------------------------------------------------------------------
+
+    async def sleep(self, level: int | None = None, mode: SleepMode = "wait") -> SleepHealth:
+        """Give memory back until `wake`, or until a request comes; see `ullm.config.SleepConfig`.
+
+        Does nothing if the engine sleeps as deep already; a deeper level may follow.
+
+        Args:
+            level: 0 pauses; 1 moves weights to host memory and drops the KV cache; 2 drops weights too;
+                3 ends the worker processes. Default: the configuration's.
+            mode: requests in flight are waited for, aborted, or kept for the time after.
+
+        Raises:
+            InvalidParameter: no such level or mode.
+            EngineNotReady, EngineDraining, EngineDead: it does not run.
+            EngineBusy: a wake or a stop overtook it.
+        """
+        return await self._change(
+            self._lifecycle.sleep, self.config.sleep_level if level is None else level, mode
+        )
+
+    async def wake(self) -> SleepHealth:
+        """Be awake; returns when requests run again.
+
+        Raises:
+            EngineNotReady, EngineDraining, EngineDead: it does not run.
+            EngineBusy: a stop overtook it.
+        """
+        return await self._change(self._lifecycle.wake)
+
+    async def reload(self, model: str | None = None, revision: str | None = None) -> ReloadReport:
+        """Load the model again in new workers, which take over while requests go on; none of them fails.
+
+        Args:
+            model: another place of the weights; they must have the same tokenizer.
+            revision: another revision of a hub model.
+
+        Raises:
+            ReloadFailed: the new workers did not come up; the old ones serve on.
+            EngineNotReady, EngineDraining, EngineDead: it does not run.
+            EngineBusy: a stop overtook it.
+        """
+        self._check_running()
+        with self._overtaken_by_stop():
+            return await self._lifecycle.reload(model, revision)
+
+    def request_reload(self) -> None:
+        """Begin a reload, and log how it goes; returns at once."""
+        self._reload_requested.set()
+
+    async def _reload_on_request(self, *, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+        while True:
+            await self._reload_requested.wait()
+            self._reload_requested = trio.Event()
+            try:
+                await self.reload()
+            except RequestError as error:
+                log.warning("not reloaded", cause=str(error))
+
+    async def _change(self, change: Callable[..., Awaitable[None]], *arguments: Any) -> SleepHealth:
+        self._check_running()
+        with self._overtaken_by_stop():
+            await change(*arguments)
+        return self._lifecycle.health()
+
+    def _check_running(self) -> None:
+        if self._failure is not None:
+            raise EngineDead(f"the engine has failed: {self._failure}")
+        if self.state is EngineState.STARTING:
+            raise EngineNotReady(self.state.value)
+        if self.state is not EngineState.RUNNING:
+            raise EngineDraining(self.state.value)
+
+    @contextmanager
+    def _overtaken_by_stop(self) -> Iterator[None]:
+        """The stop of the engine ends the actor that was asked."""
+        try:
+            yield
+        except ActorLost as error:
+            raise EngineBusy(f"the engine is {self.state.value}; it was overtaken") from error
 
     # --- stopping ------------------------------------------------------------------------------------------
 
@@ -209,8 +323,7 @@ class Engine:
         """Kill the workers; what stops in order after that stops at once."""
         self._forced_by = signal_number
         self.expedite()
-        for replica in self._replicas:
-            replica.group.kill()
+        self._fleet.kill()
 
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:  # noqa: ASYNC109  # a promise, not a scope
         """Stop in order, and say how it went."""
@@ -263,8 +376,9 @@ class Engine:
                     period=self.config.restart_period,
                 ) as root:
                     self._root = root
-                    self._take_info(self._replicas[0].group.info)
-                    await self._router.wait_for_replicas(len(self._replicas))
+                    self._fleet.supervised_by(root)
+                    self._take_info()
+                    await self._fleet.wait_up()
                     self._state.advance(EngineState.RUNNING)
                     self._started = True
                     log.info("engine running", model=self.model_name)
@@ -281,7 +395,8 @@ class Engine:
         finally:
             self._finish()
 
-    def _take_info(self, info: ModelInfo | None) -> None:
+    def _take_info(self) -> None:
+        info = self._fleet.replicas[0].group.info
         assert info is not None, "a group that has started knows its model"
         assert self.tokenizer is not None, "the tokenizer is started before the replicas"
         self.info = info
@@ -289,45 +404,30 @@ class Engine:
 
     async def _prepare(self) -> None:
         """Find the model's files, which children need before they start."""
-        local = await trio.to_thread.run_sync(self._find_model, self.config)
-        self.tokenizer = Tokenizer(local)
-        for replica in self._replicas:
-            replica.group.model_path = str(local.path)
+        self._lifecycle.local = await trio.to_thread.run_sync(self._find_model, self.config)
+        self.tokenizer = Tokenizer(self._lifecycle.local)
 
     def _children(self) -> list[ChildSpec]:
         assert self.tokenizer is not None, "the model is resolved before the tree is started"
-        replicas = [
-            ChildSpec(
-                spec.child_id,
-                partial(self._run_replica, replica.index, spec.run),
-                restart=Restart.TEMPORARY,
-                shutdown=spec.shutdown,
-                kind=Kind.SUPERVISOR,
-            )
-            for replica in self._replicas
-            for spec in [replica.spec(self.config)]
-        ]
+        assert self._lifecycle.local is not None, "the model is resolved before the tree is started"
         return [
             *self._first_children,
             ChildSpec("tokenizer", self.tokenizer.run, shutdown=1.0),
-            *replicas,
+            *self._fleet.specs(str(self._lifecycle.local.path)),
             ChildSpec("router", self._router.run, shutdown=1.0),
+            ChildSpec("lifecycle", self._lifecycle.run, shutdown=1.0),
+            ChildSpec("reloader", self._reload_on_request, shutdown=1.0),
         ]
 
-    async def _run_replica(
-        self, index: int, supervise: Callable[..., Any], *, task_status: trio.TaskStatus[Any]
-    ) -> None:
-        """A replica that failed beyond its limits stays down; with the last one, the engine ends."""
-        try:
-            await supervise(task_status=task_status)
-        except Exception as error:
-            if self.state is EngineState.STARTING:
-                raise
-            self._failed_replicas[index] = error
-            log.error("replica failed", replica=index, cause=str(first_cause(error)))
-            if len(self._failed_replicas) == len(self._replicas):
-                self._fail(first_cause(error))
-                self.request_shutdown(by="failure")
+    def _take_model(self, config: EngineConfig, local: LocalModel) -> None:
+        """After a reload."""
+        self.config = config
+        self._take_info()
+
+    def _give_up(self, cause: BaseException) -> None:
+        """No replica is left, or none can be woken."""
+        self._fail(cause)
+        self.request_shutdown(by="failure")
 
     def _fail(self, cause: BaseException) -> None:
         """Remember the first cause, and tell every reader."""
@@ -342,8 +442,12 @@ class Engine:
         log.info("draining", requests=live, by=self._requested_by)
         clock = _Clock()
         with self._draining:
-            await self._router.wait_idle()
-            await self._readers.wait_none()
+            async with trio.open_nursery() as nursery:
+                if live and self._lifecycle.state != AWAKE:
+                    nursery.start_soon(self._lifecycle.wake)
+                await self._router.wait_idle()
+                await self._readers.wait_none()
+                nursery.cancel_scope.cancel()
         stages.append(
             StageReport("drain", clock.seconds(), "timeout" if self._draining.cancelled_caught else "done")
         )
@@ -361,7 +465,7 @@ class Engine:
 
     def _count(self, outcome: str, reports: Sequence[ChildReport]) -> int:
         """Children and workers that ended this way; a worker's end is its group's doing."""
-        workers = [stopped for replica in self._replicas for stopped in replica.group.stop_reports]
+        workers = [stopped for replica in self._fleet.replicas for stopped in replica.group.stop_reports]
         ended = [report.outcome for report in workers] + [
             child.outcome for report in reports for child in (report, *report.children)
         ]

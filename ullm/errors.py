@@ -238,6 +238,13 @@ class FrameBroken(UllmError):
     """Bytes on a worker's pipe are not a frame; the pipe cannot be used any further."""
 
 
+class FaultInjected(UllmError):
+    """A fault plan asked for this error; see docs/fault-injection.md."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"injected fault: {where}")
+
+
 class StartFailed(UllmError):
     """A supervised child failed before it was ready."""
 

@@ -174,7 +174,7 @@ class Generation:
         )
         self._check_tokens()
         max_total = self._max_total()
-        self._router.check_room(self.params.n)
+        self._router.check_room(self.params.n, self.params.n * max_total)
         self._readers.enter()
         first_seed = secrets.randbelow(MAX_SEED) if self.params.seed is None else self.params.seed
         for index in range(self.params.n):

@@ -42,6 +42,22 @@ class SleepHealth(msgspec.Struct, frozen=True):
     seconds: float = 0.0
 
 
+class ReloadReport(msgspec.Struct, frozen=True):
+    """What a reload did.
+
+    Args:
+        model: path of what the workers have loaded now.
+        seconds: how long it took, the end of the old workers included.
+        resumed: requests that were moved to the new workers before they had finished on the old ones.
+    """
+
+    model: str
+    revision: str | None
+    replicas: list[int]
+    seconds: float
+    resumed: int
+
+
 class Health(msgspec.Struct, frozen=True):
     """What the probes answer.
 

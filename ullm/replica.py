@@ -15,15 +15,29 @@ TEARDOWN_RESERVE = 3.0
 
 
 class Replica:
-    """The actors of one replica."""
+    """The actors of one replica.
 
-    def __init__(self, index: int, config: EngineConfig, router: Router, transport: OpenTransport) -> None:
+    Args:
+        index: unique in the engine's life; a replica that replaces another one has a new index.
+        slot: which of the engine's places it takes, with its devices and ports.
+
+    Attributes:
+        failure: why it was given up for good.
+    """
+
+    def __init__(
+        self, index: int, slot: int, config: EngineConfig, router: Router, transport: OpenTransport
+    ) -> None:
         self.index = index
-        self.group = WorkerGroup(index, config, transport)
+        self.slot = slot
+        self.config = config
+        self.group = WorkerGroup(index, slot, config, transport)
         self.scheduler = SchedulerActor(config, self.group, router)
+        self.failure: BaseException | None = None
 
-    def spec(self, config: EngineConfig) -> ChildSpec:
+    def spec(self) -> ChildSpec:
         """A scheduler is of no use without its workers, so their loss ends it too."""
+        config = self.config
         # Their own budgets are wide: the engine's one deadline is what binds.
         budget = max(config.shutdown_timeout, TEARDOWN_RESERVE)
         return ChildSpec.supervisor(
@@ -38,6 +52,9 @@ class Replica:
             restart=Restart.TEMPORARY,
         )
 
-    def health(self, *, up: bool) -> ReplicaHealth:
-        """Where it is in its life; ``up``: whether the router gives it requests."""
-        return ReplicaHealth(self.index, up, self.group.epoch, self.group.pids)
+    def health(self, state: str) -> ReplicaHealth:
+        """Where it is in its life."""
+        age, seconds = self.group.round_trip() or (None, None)
+        return ReplicaHealth(
+            self.index, state == "up", self.group.epoch, self.group.pids, state, age, seconds
+        )

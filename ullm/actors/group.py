@@ -19,16 +19,23 @@ from ullm.config import EngineConfig
 from ullm.errors import ConfigError, ModelError, UllmError, WorkerFailed, WorkerLost, first_cause
 from ullm.logs import get_logger
 from ullm.messages import (
+    Asleep,
+    Awake,
     Failed,
     FromWorker,
     ModelInfo,
     NotUnderstood,
+    Ping,
+    Pong,
     Progress,
     RankSpec,
     Ready,
+    Sleep,
     Start,
     Step,
     StepResult,
+    ToWorker,
+    Wake,
 )
 
 log = get_logger("ullm.group")
@@ -38,16 +45,42 @@ STARTING_GRACE = 1.0
 """Seconds for a rank that is not ready yet to end by itself."""
 
 
+LOOK_SECONDS = 0.5
+"""How often a rank that owes an answer is looked at from outside."""
+
+SUSPENDED_SECONDS = 1.0
+"""How long a rank may be suspended, by SIGSTOP, before it is given up: nobody does that in passing."""
+
+
 class _Watchdog:
-    """Of one rank: which results it owes, and when its next sign of life is due."""
+    """Of one rank: which answers it owes, and when its next sign of life is due."""
 
-    def __init__(self) -> None:
-        self.owed: set[int] = set()
+    def __init__(self, patience: float) -> None:
         self.scope = trio.CancelScope()
+        self._patience = patience
+        self._owed: dict[object, float] = {}
 
-    def expect(self, due: float) -> None:
-        """Wait until the trio time ``due``; infinity: nothing is owed."""
-        self.scope.deadline = due
+    def owe(self, answer: object) -> None:
+        """An answer is due from now on; the first one starts the clock."""
+        if not self._owed:
+            self.extend(self._patience)
+        self._owed[answer] = trio.current_time()
+
+    def settle(self, answer: object) -> float | None:
+        """An answer has come; returns when it was asked for, None if it was not owed (any more)."""
+        asked = self._owed.pop(answer, None)
+        if asked is not None:
+            self.extend(self._patience if self._owed else float("inf"))
+        return asked
+
+    def extend(self, seconds: float) -> None:
+        """There was a sign of life; the next one is due in so many seconds."""
+        self.scope.deadline = trio.current_time() + seconds
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is owed."""
+        return not self._owed
 
 
 class WorkerGroup:
@@ -55,13 +88,16 @@ class WorkerGroup:
 
     Args:
         replica: index of the replica.
+        slot: its place in the engine: which devices and ports are its own.
         config: how many ranks, and how long they may take.
         open_transport: how to start one.
     """
 
-    def __init__(self, replica: int, config: EngineConfig, open_transport: OpenTransport) -> None:
+    def __init__(self, replica: int, slot: int, config: EngineConfig, open_transport: OpenTransport) -> None:
         self.replica = replica
+        self.slot = slot
         self.epoch = 0
+        self.restarts = -1
         self.model_path = ""
         self.info: ModelInfo | None = None
         self.stop_reports: list[StopReport] = []
@@ -71,8 +107,11 @@ class WorkerGroup:
         self._watchdogs: list[_Watchdog] = []
         self._known: set[int] = set()
         self._starting: dict[str, Progress] = {}
-        self._last_step = 0
+        self._last_step = self._last_ping = 0
         self._ready = False
+        self._answers: dict[int, Asleep | Awake] = {}
+        self._answered = trio.Event()
+        self._round_trip: tuple[float, float] | None = None
         self._deliver: Callable[[StepResult], None] | None = None
 
     # --- for the scheduler -------------------------------------------------------------------------
@@ -82,12 +121,38 @@ class WorkerGroup:
         self._last_step = step.step_id
         self._known.difference_update(step.forget)
         self._known.update(new.seq_id for new in step.new)
+        await self._send(step, ("step", step.step_id))
+
+    async def sleep(self, level: int) -> int:
+        """Have every rank give memory back; no step may be in flight.
+
+        Returns:
+            Bytes given back, by all ranks together.
+        """
+        answers = await self._ask_all(Sleep(level), "sleep")
+        return sum(sum(a.given_back.values()) for a in answers if isinstance(a, Asleep))
+
+    async def wake(self) -> ModelInfo:
+        """Have every rank be as after its start, with all sequences forgotten."""
+        answers = await self._ask_all(Wake(), "wake")
+        self._known.clear()
+        self.info = next(answer.info for answer in answers if isinstance(answer, Awake))
+        return self.info
+
+    async def _ask_all(self, message: Sleep | Wake, name: str) -> list[Asleep | Awake]:
+        """Every rank's answer. Should one be lost, this ends with the group, by cancellation."""
+        self._answers.clear()
+        await self._send(message, name)
+        while len(self._answers) < len(self._transports):
+            self._answered = trio.Event()
+            await self._answered.wait()
+        return list(self._answers.values())
+
+    async def _send(self, message: ToWorker, owed: object) -> None:
         for transport, watchdog in zip(self._transports, self._watchdogs, strict=True):
-            if not watchdog.owed:
-                watchdog.expect(trio.current_time() + self._config.step_timeout)
-            watchdog.owed.add(step.step_id)
+            watchdog.owe(owed)
             try:
-                await transport.send(step)
+                await transport.send(message)
             except WorkerLost:
                 # The group's own task sees the same loss and ends with it; failing here as well would
                 # count one loss twice.
@@ -126,6 +191,13 @@ class WorkerGroup:
         """Whether the group is whole."""
         return bool(self._transports) and all(transport.alive() for transport in self._transports)
 
+    def round_trip(self) -> tuple[float, float] | None:
+        """Seconds since an answer last came through the step loop, and how long it took; None before."""
+        if self._round_trip is None:
+            return None
+        at, seconds = self._round_trip
+        return trio.current_time() - at, seconds
+
     @property
     def pids(self) -> list[int]:
         """Process ids of the ranks that are processes."""
@@ -141,9 +213,11 @@ class WorkerGroup:
             WorkerLost: a rank died, hung, or failed.
         """
         self.epoch += 1
+        self.restarts += 1
         self._known.clear()
         self._ready = False
         self._starting.clear()
+        self._round_trip = None
         async with AsyncExitStack() as stack:
             self._transports = [
                 await stack.enter_async_context(self._open_transport(self._spec(rank)))
@@ -160,7 +234,7 @@ class WorkerGroup:
 
     async def _start_and_watch(self, task_status: trio.TaskStatus[ModelInfo]) -> None:
         infos: list[ModelInfo] = []
-        self._watchdogs = [_Watchdog() for _ in self._transports]
+        self._watchdogs = [_Watchdog(self._config.step_timeout) for _ in self._transports]
         try:
             async with trio.open_nursery() as starting:
                 for rank in range(len(self._transports)):
@@ -169,6 +243,8 @@ class WorkerGroup:
             async with trio.open_nursery() as watching:
                 for rank in range(len(self._transports)):
                     watching.start_soon(self._watch_rank, rank)
+                    watching.start_soon(self._look_at_rank, rank)
+                watching.start_soon(self._send_canaries)
                 self._ready = True
                 task_status.started(infos[0])
         except BaseExceptionGroup as group:
@@ -204,16 +280,45 @@ class WorkerGroup:
                 self._take(rank, _checked(transport, await transport.receive()))
         raise WorkerLost(transport.name, f"made no progress for {self._config.step_timeout:g} s")
 
+    async def _look_at_rank(self, rank: int) -> None:
+        """A worker that is suspended is as good as hung, and is known to be so much sooner."""
+        transport, watchdog, since = self._transports[rank], self._watchdogs[rank], float("inf")
+        while True:
+            await trio.sleep(LOOK_SECONDS)
+            suspended = not watchdog.is_idle and transport.suspended()
+            since = min(since, trio.current_time()) if suspended else float("inf")
+            if trio.current_time() - since >= SUSPENDED_SECONDS:
+                raise WorkerLost(transport.name, f"was suspended for {SUSPENDED_SECONDS:g} s (SIGSTOP)")
+
+    async def _send_canaries(self) -> None:
+        """Idle workers are asked for an answer through their step loop, as busy ones give by themselves."""
+        while True:
+            await trio.sleep(self._config.health_interval)
+            if all(watchdog.is_idle for watchdog in self._watchdogs):
+                self._last_ping += 1
+                await self._send(Ping(self._last_ping), ("ping", self._last_ping))
+
     def _take(self, rank: int, message: FromWorker) -> None:
         watchdog = self._watchdogs[rank]
-        if isinstance(message, Progress):
-            watchdog.expect(trio.current_time() + message.budget)
-        elif isinstance(message, StepResult) and message.step_id in watchdog.owed:  # a doubled one is not
-            watchdog.owed.remove(message.step_id)
-            patience = self._config.step_timeout if watchdog.owed else float("inf")
-            watchdog.expect(trio.current_time() + patience)
-            if rank == 0 and self._deliver is not None:
-                self._deliver(message)
+        match message:
+            case Progress():
+                watchdog.extend(message.budget)
+            case StepResult():
+                if self._settle(rank, ("step", message.step_id)) and rank == 0 and self._deliver is not None:
+                    self._deliver(message)
+            case Pong():
+                self._settle(rank, ("ping", message.number))
+            case Asleep() | Awake():
+                if self._settle(rank, "sleep" if isinstance(message, Asleep) else "wake"):
+                    self._answers[rank] = message
+                    self._answered.set()
+
+    def _settle(self, rank: int, owed: object) -> bool:
+        """Whether this answer was owed; a doubled one is not."""
+        asked = self._watchdogs[rank].settle(owed)
+        if asked is not None:
+            self._round_trip = trio.current_time(), trio.current_time() - asked
+        return asked is not None
 
     async def _stop_ranks(self) -> None:
         with cleanup_scope() as scope:
@@ -229,7 +334,7 @@ class WorkerGroup:
 
     def _spec(self, rank: int) -> WorkerSpec:
         config = self._config
-        first = self.replica * config.world_size
+        first = self.slot * config.world_size
         devices = config.device_ids or tuple(range(config.world_size * config.replicas))
         rank_spec = RankSpec(
             replica=self.replica,
@@ -237,7 +342,7 @@ class WorkerGroup:
             world_size=config.world_size,
             epoch=self.epoch,
             # A port of its own for each incarnation: a rank must not meet what is left of the last one.
-            rendezvous=f"127.0.0.1:{config.nccl_port + self.replica + config.replicas * (self.epoch - 1)}",
+            rendezvous=f"127.0.0.1:{config.nccl_port + self.slot + config.replicas * (self.epoch - 1)}",
             device_index=None if config.device == "cpu" else devices[first + rank],
         )
         return WorkerSpec(rank_spec, config.runner, config.cpu_threads)

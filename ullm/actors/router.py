@@ -15,7 +15,7 @@ from ullm.actors.base import Mailbox
 from ullm.config import EngineConfig
 from ullm.core.request import RequestRecord
 from ullm.core.sequence import FinishReason, TokenEvent
-from ullm.errors import InvalidParameter, QueueFull, RequestPoisoned
+from ullm.errors import InvalidParameter, QueueFull, RequestPoisoned, TooManyTokens
 from ullm.logs import get_logger
 
 log = get_logger("ullm.router")
@@ -83,6 +83,7 @@ class RouterStatistics:
         finished: finish reason → choices; ``error`` for those that failed.
         resumed: submissions of a request that had been submitted before.
         resumed_tokens: tokens computed again because of that.
+        admitted_tokens: prompts and possible outputs of the live ones.
     """
 
     live: int
@@ -93,6 +94,7 @@ class RouterStatistics:
     finished: dict[str, int]
     resumed: int
     resumed_tokens: int
+    admitted_tokens: int
 
 
 @dataclass(slots=True)
@@ -117,10 +119,14 @@ class Router:
         self._records: dict[int, RequestRecord] = {}
         self._unassigned: dict[int, RequestRecord] = {}
         self._replicas: dict[int, _Replica] = {}
+        self._retired: set[int] = set()
         self._arrivals = 0
+        self._held_after = float("inf")
+        self._max_tokens = config.max_admitted_tokens
+        self._admitted_tokens = 0
+        self._changed = trio.Event()
         self._idle = trio.Event()
         self._idle.set()
-        self._replica_came = trio.Event()
         self._finished: dict[str, int] = {}
         self._prompt_tokens = self._generated_tokens = self._resumed = self._resumed_tokens = 0
 
@@ -131,14 +137,35 @@ class Router:
         self._arrivals += 1
         return self._arrivals
 
-    def check_room(self, choices: int = 1) -> None:
-        """Raise `QueueFull` if so many more would not fit now, `InvalidParameter` if they never do."""
+    def check_room(self, choices: int = 1, tokens: int = 0) -> None:
+        """Raise if so many more choices and tokens would not fit.
+
+        Args:
+            tokens: prompt and possible output, of all choices together.
+
+        Raises:
+            QueueFull, TooManyTokens: not now.
+            InvalidParameter: never.
+        """
         limit = self._capacity + self._max_queue
         if choices > limit:
             raise InvalidParameter(f"n is {choices}, but this server runs and queues {limit} at most", "n")
         waiting = len(self._records) - self._capacity
         if waiting + choices > self._max_queue:
             raise QueueFull(max(0, waiting), self._max_queue)
+        self._check_tokens(tokens)
+
+    def _check_tokens(self, tokens: int) -> None:
+        if self._max_tokens is None:
+            return
+        if tokens > self._max_tokens:
+            raise InvalidParameter(
+                f"this request may need {tokens} tokens, prompt and output, but this server admits "
+                f"{self._max_tokens} at most (--max-admitted-tokens)",
+                "max_tokens",
+            )
+        if self._admitted_tokens + tokens > self._max_tokens:
+            raise TooManyTokens(self._admitted_tokens, tokens, self._max_tokens)
 
     def submit(self, record: RequestRecord) -> None:
         """Admit a request; its reader is notified of all that happens to it."""
@@ -146,7 +173,9 @@ class Router:
             self._idle = trio.Event()
         self._records[record.seq_id] = self._unassigned[record.seq_id] = record
         self._prompt_tokens += len(record.prompt_token_ids)
+        self._admitted_tokens += record.max_total
         self._assign()
+        self.announce_change()
 
     def finish(self, seq_id: int, reason: FinishReason) -> bool:
         """End a request early with what it has; False if it has ended already."""
@@ -179,10 +208,43 @@ class Router:
         while self._records:
             await self._idle.wait()
 
-    async def wait_for_replicas(self, count: int) -> None:
-        """Wait until at least ``count`` replicas are up."""
-        while len(self._replicas) < count:
-            await self._replica_came.wait()
+    async def wait_changed(self) -> None:
+        """Wait until a request or a replica comes or goes."""
+        await self._changed.wait()
+
+    def hold(self) -> None:
+        """Keep requests that arrive from now on waiting; those before run on."""
+        self._held_after = self._arrivals
+
+    def release(self) -> None:
+        """End `hold`."""
+        self._held_after = float("inf")
+        self._assign()
+
+    @property
+    def live(self) -> int:
+        """Choices not yet finished."""
+        return len(self._records)
+
+    @property
+    def held(self) -> int:
+        """Live choices that arrived after `hold`."""
+        return sum(record.order[1] > self._held_after for record in self._records.values())
+
+    def finish_old(self, reason: FinishReason) -> int:
+        """End every request that arrived before `hold`, with what it has; returns how many."""
+        old = [r.seq_id for r in self._records.values() if r.order[1] <= self._held_after]
+        return sum(self.finish(seq_id, reason) for seq_id in old)
+
+    def retire(self, replica: int, *, retired: bool = True) -> None:
+        """Give a replica no more requests; what it runs, it runs to its end."""
+        (self._retired.add if retired else self._retired.discard)(replica)
+        self._assign()
+
+    def load(self, replica: int) -> int:
+        """Choices that a replica has."""
+        found = self._replicas.get(replica)
+        return len(found.assigned) if found is not None else 0
 
     @property
     def replicas_up(self) -> frozenset[int]:
@@ -200,6 +262,7 @@ class Router:
             finished=dict(self._finished),
             resumed=self._resumed,
             resumed_tokens=self._resumed_tokens,
+            admitted_tokens=self._admitted_tokens,
         )
 
     # --- the supervised child --------------------------------------------------------------------------
@@ -217,11 +280,11 @@ class Router:
                     self._take_tokens(message)
                 case ReplicaUp():
                     self._replicas[message.replica] = _Replica(message)
-                    came, self._replica_came = self._replica_came, trio.Event()
-                    came.set()
                     self._assign()
+                    self.announce_change()
                 case ReplicaDown():
                     self._lose_replica(message)
+                    self.announce_change()
 
     def _take_tokens(self, tokens: Tokens) -> None:
         replica = self._replicas.get(tokens.replica)
@@ -268,12 +331,16 @@ class Router:
                 self._give(record, alone)
         for record in list(self._unassigned.values()):
             replica = self._least_loaded()
-            if replica is not None and record.crashes < SUSPECT_AFTER:
+            if replica is not None and record.crashes < SUSPECT_AFTER and record.order[1] <= self._held_after:
                 self._give(record, replica)
 
     def _least_loaded(self) -> _Replica | None:
         """Of the replicas without a suspect."""
-        open_ones = [replica for replica in self._replicas.values() if not self._has_suspect(replica)]
+        open_ones = [
+            replica
+            for number, replica in self._replicas.items()
+            if number not in self._retired and not self._has_suspect(replica)
+        ]
         return min(open_ones, key=lambda replica: len(replica.assigned), default=None)
 
     def _vacant(self) -> _Replica | None:
@@ -320,5 +387,12 @@ class Router:
         self._finished[reason] = self._finished.get(reason, 0) + 1
         del self._records[record.seq_id]
         self._unassigned.pop(record.seq_id, None)
+        self._admitted_tokens -= record.max_total
         if not self._records:
             self._idle.set()
+        self.announce_change()
+
+    def announce_change(self) -> None:
+        """Wake who waits for a change."""
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()

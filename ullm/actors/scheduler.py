@@ -32,7 +32,26 @@ class Abort:
     seq_id: int
 
 
-SchedulerMessage = Submit | Abort | StepResult
+@dataclass(slots=True, eq=False)
+class Rest:
+    """A pause of the scheduler, and how deep its workers sleep meanwhile.
+
+    Args:
+        reached: set when it is as asked for.
+        given_back: bytes, by the workers.
+    """
+
+    level: int
+    reached: trio.Event
+    given_back: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LookAgain:
+    """Something that the loop depends on has changed."""
+
+
+SchedulerMessage = Submit | Abort | StepResult | LookAgain
 
 
 class SchedulerActor:
@@ -54,6 +73,28 @@ class SchedulerActor:
         self._core: Scheduler | None = None
         self._incarnation = 0
         self._in_flight: deque[Step] = deque()
+        self._mailbox: Mailbox[SchedulerMessage] | None = None
+        self._rest: Rest | None = None
+
+    def rest(self, level: int) -> Rest:
+        """Plan no more steps; at level 1 and 2, give all requests back and have the workers sleep.
+
+        Lasts until `rise`, over restarts of this actor and of its workers. May be called again with a
+        deeper level.
+        """
+        self._rest = Rest(level, trio.Event(), self._rest.given_back if self._rest is not None else 0)
+        self._look_again()
+        return self._rest
+
+    def rise(self) -> None:
+        """End the rest. The router hears when the workers are up again."""
+        self._rest = None
+        self._look_again()
+
+    def give_up(self) -> None:
+        """It will not run again: nobody shall wait for its rest."""
+        if self._rest is not None:
+            self._rest.reached.set()
 
     def statistics(self) -> SchedulerStatistics | None:
         """What is in the scheduler; None before it has started."""
@@ -61,11 +102,26 @@ class SchedulerActor:
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """The supervised child: ready when the workers have forgotten what was before."""
-        group, mailbox = self._group, Mailbox[SchedulerMessage](float("inf"), "scheduler")
-        assert group.info is not None, "the group is started before its scheduler"
+        self._core = None
+        last_step = await self._attach()
+        task_status.started()
+        while True:
+            if self._rest is None or self._rest.level == 0:
+                await self._serve(last_step)
+            await self._sleep()
+            last_step = await self._attach()
+
+    async def _attach(self) -> int:
+        self._mailbox = Mailbox[SchedulerMessage](float("inf"), "scheduler")
         self._in_flight.clear()
-        last_step = await group.attach(mailbox.send_nowait)
-        self._core = new_scheduler(self._config, group.info, last_step)
+        return await self._group.attach(self._mailbox.send_nowait)
+
+    async def _serve(self, last_step: int) -> None:
+        """Take requests from the router until a deep rest is asked for, or the workers are lost."""
+        group, mailbox = self._group, self._mailbox
+        assert group.info is not None, "the group is started before its scheduler"
+        assert mailbox is not None, "results are attached before they can come"
+        core = self._core = new_scheduler(self._config, group.info, last_step)
         # Unique over restarts of either: a scheduler may restart while its group lives on.
         self._incarnation += 1
         epoch = self._incarnation
@@ -79,8 +135,8 @@ class SchedulerActor:
         )
         crashed = True
         try:
-            task_status.started()
-            await self._loop(self._core, mailbox, epoch)
+            await self._loop(core, mailbox, epoch)
+            crashed = False
         except trio.Cancelled:
             crashed = not group.alive
             raise
@@ -90,14 +146,41 @@ class SchedulerActor:
             self._router.mailbox.send_nowait(ReplicaDown(group.replica, epoch, in_step, crashed))
 
     async def _loop(self, core: Scheduler, mailbox: Mailbox[SchedulerMessage], epoch: int) -> None:
+        """Ends when a deep rest is asked for and no step is in flight."""
         while True:
-            while len(self._in_flight) <= self._config.steps_ahead and (step := core.schedule()):
+            rest = self._rest
+            while (
+                rest is None
+                and len(self._in_flight) <= self._config.steps_ahead
+                and (step := core.schedule()) is not None
+            ):
                 self._in_flight.append(step)
                 await self._group.send(step)
+            if rest is not None and not self._in_flight:
+                if rest.level > 0:
+                    return
+                rest.reached.set()
             self._handle(core, await mailbox.receive(), epoch)
             # All that has arrived meanwhile goes into the next plan.
             while mailbox.statistics().queued:
                 self._handle(core, mailbox.receive_nowait(), epoch)
+
+    async def _sleep(self) -> None:
+        """Have the workers sleep as deep as is asked for, and wake them when it is over."""
+        depth, self._core = 0, None
+        assert self._mailbox is not None, "it was made when the workers were attached"
+        while (rest := self._rest) is not None:
+            if rest.level > depth:
+                rest.given_back += await self._group.sleep(rest.level)
+                depth = rest.level
+            rest.reached.set()
+            await self._mailbox.receive()
+        if depth > 0:
+            await self._group.wake()
+
+    def _look_again(self) -> None:
+        if self._mailbox is not None:
+            self._mailbox.send_nowait(LookAgain())
 
     def _handle(self, core: Scheduler, message: SchedulerMessage, epoch: int) -> None:
         match message:
@@ -109,6 +192,8 @@ class SchedulerActor:
                 core.add(to_sequence(record))
             case Abort(seq_id):
                 core.abort(seq_id)
+            case LookAgain():
+                pass
 
 
 def new_scheduler(config: EngineConfig, info: ModelInfo, last_step: int = 0) -> Scheduler:

@@ -56,6 +56,9 @@ class Transport(Protocol):
     def alive(self) -> bool:
         """Whether the worker has not ended."""
 
+    def suspended(self) -> bool:
+        """Whether the operating system has suspended it, by SIGSTOP; False where that cannot be known."""
+
     def kill(self) -> None:
         """End the worker now. A thread cannot be killed: it is told to stop, and counts as lost."""
 

@@ -97,6 +97,14 @@ class ProcessTransport:
         """Whether the process runs."""
         return self._process.poll() is None
 
+    def suspended(self) -> bool:
+        """Whether the process is stopped by a signal, as Linux tells; a debugger's stop is another state."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                return file.read().rpartition(b") ")[2].startswith(b"T")
+        except OSError:  # it is gone, or this is not Linux
+            return False
+
     async def send(self, message: ToWorker) -> None:
         """Queue one frame. A cancelled sender never leaves half a frame on the pipe."""
         frame = encode(message)

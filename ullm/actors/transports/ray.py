@@ -107,6 +107,10 @@ class RayTransport:
         """Whether the actor has not ended, as far as Ray has said."""
         return not self._killed and not self._ended.is_set()
 
+    def suspended(self) -> bool:
+        """That cannot be known of another machine."""
+        return False
+
     async def send(self, message: ToWorker) -> None:
         """Hand one message to Ray."""
         await trio.lowlevel.checkpoint()

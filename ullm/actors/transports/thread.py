@@ -72,6 +72,10 @@ class ThreadTransport:
         """Whether the thread runs and does not count as lost."""
         return not self._killed and not self._ended.is_set()
 
+    def suspended(self) -> bool:
+        """Never: a thread cannot be suspended alone."""
+        return False
+
     async def send(self, message: ToWorker) -> None:
         """Hand one message over."""
         await trio.lowlevel.checkpoint()
