@@ -1,0 +1,277 @@
+"""Fault plans: their language, and the counting."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from trio.testing import MockClock
+
+from ullm.errors import ConfigError, FaultInjected
+from ullm.faults import ACTOR_ACTIONS, FRAME_ACTIONS, POINTS, WORKER_ACTIONS, Fault, FaultInjector, FaultPlan
+from ullm.faults.injector import HISTORY, Site
+
+STEP = Site("worker.step", replica=0, rank=0, epoch=1)
+
+
+def fires(injector: FaultInjector, hits: int, site: Site = STEP) -> list[int]:
+    """The hits, counted from 1, at which something happens."""
+    return [hit for hit in range(1, hits + 1) if injector.fire(site)]
+
+
+# --- the language --------------------------------------------------------------------------------
+
+
+def test_a_plan_in_words() -> None:
+    plan = FaultPlan.parse(
+        " worker.step:crash@nth=3 , times=2;\n"
+        "frame.from_worker:drop@probability=0.01,seed=7,message=StepResult; seed=5;; scheduler.step:raise "
+    )
+    assert plan == FaultPlan(
+        (
+            Fault("worker.step", "crash", nth=3, times=2),
+            Fault("frame.from_worker", "drop", probability=0.01, seed=7, message="StepResult"),
+            Fault("scheduler.step", "raise"),
+        ),
+        seed=5,
+    )
+
+
+def test_a_plan_in_json_is_the_same() -> None:
+    fault = {"point": "worker.step", "action": "slow", "seconds": 2.5, "times": "always"}
+    expected = (Fault("worker.step", "slow", seconds=2.5, times="always"),)
+    assert FaultPlan.parse(msgspec.json.encode([fault]).decode()) == FaultPlan(expected)
+    whole = {"faults": [fault], "seed": 9}
+    assert FaultPlan.parse(msgspec.json.encode(whole).decode()) == FaultPlan(expected, 9)
+
+
+def test_no_text_is_no_plan() -> None:
+    assert FaultPlan.parse(" ") == FaultPlan()
+    assert not FaultInjector.from_text("").armed
+
+
+@st.composite
+def faults(draw: st.DrawFn) -> Fault:
+    point = draw(st.sampled_from(list(POINTS)))
+    action = draw(st.sampled_from(POINTS[point]))
+    values: dict[str, Any] = {
+        "nth": draw(st.integers(1, 10**6)),
+        "times": draw(st.none() | st.just("always") | st.integers(1, 10**6)),
+        "probability": draw(st.floats(0, 1, exclude_min=True)),
+        "seed": draw(st.none() | st.integers(0, 10**6)),
+    }
+    if action in ("slow", "delay", "hang", "block"):
+        values["seconds"] = draw(st.none() | st.floats(1e-3, 1e6))
+    if POINTS[point] is not ACTOR_ACTIONS:
+        values |= {name: draw(st.none() | st.integers(0, 99)) for name in ("replica", "rank", "epoch")}
+    if POINTS[point] is FRAME_ACTIONS:
+        values["message"] = draw(st.none() | st.sampled_from(["Step", "StepResult", "Ready"]))
+    return Fault(point, action, **values)
+
+
+@given(st.lists(faults()), st.integers(0, 10**6))
+def test_what_is_written_can_be_read(found: list[Fault], seed: int) -> None:
+    plan = FaultPlan(tuple(found), seed)
+    assert FaultPlan.parse(str(plan)) == plan
+    assert FaultPlan.parse(msgspec.json.encode(plan).decode()) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ("crash", "'crash': not of the form point:action@option=value"),
+        ("worker.stepp:crash", "no point 'worker.stepp'; there are worker.start"),
+        ("worker.step:drop", "no action 'drop' at worker.step; there are crash"),
+        ("seed=1; worker.step:crash; worker.step:crash@nth=first", "nth=first.*`int`.*`nth`"),
+        ("worker.step:crash@nth=0", "nth and times must be at least 1"),
+        ("worker.step:crash@times=0", "nth and times must be at least 1"),
+        ("worker.step:crash@times=often", "times=often.*'often', in `times`"),
+        ("worker.step:crash@probability=0", "above 0 and at most 1, got 0"),
+        ("worker.step:crash@probability=nan", "above 0 and at most 1, got nan"),
+        ("worker.step:slow@seconds=-1", "above 0 and finite, got -1"),
+        ("worker.step:crash@seconds=1", "crash takes no seconds"),
+        ("worker.step:crash@nth=1,nth=2", "'nth=2' is no option, or is there twice"),
+        ("worker.step:crash@action=hang", "'action=hang' is no option"),
+        ("worker.step:crash@wehn=3", "'wehn=3' is no option"),
+        ("frame.to_worker:drop@message=Stepp", "no message 'Stepp'; there are Asleep"),
+        ("worker.step:crash@message=Step", "only frames can be filtered by message"),
+        ("router.tokens:raise@rank=1", "cannot be filtered by rank"),
+        ("seed=x", "'seed=x': Expected `int`"),
+        ('[{"point": "worker.step"}]', "missing required field `action`"),
+        ('[{"point": "worker.step", "action": "crash", "nth": "3"}]', "Expected `int`, got `str`, in `nth`"),
+        ('{"fault": []}', "unknown field `fault`"),
+        ('{"faults": 3}', "Expected `array`"),
+        ('[{"point"', "not JSON"),
+    ],
+)
+def test_a_bad_plan_is_one_line_that_names_the_part(text: str, detail: str) -> None:
+    with pytest.raises(ConfigError, match=detail) as caught:
+        FaultInjector.from_text(text)
+    assert str(caught.value).startswith("--faults: ")
+    assert "\n" not in str(caught.value)
+
+
+# --- counting ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", [1]),
+        ("@nth=3", [3]),
+        ("@nth=3,times=2", [3, 4]),
+        ("@nth=8,times=always", [8, 9, 10]),
+    ],
+)
+def test_it_happens_at_these_hits(options: str, expected: list[int]) -> None:
+    assert fires(FaultInjector.from_text(f"worker.step:crash{options}"), 10) == expected
+
+
+def test_only_what_is_meant_is_counted() -> None:
+    injector = FaultInjector.from_text("worker.step:crash@nth=2,replica=1,rank=0,epoch=2")
+    other = [Site("worker.step", 0, 0, 2), Site("worker.step", 1, 1, 2), Site("worker.step", 1, 0, 1)]
+    other.append(Site("worker.start", 1, 0, 2))
+    for site in other:
+        assert fires(injector, 5, site) == []
+    assert fires(injector, 3, Site("worker.step", 1, 0, 2)) == [2]
+
+
+def test_frames_are_counted_by_message() -> None:
+    injector = FaultInjector.from_text("frame.from_worker:drop@nth=2,message=StepResult")
+    assert fires(injector, 3, Site("frame.from_worker", 0, 0, 1, "Progress")) == []
+    assert fires(injector, 3, Site("frame.from_worker", 0, 0, 1, "StepResult")) == [2]
+
+
+def test_chance_is_seeded_and_independent_of_other_points() -> None:
+    plan = "worker.step:crash@probability=0.2; worker.ping:crash@probability=0.2; seed=3"
+    alone = fires(FaultInjector.from_text(plan), 1000)
+    assert 150 < len(alone) < 250
+    mixed = FaultInjector.from_text(plan)
+    found = []
+    for hit in range(1, 1001):
+        mixed.fire(Site("worker.ping"))
+        if mixed.fire(STEP):
+            found.append(hit)
+    assert found == alone
+    assert fires(FaultInjector.from_text(plan.replace("seed=3", "seed=4")), 1000) != alone
+    assert fires(FaultInjector.from_text("worker.step:crash@probability=0.2,seed=3"), 1000) == alone
+
+
+def test_chance_with_a_limit() -> None:
+    assert len(fires(FaultInjector.from_text("worker.step:crash@probability=0.5,times=3"), 100)) == 3
+
+
+def test_two_faults_at_one_hit_both_happen() -> None:
+    injector = FaultInjector.from_text("worker.step:slow@nth=2; worker.step:crash@nth=2")
+    assert injector.fire(STEP) == []
+    assert [fault.action for fault in injector.fire(STEP)] == ["slow", "crash"]
+
+
+def test_arming_counts_from_now_and_clearing_ends_it() -> None:
+    injector = FaultInjector()
+    assert fires(injector, 5) == []
+    (armed,) = injector.arm("worker.step:crash@nth=2")
+    assert (armed.number, armed.fault, armed.remaining) == (1, "worker.step:crash@nth=2", 1)
+    assert fires(injector, 5) == [2]
+    assert not injector.armed
+    injector.arm("worker.step:hang@times=always")
+    assert [armed.fault for armed in injector.clear()] == [
+        "worker.step:crash@nth=2",
+        "worker.step:hang@times=always",
+    ]
+    assert fires(injector, 5) == []
+    assert injector.describe().armed == []
+    assert len(injector.history) == 1
+
+
+def test_a_bad_plan_arms_nothing_of_it() -> None:
+    injector = FaultInjector(transport="thread")
+    with pytest.raises(
+        ConfigError, match=r"'worker.step:stop': a thread cannot be stopped by SIGSTOP; use hang"
+    ):
+        injector.arm("worker.step:crash; worker.step:stop")
+    assert injector.describe().armed == []
+    assert not injector.armed
+
+
+def test_windows_has_no_sigstop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ullm.faults.plan.sys.platform", "win32")
+    with pytest.raises(ConfigError, match="Windows has no SIGSTOP; use hang"):
+        FaultInjector.from_text("worker.step:stop", transport="process")
+
+
+def test_what_happened_is_remembered_and_can_be_sent() -> None:
+    injector = FaultInjector(FaultPlan.parse("frame.to_worker:drop@times=2"), clock=lambda: 12.5)
+    injector.fire(Site("frame.to_worker", 1, 0, 3, "Step"))
+    report = msgspec.json.decode(msgspec.json.encode(injector.describe()))
+    assert report == {
+        "armed": [
+            {"number": 1, "fault": "frame.to_worker:drop@times=2", "hits": 1, "fired": 1, "remaining": 1}
+        ],
+        "fired": [
+            {
+                "number": 1,
+                "at": 12.5,
+                "point": "frame.to_worker",
+                "action": "drop",
+                "hit": 1,
+                "replica": 1,
+                "rank": 0,
+                "epoch": 3,
+                "message": "Step",
+            }
+        ],
+    }
+
+
+def test_memory_of_the_past_is_bounded() -> None:
+    injector = FaultInjector.from_text("worker.step:crash@times=always")
+    fires(injector, HISTORY + 5)
+    assert len(injector.history) == HISTORY
+    assert injector.history[-1].hit == HISTORY + 5
+
+
+# --- actors --------------------------------------------------------------------------------------
+
+
+async def test_an_actor_is_made_to_raise() -> None:
+    injector = FaultInjector.from_text("scheduler.step:raise@nth=2; router.tokens:raise")
+    await injector.at("scheduler.step")
+    with pytest.raises(FaultInjected, match=r"injected fault: raise at scheduler\.step"):
+        await injector.at("scheduler.step")
+    with pytest.raises(FaultInjected, match=r"router\.tokens"):
+        injector.hit("router.tokens")
+
+
+async def test_an_actor_is_slow_or_hangs(autojump_clock: MockClock) -> None:
+    injector = FaultInjector.from_text(
+        "scheduler.step:slow@seconds=7; router.tokens:hang; engine.reload:slow"
+    )
+    await injector.at("scheduler.step")
+    assert trio.current_time() == 7
+    await injector.at("engine.reload")
+    assert trio.current_time() == 8
+    with trio.move_on_after(1e6) as scope:
+        await injector.at("router.tokens")
+    assert scope.cancelled_caught
+
+
+async def test_a_thread_is_blocked(autojump_clock: MockClock) -> None:
+    injector = FaultInjector.from_text(
+        "scheduler.step:block@seconds=0.05; router.tokens:slow@seconds=0.05; engine.reload:block@seconds=0.05"
+    )
+    began = time.perf_counter()
+    await injector.at("scheduler.step")
+    injector.hit("router.tokens")
+    injector.hit("engine.reload")
+    assert time.perf_counter() - began >= 0.15
+    assert trio.current_time() == 0
+
+
+def test_each_point_has_actions() -> None:
+    assert {actions for actions in POINTS.values()} == {WORKER_ACTIONS, FRAME_ACTIONS, ACTOR_ACTIONS}

@@ -1,0 +1,197 @@
+"""Plans of what shall go wrong, where and when: values, and the language that they are written in."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from ullm.errors import ConfigError
+from ullm.messages import FromWorker, ToWorker
+
+WORKER_ACTIONS = ("crash", "exit", "raise", "oom", "hang", "slow", "stop")
+"""What a worker does to itself just before it carries out a message."""
+
+FRAME_ACTIONS = ("drop", "duplicate", "delay", "corrupt")
+"""What happens to a message on its way."""
+
+ACTOR_ACTIONS = ("raise", "slow", "hang", "block")
+"""What happens to an actor; ``block`` holds up its whole thread, and so everything else in it."""
+
+POINTS: dict[str, tuple[str, ...]] = {
+    "worker.start": WORKER_ACTIONS,
+    "worker.prepare": WORKER_ACTIONS,
+    "worker.step": WORKER_ACTIONS,
+    "worker.ping": WORKER_ACTIONS,
+    "worker.sleep": WORKER_ACTIONS,
+    "worker.wake": WORKER_ACTIONS,
+    "worker.stop": WORKER_ACTIONS,
+    "frame.to_worker": FRAME_ACTIONS,
+    "frame.from_worker": FRAME_ACTIONS,
+    "scheduler.step": ACTOR_ACTIONS,
+    "router.tokens": ACTOR_ACTIONS,
+    "tokenizer.encode": ACTOR_ACTIONS,
+    "engine.reload": ACTOR_ACTIONS,
+}
+"""Point → what can happen there."""
+
+DEFAULT_SECONDS = {"slow": 1.0, "delay": 1.0}
+"""Actions that last so long unless they say otherwise; the others last for ever."""
+
+ALWAYS = "always"
+"""For ``times``: without end."""
+_LASTING = ("slow", "delay", "hang", "block")
+_PART = re.compile(r"(?P<point>[^:@]+):(?P<action>[^@]+)(?:@(?P<options>.*))?", re.DOTALL)
+_MESSAGES = frozenset(kind.__name__ for kind in (*get_args(ToWorker), *get_args(FromWorker)))
+
+
+class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One thing that goes wrong.
+
+    Args:
+        point: one of `POINTS`.
+        action: one of the actions that are possible there.
+        nth: the first hit of the point that it may happen at, counted from when the plan is armed.
+        times: how often it happens at most; default: once, or ``always`` where ``probability`` is below 1.
+        probability: of happening at a hit.
+        seconds: how long, for ``slow`` and ``delay`` (default 1), ``hang`` and ``block`` (default: for ever).
+        seed: of its draws; default: the plan's.
+        replica, rank, epoch: count only hits of this replica, this rank, this incarnation of the workers.
+        message: count only frames of this type, such as ``StepResult``.
+
+    Raises:
+        ConfigError: it cannot happen; says why.
+    """
+
+    point: str
+    action: str
+    nth: int = 1
+    times: int | Literal["always"] | None = None
+    probability: float = 1.0
+    seconds: float | None = None
+    seed: int | None = None
+    replica: int | None = None
+    rank: int | None = None
+    epoch: int | None = None
+    message: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.point not in POINTS:
+            raise ConfigError(f"no point {self.point!r}; there are {', '.join(POINTS)}")
+        if self.action not in POINTS[self.point]:
+            possible = ", ".join(POINTS[self.point])
+            raise ConfigError(f"no action {self.action!r} at {self.point}; there are {possible}")
+        if self.nth < 1 or (isinstance(self.times, int) and self.times < 1):
+            raise ConfigError("nth and times must be at least 1")
+        if not 0 < self.probability <= 1:
+            raise ConfigError(f"probability must be above 0 and at most 1, got {self.probability:g}")
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
+            raise ConfigError(f"seconds must be above 0 and finite, got {self.seconds:g}")
+        if self.seconds is not None and self.action not in _LASTING:
+            raise ConfigError(f"{self.action} takes no seconds; only {', '.join(_LASTING)} do")
+        self._check_filters()
+
+    def _check_filters(self) -> None:
+        given = [name for name in ("replica", "rank", "epoch") if getattr(self, name) is not None]
+        if given and POINTS[self.point] is ACTOR_ACTIONS:
+            raise ConfigError(f"{self.point} is of no one worker, so it cannot be filtered by {given[0]}")
+        if self.message is not None and POINTS[self.point] is not FRAME_ACTIONS:
+            raise ConfigError(f"only frames can be filtered by message, not {self.point}")
+        if self.message is not None and self.message not in _MESSAGES:
+            raise ConfigError(f"no message {self.message!r}; there are {', '.join(sorted(_MESSAGES))}")
+
+    def __str__(self) -> str:
+        values = msgspec.to_builtins(self)
+        options = ",".join(f"{key}={values[key]}" for key in values if key not in ("point", "action"))
+        return f"{self.point}:{self.action}" + (f"@{options}" if options else "")
+
+    @property
+    def limit(self) -> float:
+        """How often it happens at most."""
+        if self.times is None:
+            return 1 if self.probability == 1 else float("inf")
+        return float("inf") if self.times == ALWAYS else float(self.times)
+
+    @property
+    def duration(self) -> float:
+        """Seconds that it lasts; 0: for ever, or it does not last at all."""
+        return self.seconds or DEFAULT_SECONDS.get(self.action, 0.0)
+
+    def check_transport(self, transport: str) -> None:
+        """Raise `ConfigError` if no worker of this kind can do that to itself."""
+        if self.action == "stop" and transport == "thread":
+            raise ConfigError("a thread cannot be stopped by SIGSTOP; use hang, or --transport process")
+        if self.action == "stop" and transport == "process" and sys.platform == "win32":
+            raise ConfigError("Windows has no SIGSTOP; use hang")
+
+
+class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Faults, and the seed of their draws; its `str` can be parsed again."""
+
+    faults: tuple[Fault, ...] = ()
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return "; ".join([*map(str, self.faults), *([f"seed={self.seed}"] if self.seed else [])])
+
+    @staticmethod
+    def parse(text: str) -> FaultPlan:
+        """Read a plan: parts ``point:action@option=value,…`` between semicolons, or JSON.
+
+        JSON is a list of faults, or an object ``{"faults": […], "seed": 7}``.
+
+        Raises:
+            ConfigError: one line that names the part and what is wrong with it.
+        """
+        if text.lstrip().startswith(("[", "{")):
+            return _parse_json(text)
+        faults: list[Fault] = []
+        seed = 0
+        for part in filter(None, map(str.strip, re.split(r"[;\n]", text))):
+            if part.startswith("seed="):
+                seed = _convert(part, {"seed": part[5:].strip()}, _Seed, strict=False).seed
+            else:
+                faults.append(_parse_part(part))
+        return FaultPlan(tuple(faults), seed)
+
+
+class _Seed(msgspec.Struct):
+    seed: int
+
+
+def _parse_json(text: str) -> FaultPlan:
+    try:
+        content = msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"--faults: not JSON: {error}") from None
+    values = content if isinstance(content, dict) else {"faults": content}
+    faults = values.get("faults", [])
+    if isinstance(faults, list):
+        for fault in faults:  # each by itself, to name the one that is wrong
+            _convert(msgspec.json.encode(fault).decode(), fault, Fault)
+    plan: FaultPlan = _convert("the plan", values, FaultPlan)
+    return plan
+
+
+def _parse_part(part: str) -> Fault:
+    found = _PART.fullmatch(part)
+    if found is None:
+        raise ConfigError(f"--faults: {part!r}: not of the form point:action@option=value,…")
+    values: dict[str, Any] = {name: found[name].strip() for name in ("point", "action")}
+    for option in filter(None, map(str.strip, (found["options"] or "").split(","))):
+        name, equals, value = (side.strip() for side in option.partition("="))
+        if not equals or name in values or name not in Fault.__struct_fields__:
+            raise ConfigError(f"--faults: {part!r}: {option!r} is no option, or is there twice")
+        values[name] = value
+    fault: Fault = _convert(part, values, Fault, strict=False)
+    return fault
+
+
+def _convert(part: str, values: object, kind: type[Any], *, strict: bool = True) -> Any:
+    try:
+        return msgspec.convert(values, kind, strict=strict)
+    except msgspec.ValidationError as error:
+        detail = str(error).replace(" - at `$`", "").replace(" - at `$.", ", in `")
+        raise ConfigError(f"--faults: {part!r}: {detail}") from None
