@@ -29,6 +29,21 @@ SIGN_OF_LIFE = 1.0
 """Seconds between signs of life while weights load."""
 
 
+@dataclass(frozen=True)
+class Site:
+    """What a rank loads, and where: what stays through every sleep.
+
+    Args:
+        threads: that PyTorch computes with on a CPU, or the kernels in its place.
+    """
+
+    checkpoint: Checkpoint
+    config: EngineConfig
+    device: torch.device
+    parallel: ParallelContext
+    threads: int
+
+
 @dataclass
 class Rank:
     """Everything that one rank holds.
@@ -37,8 +52,7 @@ class Rank:
         graphs: captured decode steps; None on CPUs and with ``enforce_eager``.
     """
 
-    device: torch.device
-    parallel: ParallelContext
+    site: Site
     model: CausalModel
     backend: AttentionBackend
     graphs: DecodeGraphs | None
@@ -52,6 +66,17 @@ def open_rank(start: Start, progress: Callable[[Progress], None]) -> Rank:
         ModelError: one line that names file and tensor, or device and bytes.
         ConfigError: options that do not fit this machine or this model.
     """
+    site = open_site(start)
+    try:
+        with naming_out_of_memory(site.device):
+            return furnish(site, read_model(site, progress), None, progress)
+    except BaseException:
+        site.parallel.close()
+        raise
+
+
+def open_site(start: Start) -> Site:
+    """Read what the model is, take the device, and meet the other ranks."""
     config = start.config
     device = choose_device(config, start.rank.device_index)
     checkpoint = read_checkpoint(Path(start.model_path), config, device)
@@ -59,63 +84,62 @@ def open_rank(start: Start, progress: Callable[[Progress], None]) -> Rank:
         torch.set_num_threads(config.cpu_threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    parallel = open_parallel(start.rank, device)
-    try:
-        return _open(checkpoint, config, device, parallel, progress)
-    except BaseException as error:
-        parallel.close()
-        if is_out_of_memory(error):
-            raise OutOfMemory(f"{device}: {str(error).splitlines()[0]}") from error
-        raise
+    return Site(checkpoint, config, device, open_parallel(start.rank, device), torch.get_num_threads())
 
 
-def _open(
-    checkpoint: Checkpoint,
-    config: EngineConfig,
-    device: torch.device,
-    parallel: ParallelContext,
-    progress: Callable[[Progress], None],
-) -> Rank:
+def read_model(site: Site, progress: Callable[[Progress], None]) -> CausalModel:
+    """The model with its weights, from disk."""
+    checkpoint, config = site.checkpoint, site.config
     if checkpoint.architecture not in NATIVE:  # transformers gives no signs of life while it loads
         progress(Progress("load", config.start_timeout))
     with one_thread():
-        model = load_model(checkpoint, config, device, parallel, throttled("load", progress))
+        model = load_model(checkpoint, config, site.device, site.parallel, throttled("load", progress))
     if isinstance(model, Decoder) and isinstance(model.ops, KernelOps):
         # What little is left to PyTorch is not worth waiting for OpenMP's threads; see cpu/pool.h.
-        model.ops.kernels.use_threads(torch.get_num_threads())
+        model.ops.kernels.use_threads(site.threads)
         torch.set_num_threads(1)
+    return model
+
+
+def furnish(
+    site: Site, model: CausalModel, num_blocks: int | None, progress: Callable[[Progress], None]
+) -> Rank:
+    """What goes with a model: a KV pool, and captured steps.
+
+    Args:
+        num_blocks: of the pool; None: as many as options and memory say.
+    """
     progress(Progress("profile"))
-    backend = open_pool(model, config, device, parallel)
+    backend = open_pool(site, model, num_blocks)
     progress(Progress("warmup"))
     vocab_size = trial_run(model, backend, tokens=1).shape[-1]
-    info = describe(checkpoint, model, backend, vocab_size, device)
+    info = describe(site, model, backend, vocab_size)
     graphs = None
-    if isinstance(backend, VarlenAttention) and not config.enforce_eager:
-        graphs = DecodeGraphs(model, backend, config.max_bs, info.context_len)
+    if isinstance(backend, VarlenAttention) and not site.config.enforce_eager:
+        graphs = DecodeGraphs(model, backend, site.config.max_bs, info.context_len)
         with torch.inference_mode():
             graphs.capture(throttled("capture", progress))
-    return Rank(device, parallel, model, backend, graphs, info)
+    return Rank(site, model, backend, graphs, info)
 
 
-def open_pool(
-    model: CausalModel, config: EngineConfig, device: torch.device, parallel: ParallelContext
-) -> AttentionBackend:
+def open_pool(site: Site, model: CausalModel, num_blocks: int | None) -> AttentionBackend:
     """The KV pool, of the same number of blocks on all ranks, and the attention that goes with it.
 
     Raises:
         OutOfMemory: not even one block fits, or fewer than were asked for.
     """
+    config, device = site.config, site.device
     varlen = device.type == "cuda" and model.dtype != torch.float32
     block_size = true_block_size(config.block_size, varlen=varlen)
     make = VarlenAttention if varlen else choose_gather(model)
     block_bytes = block_size * kv_bytes_per_token(model.kv_shape, model.dtype)
-    if device.type == "cpu":
+    if num_blocks is None and device.type == "cpu":
         num_blocks = count_blocks(config, block_bytes, cpu_budget())
         check_fits(num_blocks, block_bytes)
-    else:
+    elif num_blocks is None:
         trial = make(model.kv_shape, 1, block_size, model.dtype, device)
         num_blocks = count_blocks(config, block_bytes, cuda_budget(model, config, trial))
-    num_blocks = parallel.agree_least(num_blocks, device)
+    num_blocks = site.parallel.agree_least(num_blocks, device)
     return make(model.kv_shape, num_blocks, block_size, model.dtype, device)
 
 
@@ -126,14 +150,9 @@ def choose_gather(model: CausalModel) -> type[GatherAttention | KernelAttention]
     return GatherAttention
 
 
-def describe(
-    checkpoint: Checkpoint,
-    model: CausalModel,
-    backend: AttentionBackend,
-    vocab_size: int,
-    device: torch.device,
-) -> ModelInfo:
+def describe(site: Site, model: CausalModel, backend: AttentionBackend, vocab_size: int) -> ModelInfo:
     """What the engine is told; a pool that is smaller than the model's context limits it."""
+    checkpoint = site.checkpoint
     return ModelInfo(
         architecture=checkpoint.architecture,
         num_parameters=model.num_parameters(),
@@ -143,7 +162,7 @@ def describe(
         num_blocks=backend.num_blocks,
         block_size=backend.block_size,
         dtype=str(model.dtype).removeprefix("torch."),
-        device=str(device),
+        device=str(site.device),
         kv_bytes_per_token=kv_bytes_per_token(model.kv_shape, model.dtype),
         weight_bytes=model.weight_bytes(),
     )
@@ -159,6 +178,21 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def naming_out_of_memory(device: torch.device) -> Iterator[None]:
+    """Failed allocations, by whichever allocator, as one line.
+
+    Raises:
+        OutOfMemory: names the device.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"{device}: {str(error).splitlines()[0]}") from error
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -85,8 +85,8 @@ class ModelRunner:
         rank = open_rank(start, progress)
         self._rank = rank
         self._table = SequenceTable(rank.info.block_size)
-        self._sampler = Sampler(rank.info.vocab_size, rank.device, rank.info.eos_token_ids)
-        self._last_tokens = torch.zeros(start.config.max_bs, dtype=torch.int64, device=rank.device)
+        self._sampler = Sampler(rank.info.vocab_size, rank.site.device, rank.info.eos_token_ids)
+        self._last_tokens = torch.zeros(start.config.max_bs, dtype=torch.int64, device=rank.site.device)
         return rank.info
 
     @torch.inference_mode()
@@ -185,8 +185,8 @@ class ModelRunner:
         """What holds memory or peers, in the order of release."""
 
         def stop_steps() -> None:
-            if rank.device.type == "cuda":
-                torch.cuda.synchronize(rank.device)
+            if rank.site.device.type == "cuda":
+                torch.cuda.synchronize(rank.site.device)
             self._table = SequenceTable(1)
             self._last_tokens = torch.zeros(0, dtype=torch.int64)
 
@@ -202,7 +202,7 @@ class ModelRunner:
                 gc.collect()
 
         def empty_device_cache() -> None:
-            if rank.device.type == "cuda":
+            if rank.site.device.type == "cuda":
                 torch.cuda.empty_cache()
 
         return [
@@ -210,7 +210,7 @@ class ModelRunner:
             ("graphs", drop_graphs),
             ("kv_cache", rank.backend.release),
             ("weights", drop_weights),
-            ("process_group", rank.parallel.close),
+            ("process_group", rank.site.parallel.close),
             ("device_cache", empty_device_cache),
         ]
 
