@@ -485,11 +485,17 @@ async def test_a_stop_while_loading_is_quick(clock: MockClock, opened: Open) -> 
 async def test_states_only_go_forward_and_children_stop_in_reverse(clock: MockClock, opened: Open) -> None:
     async with opened() as (engine, workers):
         names = [child.child_id for child in engine.children()]
-        assert names == ["tokenizer", "replica0", "router"]
+        assert names == ["tokenizer", "replica0", "router", "lifecycle"]
         replica = engine.children()[1]
         assert [child.child_id for child in replica.children] == ["workers", "scheduler"]
     assert engine.report is not None
-    assert [stage.name for stage in engine.report.stages] == ["drain", "router", "replica0", "tokenizer"]
+    assert [stage.name for stage in engine.report.stages] == [
+        "drain",
+        "lifecycle",
+        "router",
+        "replica0",
+        "tokenizer",
+    ]
     assert [state for state, _ in engine._state.history] == [
         EngineState.STARTING,
         EngineState.RUNNING,

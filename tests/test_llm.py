@@ -243,7 +243,7 @@ def test_a_script_that_forgets_to_shut_down_ends_and_leaves_nothing(model: Path)
 from ullm import LLM, SamplingParams
 llm = LLM({str(model)!r}, load_format="dummy", runner="ullm.testing:ScriptedRunner")
 print(llm.generate_sync([[300]], SamplingParams(temperature=0, max_tokens=3))[0][0].token_ids)
-print(llm._host._engine.health().replicas[0].worker_pids[0])
+print(llm._thread.call(llm._host.health).replicas[0].worker_pids[0])
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True

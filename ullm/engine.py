@@ -31,7 +31,6 @@ from ullm.errors import (
     EngineDraining,
     EngineNotReady,
     EngineSleeping,
-    RequestError,
     StartCancelled,
     first_cause,
 )
@@ -108,7 +107,6 @@ class Engine:
         self._asked: _Clock | None = None
         self._started = False
         self._deadline = float("inf")
-        self._reload_requested = trio.Event()
         self._starting = trio.CancelScope()
         self._draining = trio.CancelScope()
         self._failure: str | None = None
@@ -259,18 +257,9 @@ class Engine:
             return await self._lifecycle.reload(model, revision)
 
     def request_reload(self) -> None:
-        """Begin a reload, and log how it goes; returns at once."""
-        self._reload_requested.set()
-
-    async def _reload_on_request(self, *, task_status: trio.TaskStatus[None]) -> None:
-        task_status.started()
-        while True:
-            await self._reload_requested.wait()
-            self._reload_requested = trio.Event()
-            try:
-                await self.reload()
-            except RequestError as error:
-                log.warning("not reloaded", cause=str(error))
+        """Begin a reload, if the engine runs; returns at once, and the log says how it goes."""
+        if self.state is EngineState.RUNNING:
+            self._lifecycle.request_reload()
 
     async def _change(self, change: Callable[..., Awaitable[None]], *arguments: Any) -> SleepHealth:
         self._check_running()
@@ -416,7 +405,6 @@ class Engine:
             *self._fleet.specs(str(self._lifecycle.local.path)),
             ChildSpec("router", self._router.run, shutdown=1.0),
             ChildSpec("lifecycle", self._lifecycle.run, shutdown=1.0),
-            ChildSpec("reloader", self._reload_on_request, shutdown=1.0),
         ]
 
     def _take_model(self, config: EngineConfig, local: LocalModel) -> None:

@@ -147,6 +147,10 @@ class Lifecycle:
         """
         return await ask(self.mailbox, lambda reply: TakeNewWorkers(model, revision, reply), float("inf"))
 
+    def request_reload(self) -> None:
+        """`reload`, with nobody waiting for it."""
+        self.mailbox.send_nowait(TakeNewWorkers(None, None, Reply()))
+
     # --- the supervised child -------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:

@@ -16,10 +16,11 @@ import msgspec
 import trio
 
 from ullm.bridge import Stream, TrioThread
-from ullm.config import DEFAULT_MODEL, EngineConfig
+from ullm.config import DEFAULT_MODEL, EngineConfig, SleepMode
 from ullm.engine import Engine, open_engine
 from ullm.errors import EngineDead, first_cause
 from ullm.generation import Output
+from ullm.health import Health, ReloadReport, SleepHealth
 from ullm.sampling import SamplingParams
 from ullm.supervision import ShutdownReport
 
@@ -158,6 +159,24 @@ class LLM:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Token ids to text."""
         return await self._thread.call_async(self._host.decode, list(token_ids))
+
+    # --- sleeping and reloading ----------------------------------------------------------------------
+
+    async def sleep(self, level: int = 1, mode: SleepMode = "wait") -> SleepHealth:
+        """Give memory back until `wake`, or until the next request; see `Engine.sleep`."""
+        return await self._thread.call_async(self._host.sleep, level, mode)
+
+    async def wake(self) -> SleepHealth:
+        """Be awake; returns when requests run again."""
+        return await self._thread.call_async(self._host.wake)
+
+    async def reload(self, model: str | None = None, revision: str | None = None) -> ReloadReport:
+        """New workers take over, while requests go on; see `Engine.reload`."""
+        return await self._thread.call_async(self._host.reload, model, revision)
+
+    async def health(self) -> Health:
+        """What an HTTP server's ``/health`` would say."""
+        return await self._thread.call_async(self._host.health)
 
     # --- stopping --------------------------------------------------------------------------------------
 
@@ -302,6 +321,22 @@ class _Host:
         engine = await self.wait_ready()
         assert engine.tokenizer is not None, "a running engine has a tokenizer"
         return engine.tokenizer.decode(token_ids)
+
+    async def sleep(self, level: int, mode: SleepMode) -> SleepHealth:
+        """See `Engine.sleep`."""
+        return await (await self.wait_ready()).sleep(level, mode)
+
+    async def wake(self) -> SleepHealth:
+        """See `Engine.wake`."""
+        return await (await self.wait_ready()).wake()
+
+    async def reload(self, model: str | None, revision: str | None) -> ReloadReport:
+        """See `Engine.reload`."""
+        return await (await self.wait_ready()).reload(model, revision)
+
+    async def health(self) -> Health:
+        """See `Engine.health`."""
+        return (await self.wait_ready()).health()
 
     def abort(self, request_id: str) -> None:
         """End a request, if it is there."""
