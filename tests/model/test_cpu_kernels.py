@@ -53,11 +53,11 @@ def test_linear(kernels: Kernels, rows: int, inputs: int, outputs: int) -> None:
     )
     bias = numbers(outputs, seed=2)
     expected = F.linear(x.double(), weight.double(), bias.double())
-    got = kernels.linear(weight, bias)(x)
+    packed = kernels.pack(weight)
+    got = kernels.linear(packed, bias, outputs, inputs)(x)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
-    assert torch.equal(
-        kernels.linear(weight, None)(x)[-1:], kernels.linear(weight, None)(x[-1:].contiguous())
-    )
+    unbiased = kernels.linear(packed, None, outputs, inputs)
+    assert torch.equal(unbiased(x)[-1:], unbiased(x[-1:].contiguous()))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])

@@ -6,6 +6,7 @@ is called directly: hooks are not used, and at one row a step is made of small c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,13 @@ from ullm.model.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from ullm.model.linear_kernels import choose_linear_kernel
+from ullm.model.linear_kernels import LinearKernel, choose_linear_kernel
 from ullm.model.ops import LayerOps, StepOps, TorchOps
 from ullm.model.parallel import ParallelContext
 from ullm.model.rope import rope_cache
+
+PACKED = "packed"
+"""How a module's packed weight is called among `Decoder.packed_weights`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +153,7 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = None
         self._layers = [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
-        self._counts = (0, 0)
+        self._counts = self._count()
         self._dtype = self._residual_dtype = torch.get_default_dtype()
 
     @staticmethod
@@ -173,28 +177,54 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def prepare(self, device: torch.device, kernels: Kernels | None = None) -> None:
-        """Called once when the weights are loaded: tie and pack them, and compute the rotary tables.
+        """Called once when the weights are loaded: tie and pack them, and get ready to compute.
 
         Args:
             kernels: what computes the layers on a CPU, instead of PyTorch.
         """
-        self._counts = self._count()
-        linear = kernels.linear if kernels is not None else choose_linear_kernel(device, self._dtype)
-        embedding = self.model.embed_tokens.weight
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = embedding
-        for module in self.modules():
-            if isinstance(module, ParallelLinear):
-                module.prepare(linear)
-        # In float32 the logits need no sharpening; on CUDA it would cost more than it is worth.
-        sharpen = self.config.tie_word_embeddings and kernels is None and device.type == "cpu"
-        self.lm_head.prepare(linear, embedding if sharpen else None)
+            self.lm_head.weight = self.model.embed_tokens.weight
+        kernel = kernels or choose_linear_kernel(device, self._dtype)
+        for _, module in self._packing():
+            module.pack(kernel)
+        self._bind(device, kernel)
+
+    def packed_weights(self) -> dict[str, Tensor]:
+        """All that `prepare` has left of the weights, for `restore`."""
+        found = {name: parameter.data for name, parameter in self.named_parameters()}
+        packed = {f"{name}.{PACKED}": module.packed for name, module in self._packing()}
+        return found | {name: tensor for name, tensor in packed.items() if tensor is not None}
+
+    def restore(self, weights: dict[str, Tensor], kernels: Kernels, dtype: torch.dtype) -> None:
+        """Take weights that a model of the same shape and rank has prepared, in place of `prepare`."""
+        self._dtype = dtype
+        packing = dict(self._packing())
+        for name, module in self.named_modules():
+            if name in packing:
+                packing[name].weight, packing[name].packed = None, weights[f"{name}.{PACKED}"]
+            for key, _ in list(module.named_parameters(recurse=False)):
+                setattr(module, key, nn.Parameter(weights[f"{name}.{key}"], requires_grad=False))
+        self._bind(torch.device("cpu"), kernels)
+
+    def _packing(self) -> Iterator[tuple[str, ParallelLinear | VocabParallelHead]]:
+        """The modules whose weights are packed, by name."""
+        for name, module in self.named_modules():
+            if isinstance(module, ParallelLinear | VocabParallelHead):
+                yield name, module
+
+    def _bind(self, device: torch.device, kernel: LinearKernel) -> None:
+        """Let ``kernel`` compute with the packed weights, and compute the rotary tables."""
+        embedding = self.model.embed_tokens.weight
+        if self.config.tie_word_embeddings and device.type == "cpu" and not isinstance(kernel, Kernels):
+            # In float32 the logits need no sharpening; on CUDA it would cost more than it is worth.
+            self.lm_head.table = embedding if self._dtype != torch.float32 else None
+        for _, module in self._packing():
+            module.bind(kernel)
         cos, sin = rope_cache(self.config.rope, self.config.head_dim, self.config.context_len)
-        if device.type == "cpu":
-            # Sums over many layers lose most in bfloat16, and cost nothing in float32 here.
-            self._residual_dtype = torch.float32
-        if kernels is not None:
-            self.ops = KernelOps(kernels, cos, sin)
+        # Sums over many layers lose most in bfloat16, and cost nothing in float32 on CPUs.
+        self._residual_dtype = torch.float32 if device.type == "cpu" else self._dtype
+        if isinstance(kernel, Kernels):
+            self.ops = KernelOps(kernel, cos, sin)
         else:
             self.ops = TorchOps(cos.to(device, self._dtype), sin.to(device, self._dtype))
 
@@ -221,14 +251,15 @@ class Decoder(nn.Module):
 
     def weight_bytes(self) -> int:
         """Bytes of weights on this rank, tied ones once."""
-        return self._counts[1]
+        return self._counts[1] * self._dtype.itemsize
 
     def _count(self) -> tuple[int, int]:
+        """Elements of the whole model's weights, and of this rank's."""
         whole: dict[str, int] = {}
         for name, module in self.named_modules():
             if isinstance(module, Loadable):
                 whole |= {key: torch.Size(shard.full_shape).numel() for key, shard in module.shards(name)}
-        return sum(whole.values()), sum(p.nbytes for p in self.parameters())
+        return sum(whole.values()), sum(parameter.numel() for parameter in self.parameters())
 
 
 def split_heads(config: DecoderConfig, parallel: ParallelContext) -> tuple[int, int, int]:

@@ -1,8 +1,8 @@
 """Layers written for tensor-parallel sharding.
 
 Each layer says by `Shard`s which slice of which checkpoint tensor goes where in its parameters, so
-the loader knows nothing of sharding or packing. After loading, `Parallel.prepare` lets the device's
-kernel take over the weights.
+the loader knows nothing of sharding or packing. After loading, ``pack`` brings the weights into the
+layout of the device's kernel, and ``bind`` lets that compute with them.
 """
 
 from __future__ import annotations
@@ -82,13 +82,24 @@ class ParallelLinear(Loadable):
         super().__init__()
         self.weight = empty(out_features, in_features)
         self.bias = empty(out_features) if bias else None
+        self.shape = (out_features, in_features)
+        self.packed: Tensor | None = None
         self.multiply: Linear | None = None
 
-    def prepare(self, kernel: LinearKernel) -> None:
-        """Hand the weight to ``kernel``; it is not needed any more."""
+    def pack(self, kernel: LinearKernel) -> None:
+        """Bring the weight into the kernel's layout; as it was, it is not needed any more."""
         assert self.weight is not None
-        self.multiply = kernel(self.weight.data, self.bias.data if self.bias is not None else None)
+        self.packed = kernel.pack(self.weight.data)
         self.weight = None
+
+    def bind(self, kernel: LinearKernel) -> None:
+        """Be computed by ``kernel``, which has packed the weight."""
+        assert self.packed is not None
+        self.multiply = kernel.linear(self.packed, self._bias(), *self.shape)
+
+    def _bias(self) -> Tensor | None:
+        """The bias that this rank adds."""
+        return self.bias.data if self.bias is not None else None
 
 
 class ColumnParallelLinear(ParallelLinear):
@@ -104,7 +115,7 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, in]`` → ``[T, this rank's outputs of all parts]``."""
-        return self.multiply(x)  # type: ignore[misc]  # set by prepare
+        return self.multiply(x)  # type: ignore[misc]  # set by bind
 
     def shards(self, name: str) -> Shards:
         """Each part's rows."""
@@ -127,15 +138,13 @@ class RowParallelLinear(ParallelLinear):
         self.full_shape = (out_features, in_features)
         self.parallel = parallel
 
-    def prepare(self, kernel: LinearKernel) -> None:
-        """As the base; only rank 0 adds the bias, since the outputs are summed."""
-        if self.parallel.rank > 0:
-            self.bias = None
-        super().prepare(kernel)
+    def _bias(self) -> Tensor | None:
+        """Only rank 0 adds the bias, since the outputs are summed."""
+        return super()._bias() if self.parallel.rank == 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, this rank's inputs]`` → ``[T, out]``, the same on all ranks."""
-        return self.parallel.all_reduce(self.multiply(x))  # type: ignore[misc]  # set by prepare
+        return self.parallel.all_reduce(self.multiply(x))  # type: ignore[misc]  # set by bind
 
     def shards(self, name: str) -> Shards:
         """This rank's columns, and the whole bias."""
@@ -177,27 +186,32 @@ class VocabParallelEmbedding(VocabParallel):
 
 
 class VocabParallelHead(VocabParallel):
-    """Vectors → logits."""
+    """Vectors → logits.
+
+    Attributes:
+        table: the same weight where another module keeps it anyway, to sharpen logits with.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, parallel: ParallelContext) -> None:
         super().__init__(vocab_size, hidden_size, parallel)
+        self.packed: Tensor | None = None
         self.multiply: Linear | None = None
         self.table: Tensor | None = None
 
-    def prepare(self, kernel: LinearKernel, table: Tensor | None = None) -> None:
-        """Hand the weight to ``kernel``.
-
-        Args:
-            table: the same weight where another module keeps it anyway, to sharpen logits with.
-        """
+    def pack(self, kernel: LinearKernel) -> None:
+        """As `ParallelLinear.pack`."""
         assert self.weight is not None
-        self.multiply = kernel(self.weight.data, None)
+        self.packed = kernel.pack(self.weight.data)
         self.weight = None
-        self.table = table if table is not None and table.dtype != torch.float32 else None
+
+    def bind(self, kernel: LinearKernel) -> None:
+        """As `ParallelLinear.bind`."""
+        assert self.packed is not None
+        self.multiply = kernel.linear(self.packed, None, self.rows, self.full_shape[1])
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden_size]`` → ``[rows, vocab_size]``, on all ranks."""
-        logits = self.multiply(hidden)  # type: ignore[misc]  # set by prepare
+        logits = self.multiply(hidden)  # type: ignore[misc]  # set by bind
         if self.table is not None:
             logits = sharpen(logits, hidden, self.table)
         return self.parallel.gather_last(logits)[:, : self.full_shape[0]]

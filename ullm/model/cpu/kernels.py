@@ -63,12 +63,16 @@ class Kernels:
         """How many threads compute, the calling one included; for all kernels of this process."""
         self._library.use_threads(c_int64(threads))
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """A `ullm.model.linear_kernels.LinearKernel` whose outputs are float32."""
+    def pack(self, weight: Tensor) -> Tensor:
+        """See `ullm.model.linear_kernels.LinearKernel`; an ordinary tensor, which may be kept in a file."""
         out_features, in_features = weight.shape
         groups = -(-out_features // COLUMNS)
         packed = torch.empty(groups * COLUMNS * in_features, dtype=self.dtype)
         self._pack(weight.contiguous().data_ptr(), packed.data_ptr(), in_features, out_features)
+        return packed
+
+    def linear(self, packed: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Linear:
+        """See `ullm.model.linear_kernels.LinearKernel`; the outputs are float32."""
         offsets = None if bias is None else bias.float().contiguous()
         weights, start = packed.data_ptr(), None if offsets is None else offsets.data_ptr()
 
