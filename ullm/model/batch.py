@@ -13,7 +13,7 @@ first ``num_decodes`` sequences have exactly one query token each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -114,6 +114,9 @@ class CausalModel(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden_size]`` → ``[rows, vocab_size]`` of the whole vocabulary, on every rank."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All that lies on the device for good, weights above all; what shares memory may come twice."""
 
     def num_parameters(self) -> int:
         """Elements of the weights of the whole model, tied ones once."""

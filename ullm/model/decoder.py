@@ -195,6 +195,12 @@ class Decoder(nn.Module):
         packed = {f"{name}.{PACKED}": module.packed for name, module in self._packing()}
         return found | {name: tensor for name, tensor in packed.items() if tensor is not None}
 
+    def tensors(self) -> Iterator[Tensor]:
+        """See `CausalModel.tensors`."""
+        yield from self.packed_weights().values()
+        if isinstance(self.ops, TorchOps):
+            yield from self.ops.tables
+
     def restore(self, weights: dict[str, Tensor], kernels: Kernels, dtype: torch.dtype) -> None:
         """Take weights that a model of the same shape and rank has prepared, in place of `prepare`."""
         self._dtype = dtype

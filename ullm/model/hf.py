@@ -95,6 +95,12 @@ class TransformersModel:
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
 
+    def tensors(self) -> Iterator[Tensor]:
+        """See `CausalModel.tensors`."""
+        for module in (self._body, self._head):
+            yield from module.parameters()
+            yield from module.buffers()
+
     def num_parameters(self) -> int:
         """Elements of the weights, tied ones once."""
         return sum(parameter.numel() for parameter in self._parameters)
@@ -237,7 +243,9 @@ def _stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: boo
 def _random_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     try:
         auto: Any = transformers.AutoModelForCausalLM
-        return auto.from_config(hf_config, dtype=checkpoint.dtype, trust_remote_code=trust_remote_code)
+        with torch.random.fork_rng():  # the same ones each time
+            torch.manual_seed(0)
+            return auto.from_config(hf_config, dtype=checkpoint.dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
         raise ModelUnsupported(f"{checkpoint.path}: {_first_line(error)}") from error
 

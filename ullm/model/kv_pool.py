@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ VARLEN_BLOCK_MULTIPLE = 256
 CPU_SHARE, CPU_LIMIT = 4, 1 * GIB
 """A CPU's pool gets a quarter of the available memory, at most 1 GiB: more is rarely used before
 compute runs out, and a computer has other things to do."""
+HUGE_PAGES_FROM = 4 << 20
+"""Bytes of a pool that are worth huge pages."""
 
 
 def true_block_size(block_size: int, *, varlen: bool) -> int:
@@ -73,13 +77,20 @@ def cpu_budget() -> int:
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU that occupy no memory until they are touched.
+    """Zeros on the CPU that occupy no memory until they are touched, and none once they are freed.
 
-    ``torch.zeros`` touches every page, and ``torch.empty`` may hold old NaNs, which survive a
-    probability of 0. numpy gets large arrays from calloc, that is zero pages from the kernel.
+    ``torch.zeros`` touches every page, ``torch.empty`` may hold old NaNs, which survive a probability
+    of 0, and memory from either, or from numpy, may go back to a heap instead of to the system.
     """
-    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if sys.platform == "win32":
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype, count=count).view(shape)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux" and size >= HUGE_PAGES_FROM:
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
 
 def available_memory() -> int:

@@ -64,11 +64,12 @@ class TorchOps:
     """
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self._cos, self._sin = cos, sin
+        self.tables = cos, sin
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
-        return TorchStep(batch, self._cos[batch.positions], self._sin[batch.positions])
+        cos, sin = self.tables
+        return TorchStep(batch, cos[batch.positions], sin[batch.positions])
 
 
 class TorchStep:

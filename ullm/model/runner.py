@@ -7,20 +7,21 @@ step is done when `submit` returns. Both are the same code.
 
 from __future__ import annotations
 
-import gc
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ullm.messages import ModelInfo, Progress, Row, Sampled, Start, Step, StepResult, TokenLogprobs
 from ullm.model.logprobs import PendingLogprobs
+from ullm.model.memory import let_go
 from ullm.model.rank import Rank, open_rank
 from ullm.model.sampler import Sampler
 from ullm.model.sequences import Plan, SequenceState, SequenceTable
+from ullm.model.sleep import SleepingRank
 
 PROMPT_LOGPROBS_CHUNK = 128
 """Positions whose logits are held at once for prompt logprobs."""
@@ -71,6 +72,7 @@ class ModelRunner:
 
     def __init__(self) -> None:
         self._rank: Rank | None = None
+        self._asleep: SleepingRank | None = None
         self._table = SequenceTable(1)
         self._sampler: Sampler | None = None
         self._last_tokens = torch.zeros(0, dtype=torch.int64)
@@ -82,12 +84,16 @@ class ModelRunner:
             ModelError: one line that names file and tensor, or device and bytes.
             ConfigError: options that do not fit this machine or this model.
         """
-        rank = open_rank(start, progress)
+        return self._take_up(open_rank(start, progress))
+
+    def _take_up(self, rank: Rank) -> ModelInfo:
+        """Begin with a rank that knows no sequence."""
         self._rank = rank
-        self._table = SequenceTable(rank.info.block_size)
-        self._sampler = Sampler(rank.info.vocab_size, rank.site.device, rank.info.eos_token_ids)
-        self._last_tokens = torch.zeros(start.config.max_bs, dtype=torch.int64, device=rank.site.device)
-        return rank.info
+        device, info = rank.site.device, rank.info
+        self._table = SequenceTable(info.block_size)
+        self._sampler = Sampler(info.vocab_size, device, info.eos_token_ids)
+        self._last_tokens = torch.zeros(rank.site.config.max_bs, dtype=torch.int64, device=device)
+        return info
 
     @torch.inference_mode()
     def submit(self, step: Step) -> Pending:
@@ -111,21 +117,62 @@ class ModelRunner:
             self._finish(plan, self._forward(rank, plan), pending)
         return pending
 
+    def sleep(self, level: int) -> dict[str, int]:
+        """See `Runner.sleep`.
+
+        Raises:
+            RuntimeError: no model is loaded.
+        """
+        if self._asleep is None:
+            self._asleep = SleepingRank(self._stop_steps())
+        return self._asleep.sleep(level)
+
+    def wake(self, progress: Callable[[Progress], None]) -> ModelInfo:
+        """See `Runner.wake`.
+
+        Raises:
+            ModelError: the weights cannot be loaded any more, or there is no room for them.
+            RuntimeError: not asleep.
+        """
+        if self._asleep is None:
+            raise RuntimeError("wake comes after sleep")
+        info = self._take_up(self._asleep.wake(progress))
+        self._asleep = None
+        return info
+
     def close(self) -> dict[str, float]:
-        """See `Runner.close`."""
-        rank, self._rank, self._sampler = self._rank, None, None
-        if rank is None:
+        """See `Runner.close`; it may come at any time, asleep or in the middle of waking, too."""
+        if self._rank is None and self._asleep is None:
             return {}
-        timings: dict[str, float] = {}
-        for stage, release in self._stages(rank):
-            began = time.perf_counter()
+        timings, began = {}, time.perf_counter()
+        rank, self._asleep = self._asleep or SleepingRank(self._stop_steps()), None
+        stages: list[tuple[str, Callable[[], None]]] = [
+            ("steps", lambda: None),  # stopped already
+            ("graphs", rank.drop_graphs),
+            ("kv_cache", rank.drop_pool),
+            ("weights", rank.drop_weights),
+            ("process_group", rank.site.parallel.close),
+            ("device_cache", partial(let_go, rank.site.device)),
+        ]
+        for stage, release in stages:
             release()
             timings[stage] = time.perf_counter() - began
+            began = time.perf_counter()
         return timings
+
+    def _stop_steps(self) -> Rank:
+        """Forget every sequence; the rank is not this runner's any more."""
+        rank, _ = self._loaded()
+        if rank.site.device.type == "cuda":
+            torch.cuda.synchronize(rank.site.device)
+        self._rank = self._sampler = None
+        self._table = SequenceTable(1)
+        self._last_tokens = torch.zeros(0, dtype=torch.int64)
+        return rank
 
     def _loaded(self) -> tuple[Rank, Sampler]:
         if self._rank is None or self._sampler is None:
-            raise RuntimeError("no model is loaded: load comes before submit, and nothing after close")
+            raise RuntimeError("no model is loaded: load or wake come before submit, and nothing after close")
         return self._rank, self._sampler
 
     def _forward(self, rank: Rank, plan: Plan) -> Tensor:
@@ -180,39 +227,6 @@ class ModelRunner:
             part = slice(first, min(first + PROMPT_LOGPROBS_CHUNK, count))
             found += sampler.prompt_logprobs(rank.model.logits(hidden[part]), following[part], k)
         pending.prompt_logprobs[row.seq_id] = found
-
-    def _stages(self, rank: Rank) -> list[tuple[str, Callable[[], None]]]:
-        """What holds memory or peers, in the order of release."""
-
-        def stop_steps() -> None:
-            if rank.site.device.type == "cuda":
-                torch.cuda.synchronize(rank.site.device)
-            self._table = SequenceTable(1)
-            self._last_tokens = torch.zeros(0, dtype=torch.int64)
-
-        def drop_graphs() -> None:
-            if rank.graphs is not None:
-                rank.graphs.release()
-                rank.graphs = None
-
-        def drop_weights() -> None:
-            model = weakref.ref(rank.model)
-            del rank.model
-            if model() is not None:  # transformers' models have reference cycles
-                gc.collect()
-
-        def empty_device_cache() -> None:
-            if rank.site.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-        return [
-            ("steps", stop_steps),
-            ("graphs", drop_graphs),
-            ("kv_cache", rank.backend.release),
-            ("weights", drop_weights),
-            ("process_group", rank.site.parallel.close),
-            ("device_cache", empty_device_cache),
-        ]
 
 
 def _to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

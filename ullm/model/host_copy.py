@@ -1,0 +1,77 @@
+"""Weights that wait in host memory while the device that they belong to is used for something else.
+
+The tensors stay where they are in the model; only the memory behind them is taken away and given back, so
+that whoever holds a view of a weight need not be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ullm.logs import get_logger
+
+log = get_logger(__name__)
+
+CHUNK = 64 << 20
+"""Bytes that are copied at once. PyTorch rounds pinned memory up to a power of two, so that whole weights
+could take twice their size."""
+
+
+class HostCopy:
+    """Takes the memory of ``tensors``; until `restore` they must not be used.
+
+    Pinned where possible: it is copied from several times as fast.
+
+    Args:
+        tensors: on one device; those that share memory count once.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._parts: list[tuple[torch.UntypedStorage, list[Tensor]]] = []
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+        for storage in storages.values():
+            chunks = [_host_chunk(part) for part in _chunks(storage)]
+            self._parts.append((storage, chunks))
+        self._wait()
+        for storage, _ in self._parts:
+            storage.resize_(0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(chunk.nbytes for _, chunks in self._parts for chunk in chunks)
+
+    def restore(self, progress: Callable[[], None]) -> None:
+        """Give the tensors memory again, with what was in it, and the host its own."""
+        for storage, chunks in self._parts:
+            storage.resize_(sum(chunk.nbytes for chunk in chunks))
+            for part, chunk in zip(_chunks(storage), chunks, strict=True):
+                part.copy_(chunk, non_blocking=True)
+                progress()
+        self._wait()
+        self._parts.clear()
+        if torch.cuda.is_available():
+            torch._C._host_emptyCache()
+
+    def _wait(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def _chunks(storage: torch.UntypedStorage) -> Iterator[Tensor]:
+    """The memory as tensors of bytes."""
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return iter(torch.split(whole, CHUNK))
+
+
+def _host_chunk(part: Tensor) -> Tensor:
+    """A copy, under way, on the host."""
+    try:
+        host = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+    except RuntimeError as error:  # limits on locked memory
+        log.debug("host memory is not pinned", reason=str(error).splitlines()[0])
+        host = torch.empty(part.shape, dtype=part.dtype)
+    return host.copy_(part, non_blocking=True)

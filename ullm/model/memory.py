@@ -1,0 +1,68 @@
+"""What this process holds of a device's memory, and how the system gets it back.
+
+Freeing is not giving back: PyTorch keeps freed blocks of a GPU for later, and the C library keeps freed
+pages of the heap. Both are asked to let go, and what is reported is the difference that it made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROLLUP = Path("/proc/self/smaps_rollup")
+
+
+def held(device: torch.device) -> int | None:
+    """Bytes of the device that this process has, unused ones included; on a CPU those that are resident.
+
+    None where the system does not say: outside of Linux.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    try:
+        # Not statm: what it says may be off by some pages for each of the machine's cores.
+        lines = ROLLUP.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:")), None)
+
+
+def let_go(device: torch.device) -> None:
+    """Give the system what is freed but still kept for later."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(ctypes.c_size_t(0))
+
+
+class Meter:
+    """Measures what releasing something gives back.
+
+    Attributes:
+        given_back: what → bytes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        let_go(device)
+        self._device, self._held = device, held(device)
+        self.given_back: dict[str, int] = {}
+
+    def release(self, what: str, free: Callable[[], None], nominal: int) -> None:
+        """Free something, and measure.
+
+        Args:
+            nominal: bytes that it should be, where nothing can be measured.
+        """
+        free()
+        let_go(self._device)
+        now = held(self._device)
+        measured = nominal if now is None or self._held is None else max(0, self._held - now)
+        self.given_back[what] = measured
+        self._held = now
