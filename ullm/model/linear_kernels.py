@@ -69,7 +69,9 @@ def choose_linear_kernel(device: torch.device, dtype: torch.dtype) -> LinearKern
         return PlainKernel()
     kernel = OneDnnKernel()
     try:  # private operators, and not every CPU has bfloat16 ones: the proof is in a small product
-        kernel.linear(kernel.pack(torch.ones(16, 16, dtype=dtype)), None, 16, 16)(torch.ones(1, 16, dtype=dtype))
+        kernel.linear(kernel.pack(torch.ones(16, 16, dtype=dtype)), None, 16, 16)(
+            torch.ones(1, 16, dtype=dtype)
+        )
     except (AttributeError, RuntimeError):
         return PlainKernel()
     return kernel

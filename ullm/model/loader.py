@@ -153,12 +153,25 @@ def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, Source]]:
         raise ModelNotFound(f"{path}: has neither {SINGLE} nor {INDEX}; convert the weights to safetensors")
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, and what they are listed in.
+
+    Raises:
+        ModelFileBroken: what is listed is not there.
+    """
+    if path.suffix == ".gguf":
+        return [path]
+    if (path / INDEX).exists():
+        return [path / INDEX, *shard_files(path, None)]
+    return [path / SINGLE]
+
+
 def shard_files(path: Path, wanted: Any) -> list[Path]:
-    """The files that an index names for the wanted tensors."""
+    """The files that an index names for the wanted tensors; None: for all."""
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ModelFileBroken(path / INDEX, "has no 'weight_map'")
-    files = sorted({path / file for name, file in weight_map.items() if name in wanted})
+    files = sorted({path / file for name, file in weight_map.items() if wanted is None or name in wanted})
     for file in files:
         if not file.exists():
             raise ModelFileBroken(path / INDEX, f"names {file.name}, which does not exist")

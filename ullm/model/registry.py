@@ -10,14 +10,23 @@ from typing import Any
 import torch
 
 from ullm.config import EngineConfig
-from ullm.errors import ConfigError, ModelFileBroken, ModelUnsupported, OutOfMemory
+from ullm.errors import ConfigError, ModelError, ModelFileBroken, ModelUnsupported, OutOfMemory
 from ullm.model.batch import CausalModel
-from ullm.model.cpu.kernels import load_kernels
+from ullm.model.cpu.build import library_path
+from ullm.model.cpu.kernels import NAMES, load_kernels
 from ullm.model.decoder import Decoder
 from ullm.model.kv_pool import available_memory, mib
 from ullm.model.linear_kernels import fast_bfloat16
 from ullm.model.llama import LlamaForCausalLM, MistralForCausalLM
-from ullm.model.loader import fill_dummy, load_weights, read_config, read_json, reject_quantized
+from ullm.model.loader import (
+    fill_dummy,
+    load_weights,
+    read_config,
+    read_json,
+    reject_quantized,
+    weight_files,
+)
+from ullm.model.packed import PackedFile, packed_file
 from ullm.model.parallel import ParallelContext
 from ullm.model.qwen2 import Qwen2ForCausalLM
 from ullm.model.qwen3 import Qwen3ForCausalLM
@@ -92,14 +101,47 @@ def load_model(
     if native is None:
         return load_foreign(checkpoint, config, device, parallel)
     model = build(native, checkpoint, parallel)
+    use_kernels = config.cpu_kernels and device.type == "cpu" and model.suits_kernels()
+    packed = find_packed(checkpoint, parallel) if use_kernels and config.load_format != "dummy" else None
+    if packed is not None and restore(model, packed, checkpoint.dtype):
+        return model
     allocate(model, checkpoint.dtype, device)
     if config.load_format == "dummy":
         fill_dummy(model, seed=parallel.rank)
     else:
         load_weights(model, checkpoint.path, progress)
-    use_kernels = config.cpu_kernels and device.type == "cpu" and model.suits_kernels()
     model.prepare(device, load_kernels(checkpoint.dtype) if use_kernels else None)
+    if packed is not None and packed.write(model.packed_weights()):
+        restore(model, packed, checkpoint.dtype)  # what is mapped is shared, and need not stay in memory
     return model
+
+
+def find_packed(checkpoint: Checkpoint, parallel: ParallelContext) -> PackedFile | None:
+    """Where this rank's weights are kept as the kernels want them; None without kernels for them."""
+    library = library_path() if checkpoint.dtype in NAMES else None
+    if library is None:
+        return None
+    try:
+        return packed_file(
+            weight_files(checkpoint.path),
+            checkpoint.hf,
+            checkpoint.dtype,
+            library,
+            parallel.rank,
+            parallel.world_size,
+        )
+    except (OSError, ModelError):
+        return None  # loading says what is wrong
+
+
+def restore(model: Decoder, packed: PackedFile, dtype: torch.dtype) -> bool:
+    """Map the weights instead of loading them; False if they are not there."""
+    weights = packed.read()
+    kernels = load_kernels(dtype) if weights is not None else None
+    if weights is None or kernels is None:
+        return False
+    model.restore(weights, kernels, dtype)
+    return True
 
 
 def build(native: type[Decoder], checkpoint: Checkpoint, parallel: ParallelContext) -> Decoder:

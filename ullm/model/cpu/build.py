@@ -35,11 +35,10 @@ COMPILE_SECONDS = 120.0
 
 def open_library() -> ctypes.CDLL | None:
     """The compiled kernels; None, with a line in the log that says why, where they cannot be had."""
-    compiler = find_compiler()
-    if compiler is None or os.name == "nt":
+    compiler, path = find_compiler(), library_path()
+    if compiler is None or path is None:
         log.info("no C++ compiler: decoding without fused kernels", looked_for="CXX, " + ", ".join(COMPILERS))
         return None
-    path = cache_dir() / "kernels" / f"{_key(compiler)}.so"
     try:
         if not path.exists():
             _compile(compiler, path)
@@ -48,6 +47,14 @@ def open_library() -> ctypes.CDLL | None:
         reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         log.warning("decoding without fused kernels", compiler=compiler, reason=str(reason)[-500:])
         return None
+
+
+def library_path() -> Path | None:
+    """Where the compiled kernels are, or will be; None where there is no compiler for them."""
+    compiler = find_compiler()
+    if compiler is None or os.name == "nt":
+        return None
+    return cache_dir() / "kernels" / f"{_key(compiler)}.so"
 
 
 def find_compiler() -> str | None:
