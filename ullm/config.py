@@ -240,6 +240,8 @@ class ServerConfig:
             raise ConfigError("--admin-key is empty; leave it out, or give a key")
         if self.api_key == "":
             raise ConfigError("--api-key is empty; leave it out, or give a key")
+        if self.admin_key is not None and self.admin_key == self.api_key:
+            raise ConfigError("--admin-key equals --api-key: each client could stop the server; change it")
 
 
 C = TypeVar("C", EngineConfig, ServerConfig)

@@ -12,14 +12,21 @@ import tokenizers
 import trio
 from tokenizers import decoders, models, pre_tokenizers
 
-from ullm.config import ServerConfig
-from ullm.errors import EngineDraining, EngineNotReady, InvalidParameter, PromptTooLong, QueueFull
+from ullm.config import EngineConfig, ServerConfig, SleepMode
+from ullm.errors import (
+    ConfigError,
+    EngineDraining,
+    EngineNotReady,
+    InvalidParameter,
+    PromptTooLong,
+    QueueFull,
+)
 from ullm.generation import Output
-from ullm.health import EngineStatistics, Health, ReplicaHealth
+from ullm.health import EngineStatistics, Health, ReloadReport, ReplicaHealth, SleepHealth
 from ullm.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 from ullm.server import bind, serve_http
-from ullm.supervision import EngineState
+from ullm.supervision import ChildInfo, ChildStatus, EngineState, Kind, Restart
 
 BOS, EOS = "<s>", "</s>"
 ANSWER = "Grüße aus Paris! 🎉 "
@@ -73,6 +80,24 @@ class ByteTokenizer:
         return bytes([token_id % 256])
 
 
+class FakeFaults:
+    """Plans are words; ``nonsense`` is none."""
+
+    def __init__(self) -> None:
+        self.armed: list[str] = []
+
+    def arm(self, plan: str) -> None:
+        if "nonsense" in plan:
+            raise ConfigError("--faults: 'nonsense' is no fault")
+        self.armed.append(plan)
+
+    def clear(self) -> None:
+        self.armed.clear()
+
+    def describe(self) -> dict[str, list[str]]:
+        return {"armed": self.armed, "fired": []}
+
+
 Script = Callable[[int], list[int]]
 """What choice number so-and-so says."""
 
@@ -83,10 +108,18 @@ class FakeEngine:
     Args:
         hold_after: tokens of each choice after which it waits for `release`.
         fail_after: tokens of each choice after which `failure` is raised.
+        busy: what sleep, wake and reload raise.
+        asked: what was asked of the engine as a whole; a shutdown only shows here.
     """
 
     def __init__(self, *, loaded: bool = True) -> None:
         self.model_name = "fake"
+        self.config = EngineConfig(model="fake")
+        self.faults = FakeFaults()
+        self.asleep = SleepHealth()
+        self.restarting = False
+        self.busy: Exception | None = None
+        self.asked: list[tuple[Any, ...]] = []
         self.state = EngineState.RUNNING if loaded else EngineState.STARTING
         self._tokenizer = ByteTokenizer()
         self._info = ModelInfo(
@@ -105,6 +138,7 @@ class FakeEngine:
         self.fail_after: int | None = None
         self.failure: BaseException = RuntimeError("boom")
         self.refuse: BaseException | None = None
+        self.refuse_generation: BaseException | None = None
         self.release = trio.Event()
         self.held = trio.Event()
         self.active: dict[str, FakeGeneration] = {}
@@ -135,17 +169,56 @@ class FakeEngine:
         self, prompt: Sequence[int] | str, params: SamplingParams, *, request_id: str | None = None
     ) -> FakeGeneration:
         assert not isinstance(prompt, str)
+        if self.refuse_generation is not None:
+            raise self.refuse_generation
         return FakeGeneration(self, list(prompt), params, request_id or "req")
 
     def health(self) -> Health:
-        ready = self.state is EngineState.RUNNING
+        state = self.state.value
+        if self.state is EngineState.RUNNING and self.asleep.level is not None:
+            state = "sleeping"
+        elif self.state is EngineState.RUNNING and self.restarting:
+            state = "restarting"
+        ready = state == "running" or (state == "sleeping" and self.asleep.registered)
         return Health(
-            state=self.state.value,
+            state=state,
             live=self.state is not EngineState.FAILED,
             ready=ready,
-            detail="" if ready else self.state.value,
-            replicas=[ReplicaHealth(0, ready, 1, [])],
+            detail="" if ready else state,
+            replicas=[ReplicaHealth(0, ready, 1, [], round_trip_age=0.5, round_trip_seconds=0.01)],
+            sleep=self.asleep,
         )
+
+    async def sleep(self, level: int | None = None, mode: SleepMode = "wait") -> SleepHealth:
+        await self._change("sleep", level, mode)
+        self.asleep = SleepHealth("asleep", self.config.sleep_level if level is None else level)
+        return self.asleep
+
+    async def wake(self) -> SleepHealth:
+        await self._change("wake")
+        self.asleep = SleepHealth()
+        return self.asleep
+
+    async def reload(self, model: str | None = None, revision: str | None = None) -> ReloadReport:
+        await self._change("reload", model, revision)
+        return ReloadReport(model or "/models/fake", revision, [0], 0.25, 0)
+
+    async def _change(self, *asked: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        self.asked.append(asked)
+        if self.busy is not None:
+            raise self.busy
+
+    def request_shutdown(self, timeout: float | None = None, *, by: str = "shutdown()") -> None:
+        self.asked.append(("shutdown", timeout, by))
+
+    def children(self) -> tuple[ChildInfo, ...]:
+        worker = ChildInfo("workers", ChildStatus.RUNNING, Kind.WORKER, Restart.PERMANENT, False, 2)
+        replica = ChildInfo(
+            "replica0", ChildStatus.RUNNING, Kind.SUPERVISOR, Restart.TEMPORARY, False, 0, None, (worker,)
+        )
+        http = ChildInfo("http", ChildStatus.STARTING, Kind.WORKER, Restart.PERMANENT, False, 0)
+        return (http, replica)
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(
@@ -162,6 +235,13 @@ class FakeEngine:
             worker_restarts_total=0,
             requests_resumed_total=0,
             tokens_resubmitted_total=0,
+            sleeps_total={1: 2, 3: 1},
+            wakes_total=3,
+            last_sleep_seconds=0.5,
+            last_wake_seconds=None,
+            bytes_given_back=1024,
+            reloads_total={"succeeded": 1, "failed": 2},
+            admitted_tokens=77,
         )
 
 

@@ -17,7 +17,8 @@ from fake_engine import FakeEngine, serving
 from ullm.actors.base import Lifetime
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError, PortTaken
-from ullm.server import bind, http, serve_http, urls
+from ullm.server import bind, serve_http, urls
+from ullm.server.listener import Listener
 
 pytestmark = pytest.mark.process
 
@@ -225,7 +226,7 @@ async def test_a_server_that_failed_can_be_started_again(
     config = ServerConfig(port=0)
     sockets = [bind(config)]
     crash = trio.Event()
-    original = http.serve
+    original = Listener.serve
 
     async def crashing(*args: Any, **kwargs: Any) -> None:
         async with trio.open_nursery() as nursery:
@@ -233,12 +234,12 @@ async def test_a_server_that_failed_can_be_started_again(
             await crash.wait()
             raise RuntimeError("crashed")
 
-    monkeypatch.setattr(http, "serve", crashing)
+    monkeypatch.setattr(Listener, "serve", crashing)
     with pytest.RaisesGroup(pytest.RaisesGroup(RuntimeError, flatten_subgroups=True)):
         async with trio.open_nursery() as nursery:
             address = await nursery.start(partial(serve_http, engine, config, sockets=sockets))
             crash.set()
-    monkeypatch.setattr(http, "serve", original)
+    monkeypatch.setattr(Listener, "serve", original)
     async with trio.open_nursery() as nursery:
         assert await nursery.start(partial(serve_http, engine, config, sockets=sockets)) == address
         async with httpx.AsyncClient() as client:

@@ -17,9 +17,10 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 
 from ullm.config import ServerConfig
-from ullm.server import create_app
+from ullm.server import access, create_app
 from ullm.server.openapi import openapi_document
 
+ADMIN_KEY = "secret"
 CHECKS = [
     schemathesis.checks.not_a_server_error,
     checks.status_code_conformance,
@@ -42,7 +43,7 @@ def url() -> Iterator[str]:
 
     async def main() -> None:
         token, event = trio.lowlevel.current_trio_token(), trio.Event()
-        async with serving(FakeEngine()) as address:
+        async with serving(FakeEngine(), admin_key=ADMIN_KEY) as address:
             addresses.append(address)
             stop.append(lambda: token.run_sync_soon(event.set))
             ready.set()
@@ -75,6 +76,7 @@ def test_what_the_document_forbids(url: str, operation: Any) -> None:
 
 def fuzz(url: str, operation: Any, mode: GenerationMode) -> None:
     with requests.Session() as session:
+        session.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
 
         @hypothesis.given(operation.as_strategy(mode))
         @hypothesis.settings(
@@ -103,7 +105,11 @@ async def test_every_route_is_documented(client: httpx.AsyncClient, engine: Fake
 def test_a_key_is_documented_where_it_is_needed() -> None:
     document = openapi_document(secured=True)
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
-    secured = {path for path, found in document["paths"].items() if "security" in next(iter(found.values()))}
+    secured = {
+        path
+        for path, found in document["paths"].items()
+        if next(iter(found.values())).get("security") == [{"key": []}]
+    }
     assert secured == {
         "/v1/models",
         "/v1/models/{model}",
@@ -111,6 +117,14 @@ def test_a_key_is_documented_where_it_is_needed() -> None:
         "/v1/chat/completions",
         "/tokenize",
         "/detokenize",
+        "/inference",
+        "/backend",
     }
+    admin = {path for path in document["paths"] if access.is_admin(path)}
+    assert {"/sleep", "/wake", "/wake_up", "/admin/shutdown", "/admin/tree"} <= admin
+    for path in admin:
+        for operation in document["paths"][path].values():
+            assert operation["security"] == [{"admin": []}]
+            assert {"401", "403"} <= set(operation["responses"])
     assert "401" in document["paths"]["/tokenize"]["post"]["responses"]
     assert "401" not in document["paths"]["/live"]["get"]["responses"]

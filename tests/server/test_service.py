@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine, serving
+import trio
+import trio.testing
+from fake_engine import ANSWER, CONTEXT_LEN, FakeEngine, serving
 from prometheus_client.parser import text_string_to_metric_families
 
-from ullm.errors import ActorLost, AskTimeout
+from ullm.config import ServerConfig
+from ullm.errors import (
+    ActorLost,
+    AskTimeout,
+    EngineSleeping,
+    QueueFull,
+    RequestError,
+    TooManyTokens,
+)
+from ullm.health import SleepHealth
+from ullm.server import create_app
 from ullm.server.metrics import Histogram, Metrics, RequestTimer
 from ullm.supervision import EngineState
 
@@ -24,7 +37,10 @@ async def test_probes_of_a_running_engine(client: httpx.AsyncClient) -> None:
     assert await codes(client) == [200, 200, 200]
     health = (await client.get("/health")).json()
     assert health["state"] == "running"
-    assert health["replicas"] == [{"replica": 0, "up": True, "epoch": 1, "worker_pids": []}]
+    (replica,) = health["replicas"]
+    assert (replica["replica"], replica["up"], replica["epoch"], replica["state"]) == (0, True, 1, "up")
+    assert replica["round_trip_age"] == 0.5
+    assert health["sleep"]["state"] == "awake"
     assert re.match(r"\d+\.\d+", (await client.get("/version")).json()["version"])
 
 
@@ -55,17 +71,75 @@ async def test_an_engine_that_is_draining(client: httpx.AsyncClient, engine: Fak
     assert int(response.headers["retry-after"]) >= 1
 
 
+async def test_probes_answer_head_as_get(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    for state, expected in ((EngineState.RUNNING, 200), (EngineState.DRAINING, 503)):
+        engine.state = state
+        for path in ("/ready", "/health"):
+            head = await client.head(path)
+            assert head.status_code == expected
+            assert head.content == b""
+            length = len((await client.get(path)).content)
+            assert abs(int(head.headers["content-length"]) - length) < 20, "seconds change"
+        assert (await client.head("/live")).status_code == 200
+
+
+async def test_states_are_told_apart(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    async def states() -> set[str]:
+        return {(await client.get(path)).json()["state"] for path in PROBES}
+
+    assert await states() == {"running"}
+    engine.restarting = True
+    assert await states() == {"restarting"}
+    assert await codes(client) == [200, 503, 503]
+    engine.restarting = False
+    engine.asleep = SleepHealth("asleep", 2)
+    assert await states() == {"sleeping"}
+    assert await codes(client) == [200, 200, 200], "a request would wake it"
+    engine.asleep = SleepHealth("asleep", 2, registered=False)
+    assert await codes(client) == [200, 503, 503]
+    for state in (EngineState.STARTING, EngineState.DRAINING, EngineState.FAILED):
+        engine.state = state
+        assert await states() == {state.value}
+
+
+async def test_is_sleeping(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    assert (await client.get("/is_sleeping")).json() == {"is_sleeping": False, "level": None}
+    engine.asleep = SleepHealth("asleep", 2)
+    assert (await client.get("/is_sleeping")).json() == {"is_sleeping": True, "level": 2}
+
+
 async def test_an_engine_that_has_failed(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.state = EngineState.FAILED
     assert await codes(client) == [503, 503, 503]
 
 
-async def test_a_full_queue(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    engine.fill_queue()
-    response = await client.post("/v1/completions", json={"prompt": "hi"})
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (QueueFull(8, 8, retry_after=1.2), 429, "queue_full"),
+        (TooManyTokens(90, 20, 100, retry_after=1.2), 429, "too_many_tokens"),
+        (EngineSleeping(), 503, "sleeping"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_refusals(
+    client: httpx.AsyncClient, engine: FakeEngine, error: RequestError, status: int, code: str, stream: bool
+) -> None:
+    engine.refuse = error
+    response = await client.post("/v1/completions", json={"prompt": "hi", "stream": stream})
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
+    assert int(response.headers["retry-after"]) == (2 if status == 429 else 1)
+    assert int(response.headers["retry-after-ms"]) == (1200 if status == 429 else 1000)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_refusal_on_admission(client: httpx.AsyncClient, engine: FakeEngine, stream: bool) -> None:
+    """The number of tokens is known only when the prompt is encoded."""
+    engine.refuse_generation = TooManyTokens(90, 20, 100)
+    response = await client.post("/v1/completions", json={"prompt": "hi", "stream": stream})
     assert response.status_code == 429
-    assert response.json()["error"]["code"] == "queue_full"
-    assert response.headers["retry-after"] == "2"
+    assert response.json()["error"]["code"] == "too_many_tokens"
 
 
 @pytest.mark.parametrize("error", [ActorLost("the tokenizer ended"), AskTimeout("no answer")])
@@ -182,6 +256,18 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
     assert samples[("ullm_request_generation_tokens_sum",)] == 10
     assert samples[("ullm_engine_state", ("state", "running"))] == 1
     assert samples[("ullm_engine_state", ("state", "draining"))] == 0
+    assert samples[("ullm_engine_state", ("state", "sleeping"))] == 0
+    assert samples[("ullm_sleep_state", ("state", "awake"))] == 1
+    assert samples[("ullm_round_trip_age_seconds", ("replica", "0"))] == 0.5
+    assert samples[("ullm_replica_up", ("replica", "0"))] == 1
+    assert samples[("ullm_sleeps_total", ("level", "1"))] == 2
+    assert samples[("ullm_sleeps_total", ("level", "2"))] == 0
+    assert samples[("ullm_wakes_total",)] == 3
+    assert samples[("ullm_last_sleep_seconds",)] == 0.5
+    assert ("ullm_last_wake_seconds",) not in samples
+    assert samples[("ullm_bytes_given_back",)] == 1024
+    assert samples[("ullm_reloads_total", ("outcome", "failed"))] == 2
+    assert samples[("ullm_admitted_tokens",)] == 77
     assert samples[("ullm_kv_cache_usage_ratio",)] == 0.25
     assert samples[("ullm_requests_total", ("finish_reason", "stop"))] == 2
     assert samples[("ullm_generation_tokens_total",)] == 30
@@ -219,3 +305,103 @@ async def test_latencies_per_token_of_a_chunk(engine: FakeEngine) -> None:
     assert metrics.inter_token._sum == 1
     assert sum(metrics.inter_token._counts) == 4
     assert metrics.end_to_end._sum == 3.5
+
+
+# --- the deadline of a request -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "header", "expected"),
+    [(None, None, None), (None, "2.5", 2.5), (7, "2.5", 7), (7, None, 7), (7, "nonsense", 7)],
+)
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+    ],
+)
+async def test_the_timeout_of_field_and_header(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    path: str,
+    body: dict[str, Any],
+    field: float | None,
+    header: str | None,
+    expected: float | None,
+) -> None:
+    headers = {} if header is None else {"X-Request-Timeout": header}
+    response = await client.post(path, json={**body, "timeout": field}, headers=headers)
+    assert response.status_code == 200
+    timeout = engine.admitted[0].params.timeout
+    assert timeout is None if expected is None else timeout == pytest.approx(expected, abs=0.5)
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf", "", "1e999", "1,5"])
+async def test_a_wrong_timeout_header(client: httpx.AsyncClient, value: str) -> None:
+    for path in ("/v1/completions", "/inference"):
+        response = await client.post(path, json={"prompt": "hi"}, headers={"X-Request-Timeout": value})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "X-Request-Timeout"
+
+
+async def test_the_timeout_counts_from_the_arrival(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Encoding takes its share; what has none left is admitted to end at once."""
+    seconds = [3.0]
+
+    async def slowly(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        await trio.sleep(seconds[0])
+        return [5, 6]
+
+    monkeypatch.setattr(engine._tokenizer, "encode", slowly)
+    client = create_app(engine, ServerConfig()).test_client()
+    body = {"prompt": "hi", "timeout": 5}
+    await client.post("/v1/completions", json=body)
+    seconds[0] = 9.0
+    await client.post("/v1/completions", json=body)
+    assert [generation.params.timeout for generation in engine.admitted] == [2.0, 0.0]
+
+
+# --- /inference and /backend -----------------------------------------------------------------------
+
+
+async def test_inference(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    answer = await client.post("/inference", json={"prompt": "hi", "max_new_tokens": 2})
+    assert answer.json() == {
+        "text": "Gr",
+        "finish_reason": "length",
+        "num_prompt_tokens": 3,
+        "num_generated_tokens": 2,
+    }
+    whole = (await client.post("/inference", json={"prompt": "hi"})).json()
+    assert (whole["text"], whole["finish_reason"]) == (ANSWER, "stop")
+    await client.post("/inference", json={"prompt": "x" * 500, "max_new_tokens": 400})
+    assert engine.admitted[-1].params.max_tokens == CONTEXT_LEN - 501
+    for body, param in (
+        ({}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens"),
+        ({"prompt": "x" * 600}, "prompt"),
+    ):
+        refused = await client.post("/inference", json=body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == param
+
+
+async def test_backend() -> None:
+    engine = FakeEngine(loaded=False)
+    async with serving(engine, api_key="k") as url, httpx.AsyncClient(base_url=url) as client:
+        assert (await client.get("/backend")).status_code == 401
+        assert (await client.post("/inference", json={"prompt": "x"})).status_code == 401
+        client.headers["Authorization"] = "Bearer k"
+        found = (await client.get("/backend")).json()
+        assert (found["model"], found["state"], found["info"]) == ("fake", "starting", None)
+        engine.state = EngineState.RUNNING
+        found = (await client.get("/backend")).json()
+        assert found["info"]["architecture"] == "Fake"
+        assert found["info"]["block_size"] == 16
+        assert found["info"]["context_len"] == CONTEXT_LEN
+        assert (found["transport"], found["replicas"], found["tp_size"]) == ("process", 1, 1)
+        assert found["versions"]["trio"] == trio.__version__

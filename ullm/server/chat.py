@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from ullm.generation import Output
 
 
-def install(app: QuartTrio, engine: Engine, metrics: Metrics) -> None:
-    """Add the route to ``app``."""
+def install(app: QuartTrio, engine: Engine, metrics: Metrics, keep_alive: float) -> None:
+    """Add the route to ``app``.
+
+    Args:
+        keep_alive: seconds of silence after which a stream gets a comment.
+    """
     read = requests.json_reader(ChatCompletionRequest)
 
     async def chat_completions() -> Response:
@@ -49,8 +53,9 @@ def install(app: QuartTrio, engine: Engine, metrics: Metrics) -> None:
             request.add_generation_prompt,
             request.chat_template_kwargs,
         )
-        job = Job(engine, metrics, f"chatcmpl-{g.request_id}", [prompt], params, prompt_field="messages")
-        answer = _Answer(request, job, tokenizer)
+        name = f"chatcmpl-{g.request_id}"
+        job = Job(engine, metrics, name, [prompt], params, g.arrived, prompt_field="messages")
+        answer = _Answer(request, job, tokenizer, keep_alive)
         if request.stream:
             return Push(answer.stream, sse.error_event)
         return Response(msgspec.json.encode(await answer.whole()), content_type="application/json")
@@ -89,10 +94,13 @@ def _params(request: ChatCompletionRequest) -> SamplingParams:
 class _Answer:
     """The answer to one request, streamed or whole."""
 
-    def __init__(self, request: ChatCompletionRequest, job: Job, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, request: ChatCompletionRequest, job: Job, tokenizer: Tokenizer, keep_alive: float
+    ) -> None:
         self._request = request
         self._job = job
         self._tokenizer = tokenizer
+        self._keep_alive = keep_alive
         self._created = int(time.time())
 
     async def whole(self) -> ChatCompletion:
@@ -145,7 +153,7 @@ class _Answer:
             for index in range(self._job.params.n)
         )
         async with self._job.run() as outputs:
-            async for _, output in outputs:
+            async for _, output in sse.KeptAlive(outputs, writer, self._keep_alive):
                 events = opening + b"".join(encoder.choice(chunk) for chunk in self._chunks(output))
                 opening = b""
                 if events:

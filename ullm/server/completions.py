@@ -39,8 +39,12 @@ class Prompt:
     text: str
 
 
-def install(app: QuartTrio, engine: Engine, metrics: Metrics) -> None:
-    """Add the route to ``app``."""
+def install(app: QuartTrio, engine: Engine, metrics: Metrics, keep_alive: float) -> None:
+    """Add the route to ``app``.
+
+    Args:
+        keep_alive: seconds of silence after which a stream gets a comment.
+    """
     read = requests.json_reader(CompletionRequest)
 
     async def completions() -> Response:
@@ -51,8 +55,9 @@ def install(app: QuartTrio, engine: Engine, metrics: Metrics) -> None:
         _check(request)
         prompts = await _prompts(request, info, tokenizer)
         params = _params(request, info, prompts)
-        job = Job(engine, metrics, f"cmpl-{g.request_id}", [prompt.token_ids for prompt in prompts], params)
-        answer = _Answer(request, job, tokenizer, prompts)
+        tokens = [prompt.token_ids for prompt in prompts]
+        job = Job(engine, metrics, f"cmpl-{g.request_id}", tokens, params, g.arrived)
+        answer = _Answer(request, job, tokenizer, prompts, keep_alive)
         if request.stream:
             return Push(answer.stream, sse.error_event)
         return Response(msgspec.json.encode(await answer.whole()), content_type="application/json")
@@ -117,12 +122,18 @@ class _Answer:
     """The answer to one request, streamed or whole."""
 
     def __init__(
-        self, request: CompletionRequest, job: Job, tokenizer: Tokenizer, prompts: list[Prompt]
+        self,
+        request: CompletionRequest,
+        job: Job,
+        tokenizer: Tokenizer,
+        prompts: list[Prompt],
+        keep_alive: float,
     ) -> None:
         self._request = request
         self._job = job
         self._tokenizer = tokenizer
         self._prompts = prompts
+        self._keep_alive = keep_alive
         self._created = int(time.time())
         self._only_echo = bool(request.echo) and request.max_tokens == 0
         self._offsets: dict[int, int] = {}
@@ -153,7 +164,7 @@ class _Answer:
         }
         encoder = sse.ChunkEncoder(head, with_usage=with_usage)
         async with self._job.run() as outputs:
-            async for prompt, output in outputs:
+            async for prompt, output in sse.KeptAlive(outputs, writer, self._keep_alive):
                 delta = self._delta(prompt, output)
                 if delta.text or delta.finish_reason is not None or delta.logprobs is not None:
                     await writer.write(encoder.choice(delta))

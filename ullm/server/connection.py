@@ -69,6 +69,7 @@ class Writer:
         self._send = send
         self._headers = headers
         self.started = False
+        self.silent_since = trio.current_time()
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the status, and these headers beside the common ones."""
@@ -81,6 +82,7 @@ class Writer:
         if not self.started:
             await self.start(200, {"content-type": "text/event-stream", "cache-control": "no-cache"})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self.silent_since = trio.current_time()
 
 
 class Push(TrioResponse):

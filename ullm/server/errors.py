@@ -35,6 +35,32 @@ class Unauthorized(RequestError):
     code = "invalid_api_key"
 
 
+class AdminUnauthorized(Unauthorized):
+    """The admin key is missing or wrong."""
+
+    code = "invalid_admin_key"
+
+
+class AdminDisabled(RequestError):
+    """The admin endpoints are closed."""
+
+    status = 403
+    code = "admin_disabled"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the admin endpoints are closed here; start the server with --admin-key KEY and send "
+            "'Authorization: Bearer KEY', or with --admin-listen unix:PATH and ask there"
+        )
+
+
+class ForeignOrigin(RequestError):
+    """A page of another site has sent its visitor's browser here."""
+
+    status = 403
+    code = "foreign_origin"
+
+
 class UnsupportedMediaType(RequestError):
     """The body is not JSON by its own account."""
 
@@ -72,6 +98,7 @@ def error_headers(error: RequestError) -> dict[str, str]:
     retry_after: float | None = getattr(error, "retry_after", None)
     if retry_after is not None:
         headers["Retry-After"] = str(math.ceil(retry_after))
+        headers["Retry-After-Ms"] = str(math.ceil(retry_after * 1000))  # OpenAI's clients prefer it
     if isinstance(error, EngineDraining) or error.status in (408, 413):
         headers["Connection"] = "close"
     if isinstance(error, Unauthorized):

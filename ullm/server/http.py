@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import trio
 from hypercorn.config import Config
-from hypercorn.trio import serve
 
-from ullm.actors.base import cleanup_scope
+from ullm.actors.base import current_lifetime
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError, PortTaken
-from ullm.server.app import create_app
+from ullm.server.app import Shutdown, create_app
+from ullm.server.listener import Listener
 from ullm.server.types import Engine
 
 BACKLOG = 2048
@@ -22,6 +23,8 @@ KEEP_ALIVE = 75.0
 """Seconds that an idle connection stays open; longer than the usual load balancer's 60."""
 FLUSH = 5.0
 """Seconds for running handlers to finish when nobody has set a stop deadline."""
+CUT_RESERVE = 0.5
+"""Seconds before the stop deadline at which connections are cut, so that all is gone in time."""
 
 
 def bind(server_config: ServerConfig) -> socket.socket:
@@ -72,23 +75,21 @@ def urls(sockets: Sequence[socket.socket]) -> list[str]:
     """Where the sockets can be reached; with ``--port 0`` this has the real port."""
     found = []
     for sock in sockets:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            found.append(f"unix:{sock.getsockname()}")
+            continue
         host, port = sock.getsockname()[:2]
         found.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     return found
 
 
-def hypercorn_config(sockets: Sequence[socket.socket]) -> Config:
-    """Hypercorn's settings: duplicates of the sockets; no access log; no time limits of its own."""
+def hypercorn_config() -> Config:
+    """Hypercorn's settings for a connection: no access log; no time limits of its own."""
     config = Config()
-    config.bind = [f"fd://{sock.dup().detach()}" for sock in sockets]
-    config.backlog = BACKLOG
     config.accesslog = None
     config.errorlog = None
     config.keep_alive_timeout = KEEP_ALIVE
     config.keep_alive_max_requests = sys.maxsize
-    config.graceful_timeout = math.inf  # `serve_http` sets the limit
-    config.startup_timeout = math.inf
-    config.shutdown_timeout = math.inf
     config.include_server_header = False
     return config
 
@@ -98,26 +99,42 @@ async def serve_http(
     server_config: ServerConfig,
     *,
     sockets: Sequence[socket.socket],
+    shutdown: Shutdown | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until cancelled; started with the URLs. A supervised child.
+    """Serve the whole API until cancelled; started with the URLs. A supervised child; see `serve_app`.
 
-    When it is cancelled it stops accepting, gives the handlers that run until its stop deadline to
-    finish, and then closes their connections. The engine is drained before that, while this still serves.
+    Args:
+        shutdown: see `ullm.server.app.create_app`.
+    """
+    app = create_app(engine, server_config, shutdown=shutdown)
+    await serve_app(app, server_config, sockets=sockets, task_status=task_status)
+
+
+async def serve_app(
+    app: Any,
+    server_config: ServerConfig,
+    *,
+    sockets: Sequence[socket.socket],
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve an app until cancelled; started with the URLs.
+
+    When it is cancelled it stops accepting, gives the handlers that run until shortly before its stop
+    deadline to finish, and then cuts their connections. The engine is drained before that, while this
+    still serves, so what is left then is for clients that do not read.
 
     Args:
         sockets: from `bind`. A stop closes them; a failure does not, so that a supervisor can restart this.
     """
-    stop, ended = trio.Event(), trio.Event()
+    listener = Listener(app, hypercorn_config(), server_config.stall_timeout)
+    ended = trio.Event()
     scope = trio.CancelScope(shield=True)
-    app = create_app(engine, server_config)
 
-    async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
+    async def run(*, task_status: trio.TaskStatus[None]) -> None:
         try:
             with scope:
-                await serve(
-                    app, hypercorn_config(sockets), shutdown_trigger=stop.wait, task_status=task_status
-                )
+                await listener.serve(sockets, task_status=task_status)
         finally:
             ended.set()
 
@@ -128,14 +145,30 @@ async def serve_http(
             await trio.sleep_forever()
         finally:
             if not ended.is_set():
-                await _finish(sockets, stop, ended)
+                await _finish(sockets, listener, ended)
                 scope.cancel()
 
 
-async def _finish(sockets: Sequence[socket.socket], stop: trio.Event, ended: trio.Event) -> None:
-    """Stop accepting, and let the handlers finish until the stop deadline."""
+async def _finish(sockets: Sequence[socket.socket], listener: Listener, ended: trio.Event) -> None:
+    """Stop accepting, let the handlers finish, and cut what has not finished in time."""
     for sock in sockets:
-        sock.close()  # Hypercorn closes its duplicate; the port listens until both are
-    stop.set()
-    with cleanup_scope(FLUSH):
+        sock.close()  # the listener closes its duplicate; the port listens until both are
+    listener.stop()
+    with _until_shortly_before_the_stop_deadline():
         await ended.wait()
+    listener.cut()
+
+
+@contextmanager
+def _until_shortly_before_the_stop_deadline() -> Iterator[None]:
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + FLUSH) as scope:
+        lifetime = current_lifetime()
+        if lifetime is None:
+            yield
+            return
+
+        def follow(deadline: float) -> None:
+            scope.deadline = min(scope.deadline, deadline - CUT_RESERVE)
+
+        with lifetime.followed_by(follow):
+            yield

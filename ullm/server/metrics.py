@@ -12,9 +12,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
+from ullm.config import MAX_SLEEP_LEVEL
+from ullm.health import EngineStatistics, Health
 from ullm.server.types import Engine
 from ullm.supervision.state import EngineState
 
+STATES = (*(state.value for state in EngineState), "restarting", "sleeping")
+"""What `Health.state` can be: a running engine is told apart by what runs."""
+SLEEP_STATES = ("awake", "falling_asleep", "asleep", "waking")
 SECONDS_TO_FIRST_TOKEN = (
     0.001,
     0.005,
@@ -136,17 +141,16 @@ class Metrics(Collector):
         yield responses
 
     def _engine_metrics(self) -> Iterator[Metric]:
-        state = GaugeMetricFamily("ullm_engine_state", "1 for the engine's present state.", labels=("state",))
-        for known in EngineState:
-            state.add_metric((known.value,), float(str(self._engine.state) == known.value))
-        yield state
+        yield from _health_metrics(self._engine.health())
         if self._engine.info is None:
             return
         found = self._engine.statistics()
+        yield from _sleep_metrics(found)
         usage = found.kv_blocks_used / found.kv_blocks_total if found.kv_blocks_total else 0.0
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
         yield gauge("ullm_num_requests_running", "Sequences in the running batch.", found.running)
         yield gauge("ullm_num_requests_waiting", "Sequences waiting to run.", found.waiting)
+        yield gauge("ullm_admitted_tokens", "Tokens that live requests may need.", found.admitted_tokens)
         yield gauge("ullm_kv_cache_usage_ratio", "Share of the KV blocks in use.", usage)
         for name, help, value in (
             (
@@ -164,12 +168,54 @@ class Metrics(Collector):
                 "Tokens sent again after a worker was lost.",
                 found.tokens_resubmitted_total,
             ),
+            ("requests_resumed", "Submissions of interrupted requests.", found.requests_resumed_total),
         ):
             yield counter(f"ullm_{name}", help, value)
         finished = counter("ullm_requests", "Finished requests.", labels=("finish_reason",))
         for reason, count in found.requests_total.items():
             finished.add_metric((reason,), count)
         yield finished
+
+
+def _health_metrics(health: Health) -> Iterator[Metric]:
+    """State sets (OpenMetrics, 4.2.7), and the age of the last round trip through each replica."""
+    yield _state_set("ullm_engine_state", "1 for the engine's present state.", STATES, health.state)
+    yield _state_set(
+        "ullm_sleep_state", "1 for the present state of sleep.", SLEEP_STATES, health.sleep.state
+    )
+    age = GaugeMetricFamily(
+        "ullm_round_trip_age_seconds", "Since an answer came through the step loop.", labels=("replica",)
+    )
+    up = GaugeMetricFamily("ullm_replica_up", "Whether a replica takes requests.", labels=("replica",))
+    for replica in health.replicas:
+        up.add_metric((str(replica.replica),), float(replica.up))
+        if replica.round_trip_age is not None:
+            age.add_metric((str(replica.replica),), replica.round_trip_age)
+    yield up
+    yield age
+
+
+def _state_set(name: str, help: str, states: Sequence[str], present: str) -> Metric:
+    found = GaugeMetricFamily(name, help, labels=("state",))
+    for state in states:
+        found.add_metric((state,), float(state == present))
+    return found
+
+
+def _sleep_metrics(found: EngineStatistics) -> Iterator[Metric]:
+    sleeps = CounterMetricFamily("ullm_sleeps", "Times that the engine fell asleep.", labels=("level",))
+    for level in range(MAX_SLEEP_LEVEL + 1):
+        sleeps.add_metric((str(level),), found.sleeps_total.get(level, 0))
+    yield sleeps
+    yield CounterMetricFamily("ullm_wakes", "Times that the engine woke up.", found.wakes_total)
+    for name, seconds in (("sleep", found.last_sleep_seconds), ("wake", found.last_wake_seconds)):
+        if seconds is not None:
+            yield GaugeMetricFamily(f"ullm_last_{name}_seconds", f"Duration of the last {name}.", seconds)
+    yield GaugeMetricFamily("ullm_bytes_given_back", "By the present sleep.", found.bytes_given_back)
+    reloads = CounterMetricFamily("ullm_reloads", "Reloads of the model.", labels=("outcome",))
+    for outcome in ("succeeded", "failed"):
+        reloads.add_metric((outcome,), found.reloads_total.get(outcome, 0))
+    yield reloads
 
 
 class RequestTimer:

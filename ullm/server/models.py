@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 
-import msgspec
 from quart import Response
 from quart_trio import QuartTrio
 
 from ullm.errors import InvalidParameter
 from ullm.server import requests
-from ullm.server.responses import Detokenized, ModelCard, ModelList, Tokenized
+from ullm.server.responses import Detokenized, ModelCard, ModelList, Tokenized, json_response
 from ullm.server.schemas import DetokenizeRequest, TokenizeRequest
 from ullm.server.types import Engine, Tokenizer
 
@@ -27,11 +26,11 @@ def install(app: QuartTrio, engine: Engine) -> None:
         return ModelCard(id=engine.model_name, created=created, max_model_len=limit)
 
     async def models() -> Response:
-        return _json(ModelList(data=[card()]))
+        return json_response(ModelList(data=[card()]))
 
     async def model(name: str) -> Response:
         requests.check_model(engine, name)
-        return _json(card())
+        return json_response(card())
 
     async def tokenize() -> Response:
         info, tokenizer = requests.loaded(engine)
@@ -41,7 +40,7 @@ def install(app: QuartTrio, engine: Engine) -> None:
         answer = Tokenized(tokens=tokens, count=len(tokens), max_model_len=info.context_len)
         if request.return_token_strs:
             answer.token_strs = [tokenizer.token_text(token) for token in tokens]
-        return _json(answer)
+        return json_response(answer)
 
     async def detokenize() -> Response:
         info, tokenizer = requests.loaded(engine)
@@ -49,7 +48,7 @@ def install(app: QuartTrio, engine: Engine) -> None:
         requests.check_model(engine, request.model)
         requests.check_token_ids(request.tokens, info.vocab_size, "tokens")
         skip = bool(request.skip_special_tokens)
-        return _json(Detokenized(tokenizer.decode(request.tokens, skip_special_tokens=skip)))
+        return json_response(Detokenized(tokenizer.decode(request.tokens, skip_special_tokens=skip)))
 
     app.get("/v1/models")(models)
     app.get("/v1/models/<path:name>")(model)
@@ -71,7 +70,3 @@ async def _tokenize(request: TokenizeRequest, tokenizer: Tokenizer) -> list[int]
         request.add_generation_prompt,
         request.chat_template_kwargs,
     )
-
-
-def _json(answer: msgspec.Struct) -> Response:
-    return Response(msgspec.json.encode(answer), content_type="application/json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import trio
@@ -29,6 +29,7 @@ class Job:
     Args:
         request_id: the response's id; the engine's requests are numbered under it.
         prompt_field: where the client put the prompt, for errors.
+        arrived: trio time from which the request's timeout counts, encoding and queueing included.
         generated_tokens: per prompt and choice.
     """
 
@@ -37,6 +38,7 @@ class Job:
     request_id: str
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
+    arrived: float
     prompt_field: str = "prompt"
     generations: list[Generation] = field(default_factory=list)
     cached_tokens: dict[int, int] = field(default_factory=dict)
@@ -46,11 +48,12 @@ class Job:
     async def run(self) -> AsyncIterator[Outputs]:
         """Admit all prompts, then yield ``(prompt, output)`` as they come; leaving aborts the rest."""
         timer = RequestTimer(self.metrics)
+        params = self._params_from_now()
         unique = secrets.token_hex(4)  # clients may use one X-Request-Id twice
         async with AsyncExitStack() as stack:
             for index, prompt in enumerate(self.prompts):
                 engine_id = f"{self.request_id}-{unique}-{index}"
-                generation = self.engine.generate(prompt, self.params, request_id=engine_id)
+                generation = self.engine.generate(prompt, params, request_id=engine_id)
                 try:
                     self.generations.append(await stack.enter_async_context(generation))
                 except PromptTooLong as error:
@@ -61,6 +64,13 @@ class Job:
             else:
                 merged = await stack.enter_async_context(_merged(self.generations))
                 yield _Noted(self, timer, merged)
+
+    def _params_from_now(self) -> SamplingParams:
+        """With what is left of the timeout."""
+        if self.params.timeout is None:
+            return self.params
+        left = self.arrived + self.params.timeout - trio.current_time()
+        return replace(self.params, timeout=max(0.0, left))
 
     def usage(self, completion_tokens: int | None = None) -> Usage:
         """Tokens so far; ``completion_tokens`` replaces the generated ones."""

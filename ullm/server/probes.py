@@ -1,14 +1,18 @@
-"""``/live``, ``/ready``, ``/health``, ``/version`` and ``/metrics``: open to everyone, and cheap."""
+"""``/live``, ``/ready``, ``/health``, ``/is_sleeping``, ``/version`` and ``/metrics``.
+
+They are open to everyone, and cheap. The first three also say in which state the engine is: starting,
+running, restarting, sleeping, draining, …
+"""
 
 from __future__ import annotations
 
-import msgspec
 from quart import Response
 from quart_trio import QuartTrio
 
 import ullm
+from ullm.health import Health
 from ullm.server.metrics import Metrics
-from ullm.server.responses import Liveness, Version
+from ullm.server.responses import Liveness, Sleeping, Version, json_response
 from ullm.server.types import Engine
 
 
@@ -17,30 +21,41 @@ def install(app: QuartTrio, engine: Engine, metrics: Metrics) -> None:
 
     async def live() -> Response:
         """200 while the process is worth keeping: starting and draining count, a failed engine does not."""
-        good = engine.health().live
-        return _json(Liveness("live" if good else "dead", str(engine.state)), 200 if good else 503)
+        found = engine.health()
+        return _verdict(found, "live" if found.live else "dead", found.live)
 
     async def ready() -> Response:
-        """200 while new requests are served."""
-        good = engine.health().ready
-        return _json(Liveness("ready" if good else "not ready", str(engine.state)), 200 if good else 503)
+        """200 while new requests are taken; asleep too, where they wake the engine."""
+        found = engine.health()
+        return _verdict(found, "ready" if found.ready else "not ready", found.ready)
 
     async def health() -> Response:
         """As `ready`, with everything that is known."""
         found = engine.health()
-        return _json(found, 200 if found.ready else 503)
+        return json_response(found, 200 if found.ready else 503)
+
+    async def is_sleeping() -> Response:
+        """Also while it falls asleep or wakes up: whether the engine is anything but awake."""
+        sleep = engine.health().sleep
+        return json_response(Sleeping(sleep.state != "awake", sleep.level))
 
     async def version() -> Response:
-        return _json(Version(ullm.__version__), 200)
+        return json_response(Version(ullm.__version__))
 
     async def scrape() -> Response:
         text, content_type = metrics.render()
         return Response(text, content_type=content_type)
 
-    for path, view in (("/live", live), ("/ready", ready), ("/health", health), ("/version", version)):
+    for path, view in (
+        ("/live", live),
+        ("/ready", ready),
+        ("/health", health),
+        ("/is_sleeping", is_sleeping),
+        ("/version", version),
+        ("/metrics", scrape),
+    ):
         app.get(path)(view)
-    app.get("/metrics")(scrape)
 
 
-def _json(answer: object, status: int) -> Response:
-    return Response(msgspec.json.encode(answer), status=status, content_type="application/json")
+def _verdict(found: Health, status: str, good: bool) -> Response:
+    return json_response(Liveness(status, found.state), 200 if good else 503)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,15 +24,25 @@ _SAMPLING_FIELDS = frozenset(SamplingParams.__dataclass_fields__) & frozenset(
 )
 
 
-def json_reader(schema: type[R]) -> Callable[[], Any]:
-    """An async function that reads the current request's body as ``schema``."""
+TIMEOUT_HEADER = "X-Request-Timeout"
+"""Seconds that a request may take, for clients that cannot add a field to the body."""
+
+
+def json_reader(schema: type[R], *, optional: bool = False) -> Callable[[], Any]:
+    """An async function that reads the current request's body as ``schema``.
+
+    Args:
+        optional: no body at all is an empty object.
+    """
     decoder = msgspec.json.Decoder(schema)
 
     async def read() -> R:
+        body: bytes = await request.get_data(as_text=False)  # type: ignore[assignment]
+        if optional and not body:
+            return _decode(decoder, b"{}")
         mimetype = request.mimetype
         if mimetype and mimetype != "application/json" and not mimetype.endswith("+json"):
             raise UnsupportedMediaType(f"the content type must be application/json, not {mimetype}")
-        body: bytes = await request.get_data(as_text=False)  # type: ignore[assignment]
         return _decode(decoder, body)
 
     return read
@@ -45,6 +57,15 @@ def _decode(decoder: msgspec.json.Decoder[R], body: bytes) -> R:
         raise InvalidJSON(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise InvalidJSON("the body's JSON is nested too deeply") from None
+
+
+def query(schema: type[R]) -> R:
+    """The current request's query as ``schema``; parameters that it does not have are ignored."""
+    given = {name: request.args[name] for name in schema.__struct_fields__ if name in request.args}
+    try:
+        return msgspec.convert(given, schema, strict=False)
+    except msgspec.ValidationError as error:
+        raise invalid_field(error) from None
 
 
 def check_model(engine: Engine, model: str | None) -> None:
@@ -72,9 +93,31 @@ def sampling_params(fields: schemas.Request, **others: Any) -> SamplingParams:
     """
     values = {name: getattr(fields, name) for name in _SAMPLING_FIELDS} | others
     params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    if params.timeout is None:
+        params = replace(params, timeout=header_timeout())
     if fields.stream_options is not None and not fields.stream:
         raise InvalidParameter("stream_options needs stream to be true", "stream_options")
     return params
+
+
+def header_timeout() -> float | None:
+    """Seconds that the current request may take by its header.
+
+    Raises:
+        InvalidParameter: it is not a number of seconds.
+    """
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InvalidParameter(
+            f"{TIMEOUT_HEADER} must be a number of seconds, at least 0, got {text!r}", TIMEOUT_HEADER
+        )
+    return seconds
 
 
 def wants_usage(fields: schemas.Request) -> bool:

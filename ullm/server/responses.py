@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+from quart import Response
+
+from ullm.messages import ModelInfo
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -190,6 +193,70 @@ class Liveness(msgspec.Struct):
     state: str
 
 
+class Sleeping(msgspec.Struct):
+    """The answer of ``GET /is_sleeping``; the level is that of the last sleep until the wake is complete."""
+
+    is_sleeping: bool
+    level: int | None
+
+
+class Inference(msgspec.Struct, kw_only=True):
+    """The answer of ``POST /inference``."""
+
+    text: str
+    finish_reason: str | None
+    num_prompt_tokens: int
+    num_generated_tokens: int
+
+
+class Backend(msgspec.Struct, kw_only=True):
+    """The answer of ``GET /backend``: what serves here, and on what.
+
+    Args:
+        info: of the loaded model; None while it loads.
+        versions: package → version; only of what is installed.
+    """
+
+    model: str
+    state: str
+    transport: str
+    replicas: int
+    tp_size: int
+    info: ModelInfo | None
+    versions: dict[str, str]
+
+
+class Stopping(msgspec.Struct):
+    """The answer of ``POST /admin/shutdown``: within so many seconds, the process is gone."""
+
+    state: str
+    timeout: float
+
+
+class Child(msgspec.Struct):
+    """A child of the supervision tree.
+
+    Args:
+        status: ``starting``, ``running``, ``restarting`` or ``stopped``.
+        kind: ``worker`` or ``supervisor``.
+        restarts: how many times it was started again.
+    """
+
+    name: str
+    status: str
+    kind: str
+    restart: str
+    restarts: int
+    children: list[Child]
+
+
+class Tree(msgspec.Struct):
+    """The answer of ``GET /admin/tree``."""
+
+    state: str
+    children: list[Child]
+
+
 class ErrorDetail(msgspec.Struct):
     """What went wrong.
 
@@ -207,3 +274,8 @@ class ErrorBody(msgspec.Struct):
     """OpenAI's error body."""
 
     error: ErrorDetail
+
+
+def json_response(answer: object, status: int = 200) -> Response:
+    """An answer as the body of a response."""
+    return Response(msgspec.json.encode(answer), status=status, content_type="application/json")

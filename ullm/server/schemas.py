@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from ullm.config import MAX_SLEEP_LEVEL, SleepMode
+
 Int = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 """What the wire to the workers can carry; tighter limits are `ullm.sampling.SamplingParams`' own."""
 
@@ -158,3 +160,45 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     tokens: list[Int]
     model: str | None = None
     skip_special_tokens: bool | None = None
+
+
+class InferenceRequest(msgspec.Struct, kw_only=True):
+    """``POST /inference``: one prompt, one text, the model's defaults for everything else."""
+
+    prompt: str
+    max_new_tokens: Int | None = None
+
+
+class SleepRequest(msgspec.Struct, kw_only=True):
+    """``POST /sleep``.
+
+    Args:
+        level: 0 to 3; default: ``--sleep-level``.
+        mode: what becomes of admitted requests: they end first, are aborted, or go on after the wake.
+    """
+
+    level: Annotated[int, Meta(ge=0, le=MAX_SLEEP_LEVEL)] | None = None
+    mode: SleepMode | None = None
+
+
+class ShutdownRequest(msgspec.Struct, kw_only=True):
+    """``POST /admin/shutdown``.
+
+    Args:
+        timeout: seconds until all is gone; default: ``--shutdown-timeout``.
+    """
+
+    timeout: Annotated[float, Meta(ge=0)] | None = None
+
+
+class ReloadRequest(msgspec.Struct, kw_only=True):
+    """``POST /admin/reload``: the same model again, or another, or another revision."""
+
+    model: Annotated[str, Meta(min_length=1)] | None = None
+    revision: Annotated[str, Meta(min_length=1)] | None = None
+
+
+class FaultsRequest(msgspec.Struct, kw_only=True):
+    """``POST /admin/faults``: a plan as in docs/fault-injection.md."""
+
+    plan: str

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
+import trio
 
+from ullm.server.connection import Writer
 from ullm.server.errors import as_request_error, error_body
+from ullm.server.outputs import Outputs
 
+if TYPE_CHECKING:
+    from ullm.generation import Output
+
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients skip (HTML standard, server-sent events, 9.2.6), and proxies do not."""
 DONE = b"data: [DONE]\n\n"
 
 _encoder = msgspec.json.Encoder()
@@ -14,6 +24,28 @@ _encoder = msgspec.json.Encoder()
 def error_event(error: BaseException) -> bytes:
     """How a stream that has begun ends with an error."""
     return b"data: " + error_body(as_request_error(error)) + b"\n\n" + DONE
+
+
+class KeptAlive:
+    """Outputs as they come; the client gets a comment whenever it has heard nothing for a while.
+
+    As while its request waits in the queue, for a worker to be restarted, or for the engine to wake up.
+
+    Args:
+        seconds: of silence.
+    """
+
+    def __init__(self, outputs: Outputs, writer: Writer, seconds: float) -> None:
+        self._outputs, self._writer, self._seconds = outputs, writer, seconds
+
+    def __aiter__(self) -> Outputs:
+        return self
+
+    async def __anext__(self) -> tuple[int, Output]:
+        while True:
+            with trio.CancelScope(deadline=self._writer.silent_since + self._seconds):
+                return await anext(self._outputs)
+            await self._writer.write(KEEP_ALIVE)
 
 
 class ChunkEncoder:

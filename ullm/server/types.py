@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ullm.config import EngineConfig, SleepMode
 from ullm.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from ullm.generation import Output
-    from ullm.health import EngineStatistics, Health
+    from ullm.health import EngineStatistics, Health, ReloadReport, SleepHealth
+    from ullm.supervision import ChildInfo
 
 
 class Tokenizer(Protocol):
@@ -71,6 +73,23 @@ class Generation(Protocol):
         """What is new, as it comes."""
 
 
+class Faults(Protocol):
+    """Plans of faults; see `ullm.faults`."""
+
+    def arm(self, plan: str) -> object:
+        """Add a plan to what is armed.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+
+    def clear(self) -> object:
+        """Disarm everything."""
+
+    def describe(self) -> object:
+        """What is armed, and what has happened; encodes to JSON."""
+
+
 class Engine(Protocol):
     """An engine in any state; before it is ready, ``info`` and ``tokenizer`` may be None."""
 
@@ -87,11 +106,23 @@ class Engine(Protocol):
         """The loaded model's tokenizer."""
 
     @property
+    def config(self) -> EngineConfig:
+        """As it serves now."""
+
+    @property
+    def faults(self) -> Faults:
+        """What is made to go wrong."""
+
+    @property
     def state(self) -> str:
         """One of `ullm.supervision.state.EngineState`."""
 
     def check_admission(self) -> None:
-        """Raise what a new request would get: EngineDraining, EngineNotReady, QueueFull, EngineDead."""
+        """Raise what a new request would get.
+
+        Raises:
+            EngineDraining, EngineNotReady, EngineSleeping, QueueFull, EngineDead
+        """
 
     def generate(
         self, prompt: Sequence[int] | str, params: SamplingParams, *, request_id: str | None = None
@@ -103,3 +134,30 @@ class Engine(Protocol):
 
     def statistics(self) -> EngineStatistics:
         """For metrics."""
+
+    def children(self) -> tuple[ChildInfo, ...]:
+        """The supervision tree."""
+
+    def request_shutdown(self, timeout: float | None = None, *, by: str = "shutdown()") -> None:
+        """Begin the orderly stop; returns at once."""
+
+    async def sleep(self, level: int | None = None, mode: SleepMode = "wait") -> SleepHealth:
+        """Give memory back.
+
+        Raises:
+            InvalidParameter, EngineNotReady, EngineDraining, EngineDead, EngineBusy
+        """
+
+    async def wake(self) -> SleepHealth:
+        """Be awake.
+
+        Raises:
+            EngineNotReady, EngineDraining, EngineDead, EngineBusy
+        """
+
+    async def reload(self, model: str | None = None, revision: str | None = None) -> ReloadReport:
+        """Load the model again in new workers, which take over.
+
+        Raises:
+            ReloadFailed, EngineNotReady, EngineDraining, EngineDead, EngineBusy
+        """

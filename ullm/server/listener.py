@@ -1,0 +1,154 @@
+"""Accepting connections, each served by Hypercorn, with an end for those whose client does not read.
+
+Hypercorn's own server sends within a shield, without a limit, and does not say which connections it has:
+one client that stops reading would hold up its request, and the stop of the server, for good. Here every
+connection is known, a send that makes no progress for a while ends it, and all of them can be cut at once.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+from hypercorn.config import Config
+from hypercorn.events import Closed, Event, RawData
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import AppWrapper, LifespanState
+from hypercorn.utils import wrap_app
+
+from ullm.logs import get_logger
+
+log = get_logger(__name__)
+
+UNSENT_BYTES = 16 << 10
+"""How much the kernel takes beyond what the network lets through; the rest waits as tokens, which are
+smaller, and become one large piece when the client reads again."""
+_RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+"""SO_LINGER: forget what has not been sent, and tell the client with a reset."""
+
+
+class ClientConnection(TCPServer):
+    """One connection of Hypercorn's, whose sends end when the client stops reading.
+
+    Args:
+        stall_timeout: seconds without progress after which a send ends the connection.
+    """
+
+    def __init__(
+        self,
+        app: AppWrapper,
+        config: Config,
+        context: WorkerContext,
+        stream: trio.SocketStream,
+        stall_timeout: float,
+    ) -> None:
+        super().__init__(app, config, context, LifespanState(), stream)  # type: ignore[arg-type]  # takes either
+        self._socket = stream.socket
+        self._stall_timeout = stall_timeout
+
+    async def protocol_send(self, event: Event) -> None:
+        """Send bytes, or take note of the connection's state. Called by Hypercorn's protocol.
+
+        A send cannot be cancelled: half a piece would spoil the pieces after it.
+        """
+        if not isinstance(event, RawData):
+            await super().protocol_send(event)
+            return
+        async with self.send_lock:
+            try:
+                await self._send(event.data)
+            except (OSError, trio.ClosedResourceError):  # the client has gone, or was cut
+                await self.protocol.handle(Closed())
+
+    async def _send(self, data: bytes) -> None:
+        rest = memoryview(data)
+        with trio.CancelScope(shield=True) as scope:
+            while rest:
+                scope.deadline = trio.current_time() + self._stall_timeout
+                rest = rest[await self._socket.send(rest) :]
+        if rest:
+            log.warning("client does not read; its connection is cut", seconds=self._stall_timeout)
+            self.cut()
+            raise trio.ClosedResourceError
+
+    def cut(self) -> None:
+        """Close the connection at once, and forget what has not been sent."""
+        if self._socket.fileno() != -1:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self._socket.close()
+
+
+class Listener:
+    """Serves an ASGI app on sockets that listen.
+
+    Args:
+        stall_timeout: seconds that a client may leave what it was sent unread.
+    """
+
+    def __init__(self, app: Any, config: Config, stall_timeout: float) -> None:
+        self._app = wrap_app(app, config.wsgi_max_body_size, "asgi")
+        self._config = config
+        self._stall_timeout = stall_timeout
+        self._context = WorkerContext(None)
+        self._connections: set[ClientConnection] = set()
+        self._stop = trio.Event()
+
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return len(self._connections)
+
+    def stop(self) -> None:
+        """Accept no more; `serve` ends with the last response."""
+        self._stop.set()
+
+    def cut(self) -> None:
+        """Close every connection at once, as for clients that do not take what is left for them."""
+        for connection in list(self._connections):
+            connection.cut()
+
+    async def serve(self, sockets: Sequence[socket.socket], *, task_status: trio.TaskStatus[None]) -> None:
+        """Serve until stopped, and every connection has ended.
+
+        Args:
+            sockets: listen already; duplicates of them are used, and closed when this stops.
+        """
+        async with trio.open_nursery() as handlers:
+            async with trio.open_nursery() as accepting:
+                listeners = [_listener(sock) for sock in sockets]
+                accepting.start_soon(self._accept, listeners, handlers)
+                task_status.started()
+                await self._stop.wait()
+                accepting.cancel_scope.cancel()
+            await self._context.terminated.set()  # connections without a request end
+
+    async def _accept(self, listeners: list[trio.SocketListener], handlers: trio.Nursery) -> None:
+        await trio.serve_listeners(self._handle, listeners, handler_nursery=handlers)
+
+    async def _handle(self, stream: trio.SocketStream) -> None:
+        _limit_kernel_buffer(stream.socket)
+        connection = ClientConnection(self._app, self._config, self._context, stream, self._stall_timeout)
+        self._connections.add(connection)
+        try:
+            await connection
+        except Exception:
+            log.exception("connection failed")  # and no other
+            connection.cut()
+        finally:
+            self._connections.discard(connection)
+
+
+def _listener(sock: socket.socket) -> trio.SocketListener:
+    return trio.SocketListener(trio.socket.from_stdlib_socket(sock.dup()))
+
+
+def _limit_kernel_buffer(sock: trio.socket.SocketType) -> None:
+    """See `UNSENT_BYTES`; without it the kernel buffers megabytes for a client that does not read."""
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if option is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, option, UNSENT_BYTES)
