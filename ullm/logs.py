@@ -11,13 +11,54 @@ import logging
 import sys
 from typing import Any
 
-import structlog
+
+class Logger:
+    """A logger of structlog's that is made when it first has something to say: the import takes 50 ms,
+    and most workers never say anything."""
+
+    def __init__(self, name: str) -> None:
+        self._records = logging.getLogger(name)
+        self._logger: Any = None
+
+    def log(self, level: int, event: str, *arguments: object, **values: object) -> None:
+        """Write a record of a level."""
+        if not self._records.isEnabledFor(level):
+            return
+        if self._logger is None:
+            self._logger = _wrap(self._records)
+        self._logger.log(level, event, *arguments, **values)
+
+    def debug(self, event: str, *arguments: object, **values: object) -> None:
+        """For who looks into ullm itself."""
+        self.log(logging.DEBUG, event, *arguments, **values)
+
+    def info(self, event: str, *arguments: object, **values: object) -> None:
+        """For who runs a server."""
+        self.log(logging.INFO, event, *arguments, **values)
+
+    def warning(self, event: str, *arguments: object, **values: object) -> None:
+        """Something is not as it should be."""
+        self.log(logging.WARNING, event, *arguments, **values)
+
+    def error(self, event: str, *arguments: object, **values: object) -> None:
+        """Something has failed."""
+        self.log(logging.ERROR, event, *arguments, **values)
+
+    def exception(self, event: str, *arguments: object, **values: object) -> None:
+        """Something has failed; with the traceback of the exception that is being handled."""
+        self.log(logging.ERROR, event, *arguments, exc_info=True, **values)
 
 
-def get_logger(name: str) -> Any:
+def get_logger(name: str) -> Logger:
     """A logger whose calls take an event and key-value pairs: ``log.info("loaded", seconds=0.4)``."""
+    return Logger(name)
+
+
+def _wrap(records: logging.Logger) -> Any:
+    import structlog
+
     return structlog.wrap_logger(
-        logging.getLogger(name),
+        records,
         processors=[
             structlog.stdlib.filter_by_level,
             structlog.processors.format_exc_info,
