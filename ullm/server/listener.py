@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, LifespanState
@@ -50,6 +50,15 @@ class ClientConnection(TCPServer):
         super().__init__(app, config, context, LifespanState(), stream)  # type: ignore[arg-type]  # takes either
         self._socket = stream.socket
         self._stall_timeout = stall_timeout
+        self._client_left = False
+
+    async def _read_data(self) -> None:
+        # Hypercorn's own keeps the socket of a client that has left until its idle time is over.
+        try:
+            await super()._read_data()
+        finally:
+            self._client_left = True
+            await self.idle_task.stop()
 
     async def protocol_send(self, event: Event) -> None:
         """Send bytes, or take note of the connection's state. Called by Hypercorn's protocol.
@@ -57,7 +66,8 @@ class ClientConnection(TCPServer):
         A send cannot be cancelled: half a piece would spoil the pieces after it.
         """
         if not isinstance(event, RawData):
-            await super().protocol_send(event)
+            if not (self._client_left and isinstance(event, Updated)):
+                await super().protocol_send(event)
             return
         async with self.send_lock:
             try:
