@@ -10,7 +10,8 @@ import trio.testing
 
 from ullm.actors.base import Lifetime
 from ullm.actors.tokenizer import Tokenizer
-from ullm.errors import InvalidParameter, ModelFileBroken, PromptTooLong
+from ullm.errors import FaultInjected, InvalidParameter, ModelFileBroken, PromptTooLong
+from ullm.faults import FaultInjector
 from ullm.testing import local_model, write_scripted_model
 from ullm.testing.models import IM_END
 
@@ -240,3 +241,23 @@ async def test_what_is_far_too_long_is_not_encoded(folder, monkeypatch):
     with pytest.raises(PromptTooLong, match=r"at least \d+ tokens.*context is 100 tokens") as caught:
         tokenizer._encode("x" * 1_000_000, True, "messages")
     assert caught.value.param == "messages"
+
+
+async def test_an_injected_fault_ends_the_actor_and_not_the_request(folder, nursery):
+    tokenizer = Tokenizer(local_model(folder), FaultInjector.from_text("tokenizer.encode:raise@times=3"))
+    lost = []
+
+    async def lives(task_status):
+        while True:
+            try:
+                with Lifetime("tokenizer").running():
+                    await tokenizer.run(task_status=task_status)
+            except BaseExceptionGroup as group:
+                lost.extend(group.exceptions)
+                task_status = trio.TASK_STATUS_IGNORED
+
+    await nursery.start(lives)
+    ids = await tokenizer.encode("Hello")
+    assert tokenizer.decode(ids) == "Hello"
+    assert [type(error) for error in lost] == [FaultInjected] * 3
+    nursery.cancel_scope.cancel()

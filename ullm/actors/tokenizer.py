@@ -20,6 +20,7 @@ from ullm.actors.base import Mailbox, Reply, ask
 from ullm.actors.chat_template import ChatTemplate, read_special_tokens, read_templates
 from ullm.actors.decoding import ByteLevelDecoder, IncrementalDecoder, TokenBytes, WindowDecoder
 from ullm.errors import ActorLost, InvalidParameter, ModelFileBroken, PromptTooLong, UllmError
+from ullm.faults import FaultInjector
 from ullm.logs import get_logger
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ QUEUE = 1024
 
 ANSWER_SECONDS = 120.0
 """Bound for one answer; megabytes of text take seconds."""
+
+ATTEMPTS = 4
+"""Lives of the tokenizer that one prompt may see, as many as a supervisor gives it by default."""
 
 T = TypeVar("T")
 
@@ -52,6 +56,7 @@ class Tokenizer:
 
     Args:
         model: whose tokenizer, chat template and end-of-sequence tokens.
+        faults: what shall go wrong at the point ``tokenizer.encode``.
     """
 
     eos_token_ids: tuple[int, ...]
@@ -63,8 +68,9 @@ class Tokenizer:
     max_tokens: int | None
     """Tokens that a prompt may have; the engine sets it. None: as many as memory allows."""
 
-    def __init__(self, model: LocalModel) -> None:
+    def __init__(self, model: LocalModel, faults: FaultInjector | None = None) -> None:
         self._model = model
+        self._faults = faults or FaultInjector()
         self._jobs: Mailbox[_Job[Any]] = Mailbox(QUEUE, "tokenizer")
         self._backend: Backend
         self._bytes: TokenBytes
@@ -91,7 +97,7 @@ class Tokenizer:
         task_status.started()
         async with trio.open_nursery() as nursery:
             async for job in self._jobs:
-                nursery.start_soon(_do, job, threads)
+                nursery.start_soon(self._do, job, threads)
 
     def load(self) -> None:
         """Read the tokenizer's files; blocks for up to a second.
@@ -214,14 +220,27 @@ class Tokenizer:
 
     # --- inside ---
 
+    async def _do(self, job: _Job[Any], threads: trio.CapacityLimiter) -> None:
+        await self._faults.at("tokenizer.encode")
+        try:
+            result = await trio.to_thread.run_sync(
+                _guarded, job.work, limiter=threads, abandon_on_cancel=True
+            )
+        except UllmError as error:
+            job.reply.fail(error)
+        else:
+            job.reply.send(result)
+
     async def _ask(self, work: Callable[[], T]) -> T:
         def job(reply: Reply[T]) -> _Job[Any]:
             return _Job(work, reply)
 
-        try:
-            return await ask(self._jobs, job, ANSWER_SECONDS)
-        except ActorLost:  # restarted meanwhile; the work has no effects, so it may be done again
-            return await ask(self._jobs, job, ANSWER_SECONDS)
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return await ask(self._jobs, job, ANSWER_SECONDS)
+            except ActorLost:  # restarted meanwhile; the work has no effects, so it may be done again
+                log.debug("tokenizer restarted")
+        return await ask(self._jobs, job, ANSWER_SECONDS)
 
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         try:
@@ -256,15 +275,6 @@ class Tokenizer:
         listed = next((ids for source in sources if (ids := _as_list(source.get("eos_token_id")))), [])
         own = self._backend.token_to_id(eos_token)
         return tuple(dict.fromkeys([*listed, *([] if own is None else [own])]))
-
-
-async def _do(job: _Job[Any], threads: trio.CapacityLimiter) -> None:
-    try:
-        result = await trio.to_thread.run_sync(_guarded, job.work, limiter=threads, abandon_on_cancel=True)
-    except UllmError as error:
-        job.reply.fail(error)
-    else:
-        job.reply.send(result)
 
 
 def _guarded(work: Callable[[], T]) -> T:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import cast
 
+from ullm.actors.misbehave import Misbehave, as_process
 from ullm.core.runner import PendingStep, Runner
 from ullm.errors import ConfigError, FrameBroken
 from ullm.logs import get_logger
@@ -24,6 +25,7 @@ from ullm.messages import (
     Awake,
     Failed,
     FromWorker,
+    Inject,
     ModelInfo,
     NotUnderstood,
     Ping,
@@ -88,12 +90,15 @@ def load_runner(path: str) -> Runner:
     return cast(Runner, runner_class())
 
 
-def run_worker(runner: Runner, inbox: Inbox, send: Callable[[FromWorker], None]) -> Ended:
+def run_worker(
+    runner: Runner, inbox: Inbox, send: Callable[[FromWorker], None], misbehave: Misbehave = as_process
+) -> Ended:
     """Serve ``inbox`` until `Stop` or the first failure.
 
-    Exceptions of the runner become one `Failed`, which is the last message.
+    Exceptions of the runner become one `Failed`, which is the last message. ``misbehave`` carries out
+    faults that are injected, in the way of this kind of worker.
     """
-    loop = WorkerLoop(runner, send)
+    loop = WorkerLoop(runner, send, misbehave)
     try:
         while not loop.stopped:
             loop.handle(_next_message(loop, inbox))
@@ -120,10 +125,14 @@ def _next_message(loop: WorkerLoop, inbox: Inbox) -> ToWorker | NotUnderstood | 
 class WorkerLoop:
     """What a worker does with each message; when to wait is decided by whoever drives it."""
 
-    def __init__(self, runner: Runner, send: Callable[[FromWorker], None]) -> None:
+    def __init__(
+        self, runner: Runner, send: Callable[[FromWorker], None], misbehave: Misbehave = as_process
+    ) -> None:
         self._runner = runner
         self._send = send
+        self._misbehave = misbehave
         self._info: ModelInfo | None = None
+        self._last_step: int | None = None
         self._level = 0
         self._given_back: dict[str, int] = {}
         self._pending: deque[PendingStep] = deque()
@@ -169,6 +178,8 @@ class WorkerLoop:
                 self._sleep(level)
             case Wake():
                 self._wake()
+            case Inject():
+                self._misbehave(message, self._info is not None)
             case FrameBroken():
                 raise message
             case NotUnderstood(detail):
@@ -192,6 +203,9 @@ class WorkerLoop:
             return self.handle(NotUnderstood("Step came before Start"))
         if self._level:
             return self.handle(NotUnderstood(f"Step came while asleep at level {self._level}"))
+        last, self._last_step = self._last_step, step.step_id
+        if last is not None and step.step_id != last + 1:  # a delta to a state that is not this one's
+            return self.handle(NotUnderstood(f"Step {step.step_id} came after step {last}"))
         self._pending.append(self._runner.submit(step))
 
     def _sleep(self, level: int) -> None:
@@ -216,7 +230,7 @@ class WorkerLoop:
         began = time.perf_counter()
         if self._level:
             self._info = self._runner.wake(self._send_progress)
-            self._level, self._given_back = 0, {}
+            self._level, self._given_back, self._last_step = 0, {}, None
         self._send(Awake(self._info, {"wake": time.perf_counter() - began}))
 
     def _finish_pending(self) -> None:

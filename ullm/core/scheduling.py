@@ -127,6 +127,7 @@ class Scheduler:
         budget = self._continue_running(rows, self._config.max_num_batched_tokens)
         new = self._admit_waiting(rows, budget)
         if not rows:
+            self._steps -= 1  # the number is free: workers take no step that is out of turn
             return None
         self._publish(rows)
         forget, self._forget = self._forget, []

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 
 import trio
 
+from ullm.actors.misbehave import anywhere, ending
 from ullm.actors.transports.background import background_tasks
 from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
 from ullm.actors.worker import WorkerLoop, failed, load_runner
 from ullm.errors import WorkerLost
-from ullm.messages import FromWorker, Progress, Sleep, Start, Step, Stop, Stopped, ToWorker, Wake
+from ullm.messages import FromWorker, Inject, Progress, Sleep, Start, Step, Stop, Stopped, ToWorker, Wake
 
 Predicate = Callable[[ToWorker], bool]
 
@@ -115,6 +116,7 @@ class FakeWorker:
         self._deliver, self._delivered = trio.open_memory_channel[FromWorker](math.inf)
         self._may_go_on = trio.Event()
         self._may_go_on.set()
+        self._loaded = self._suspended = False
         self._life = trio.CancelScope()
         self._ended = trio.Event()
         self._cause = "exited with status 0"
@@ -136,8 +138,8 @@ class FakeWorker:
         return not self._ended.is_set() and not self._life.cancel_called
 
     def suspended(self) -> bool:
-        """Never; see `hang`."""
-        return False
+        """Whether it plays being stopped by SIGSTOP, as a fault plan may ask; `hang` is another thing."""
+        return self._suspended
 
     async def send(self, message: ToWorker) -> None:
         """Hand one message over."""
@@ -214,12 +216,33 @@ class FakeWorker:
         while not loop.stopped:
             message = await self._messages.receive()
             self.received.append(message)
+            if isinstance(message, Inject):
+                await self._misbehave(message)
+                continue
+            self._loaded |= isinstance(message, Start)
             await self._spend_time(message)
             if isinstance(message, Start) and self._behaviour.load_error is not None:
                 raise self._behaviour.load_error
             loop.handle(message)
             while loop.pending:
                 loop.send_oldest()
+
+    async def _misbehave(self, inject: Inject) -> None:
+        """What a process would do, in virtual time."""
+        match inject.action:
+            case "crash" | "exit":
+                self.die(ending(inject.action))
+                await trio.lowlevel.checkpoint()
+            case "slow":
+                await trio.sleep(inject.seconds)
+            case "hang" | "stop":
+                self._suspended = inject.action == "stop"
+                self.hang()
+                with trio.move_on_after(inject.seconds or math.inf):
+                    await self._may_go_on.wait()
+                self.resume()
+            case _:
+                anywhere(inject, self._loaded)
 
     async def _spend_time(self, message: ToWorker) -> None:
         if self._behaviour.die_on(message):

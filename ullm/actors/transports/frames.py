@@ -46,6 +46,10 @@ class FrameReader(Generic[M]):
         """Append bytes as they came off the pipe."""
         self._buffer += data
 
+    def unread(self, data: bytes) -> None:
+        """Put bytes in front of all that has been fed and not yet cut."""
+        self._buffer[:0] = data
+
     def next(self) -> M | NotUnderstood | None:
         """The next complete message; `NotUnderstood` for one of no known type; None: feed more.
 

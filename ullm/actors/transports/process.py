@@ -107,7 +107,10 @@ class ProcessTransport:
 
     async def send(self, message: ToWorker) -> None:
         """Queue one frame. A cancelled sender never leaves half a frame on the pipe."""
-        frame = encode(message)
+        await self.send_bytes(encode(message))
+
+    async def send_bytes(self, frame: bytes) -> None:
+        """As `send`, for a frame that is encoded already, or is none: see `ullm.actors.transports.faulty`."""
         try:
             if self.alive():
                 return await self._outbox.send(frame)
@@ -119,6 +122,10 @@ class ProcessTransport:
         """The next message; messages that were sent before the worker's end come first."""
         async with self._turn():
             return self._backlog.popleft() if self._backlog else await self._read_message()
+
+    def unread(self, data: bytes) -> None:
+        """Have these bytes read next, as if the worker had sent them."""
+        self._reader.unread(data)
 
     def kill(self) -> None:
         """SIGKILL for the worker and for whatever it started itself."""

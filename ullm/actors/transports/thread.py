@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from ullm.actors.misbehave import Crashed, as_thread
 from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
 from ullm.actors.worker import IMPORT_BUDGET, Ended, Inbox, Terminated, failed, load_runner, run_worker
 from ullm.core.runner import Runner
@@ -136,10 +137,12 @@ class ThreadTransport:
         try:
             self._answer(Progress("import", IMPORT_BUDGET))
             runner = load_runner(self._spec.runner)
-            ended = run_worker(runner, self._inbox, self._answer)
+            ended = run_worker(runner, self._inbox, self._answer, as_thread)
         except Terminated:
             self._answer(Stopped(_close(runner, self.name)))
             ended = Ended.STOPPED
+        except Crashed as crash:
+            self._to_trio(self._crash, crash.cause)
         except Exception as error:
             self._answer(failed(error))
         if ended is Ended.FAILED:
@@ -164,6 +167,10 @@ class ThreadTransport:
         if isinstance(message, Stopped):
             self._stopped = message
         self._deliver.send_nowait(message)
+
+    def _crash(self, cause: str) -> None:
+        if not self._killed:
+            self._cause = cause
 
     def _end(self) -> None:
         self._ended.set()
