@@ -30,6 +30,8 @@ from ullm.messages import (
     NotUnderstood,
     Ping,
     Pong,
+    Prepare,
+    Prepared,
     Progress,
     Ready,
     Sleep,
@@ -174,6 +176,8 @@ class WorkerLoop:
                 self._load(message)
             case Stop():
                 self._stop()
+            case Prepare():
+                self._prepare(message)
             case Sleep(level):
                 self._sleep(level)
             case Wake():
@@ -187,6 +191,13 @@ class WorkerLoop:
                 self._send(message)
             case _:
                 self.handle(NotUnderstood(f"{type(message).__name__} is no message to a worker"))
+
+    def _prepare(self, prepare: Prepare) -> None:
+        if self._info is not None:
+            return self.handle(NotUnderstood("Prepare came after Start"))
+        began = time.perf_counter()
+        self._runner.prepare(prepare, self._send_progress)
+        self._send(Prepared({"prepare": time.perf_counter() - began}))
 
     def _load(self, start: Start) -> None:
         if self._info is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from ullm.messages import ModelInfo, Progress, Start, Step, StepResult
+from ullm.messages import ModelInfo, Prepare, Progress, Start, Step, StepResult
 
 
 class PendingStep(Protocol):
@@ -20,6 +20,14 @@ class PendingStep(Protocol):
 
 class Runner(Protocol):
     """One rank of a model. Built without arguments; used from one thread; never from two at once."""
+
+    def prepare(self, prepare: Prepare, progress: Callable[[Progress], None]) -> None:
+        """In a standby worker: do what makes `load` fast and commits to nothing.
+
+        It may take only what is shared with others, or small; no other rank is met, and no context on a
+        device created. `load` may follow with other values, or never. A failure here is none: `load`
+        says what is wrong.
+        """
 
     def load(self, start: Start, progress: Callable[[Progress], None]) -> ModelInfo:
         """Load the weights, size the KV cache, warm up.

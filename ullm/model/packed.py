@@ -40,7 +40,15 @@ DISK_SHARE = 4
 """A file takes at most this fraction of what is free on the disk."""
 ALIGNMENT = 64
 """Bytes of a vector, and of a line of the processor's cache."""
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""Of the format; kernels may pack into numbers of their own."""
 _PARTIAL = ".partial"
 
 
@@ -85,32 +93,21 @@ class PackedFile:
         return True
 
 
-def packed_file(
-    sources: list[Path],
-    shape: dict[str, object],
-    dtype: torch.dtype,
-    kernels: Path,
-    rank: int,
-    world_size: int,
-) -> PackedFile:
-    """The file for weights made in this way.
+def packed_file(sources: list[Path], made: object) -> PackedFile:
+    """The file for weights made in one way by this version of the code.
 
     Args:
         sources: the checkpoint's files, known by their path, size, and time of change.
-        shape: the checkpoint's config.
-        kernels: the compiled library, whose name differs with its source, compiler and CPU.
+        made: all else that the weights depend on, as JSON can say it.
 
     Raises:
         OSError: a source cannot be looked at.
     """
-    stats = [
-        (str(path.resolve()), status.st_size, status.st_mtime_ns)
-        for path in sources
-        for status in [path.stat()]
-    ]
-    made = json.dumps([stats, shape, str(dtype), kernels.name, rank, world_size], sort_keys=True, default=str)
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    digest = hashlib.sha256(made.encode() + code).hexdigest()[:24]
+    stats = [(path, path.stat()) for path in map(Path.resolve, sources)]
+    known = [[str(path), status.st_size, status.st_mtime_ns] for path, status in stats]
+    code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    text = json.dumps([known, made], sort_keys=True, default=str)
+    digest = hashlib.sha256(b"\0".join([text.encode(), *code])).hexdigest()[:24]
     return PackedFile(cache_dir() / "packed" / f"{digest}.safetensors")
 
 

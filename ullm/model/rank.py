@@ -22,6 +22,7 @@ from ullm.model.cpu.ops import KernelAttention, KernelOps
 from ullm.model.decoder import Decoder
 from ullm.model.graphs import DecodeGraphs
 from ullm.model.kv_pool import check_fits, count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
+from ullm.model.memory import let_go
 from ullm.model.parallel import ParallelContext, open_parallel
 from ullm.model.registry import NATIVE, Checkpoint, choose_device, load_model, read_checkpoint
 
@@ -59,8 +60,13 @@ class Rank:
     info: ModelInfo
 
 
-def open_rank(start: Start, progress: Callable[[Progress], None]) -> Rank:
+def open_rank(
+    start: Start, progress: Callable[[Progress], None], prepared: CausalModel | None = None
+) -> Rank:
     """Load the model, size the KV pool, warm up, capture.
+
+    Args:
+        prepared: the model with its weights, where they have been brought here already.
 
     Raises:
         ModelError: one line that names file and tensor, or device and bytes.
@@ -69,7 +75,8 @@ def open_rank(start: Start, progress: Callable[[Progress], None]) -> Rank:
     site = open_site(start)
     try:
         with naming_out_of_memory(site.device):
-            return furnish(site, read_model(site, progress), None, progress)
+            model = read_model(site, progress) if prepared is None else share_cores(site, prepared)
+            return furnish(site, model, None, progress)
     except BaseException:
         site.parallel.close()
         raise
@@ -94,10 +101,16 @@ def read_model(site: Site, progress: Callable[[Progress], None]) -> CausalModel:
         progress(Progress("load", config.start_timeout))
     with one_thread():
         model = load_model(checkpoint, config, site.device, site.parallel, throttled("load", progress))
+    return share_cores(site, model)
+
+
+def share_cores(site: Site, model: CausalModel) -> CausalModel:
+    """Say which threads compute: the kernels' or PyTorch's."""
     if isinstance(model, Decoder) and isinstance(model.ops, KernelOps):
         # What little is left to PyTorch is not worth waiting for OpenMP's threads; see cpu/pool.h.
         model.ops.kernels.use_threads(site.threads)
         torch.set_num_threads(1)
+    let_go(site.device)  # of the weights as they were before they were packed
     return model
 
 

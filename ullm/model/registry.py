@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ullm.config import EngineConfig
+from ullm.config import EngineConfig, ModelConfig
 from ullm.errors import ConfigError, ModelError, ModelFileBroken, ModelUnsupported, OutOfMemory
 from ullm.model.batch import CausalModel
 from ullm.model.cpu.build import library_path
@@ -38,6 +39,13 @@ NATIVE: dict[str, type[Decoder]] = {
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
 }
 """Architecture, as in config.json, → class."""
+NOT_IN_WEIGHTS = frozenset(
+    {
+        *("model", "revision", "tokenizer", "served_model_name", "chat_template"),
+        *("context_len", "enforce_eager", "runner"),
+    }
+)
+"""Options of a model that leave its packed weights as they are."""
 DEFAULT_CONTEXT_LEN = 2048
 """For configs that name no limit."""
 
@@ -102,7 +110,7 @@ def load_model(
         return load_foreign(checkpoint, config, device, parallel)
     model = build(native, checkpoint, parallel)
     use_kernels = config.cpu_kernels and device.type == "cpu" and model.suits_kernels()
-    packed = find_packed(checkpoint, parallel) if use_kernels and config.load_format != "dummy" else None
+    packed = find_packed(checkpoint, config, parallel) if use_kernels else None
     if packed is not None and restore(model, packed, checkpoint.dtype):
         return model
     allocate(model, checkpoint.dtype, device)
@@ -116,20 +124,29 @@ def load_model(
     return model
 
 
-def find_packed(checkpoint: Checkpoint, parallel: ParallelContext) -> PackedFile | None:
-    """Where this rank's weights are kept as the kernels want them; None without kernels for them."""
-    library = library_path() if checkpoint.dtype in NAMES else None
+def map_model(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelContext) -> Decoder | None:
+    """The model with weights that `load_model` has left in the cache; None if it has not."""
+    native = NATIVE.get(checkpoint.architecture)
+    model = build(native, checkpoint, parallel) if native is not None and config.cpu_kernels else None
+    packed = find_packed(checkpoint, config, parallel) if model is not None else None
+    if model is None or packed is None or not restore(model, packed, checkpoint.dtype):
+        return None
+    return model
+
+
+def find_packed(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelContext) -> PackedFile | None:
+    """Where this rank's weights are kept as the kernels want them; None where they cannot be."""
+    library = library_path() if checkpoint.dtype in NAMES and config.load_format != "dummy" else None
     if library is None:
         return None
+    options = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in NOT_IN_WEIGHTS
+    }
+    made = [checkpoint.hf, options, str(checkpoint.dtype), library.name, parallel.rank, parallel.world_size]
     try:
-        return packed_file(
-            weight_files(checkpoint.path),
-            checkpoint.hf,
-            checkpoint.dtype,
-            library,
-            parallel.rank,
-            parallel.world_size,
-        )
+        return packed_file(weight_files(checkpoint.path), made)
     except (OSError, ModelError):
         return None  # loading says what is wrong
 

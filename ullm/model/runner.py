@@ -15,13 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ullm.messages import ModelInfo, Progress, Row, Sampled, Start, Step, StepResult, TokenLogprobs
+from ullm.messages import ModelInfo, Prepare, Progress, Row, Sampled, Start, Step, StepResult, TokenLogprobs
 from ullm.model.logprobs import PendingLogprobs
 from ullm.model.memory import let_go
 from ullm.model.rank import Rank, open_rank
 from ullm.model.sampler import Sampler
 from ullm.model.sequences import Plan, SequenceState, SequenceTable
 from ullm.model.sleep import SleepingRank
+from ullm.model.standby import PreparedModel, prepare_model
 
 PROMPT_LOGPROBS_CHUNK = 128
 """Positions whose logits are held at once for prompt logprobs."""
@@ -71,11 +72,17 @@ class ModelRunner:
     """See `ullm.core.runner.Runner`. ``load`` once, then ``submit``, at last ``close``."""
 
     def __init__(self) -> None:
+        self._prepared: PreparedModel | None = None
         self._rank: Rank | None = None
         self._asleep: SleepingRank | None = None
         self._table = SequenceTable(1)
         self._sampler: Sampler | None = None
         self._last_tokens = torch.zeros(0, dtype=torch.int64)
+
+    def prepare(self, prepare: Prepare, progress: Callable[[Progress], None]) -> None:
+        """See `Runner.prepare`."""
+        progress(Progress("prepare"))
+        self._prepared = prepare_model(prepare)
 
     def load(self, start: Start, progress: Callable[[Progress], None]) -> ModelInfo:
         """See `Runner.load`.
@@ -84,7 +91,9 @@ class ModelRunner:
             ModelError: one line that names file and tensor, or device and bytes.
             ConfigError: options that do not fit this machine or this model.
         """
-        return self._take_up(open_rank(start, progress))
+        prepared, self._prepared = self._prepared, None
+        model = prepared.model if prepared is not None and prepared.suits(start) else None
+        return self._take_up(open_rank(start, progress, model))
 
     def _take_up(self, rank: Rank) -> ModelInfo:
         """Begin with a rank that knows no sequence."""

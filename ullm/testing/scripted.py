@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ullm.messages import (
     ModelInfo,
     NewSequence,
+    Prepare,
     Progress,
     Row,
     Sampled,
@@ -89,6 +90,9 @@ class ScriptedRunner:
         self._busy_until = 0.0
         self._asleep = False
         self._info: ModelInfo | None = None
+
+    def prepare(self, prepare: Prepare, progress: Callable[[Progress], None]) -> None:
+        """See `Runner.prepare`: there is nothing to prepare."""
 
     def load(self, start: Start, progress: Callable[[Progress], None]) -> ModelInfo:
         """Pretend to load."""
