@@ -161,6 +161,30 @@ def bench_engine(
     return run.publish(report, output, as_json=json)
 
 
+@bench.command(name="chaos")
+def bench_chaos(
+    *,
+    model: Annotated[str, Parameter(help="scripted, tiny, or as ullm serve --model.")] = "scripted",
+    seed: Annotated[int, Parameter(help="The same seed draws the same faults in the same order.")] = 0,
+    faults: Annotated[int, Parameter(help="How many.")] = 300,
+    seconds: Annotated[float, Parameter(help="By when they must all have been injected.")] = 600.0,
+    streams: Annotated[int, Parameter(help="Clients that ask one request after another.")] = 8,
+    kinds: Annotated[str, Parameter(help="Only these, separated by commas, as in worker,client.slow.")] = "",
+    server: Annotated[str, Parameter(help="More options of ullm serve.", allow_leading_hyphen=True)] = "",
+    json: Json = False,
+    output: Annotated[Path | None, Parameter(help="Also write the report there, as JSON.")] = None,
+) -> int:
+    """Disturb a server under load by random faults, and check that nothing is lost. Needs ullm[bench]."""
+    import shlex
+
+    from ullm.bench.chaos.run import Plan
+    from ullm.commands.bench_chaos import chaos
+
+    only = tuple(kind.strip() for kind in kinds.split(",") if kind.strip())
+    plan = Plan(model, tuple(shlex.split(server)), seed, faults, seconds, streams, only=only)
+    return chaos(plan, output, as_json=json)
+
+
 @app.command
 @with_options([option for option in engine_options() if option.name in ("model", "revision", "tokenizer")])
 def pull(name: Name = None, /, **given: Any) -> int:

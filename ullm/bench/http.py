@@ -5,6 +5,7 @@ One `Connection` carries one request at a time and is reused while the server al
 
 from __future__ import annotations
 
+import socket
 import ssl
 import urllib.parse
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -28,6 +29,7 @@ class Endpoint:
     """Where an OpenAI-compatible API lives.
 
     Args:
+        scheme: ``http``, ``https``, or ``unix``, whose ``host`` is the socket's path.
         prefix: path in front of ``/chat/completions``, usually ``/v1``.
     """
 
@@ -61,15 +63,26 @@ class Endpoint:
     def headers(self) -> list[tuple[str, str]]:
         """Those of every request."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        always = [("Host", f"{host}:{self.port}"), ("User-Agent", "ullm"), ("Accept", "*/*")]
+        named = "localhost" if self.scheme == "unix" else f"{host}:{self.port}"
+        always = [("Host", named), ("User-Agent", "ullm"), ("Accept", "*/*")]
         return always + ([("Authorization", f"Bearer {self.api_key}")] if self.api_key else [])
 
 
 class Connection:
-    """One connection to a server, opened at its first request and again when it was closed."""
+    """One connection to a server, opened at its first request and again when it was closed.
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    Args:
+        receive_buffer: bytes that the kernel and one read may take ahead of what is asked for; None: plenty.
+            A small one lets a slow reader's server feel it.
+
+    Attributes:
+        headers: of the last answer, names in lower case.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, receive_buffer: int | None = None) -> None:
         self.endpoint = endpoint
+        self.headers: dict[str, str] = {}
+        self._receive_buffer = receive_buffer
         self._stream: trio.abc.Stream | None = None
         self._http = h11.Connection(h11.CLIENT)
 
@@ -95,6 +108,7 @@ class Connection:
             while isinstance(response, h11.InformationalResponse):
                 response = await self._next()
             assert isinstance(response, h11.Response)  # h11 raises RemoteProtocolError otherwise
+            self.headers = {name.decode(): value.decode("latin-1") for name, value in response.headers}
             if response.status_code >= 400:
                 raise ServerRefused(self._url(path), response.status_code, await self._error())
             async with aclosing(self._body()) as pieces:
@@ -147,13 +161,17 @@ class Connection:
 
     async def _open(self) -> trio.abc.Stream:
         with trio.move_on_after(CONNECT_TIMEOUT):
-            if self.endpoint.scheme == "https":
+            if self.endpoint.scheme == "unix":
+                self._stream = await trio.open_unix_socket(self.endpoint.host)
+            elif self.endpoint.scheme == "https":
                 context = ssl.create_default_context()
                 self._stream = await trio.open_ssl_over_tcp_stream(
                     self.endpoint.host, self.endpoint.port, ssl_context=context, https_compatible=True
                 )
             else:
-                self._stream = await trio.open_tcp_stream(self.endpoint.host, self.endpoint.port)
+                self._stream = stream = await trio.open_tcp_stream(self.endpoint.host, self.endpoint.port)
+                if self._receive_buffer is not None:
+                    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer)
             return self._stream
         raise OSError(f"no connection within {CONNECT_TIMEOUT:g} s")
 
@@ -162,7 +180,8 @@ class Connection:
         while True:
             event = self._http.next_event()
             if event is h11.NEED_DATA:
-                self._http.receive_data(bytes(await self._stream.receive_some(_READ_SIZE)))
+                size = self._receive_buffer or _READ_SIZE
+                self._http.receive_data(bytes(await self._stream.receive_some(size)))
             elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
                 raise OSError("the server hung up")
             else:

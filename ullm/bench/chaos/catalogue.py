@@ -1,0 +1,72 @@
+"""What the clients of a chaos run ask: a few requests of every form, drawn from the seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from ullm.bench.workload import WORDS
+
+FORMS = (
+    ("/completions", True),
+    ("/chat/completions", True),
+    ("/completions", False),
+    ("/chat/completions", False),
+)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request.
+
+    Args:
+        path: below the API's prefix.
+        body: as JSON; asks for a stream with usage, or for an answer in one piece.
+        choices: how many answers it asks for.
+    """
+
+    number: int
+    path: str
+    body: dict[str, Any]
+    choices: int
+
+    @property
+    def stream(self) -> bool:
+        """Whether the answer comes in pieces."""
+        return bool(self.body.get("stream"))
+
+
+def catalogue(model: str, seed: int, size: int, max_tokens: tuple[int, int]) -> list[Ask]:
+    """``size`` requests: chat and plain, streamed and unary, greedy and seeded, one choice and two.
+
+    Args:
+        max_tokens: the least and the most that one generates.
+    """
+    source = random.Random(f"catalogue {seed}")
+    return [_ask(source, model, number, max_tokens) for number in range(size)]
+
+
+def long_ask(model: str, max_tokens: int) -> Ask:
+    """A stream that is much to read: with log probabilities, so that kernel buffers do not hold it."""
+    body = {"prompt": "time year people", "logprobs": 5, "max_tokens": max_tokens}
+    return Ask(-1, "/completions", {"model": model, "stream": True, "ignore_eos": True, **body}, 1)
+
+
+def _ask(source: random.Random, model: str, number: int, max_tokens: tuple[int, int]) -> Ask:
+    path, stream = FORMS[number % len(FORMS)]
+    text = " ".join(source.choices(WORDS, k=source.randint(3, 40)))
+    prompt = {"prompt": text} if path == "/completions" else {"messages": [{"role": "user", "content": text}]}
+    greedy = {"temperature": 0}
+    drawn = {"temperature": 0.9, "top_p": 0.95, "seed": source.randrange(1 << 30)}
+    choices = 2 if source.random() < 0.25 else 1
+    body = {
+        "model": model,
+        "max_tokens": source.randint(*max_tokens),
+        "ignore_eos": True,
+        "n": choices,
+        **(greedy if source.random() < 0.5 else drawn),
+        **({"stream": True, "stream_options": {"include_usage": True}} if stream else {}),
+        **prompt,
+    }
+    return Ask(number, path, body, choices)
