@@ -101,6 +101,7 @@ def read_model(site: Site, progress: Callable[[Progress], None]) -> CausalModel:
         progress(Progress("load", config.start_timeout))
     with one_thread():
         model = load_model(checkpoint, config, site.device, site.parallel, throttled("load", progress))
+    let_go(site.device)  # of the weights as they were before they were packed
     return share_cores(site, model)
 
 
@@ -110,7 +111,6 @@ def share_cores(site: Site, model: CausalModel) -> CausalModel:
         # What little is left to PyTorch is not worth waiting for OpenMP's threads; see cpu/pool.h.
         model.ops.kernels.use_threads(site.threads)
         torch.set_num_threads(1)
-    let_go(site.device)  # of the weights as they were before they were packed
     return model
 
 
