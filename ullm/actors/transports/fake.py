@@ -241,6 +241,7 @@ class FakeWorker:
                 with trio.move_on_after(inject.seconds or math.inf):
                     await self._may_go_on.wait()
                 self.resume()
+                self._suspended = False
             case _:
                 anywhere(inject, self._loaded)
 
