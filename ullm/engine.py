@@ -31,6 +31,7 @@ from ullm.errors import (
     EngineDraining,
     EngineNotReady,
     EngineSleeping,
+    ReloadFailed,
     StartCancelled,
     first_cause,
 )
@@ -277,10 +278,13 @@ class Engine:
 
     @contextmanager
     def _overtaken_by_stop(self) -> Iterator[None]:
-        """The stop of the engine ends the actor that was asked."""
+        """The stop of the engine, or a failure of its own, ends the actor that was asked."""
         try:
             yield
-        except ActorLost as error:
+        except (ActorLost, ReloadFailed) as error:
+            if self.state is EngineState.RUNNING:
+                failed = isinstance(error, ReloadFailed)
+                raise error if failed else EngineNotReady("restarting a part of itself") from error
             raise EngineBusy(f"the engine is {self.state.value}; it was overtaken") from error
 
     # --- stopping ------------------------------------------------------------------------------------------

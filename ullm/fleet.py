@@ -77,6 +77,7 @@ class Fleet:
         """
         for replica in self.replicas:
             replica.group.restarts -= 1  # this one was asked for
+            replica.scheduler.rise()  # it may have rested before
             await self._start(replica)
         await self.wait_up()
 

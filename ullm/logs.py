@@ -20,31 +20,32 @@ class Logger:
         self._records = logging.getLogger(name)
         self._logger: Any = None
 
-    def log(self, level: int, event: str, *arguments: object, **values: object) -> None:
+    def log(self, level: int, event: str, /, *arguments: object, **values: object) -> None:
         """Write a record of a level."""
         if not self._records.isEnabledFor(level):
             return
         if self._logger is None:
             self._logger = _wrap(self._records)
-        self._logger.log(level, event, *arguments, **values)
+        free = {f"{key}_" if key in _TAKEN else key: value for key, value in values.items()}
+        self._logger.log(level, event, *arguments, **free)
 
-    def debug(self, event: str, *arguments: object, **values: object) -> None:
+    def debug(self, event: str, /, *arguments: object, **values: object) -> None:
         """For who looks into ullm itself."""
         self.log(logging.DEBUG, event, *arguments, **values)
 
-    def info(self, event: str, *arguments: object, **values: object) -> None:
+    def info(self, event: str, /, *arguments: object, **values: object) -> None:
         """For who runs a server."""
         self.log(logging.INFO, event, *arguments, **values)
 
-    def warning(self, event: str, *arguments: object, **values: object) -> None:
+    def warning(self, event: str, /, *arguments: object, **values: object) -> None:
         """Something is not as it should be."""
         self.log(logging.WARNING, event, *arguments, **values)
 
-    def error(self, event: str, *arguments: object, **values: object) -> None:
+    def error(self, event: str, /, *arguments: object, **values: object) -> None:
         """Something has failed."""
         self.log(logging.ERROR, event, *arguments, **values)
 
-    def exception(self, event: str, *arguments: object, **values: object) -> None:
+    def exception(self, event: str, /, *arguments: object, **values: object) -> None:
         """Something has failed; with the traceback of the exception that is being handled."""
         self.log(logging.ERROR, event, *arguments, exc_info=True, **values)
 
@@ -69,6 +70,10 @@ def _wrap(records: logging.Logger) -> Any:
 
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+_TAKEN = _STANDARD - {"exc_info", "stack_info"} | {"level", "event", "extra", "self"}
+"""Keys that `logging` and structlog have uses of their own for."""
 
 
 class KeyValueFormatter(logging.Formatter):

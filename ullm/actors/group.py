@@ -255,7 +255,7 @@ class WorkerGroup:
         with trio.move_on_after(patience):
             await transport.send(Start(self._config, self._spec(rank).rank, self.model_path))
             while not isinstance(message := await self._sign_of_life(transport), Ready):
-                log.debug("worker starting", worker=transport.name, message=message)
+                log.debug("worker starting", worker=transport.name, said=message)
             log.info("worker ready", worker=transport.name, epoch=self.epoch, **message.timings)
             infos.append(message.info)
             return
