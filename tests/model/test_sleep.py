@@ -12,20 +12,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_fixtures import GREEDY, SHAPE, config, load_runner, save_tiny
+from model_fixtures import GREEDY, SHAPE, load_runner, save_tiny
 from test_gguf import write_model
 
 from ullm.errors import ModelNotFound, OutOfMemory
-from ullm.messages import NewSequence, Progress, RankSpec, Row, Sampled, Start, Step
-from ullm.model import host_copy, kv_pool, memory, sleep
+from ullm.messages import NewSequence, Progress, Row, Sampled, Step
+from ullm.model import kv_pool, sleep
 from ullm.model.cpu.kernels import Kernels
-from ullm.model.host_copy import HostCopy
-from ullm.model.memory import Meter, held
-from ullm.model.rank import Rank, furnish, open_rank, trial_run
+from ullm.model.rank import Rank, furnish
 from ullm.model.runner import ModelRunner
-from ullm.model.sleep import SleepingRank
 
-CPU = torch.device("cpu")
 PROMPT = [3 + (7 * i) % 37 for i in range(13)]
 PARAMS = dataclasses.replace(GREEDY, logprobs=5, prompt_logprobs=1)
 NUMBERS: dict[str, dict[str, Any]] = {
@@ -240,105 +236,3 @@ def test_kernels_compute_with_as_many_threads_as_before(
     runner.sleep(2)
     runner.wake(quiet)
     assert asked in ([2, 2], [])  # nothing without a compiler
-
-
-# --- weights in host memory, as on a GPU -------------------------------------------------------
-
-
-def opened(path: Path, **options: Any) -> Rank:
-    return open_rank(Start(config(path, **options), RankSpec(), str(path)), quiet)
-
-
-def logits(rank: Rank) -> torch.Tensor:
-    return trial_run(rank.model, rank.backend, tokens=4).clone()
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("native", {"dtype": "float16"}),  # oneDNN has no weights in these numbers
-        ("tied", {"dtype": "float16"}),
-        ("foreign", {"load_format": "dummy"}),  # others would be mapped from their file
-    ],
-)
-def test_weights_come_back_into_the_same_tensors(
-    kind: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(host_copy, "CHUNK", 1000)
-    rank = opened(KINDS[kind](tmp_path), **options)
-    expected, tensors = logits(rank), list(rank.model.tensors())
-    sizes = [tensor.untyped_storage().nbytes() for tensor in tensors]
-    asleep = SleepingRank(rank)
-    asleep.park_weights()
-    assert not any(tensor.untyped_storage().nbytes() for tensor in tensors)
-    woken = asleep.wake(quiet)
-    assert [tensor.untyped_storage().nbytes() for tensor in tensors] == sizes
-    assert torch.equal(logits(woken), expected)
-
-
-def test_tensors_that_share_memory_count_once() -> None:
-    whole = torch.arange(10.0)
-    views = [whole, whole[3:], whole.view(2, 5)]
-    copy = HostCopy(views)
-    assert copy.num_bytes == 40
-    copy.restore(lambda: None)
-    assert [view.sum().item() for view in views] == [45.0, 42.0, 45.0]
-    assert copy.num_bytes == 0
-
-
-def test_deeper_from_host_memory(tmp_path: Path) -> None:
-    rank = opened(write_native(tmp_path), dtype="float16")
-    expected, asleep = logits(rank), SleepingRank(rank)
-    asleep.park_weights()
-    asleep.sleep(2)
-    assert torch.equal(logits(asleep.wake(quiet)), expected)
-
-
-def test_no_room_in_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the weights are loaded again, as from a deeper sleep."""
-    rank = opened(write_native(tmp_path), dtype="float16")
-    expected, model = logits(rank), weakref.ref(rank.model)
-    monkeypatch.setattr(sleep, "available_memory", lambda: 1000)
-    asleep = SleepingRank(rank)
-    asleep.park_weights()
-    assert model() is None
-    assert torch.equal(logits(asleep.wake(quiet)), expected)
-
-
-# --- what is measured --------------------------------------------------------------------------
-
-MIB = 1 << 20
-
-
-@pytest.mark.skipif(held(CPU) is None, reason="this system does not say what is resident")
-def test_what_is_reported_is_what_the_system_has_back() -> None:
-    """Pieces between others that stay in use are what the C library would keep for later."""
-    large, small, kept = [torch.ones(32 * MIB, dtype=torch.uint8)], [], []
-    for _ in range(512):
-        small.append(torch.ones(64 << 10, dtype=torch.uint8))
-        kept.append(torch.ones(64 << 10, dtype=torch.uint8))
-    meter = Meter(CPU)
-    meter.release("large", large.clear, nominal=0)
-    meter.release("small", small.clear, nominal=0)
-    meter.release("nothing", lambda: None, nominal=0)
-    assert meter.given_back["large"] == pytest.approx(32 * MIB, rel=0.1)
-    assert meter.given_back["small"] == pytest.approx(32 * MIB, rel=0.1)
-    assert meter.given_back["nothing"] < MIB
-    assert len(kept) == 512
-
-
-def test_a_system_that_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "ROLLUP", tmp_path / "none")
-    meter = Meter(CPU)
-    meter.release("weights", lambda: None, nominal=7)
-    assert meter.given_back == {"weights": 7}
-
-
-def test_pool_occupies_what_was_touched() -> None:
-    before = held(CPU) or 0
-    pool = kv_pool.lazy_zeros((64, MIB), torch.uint8)
-    assert (held(CPU) or 0) - before < MIB
-    pool[:16].fill_(1)
-    assert pool[16:].count_nonzero() == 0
-    del pool
-    assert (held(CPU) or 0) - before < MIB

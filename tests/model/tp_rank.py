@@ -1,4 +1,5 @@
-"""Run by test_parallel.py, once per rank: greedy tokens and logits of a tiny model, written to a file.
+"""Run by test_parallel.py, once per rank: greedy tokens and logits of a tiny model, written to a file;
+tokens again after each kind of sleep.
 
 Arguments: model folder, rank, world size, two rendezvous, output file.
 """
@@ -25,5 +26,10 @@ if __name__ == "__main__":
     logits = torch.cat([model.step((0, 0, 19))[0], model.step((0, 19, 1))[0]])
     parallel.close()
     runner = load_runner(Path(folder), spec, tp_size=int(world_size))
-    generated = generate(runner, tokens, 8)
+    generated = [generate(runner, tokens, 8)]
+    for levels in ([1], [2], [1, 2]):  # the ranks meet once and stay together
+        for level in levels:
+            runner.sleep(level)
+        runner.wake(lambda _: None)
+        generated.append(generate(runner, tokens, 8))
     torch.save({"logits": logits, "generated": generated, "closed": list(runner.close())}, out)

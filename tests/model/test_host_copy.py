@@ -1,0 +1,78 @@
+"""Weights that wait in host memory, as on a GPU; here the device is a CPU as well."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_fixtures import config
+from test_sleep import KINDS, quiet, write_native
+
+from ullm.messages import RankSpec, Start
+from ullm.model import host_copy, sleep
+from ullm.model.host_copy import HostCopy
+from ullm.model.rank import Rank, open_rank, trial_run
+from ullm.model.sleep import SleepingRank
+
+
+def opened(path: Path, **options: Any) -> Rank:
+    return open_rank(Start(config(path, **options), RankSpec(), str(path)), quiet)
+
+
+def logits(rank: Rank) -> torch.Tensor:
+    return trial_run(rank.model, rank.backend, tokens=4).clone()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("native", {"dtype": "float16"}),  # oneDNN has no weights in these numbers
+        ("tied", {"dtype": "float16"}),
+        ("foreign", {"load_format": "dummy"}),  # others would be mapped from their file
+    ],
+)
+def test_weights_come_back_into_the_same_tensors(
+    kind: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copy, "CHUNK", 1000)
+    rank = opened(KINDS[kind](tmp_path), **options)
+    expected, tensors = logits(rank), list(rank.model.tensors())
+    sizes = [tensor.untyped_storage().nbytes() for tensor in tensors]
+    asleep = SleepingRank(rank)
+    asleep.park_weights()
+    assert not any(tensor.untyped_storage().nbytes() for tensor in tensors)
+    woken = asleep.wake(quiet)
+    assert [tensor.untyped_storage().nbytes() for tensor in tensors] == sizes
+    assert torch.equal(logits(woken), expected)
+
+
+def test_tensors_that_share_memory_count_once() -> None:
+    whole = torch.arange(10.0)
+    views = [whole, whole[3:], whole.view(2, 5)]
+    copy = HostCopy(views)
+    assert copy.num_bytes == 40
+    copy.restore(lambda: None)
+    assert [view.sum().item() for view in views] == [45.0, 42.0, 45.0]
+    assert copy.num_bytes == 0
+
+
+def test_deeper_from_host_memory(tmp_path: Path) -> None:
+    rank = opened(write_native(tmp_path), dtype="float16")
+    expected, asleep = logits(rank), SleepingRank(rank)
+    asleep.park_weights()
+    asleep.sleep(2)
+    assert torch.equal(logits(asleep.wake(quiet)), expected)
+
+
+def test_no_room_in_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the weights are loaded again, as from a deeper sleep."""
+    rank = opened(write_native(tmp_path), dtype="float16")
+    expected, model = logits(rank), weakref.ref(rank.model)
+    monkeypatch.setattr(sleep, "available_memory", lambda: 1000)
+    asleep = SleepingRank(rank)
+    asleep.park_weights()
+    assert model() is None
+    assert torch.equal(logits(asleep.wake(quiet)), expected)
