@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ullm import machine
 from ullm.config import GIB, CacheConfig
 from ullm.errors import OutOfMemory
+from ullm.machine import available_memory
 from ullm.model import kv_pool
 from ullm.model.batch import KvShape
-from ullm.model.kv_pool import available_memory, count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
+from ullm.model.kv_pool import count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
 
 
 def test_block_size_on_cuda_is_a_multiple_of_256() -> None:
@@ -44,6 +46,6 @@ def test_cpu_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_container_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"/sys/fs/cgroup/memory.max": 3 * GIB, "/sys/fs/cgroup/memory.current": 2 * GIB}
-    monkeypatch.setattr(kv_pool, "_read_int", values.get)
-    monkeypatch.setattr(kv_pool, "_meminfo_available", lambda: 5 * GIB)
+    monkeypatch.setattr(machine, "_read_int", values.get)
+    monkeypatch.setattr(machine, "_meminfo_available", lambda: 5 * GIB)
     assert available_memory() == GIB

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ullm.config import GIB, CacheConfig
 from ullm.errors import OutOfMemory
+from ullm.machine import available_memory
 from ullm.model.batch import KvShape
 
 VARLEN_BLOCK_MULTIPLE = 256
@@ -93,36 +92,6 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
 
-def available_memory() -> int:
-    """Bytes that this process could still use, its container's limit included."""
-    free = _meminfo_available() or _physical_memory()
-    limit = _read_int("/sys/fs/cgroup/memory.max")
-    used = _read_int("/sys/fs/cgroup/memory.current")
-    return min(free, limit - used) if limit is not None and used is not None else free
-
-
 def mib(count: int) -> str:
     """Bytes for people."""
     return f"{count / (1 << 20):,.1f} MiB"
-
-
-def _meminfo_available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _physical_memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return CPU_SHARE * CPU_LIMIT
-
-
-def _read_int(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):  # no such control group file, or "max"
-        return None

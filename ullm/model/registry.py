@@ -12,11 +12,12 @@ import torch
 
 from ullm.config import EngineConfig, ModelConfig
 from ullm.errors import ConfigError, ModelError, ModelFileBroken, ModelUnsupported, OutOfMemory
+from ullm.machine import available_memory
 from ullm.model.batch import CausalModel
 from ullm.model.cpu.build import library_path
 from ullm.model.cpu.kernels import NAMES, load_kernels
 from ullm.model.decoder import Decoder
-from ullm.model.kv_pool import available_memory, mib
+from ullm.model.kv_pool import mib
 from ullm.model.linear_kernels import fast_bfloat16
 from ullm.model.llama import LlamaForCausalLM, MistralForCausalLM
 from ullm.model.loader import (

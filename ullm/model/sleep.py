@@ -14,11 +14,12 @@ from collections.abc import Callable
 import torch
 
 from ullm.logs import get_logger
+from ullm.machine import available_memory
 from ullm.messages import Progress
 from ullm.model.batch import AttentionBackend, CausalModel
 from ullm.model.graphs import DecodeGraphs
 from ullm.model.host_copy import HostCopy
-from ullm.model.kv_pool import available_memory, mib
+from ullm.model.kv_pool import mib
 from ullm.model.memory import Meter
 from ullm.model.rank import Rank, furnish, naming_out_of_memory, read_model, throttled
 

@@ -1,0 +1,39 @@
+"""What the machine has to give, its container's limits included."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+UNKNOWN_MEMORY = 4 << 30
+"""Bytes to assume where the system does not say."""
+
+
+def available_memory() -> int:
+    """Bytes that this process could still use, its container's limit included."""
+    free = _meminfo_available() or _physical_memory()
+    limit = _read_int("/sys/fs/cgroup/memory.max")
+    used = _read_int("/sys/fs/cgroup/memory.current")
+    return min(free, limit - used) if limit is not None and used is not None else free
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _physical_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return UNKNOWN_MEMORY
+
+
+def _read_int(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):  # no such control group file, or "max"
+        return None
