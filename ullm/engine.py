@@ -23,6 +23,7 @@ import trio
 from ullm.actors.router import Router
 from ullm.actors.tokenizer import Tokenizer
 from ullm.actors.transports import OpenTransport, open_transport
+from ullm.actors.transports.faulty import faulty
 from ullm.config import EngineConfig, SleepMode
 from ullm.errors import (
     ActorLost,
@@ -35,6 +36,7 @@ from ullm.errors import (
     StartCancelled,
     first_cause,
 )
+from ullm.faults import FaultInjector
 from ullm.fleet import Fleet
 from ullm.generation import Generation, Readers
 from ullm.health import EngineStatistics, Health, ReloadReport, SleepHealth
@@ -76,6 +78,9 @@ class Engine:
             server, which so can answer probes from the first moment to the last.
         transport: how to start workers, instead of ``config.transport``.
         find_model: what stands in for `find_local_model`; called in a thread.
+
+    Attributes:
+        faults: where faults are armed and counted; see docs/fault-injection.md.
     """
 
     def __init__(
@@ -94,11 +99,20 @@ class Engine:
         self._first_children = list(first_children)
         self._find_model = find_model or find_local_model
         self._state = StateCell()
-        self._router = Router(config)
-        transport = transport or open_transport(config.worker_transport)
-        self._fleet = Fleet(config, self._router, transport, self._give_up)
+        self.faults = FaultInjector.from_text(
+            config.faults, transport=config.worker_transport if transport is None else ""
+        )
+        self._router = Router(config, self.faults)
+        transport = faulty(transport or open_transport(config.worker_transport), self.faults)
+        self._fleet = Fleet(config, self._router, transport, self._give_up, self.faults)
         self._lifecycle = Lifecycle(
-            config, self._router, self._fleet, self._find_model, self._take_model, self._give_up
+            config,
+            self._router,
+            self._fleet,
+            self._find_model,
+            self._take_model,
+            self._give_up,
+            self.faults,
         )
         self._root: Supervisor | None = None
         self._readers = Readers()
@@ -398,7 +412,7 @@ class Engine:
     async def _prepare(self) -> None:
         """Find the model's files, which children need before they start."""
         self._lifecycle.local = await trio.to_thread.run_sync(self._find_model, self.config)
-        self.tokenizer = Tokenizer(self._lifecycle.local)
+        self.tokenizer = Tokenizer(self._lifecycle.local, self.faults)
 
     def _children(self) -> list[ChildSpec]:
         assert self.tokenizer is not None, "the model is resolved before the tree is started"

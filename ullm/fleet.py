@@ -12,6 +12,7 @@ from ullm.actors.router import Router
 from ullm.actors.transports import OpenTransport
 from ullm.config import EngineConfig
 from ullm.errors import StartFailed, first_cause
+from ullm.faults import FaultInjector
 from ullm.health import ReplicaHealth
 from ullm.logs import get_logger
 from ullm.replica import Replica
@@ -26,6 +27,7 @@ class Fleet:
     Args:
         transport: how to start workers.
         on_failure: called with the cause when the last replica is given up.
+        faults: what shall go wrong.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Fleet:
         router: Router,
         transport: OpenTransport,
         on_failure: Callable[[BaseException], None],
+        faults: FaultInjector,
     ) -> None:
         self.config = config
         self.replicas: list[Replica] = []
@@ -41,13 +44,14 @@ class Fleet:
         self._router = router
         self._transport = transport
         self._on_failure = on_failure
+        self._faults = faults
         self._root: Supervisor | None = None
         self._made = 0
         self.replicas = [self._make(slot, config) for slot in range(config.replicas)]
 
     def _make(self, slot: int, config: EngineConfig) -> Replica:
         self._made += 1
-        return Replica(self._made - 1, slot, config, self._router, self._transport)
+        return Replica(self._made - 1, slot, config, self._router, self._transport, self._faults)
 
     # --- starting and stopping --------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from ullm.errors import (
     UllmError,
     first_cause,
 )
+from ullm.faults import FaultInjector
 from ullm.fleet import Fleet
 from ullm.health import ReloadReport, SleepHealth
 from ullm.hub import LocalModel
@@ -74,6 +75,7 @@ class Lifecycle:
         find_model: blocking; called in a thread.
         on_model: called with the new configuration and files after a reload.
         on_failure: called with the cause when the engine cannot be woken.
+        faults: what shall go wrong at the point ``engine.reload``.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Lifecycle:
         find_model: Callable[[EngineConfig], LocalModel],
         on_model: Callable[[EngineConfig, LocalModel], None],
         on_failure: Callable[[BaseException], None],
+        faults: FaultInjector,
     ) -> None:
         self.mailbox: Mailbox[Command] = Mailbox(float("inf"), "lifecycle")
         self.local: LocalModel | None = None
@@ -101,6 +104,7 @@ class Lifecycle:
         self._find_model = find_model
         self._on_model = on_model
         self._on_failure = on_failure
+        self._faults = faults
         self._quieting: trio.CancelScope | None = None
         self._since = 0.0
         self._stopped = False  # all worker processes, at the deepest level
@@ -278,6 +282,7 @@ class Lifecycle:
         began = trio.current_time()
         await self._wake()
         try:
+            await self._faults.at("engine.reload")
             config, local = await self._locate(model, revision)
             log.info("reloading", model=str(local.path))
             moved = await self._fleet.replace(

@@ -7,6 +7,7 @@ from ullm.actors.router import Router
 from ullm.actors.scheduler import SchedulerActor
 from ullm.actors.transports import OpenTransport
 from ullm.config import EngineConfig
+from ullm.faults import FaultInjector
 from ullm.health import ReplicaHealth
 from ullm.supervision import ChildSpec, Restart, Strategy
 
@@ -26,13 +27,19 @@ class Replica:
     """
 
     def __init__(
-        self, index: int, slot: int, config: EngineConfig, router: Router, transport: OpenTransport
+        self,
+        index: int,
+        slot: int,
+        config: EngineConfig,
+        router: Router,
+        transport: OpenTransport,
+        faults: FaultInjector,
     ) -> None:
         self.index = index
         self.slot = slot
         self.config = config
         self.group = WorkerGroup(index, slot, config, transport)
-        self.scheduler = SchedulerActor(config, self.group, router)
+        self.scheduler = SchedulerActor(config, self.group, router, faults)
         self.failure: BaseException | None = None
 
     def spec(self) -> ChildSpec:

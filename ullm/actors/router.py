@@ -16,6 +16,7 @@ from ullm.config import EngineConfig
 from ullm.core.request import RequestRecord
 from ullm.core.sequence import FinishReason, TokenEvent
 from ullm.errors import InvalidParameter, QueueFull, RequestPoisoned, TooManyTokens
+from ullm.faults import FaultInjector
 from ullm.logs import get_logger
 
 log = get_logger("ullm.router")
@@ -110,10 +111,12 @@ class Router:
 
     Args:
         config: batch size, replicas and queue limit, which bound how many requests are admitted.
+        faults: what shall go wrong at the point ``router.tokens``.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, faults: FaultInjector | None = None) -> None:
         self.mailbox: Mailbox[RouterMessage] = Mailbox(float("inf"), "router")
+        self._faults = faults or FaultInjector()
         self._capacity = config.max_bs * config.replicas
         self._max_queue = config.max_queue
         self._records: dict[int, RequestRecord] = {}
@@ -277,6 +280,7 @@ class Router:
         async for message in self.mailbox:
             match message:
                 case Tokens():
+                    await self._faults.at("router.tokens")
                     self._take_tokens(message)
                 case ReplicaUp():
                     self._replicas[message.replica] = _Replica(message)

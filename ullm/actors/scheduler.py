@@ -15,6 +15,7 @@ from ullm.core.blocks import BlockPool
 from ullm.core.request import RequestRecord
 from ullm.core.scheduling import Scheduler, SchedulerStatistics
 from ullm.core.sequence import Sequence
+from ullm.faults import FaultInjector
 from ullm.messages import ModelInfo, Step, StepResult
 
 
@@ -64,12 +65,16 @@ class SchedulerActor:
         config: batch limits, and how many steps to plan ahead.
         group: the workers.
         router: where requests come from and tokens go to.
+        faults: what shall go wrong at the point ``scheduler.step``.
     """
 
-    def __init__(self, config: EngineConfig, group: WorkerGroup, router: Router) -> None:
+    def __init__(
+        self, config: EngineConfig, group: WorkerGroup, router: Router, faults: FaultInjector
+    ) -> None:
         self._config = config
         self._group = group
         self._router = router
+        self._faults = faults
         self._core: Scheduler | None = None
         self._incarnation = 0
         self._in_flight: deque[Step] = deque()
@@ -154,6 +159,7 @@ class SchedulerActor:
                 and len(self._in_flight) <= self._config.steps_ahead
                 and (step := core.schedule()) is not None
             ):
+                await self._faults.at("scheduler.step")
                 self._in_flight.append(step)
                 await self._group.send(step)
             if rest is not None and not self._in_flight:
