@@ -73,6 +73,11 @@ class _Watchdog:
             self.extend(self._patience if self._owed else float("inf"))
         return asked
 
+    def skipped(self, step_id: int) -> int | None:
+        """The step whose result must come before that of an owed one; None if there is none."""
+        steps = [owed[1] for owed in self._owed if isinstance(owed, tuple) and owed[0] == "step"]
+        return steps[0] if step_id in steps[1:] else None
+
     def extend(self, seconds: float) -> None:
         """There was a sign of life; the next one is due in so many seconds."""
         self.scope.deadline = trio.current_time() + seconds
@@ -304,6 +309,11 @@ class WorkerGroup:
             case Progress():
                 watchdog.extend(message.budget)
             case StepResult():
+                if (missing := watchdog.skipped(message.step_id)) is not None:  # tokens would be missing
+                    name = self._transports[rank].name
+                    raise WorkerLost(
+                        name, f"sent the result of step {message.step_id} and none of step {missing}"
+                    )
                 if self._settle(rank, ("step", message.step_id)) and rank == 0 and self._deliver is not None:
                     self._deliver(message)
             case Pong():
