@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from model_fixtures import (
     GREEDY,
     MODELS,
+    SHAPE,
     config,
     generate,
     load_runner,
@@ -72,6 +74,61 @@ def test_pool_size_follows_the_utilization(tmp_path: Path) -> None:
         runner.close()
     assert blocks[1] > 1.5 * blocks[0] > 0
     assert torch.cuda.memory_allocated() < 64 << 20
+
+
+@pytest.mark.parametrize("levels", [[1], [2], [1, 2]])
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "enforce_eager": True}, {"dtype": "float32"}]
+)
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3-bias"])
+def test_output_after_a_sleep_is_as_before(
+    name: str, options: dict[str, Any], levels: list[int], tmp_path: Path
+) -> None:
+    save_tiny(tmp_path, name)
+    prompts = [random_tokens(5 + i, seed=i) for i in range(8)]
+    runner = load_runner(tmp_path, **ON_GPU | options)
+    expected = decode(runner, prompts)
+    for _ in range(2):
+        for level in levels:
+            runner.sleep(level)
+        runner.wake(lambda _: None)
+        assert decode(runner, prompts) == expected
+    runner.close()
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_foreign_model_sleeps(load_format: str, tmp_path: Path) -> None:
+    shape = SHAPE | {"intermediate_size": 128, "initializer_range": 0.2}
+    transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape)).save_pretrained(tmp_path)
+    runner = load_runner(tmp_path, **ON_GPU, dtype="bfloat16", load_format=load_format)
+    expected = decode(runner, [random_tokens(9, seed=1)])
+    for level in (1, 2):
+        runner.sleep(level)
+        runner.wake(lambda _: None)
+        assert decode(runner, [random_tokens(9, seed=1)]) == expected
+
+
+def test_sleep_gives_the_device_back(tmp_path: Path) -> None:
+    """As the driver counts it, and as it is reported; awake again, as many blocks as before."""
+    shape = SHAPE | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(tmp_path)
+    runner = ModelRunner()
+    options = ON_GPU | {"num_blocks": None, "gpu_memory_utilization": 0.1, "dtype": "bfloat16"}
+    start = Start(config(tmp_path, **options), RankSpec(device_index=0), str(tmp_path))
+    info = runner.load(start, lambda _: None)
+    pool = info.num_blocks * info.block_size * info.kv_bytes_per_token
+    free_awake = torch.cuda.mem_get_info()[0]
+    for level in (1, 2):
+        given_back = runner.sleep(level)
+        assert list(given_back) == ["graphs", "kv_cache", "weights"]
+        assert given_back["kv_cache"] >= pool
+        assert given_back["weights"] >= 0.9 * info.weight_bytes
+        grown = torch.cuda.mem_get_info()[0] - free_awake
+        assert grown >= 0.95 * (pool + info.weight_bytes)
+        assert abs(grown - sum(given_back.values())) < 64 << 20
+        assert runner.wake(lambda _: None) == info
+        assert abs(torch.cuda.mem_get_info()[0] - free_awake) < 64 << 20
+    runner.close()
 
 
 def decode(runner: ModelRunner, prompts: list[list[int]], steps: int = 12) -> list[list[int]]:

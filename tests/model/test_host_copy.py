@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def test_weights_come_back_into_the_same_tensors(
 def test_tensors_that_share_memory_count_once() -> None:
     whole = torch.arange(10.0)
     views = [whole, whole[3:], whole.view(2, 5)]
-    copy = HostCopy(views)
+    copy = HostCopy(views, torch.device("cpu"))
     assert copy.num_bytes == 40
     copy.restore(lambda: None)
     assert [view.sum().item() for view in views] == [45.0, 42.0, 45.0]
@@ -75,4 +76,34 @@ def test_no_room_in_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     asleep = SleepingRank(rank)
     asleep.park_weights()
     assert model() is None
+    assert torch.equal(logits(asleep.wake(quiet)), expected)
+
+
+class Graphs:
+    """In place of captured steps."""
+
+    def __init__(self, diary: list[str]) -> None:
+        self.diary = diary
+
+    def release(self) -> None:
+        self.diary.append("graphs")
+
+
+def test_a_gpu_gets_graphs_pool_and_weights_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device would say is played; weights and pool are real ones, on the CPU."""
+    rank, diary = opened(write_native(tmp_path), dtype="float16"), list[str]()
+    expected, site = logits(rank), rank.site
+    rank.graphs = Graphs(diary)  # type: ignore[assignment]
+    rank.site = dataclasses.replace(site, device=torch.device("cuda"))
+    reserved = iter([1000, 900, 850, 350, 50, 50, 50, 50])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: diary.append("empty cache"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (949, 2000))
+    asleep = SleepingRank(rank)
+    assert asleep.sleep(1) == {"graphs": 50, "kv_cache": 500, "weights": 300}
+    assert diary == ["empty cache", "graphs", "empty cache", "empty cache", "empty cache"]
+    assert asleep.sleep(2) == {"weights": 0}
+    assert not asleep._still_fits()  # 950 are needed, the caches included
+    asleep.site = site
     assert torch.equal(logits(asleep.wake(quiet)), expected)

@@ -26,10 +26,11 @@ class HostCopy:
     Pinned where possible: it is copied from several times as fast.
 
     Args:
-        tensors: on one device; those that share memory count once.
+        tensors: on ``device``; those that share memory count once.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
+        self._device = device
         self._parts: list[tuple[torch.UntypedStorage, list[Tensor]]] = []
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         for storage in storages.values():
@@ -46,19 +47,22 @@ class HostCopy:
 
     def restore(self, progress: Callable[[], None]) -> None:
         """Give the tensors memory again, with what was in it, and the host its own."""
+        self._refill(progress)
+        self._parts.clear()
+        if self._device.type == "cuda":
+            torch._C._host_emptyCache()  # of pinned memory, which PyTorch would keep for later
+
+    def _refill(self, progress: Callable[[], None]) -> None:
         for storage, chunks in self._parts:
             storage.resize_(sum(chunk.nbytes for chunk in chunks))
             for part, chunk in zip(_chunks(storage), chunks, strict=True):
                 part.copy_(chunk, non_blocking=True)
                 progress()
         self._wait()
-        self._parts.clear()
-        if torch.cuda.is_available():
-            torch._C._host_emptyCache()
 
     def _wait(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def _chunks(storage: torch.UntypedStorage) -> Iterator[Tensor]:

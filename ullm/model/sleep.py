@@ -20,7 +20,7 @@ from ullm.model.batch import AttentionBackend, CausalModel
 from ullm.model.graphs import DecodeGraphs
 from ullm.model.host_copy import HostCopy
 from ullm.model.kv_pool import mib
-from ullm.model.memory import Meter
+from ullm.model.memory import Meter, held
 from ullm.model.rank import Rank, furnish, naming_out_of_memory, read_model, throttled
 
 log = get_logger("ullm.sleep")
@@ -39,11 +39,13 @@ class SleepingRank:
         self._backend: AttentionBackend | None = rank.backend
         self._model: CausalModel | None = rank.model
         self._host: HostCopy | None = None
-        self._given_back = 0
+        self._held: int | None = None
         del rank.graphs, rank.backend, rank.model  # so that nothing else keeps them
 
     def sleep(self, level: int) -> dict[str, int]:
         """See `ullm.core.runner.Runner.sleep`."""
+        if self._held is None:
+            self._held = held(self.site.device)
         meter = Meter(self.site.device)
         if self._graphs is not None:
             meter.release("graphs", self.drop_graphs, nominal=0)
@@ -54,7 +56,6 @@ class SleepingRank:
             meter.release("weights", self.drop_weights, nominal=here * self._info.weight_bytes)
         elif level == 1 and self.site.device.type != "cpu":
             meter.release("weights", self.park_weights, nominal=self._info.weight_bytes)
-        self._given_back += sum(meter.given_back.values())
         return meter.given_back
 
     def wake(self, progress: Callable[[Progress], None]) -> Rank:
@@ -96,12 +97,13 @@ class SleepingRank:
 
     def park_weights(self) -> None:
         """Bring the weights to host memory; where that has no room for them, a wake has to load them."""
-        need, free = self._info.weight_bytes, available_memory()
+        # All ranks ask at the same time, and most likely on the same machine.
+        need, free = self._info.weight_bytes * self.site.parallel.world_size, available_memory()
         if need > free:
             log.warning("no room for the weights in host memory", need=mib(need), free=mib(free))
             self.drop_weights()
         elif self._model is not None:
-            self._host = HostCopy(self._model.tensors())
+            self._host = HostCopy(self._model.tensors(), self.site.device)
 
     @property
     def _pool_bytes(self) -> int:
@@ -114,5 +116,6 @@ class SleepingRank:
             need = self._pool_bytes + (self._info.weight_bytes if self._model is None else 0)
             free = available_memory()
         else:
-            need, free = self._given_back, torch.cuda.mem_get_info(device)[0]
+            need = (self._held or 0) - (held(device) or 0)  # what it had, steps' memory included
+            free = torch.cuda.mem_get_info(device)[0]
         return bool(self.site.parallel.agree_least(int(need <= free), device))
