@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ullm.hub import cache_dir
@@ -22,10 +23,10 @@ from ullm.logs import get_logger
 log = get_logger("ullm.kernels")
 
 FOLDER = Path(__file__).parent
-SOURCES = ("linear.cpp", "layer.cpp")
+SOURCES = ("linear.cpp", "layer.cpp", "quantized.cpp")
 HEADERS = ("common.h", "pool.h")
 FLAGS = (
-    *("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++20", "-pthread", "-shared", "-fPIC"),
+    *("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++20", "-pthread", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),  # needed to vectorize
     "-Wno-psabi",
 )
@@ -68,15 +69,26 @@ def _compile(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        subprocess.run(
-            [compiler, *FLAGS, *(str(FOLDER / name) for name in SOURCES), "-o", str(built)],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=COMPILE_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
+        objects = [str(Path(folder) / f"{name}.o") for name in SOURCES]
+        commands = [
+            [compiler, *FLAGS, "-c", str(FOLDER / name), "-o", to]
+            for name, to in zip(SOURCES, objects, strict=True)
+        ]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_run, commands))
+        _run([compiler, *FLAGS, "-shared", *objects, "-o", str(built)])
         built.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=COMPILE_SECONDS,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def _key(compiler: str) -> str:

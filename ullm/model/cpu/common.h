@@ -60,3 +60,15 @@ inline floats exponential(floats x) {
     const ints exponent = ((ints)shifted - 0x4B400000 + 127) << 23;
     return p * (floats)exponent;
 }
+
+// Weights to fetch from memory into the cache while others are multiplied, in as many parts as there are steps.
+struct Ahead {
+    const char* from;  // null: nothing
+    int64_t lines;     // per step
+
+    void fetch(int64_t step) const {
+        if (!from) return;
+        const char* line = from + step * lines * 64;
+        for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(line + i * 64, 0, 2);
+    }
+};

@@ -10,11 +10,16 @@ from torch import Tensor
 
 from ullm.model.cpu.build import open_library
 from ullm.model.linear_kernels import Linear
+from ullm.model.quantization import QuantizedWeight, num_groups
 
 LANES = 16
 """Floats that are computed side by side; sizes must be multiples. As in common.h."""
 COLUMNS = 64
 """Outputs of a linear layer that are packed together. As in linear.cpp."""
+QUANTIZED_COLUMNS = 32
+"""The same of quantized weights. As in quantized.cpp."""
+ALIGNMENT = 64
+"""Bytes of a vector."""
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -55,6 +60,7 @@ class Kernels:
         pointer, structs = c_void_p, (POINTER(StepStruct), POINTER(LayerStruct))
         self._pack = function("pack", pointer, pointer, c_int64, c_int64)
         self._linear = function("linear", *(pointer,) * 4, *(c_int64,) * 3)
+        self._linear_quantized = function("linear_quantized", *(pointer,) * 4, *(c_int64,) * 3)
         self._add_rms_norm = function("add_rms_norm", *(pointer,) * 4, c_int64, c_int64, c_float)
         self._silu_and_mul = function("silu_and_mul", pointer, pointer, c_int64, c_int64)
         self._attend = function("attend", *structs, pointer, pointer, pointer)
@@ -63,8 +69,10 @@ class Kernels:
         """How many threads compute, the calling one included; for all kernels of this process."""
         self._library.use_threads(c_int64(threads))
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Tensor | QuantizedWeight) -> Tensor:
         """See `ullm.model.linear_kernels.LinearKernel`; an ordinary tensor, which may be kept in a file."""
+        if isinstance(weight, QuantizedWeight):
+            return self._pack_quantized(weight)
         out_features, in_features = weight.shape
         groups = -(-out_features // COLUMNS)
         packed = torch.empty(groups * COLUMNS * in_features, dtype=self.dtype)
@@ -75,14 +83,36 @@ class Kernels:
         """See `ullm.model.linear_kernels.LinearKernel`; the outputs are float32."""
         offsets = None if bias is None else bias.float().contiguous()
         weights, start = packed.data_ptr(), None if offsets is None else offsets.data_ptr()
+        compute = self._linear_quantized if packed.dtype == torch.uint8 else self._linear
 
         def multiply(x: Tensor, keep: tuple[Tensor, Tensor | None] = (packed, offsets)) -> Tensor:
             rows = x.shape[0]
             out = torch.empty((rows, out_features), dtype=torch.float32)
-            self._linear(x.data_ptr(), weights, start, out.data_ptr(), rows, in_features, out_features)
+            compute(x.data_ptr(), weights, start, out.data_ptr(), rows, in_features, out_features)
             return out
 
         return multiply
+
+    def _pack_quantized(self, weight: QuantizedWeight) -> Tensor:
+        """``Header``, ``Part`` of each part, and their weights; see quantized.cpp."""
+        parts, header, sizes = weight.parts(), list[int](), list[int]()
+        offset = -(-(64 + 32 * len(parts)) // ALIGNMENT) * ALIGNMENT
+        for bits, first, count in parts:
+            group_bytes = self._library.quantized_group_bytes(c_int64(bits))
+            sizes.append(-(-count // QUANTIZED_COLUMNS) * num_groups(weight.shape[1]) * group_bytes)
+            header += [bits, first, count, offset + sum(sizes[:-1])]
+        packed = torch.zeros(offset + sum(sizes), dtype=torch.uint8)
+        words = torch.tensor([len(parts), *(0,) * 7, *header])
+        packed[: words.nbytes] = words.view(torch.uint8)
+        for (bits, first, count), place in zip(parts, header[3::4], strict=True):
+            rows = weight[first : first + count]
+            sources = [tensor.contiguous() for tensor in (rows.codes, rows.scales, rows.minima)]
+            to = c_void_p(packed.data_ptr() + place)
+            pointers = (c_void_p(tensor.data_ptr()) for tensor in sources)
+            self._library.pack_quantized(
+                c_int64(bits), *pointers, to, c_int64(weight.shape[1]), c_int64(count)
+            )
+        return packed
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """``x [rows, size]`` += ``delta``; returns the norm of it times ``weight``, in ``dtype``."""

@@ -44,14 +44,15 @@ inline floats multiply_add(floats sum, const bfloat16* weights, const bfloat16* 
 }
 
 template <typename T, int R>
-void tile(const T* x, int64_t stride, const T* weights, const float* bias, float* out, int64_t out_stride,
-          int64_t steps, int64_t columns) {
+void tile(const T* x, int64_t stride, const T* weights, const Ahead& ahead, const float* bias, float* out,
+          int64_t out_stride, int64_t steps, int64_t columns) {
     floats sums[R][VECTORS];
     float start[COLUMNS] = {};
     if (bias) std::copy(bias, bias + columns, start);
     for (int row = 0; row < R; ++row)
         for (int v = 0; v < VECTORS; ++v) sums[row][v] = load_floats(start + v * LANES);
     for (int64_t step = 0; step < steps; ++step) {
+        ahead.fetch(step);
         const T* here = weights + step * COLUMNS * STEP<T>;
         for (int row = 0; row < R; ++row) {
             const T* inputs = x + row * stride + step * STEP<T>;
@@ -67,11 +68,11 @@ void tile(const T* x, int64_t stride, const T* weights, const float* bias, float
 }
 
 template <typename T, int R = ROWS>
-void rows_tile(int64_t rows, const T* x, int64_t stride, const T* weights, const float* bias, float* out,
-               int64_t out_stride, int64_t steps, int64_t columns) {
+void rows_tile(int64_t rows, const T* x, int64_t stride, const T* weights, const Ahead& ahead,
+               const float* bias, float* out, int64_t out_stride, int64_t steps, int64_t columns) {
     if constexpr (R > 0) {
-        if (rows == R) return tile<T, R>(x, stride, weights, bias, out, out_stride, steps, columns);
-        rows_tile<T, R - 1>(rows, x, stride, weights, bias, out, out_stride, steps, columns);
+        if (rows == R) return tile<T, R>(x, stride, weights, ahead, bias, out, out_stride, steps, columns);
+        rows_tile<T, R - 1>(rows, x, stride, weights, ahead, bias, out, out_stride, steps, columns);
     }
 }
 
@@ -80,15 +81,23 @@ inline int64_t groups(int64_t out_features) { return (out_features + COLUMNS - 1
 template <typename T>
 void linear(const T* x, const T* packed, const float* bias, float* out, int64_t rows, int64_t in,
             int64_t out_features) {
-    const int64_t steps = in / STEP<T>, group_size = in * COLUMNS;
-    const int64_t chunk = 4 * ROWS, chunks = (rows + chunk - 1) / chunk, all = groups(out_features);
+    const int64_t steps = in / STEP<T>, group_size = in * COLUMNS, threads = pool().threads();
+    const int64_t chunk = 8 * ROWS, chunks = (rows + chunk - 1) / chunk, all = groups(out_features);
     pool().run(chunks * all, [&](int64_t i) {
         const int64_t part = i / all * chunk, end = std::min(rows, part + chunk), group = i % all;
         const int64_t first = group * COLUMNS, columns = std::min<int64_t>(COLUMNS, out_features - first);
-        for (int64_t row = part; row < end; row += ROWS)
+        const int64_t tiles = (end - part + ROWS - 1) / ROWS, lines = (STEP<T> * VECTORS * sizeof(T)) / 4;
+        // What this thread will multiply next. Few rows are bound by memory anyway, and later chunks find all
+        // in the cache.
+        const T* next = rows > ROWS && !part && group + threads < all ? packed + (group + threads) * group_size
+                                                                     : nullptr;
+        Ahead ahead{reinterpret_cast<const char*>(next), (lines + tiles - 1) / tiles};
+        for (int64_t row = part; row < end; row += ROWS) {
             rows_tile<T>(std::min<int64_t>(ROWS, end - row), x + row * in, in, packed + group * group_size,
-                         bias ? bias + first : nullptr, out + row * out_features + first, out_features, steps,
-                         columns);
+                         ahead, bias ? bias + first : nullptr, out + row * out_features + first, out_features,
+                         steps, columns);
+            if (next) ahead.from += steps * ahead.lines * 64;
+        }
     });
 }
 

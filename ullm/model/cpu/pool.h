@@ -24,6 +24,8 @@ class Pool {
         for (; started_ < threads - 1; ++started_) std::thread(&Pool::help, this, started_).detach();
     }
 
+    int threads() const { return wanted_.load(std::memory_order_relaxed) + 1; }
+
     // Call function(i) for each i below count, in any order, on the threads that are there.
     template <typename F>
     void run(int64_t count, const F& function) {

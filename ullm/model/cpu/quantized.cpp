@@ -1,0 +1,310 @@
+// out = x * weight^T + bias, with weights of eight or four bits and inputs of eight.
+//
+// Weights and inputs come in groups of 32 neighbouring inputs, each group with a scale of its own; as in
+// llama.cpp's Q8_0, Q4_1 and Q8_1. Within a group sums are whole numbers, and so exact. Over the groups
+// they are float32, in ascending order, whatever else is computed beside; see linear.cpp.
+
+#include <algorithm>
+#include <vector>
+
+#include "common.h"
+#include "pool.h"
+#if defined(__AVX512VNNI__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Neighbouring outputs whose weights have the same number of bits: `count` of them, from `first` on.
+struct Part {
+    int64_t bits, first, count;
+    int64_t offset;  // of the weights, in bytes from where the packed ones begin
+};
+
+// What packed weights begin with; then come `num_parts` parts, and then, aligned, the weights.
+struct Header {
+    int64_t num_parts, reserved[7];
+
+    const Part* parts() const { return reinterpret_cast<const Part*>(this + 1); }
+    const uint8_t* weights(const Part& part) const {
+        return reinterpret_cast<const uint8_t*>(this) + part.offset;
+    }
+};
+
+constexpr int GROUP = 32;
+constexpr int STEP = 4;  // inputs that the processor's instruction multiplies at once
+// 2 vectors of outputs times 6 rows, once in whole numbers and once in float32, take 24 of 32 registers.
+constexpr int VECTORS = 2;
+constexpr int COLUMNS = VECTORS * LANES;
+constexpr int ROWS = 6;
+constexpr int ZERO = 128;  // the code of zero in eight bits: the instruction wants weights without a sign
+
+typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int8_t signed_bytes __attribute__((vector_size(LANES), aligned(1)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+
+// What a group of inputs takes for COLUMNS outputs: codes, and in float16 scales and perhaps minima. Of
+// four-bit codes the even steps are the low halves of bytes, and the odd steps the high ones.
+constexpr int64_t code_bytes(int64_t bits) { return COLUMNS * GROUP * bits / 8; }
+constexpr int64_t group_bytes(int64_t bits) { return code_bytes(bits) + (bits == 8 ? 2 : 4) * COLUMNS; }
+
+inline floats load_float16(const uint16_t* from) {
+#ifdef __AVX512F__
+    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#else
+    const uints bits = __builtin_convertvector(*reinterpret_cast<const halves*>(from), uints);
+    const floats size = (floats)((bits & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112: the exponents' bias
+    return (floats)((uints)size | (bits & 0x8000) << 16);
+#endif
+}
+
+// sums + codes * x, four neighbouring products per sum.
+inline ints multiply_add(ints sums, bytes codes, const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+#ifdef __AVX512VNNI__
+    return (ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(four));
+#else
+    typedef int16_t products __attribute__((vector_size(8 * LANES)));
+    typedef int32_t pairs __attribute__((vector_size(8 * LANES)));
+    typedef int8_t all __attribute__((vector_size(4 * LANES)));
+    const products product = __builtin_convertvector(codes, products) *
+                             __builtin_convertvector((all)(ints{} + four), products);
+    const pairs two = ((pairs)product << 16 >> 16) + ((pairs)product >> 16);
+    typedef int64_t quads __attribute__((vector_size(8 * LANES)));
+    return sums + __builtin_convertvector((quads)two, ints) + __builtin_convertvector((quads)two >> 32, ints);
+#endif
+}
+
+// Inputs as codes times scales.
+struct Inputs {
+    int64_t groups;
+    std::vector<int8_t> codes;   // [rows][groups][GROUP]
+    std::vector<float> scales;   // [rows][groups]
+    std::vector<int32_t> start;  // -ZERO times the sum of the codes
+    std::vector<float> sums;     // scale times the sum of the codes
+
+    void resize(int64_t rows, int64_t in) {
+        groups = (in + GROUP - 1) / GROUP;
+        codes.resize(rows * groups * GROUP);
+        scales.resize(rows * groups), start.resize(rows * groups), sums.resize(rows * groups);
+    }
+};
+
+// Over all lanes, by halves.
+template <typename F>
+inline int32_t reduce(ints values, const F& combine) {
+    values = combine(values, __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4,
+                                                     5, 6, 7));
+    values = combine(values, __builtin_shufflevector(values, values, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8,
+                                                     9, 10, 11));
+    values = combine(values, __builtin_shufflevector(values, values, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14,
+                                                     15, 12, 13));
+    values = combine(values, __builtin_shufflevector(values, values, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13,
+                                                     12, 15, 14));
+    return values[0];
+}
+inline int32_t largest(ints values) {
+    return reduce(values, [](ints a, ints b) { return a > b ? a : b; });
+}
+inline int32_t total(ints values) {
+    return reduce(values, [](ints a, ints b) { return a + b; });
+}
+
+// One group, of which `count` inputs exist: the largest becomes 127. Floats without sign compare as integers.
+template <typename T>
+void quantize_group(const T* x, int64_t count, Inputs& to, int64_t group) {
+    const floats a = load_floats(x), b = count > LANES ? load_floats(x + LANES) : floats{};
+    const ints sizes_a = (ints)a & 0x7fffffff, sizes_b = (ints)b & 0x7fffffff;
+    const int32_t bits = largest(sizes_a > sizes_b ? sizes_a : sizes_b);
+    float most;
+    std::memcpy(&most, &bits, 4);
+    const float inverse = most > 0 ? 127 / most : 0, scale = most / 127;
+    const ints rounded_a = (ints)(a * inverse + 12582912.0f) - 0x4B400000;  // see exponential()
+    const ints rounded_b = (ints)(b * inverse + 12582912.0f) - 0x4B400000;
+    signed_bytes* codes = reinterpret_cast<signed_bytes*>(to.codes.data() + group * GROUP);
+    codes[0] = __builtin_convertvector(rounded_a, signed_bytes);
+    codes[1] = __builtin_convertvector(rounded_b, signed_bytes);
+    const int32_t sum = total(rounded_a + rounded_b);
+    to.scales[group] = scale, to.start[group] = -ZERO * sum, to.sums[group] = scale * sum;
+}
+
+template <typename T>
+void quantize(const T* x, Inputs& to, int64_t rows, int64_t in) {
+    to.resize(rows, in);
+    in_pieces(rows, 8, [&](int64_t row, int64_t end) {
+        for (; row < end; ++row)
+            for (int64_t group = 0; group < to.groups; ++group)
+                quantize_group(x + row * in + group * GROUP, in - group * GROUP, to, row * to.groups + group);
+    });
+}
+
+// dots += the products of a group's codes.
+template <int BITS, int R>
+inline void add_codes(const uint8_t* packed, const int8_t* x, int64_t stride, ints (&dots)[R][VECTORS]) {
+    for (int step = 0; step < GROUP / STEP; step += 8 / BITS)
+        for (int v = 0; v < VECTORS; ++v, packed += sizeof(bytes)) {
+            const bytes codes = *reinterpret_cast<const bytes*>(packed);
+            for (int r = 0; r < R; ++r) {
+                const int8_t* inputs = x + r * stride + step * STEP;
+                if constexpr (BITS == 8) {
+                    dots[r][v] = multiply_add(dots[r][v], codes, inputs);
+                } else {
+                    dots[r][v] = multiply_add(dots[r][v], codes & 15, inputs);
+                    dots[r][v] = multiply_add(dots[r][v], codes >> 4, inputs + STEP);
+                }
+            }
+        }
+}
+
+// sums += the dots of a group times the scales of weights and inputs.
+template <int BITS, int R>
+inline void add_group(const Inputs& x, int64_t first, const uint8_t* packed, floats (&sums)[R][VECTORS]) {
+    ints dots[R][VECTORS];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < VECTORS; ++v)
+            dots[r][v] = BITS == 8 ? ints{} + x.start[first + r * x.groups] : ints{};
+    add_codes<BITS, R>(packed, x.codes.data() + first * GROUP, x.groups * GROUP, dots);
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(packed + code_bytes(BITS));
+    for (int v = 0; v < VECTORS; ++v) {
+        const floats scale = load_float16(scales + v * LANES);
+        for (int r = 0; r < R; ++r)
+            sums[r][v] +=
+                __builtin_convertvector(dots[r][v], floats) * (scale * x.scales[first + r * x.groups]);
+        if constexpr (BITS == 4) {
+            const floats minimum = load_float16(scales + COLUMNS + v * LANES);
+            for (int r = 0; r < R; ++r) sums[r][v] += minimum * x.sums[first + r * x.groups];
+        }
+    }
+}
+
+template <int BITS, int R>
+void tile(const Inputs& x, int64_t row, const uint8_t* packed, const Ahead& ahead, const float* bias,
+          float* out, int64_t stride, int64_t columns) {
+    floats sums[R][VECTORS] = {};
+    for (int64_t group = 0; group < x.groups; ++group, packed += group_bytes(BITS)) {
+        ahead.fetch(group);
+        add_group<BITS, R>(x, row * x.groups + group, packed, sums);
+    }
+    for (int r = 0; r < R; ++r) {
+        float all[COLUMNS];
+        for (int v = 0; v < VECTORS; ++v) store_floats(all + v * LANES, sums[r][v]);
+        if (bias)
+            for (int64_t i = 0; i < columns; ++i) all[i] += bias[i];
+        std::copy(all, all + columns, out + r * stride);
+    }
+}
+
+template <int BITS, int R = ROWS>
+void rows_tile(int64_t rows, const Inputs& x, int64_t row, const uint8_t* packed, const Ahead& ahead,
+               const float* bias, float* out, int64_t stride, int64_t columns) {
+    if constexpr (R > 0) {
+        if (rows == R) return tile<BITS, R>(x, row, packed, ahead, bias, out, stride, columns);
+        rows_tile<BITS, R - 1>(rows, x, row, packed, ahead, bias, out, stride, columns);
+    }
+}
+
+inline int64_t column_groups(int64_t outputs) { return (outputs + COLUMNS - 1) / COLUMNS; }
+
+// One column group of a part.
+struct Columns {
+    int64_t bits, first, count;
+    const uint8_t* packed;
+};
+
+Columns find_columns(const Header& header, int64_t number, int64_t groups) {
+    const Part* part = header.parts();
+    for (; number >= column_groups(part->count); ++part) number -= column_groups(part->count);
+    const int64_t before = number * COLUMNS;
+    return {part->bits, part->first + before, std::min<int64_t>(COLUMNS, part->count - before),
+            header.weights(*part) + number * groups * group_bytes(part->bits)};
+}
+
+// The outputs of some columns for the rows from `row` to `end`; meanwhile those weights are fetched that come next.
+void multiply(const Columns& columns, const Inputs& x, int64_t row, int64_t end, const uint8_t* next,
+              const float* bias, float* out, int64_t stride) {
+    const auto function = columns.bits == 8 ? rows_tile<8> : rows_tile<4>;
+    const int64_t tiles = (end - row + ROWS - 1) / ROWS, lines = group_bytes(columns.bits) / 64;
+    Ahead ahead{reinterpret_cast<const char*>(next), (lines + tiles - 1) / tiles};
+    for (; row < end; row += ROWS) {
+        function(std::min<int64_t>(ROWS, end - row), x, row, columns.packed, ahead,
+                 bias ? bias + columns.first : nullptr, out + row * stride + columns.first, stride,
+                 columns.count);
+        if (next) ahead.from += x.groups * ahead.lines * 64;
+    }
+}
+
+template <typename T>
+void linear(const T* x, const Header& header, const float* bias, float* out, int64_t rows, int64_t in,
+            int64_t out_features) {
+    thread_local Inputs scratch;
+    Inputs& inputs = scratch;
+    quantize(x, inputs, rows, in);
+    int64_t all = 0;
+    for (int64_t i = 0; i < header.num_parts; ++i) all += column_groups(header.parts()[i].count);
+    const int64_t chunk = 8 * ROWS, chunks = (rows + chunk - 1) / chunk;
+    // Some 50 KB of weights at once, but not so many that a thread could have nothing to do.
+    const int64_t together = std::max<int64_t>(1, std::min<int64_t>(48 / inputs.groups, all / 8));
+    const int64_t pieces = (all + together - 1) / together, threads = pool().threads();
+    // Few rows are bound by memory anyway: there it would cost as much as a tenth.
+    const bool fetch = rows * 8 > 4 * header.parts()->bits;
+    pool().run(chunks * pieces, [&](int64_t i) {
+        const int64_t row = i / pieces * chunk, end = std::min(rows, row + chunk);
+        const int64_t from = i % pieces * together, to = std::min(all, from + together);
+        for (int64_t group = from; group < to; ++group) {
+            const int64_t next = group + 1 < to ? group + 1 : from + threads * together;
+            const bool known = fetch && row == 0 && next < all;  // later chunks find all in the cache
+            multiply(find_columns(header, group, inputs.groups), inputs, row, end,
+                     known ? find_columns(header, next, inputs.groups).packed : nullptr, bias, out,
+                     out_features);
+        }
+    });
+}
+
+// The weights of COLUMNS outputs for one group of inputs.
+void pack_group(int64_t bits, const uint8_t* codes, const uint16_t* scales, const uint16_t* minima,
+                uint8_t* packed, int64_t in, int64_t outputs, int64_t first, int64_t group) {
+    const int64_t columns = std::min<int64_t>(COLUMNS, outputs - first), begin = group * GROUP;
+    std::fill(packed, packed + group_bytes(bits), uint8_t(0));
+    uint16_t* values = reinterpret_cast<uint16_t*>(packed + code_bytes(bits));
+    for (int64_t column = 0; column < columns; ++column) {
+        const uint8_t* row = codes + (first + column) * in;
+        for (int64_t i = 0; i < std::min<int64_t>(GROUP, in - begin); ++i) {
+            const int64_t step = i / STEP;
+            if (bits == 8)
+                packed[(step * COLUMNS + column) * STEP + i % STEP] = row[begin + i];
+            else
+                packed[(step / 2 * COLUMNS + column) * STEP + i % STEP] |= row[begin + i] << step % 2 * 4;
+        }
+        const int64_t source = (first + column) * ((in + GROUP - 1) / GROUP) + group;
+        values[column] = scales[source];
+        if (bits == 4) values[COLUMNS + column] = minima[source];
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void linear_quantized_float32(const float* x, const Header* packed, const float* bias, float* out,
+                              int64_t rows, int64_t in, int64_t out_features) {
+    linear(x, *packed, bias, out, rows, in, out_features);
+}
+void linear_quantized_bfloat16(const bfloat16* x, const Header* packed, const float* bias, float* out,
+                               int64_t rows, int64_t in, int64_t out_features) {
+    linear(x, *packed, bias, out, rows, in, out_features);
+}
+
+int64_t quantized_group_bytes(int64_t bits) { return group_bytes(bits); }
+
+// One part's weights: codes [outputs][in], scales and minima [outputs][groups] in float16; what does not exist
+// is zero.
+void pack_quantized(int64_t bits, const uint8_t* codes, const uint16_t* scales, const uint16_t* minima,
+                    uint8_t* packed, int64_t in, int64_t outputs) {
+    const int64_t groups = (in + GROUP - 1) / GROUP;
+    for (int64_t number = 0; number < column_groups(outputs); ++number)
+        for (int64_t group = 0; group < groups; ++group, packed += group_bytes(bits))
+            pack_group(bits, codes, scales, minima, packed, in, outputs, number * COLUMNS, group);
+}
+
+}  // extern "C"
