@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
@@ -25,7 +25,7 @@ from ullm.commands.flags import (
     server_options,
     with_options,
 )
-from ullm.config import EngineConfig, ServerConfig
+from ullm.config import DEFAULT_MODEL, EngineConfig, ServerConfig
 from ullm.errors import EngineDead, UllmError, UsageError
 
 FAILED = 1
@@ -161,6 +161,44 @@ def bench_engine(
     return run.publish(report, output, as_json=json)
 
 
+@bench.command(name="compare")
+def bench_compare(
+    *,
+    model: Annotated[str, Parameter(help="As ullm serve --model; peers get its folder.")] = DEFAULT_MODEL,
+    ullm: Annotated[
+        list[str] | None,
+        Parameter(help="NAME=OPTIONS of ullm serve, as in 'int8=--quantization int8'; may be repeated."),
+    ] = None,
+    vllm: Annotated[str, Parameter(help="The vllm executable, or a Python that has it.")] = "",
+    vllm_options: Annotated[str, Parameter(help="More of vllm serve.", allow_leading_hyphen=True)] = "",
+    llama_server: Annotated[str, Parameter(help="llama.cpp's llama-server.")] = "",
+    llama_options: Annotated[str, Parameter(help="More of llama-server.", allow_leading_hyphen=True)] = "",
+    gguf: Annotated[Path | None, Parameter(help="The weights for --llama-server.")] = None,
+    transformers: Annotated[str, Parameter(help="A Python that has transformers; static batches.")] = "",
+    concurrency: Annotated[str, Parameter(help="Streams at once.")] = "1,4,16,32",
+    scenarios: Annotated[str, Parameter(help="Of decode, prefill, prefix.")] = "decode,prefill,prefix",
+    output_tokens: Annotated[int, Parameter(help="New tokens per stream.")] = 128,
+    rounds: Annotated[int, Parameter(help="How often each is started and measured.")] = 3,
+    baseline: Annotated[str | None, Parameter(help="Whom to compare with; default: the first peer.")] = None,
+    seed: Seed = 0,
+    plot: Annotated[Literal["png", "svg", "none"], Parameter(help="The plot's format.")] = "png",
+    output: Annotated[Path, Parameter(help="Folder for compare.md, .json, the plot and logs.")] = Path(
+        "compare"
+    ),
+) -> int:
+    """Measure ullm beside vLLM, llama.cpp and transformers, one at a time, in rounds. Needs ullm[bench]."""
+    from ullm.bench.compare.scenarios import Load
+    from ullm.commands.bench import parse_concurrency
+    from ullm.commands.bench_compare import Peers
+    from ullm.commands.bench_compare import bench_compare as run
+
+    peers = Peers(tuple(ullm or ()), vllm, vllm_options, llama_server, llama_options, gguf, transformers)
+    chosen = tuple(name.strip() for name in scenarios.split(","))
+    levels = tuple(parse_concurrency(concurrency))
+    load = Load(levels, chosen, output_tokens=output_tokens, seed=seed)
+    return run(model, peers, load, rounds, baseline, output, "" if plot == "none" else plot)
+
+
 @bench.command(name="chaos")
 def bench_chaos(
     *,
@@ -183,6 +221,30 @@ def bench_chaos(
     only = tuple(kind.strip() for kind in kinds.split(",") if kind.strip())
     plan = Plan(model, tuple(shlex.split(server)), seed, faults, seconds, streams, only=only)
     return chaos(plan, output, as_json=json)
+
+
+@bench.command(name="events")
+def bench_events(
+    *,
+    server: Annotated[
+        list[str] | None,
+        Parameter(
+            help="NAME=COMMAND with {port}; after ' -- ', options to drain with {seconds}.", negative=""
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None, Parameter(help="Only this event; may be repeated.", negative="")
+    ] = None,
+    streams: Annotated[int, Parameter(help="In flight at each event.")] = 8,
+    start_up: Annotated[
+        float, Parameter(help="Seconds into its start at which a server gets SIGTERM.")
+    ] = 1.0,
+    output: Annotated[Path | None, Parameter(help="Also write what was found there, as JSON.")] = None,
+) -> int:
+    """See what clients get when servers are stopped, or lose a worker. Needs ullm[bench]."""
+    from ullm.commands.bench_events import events
+
+    return events(server or (), only or (), streams, start_up, output)
 
 
 @app.command
