@@ -110,6 +110,31 @@ def test_a_bad_request_is_one_error_and_harms_nothing(llm: LLM) -> None:
     assert llm.generate_sync([PROMPT], GREEDY)[0][0].finish_reason == "length"
 
 
+def test_it_sleeps_wakes_and_reloads_under_asyncio(llm: LLM, model: Path) -> None:
+    async def main() -> None:
+        for level in range(4):
+            assert (await llm.sleep(level)).level == level
+            assert (await llm.health()).state == "sleeping"
+            outputs = await collect(llm)  # which wakes it
+            assert [token for output in outputs for token in output.token_ids] == expected(model)
+        await llm.sleep(1, "keep")
+        assert (await llm.wake()).state == "awake"
+        assert (await llm.reload()).replicas == [1]
+        assert (await llm.health()).ready
+
+    asyncio.run(main())
+
+
+async def test_it_sleeps_wakes_and_reloads_under_trio(llm: LLM, model: Path) -> None:
+    assert (await llm.sleep(2)).level == 2
+    assert (await llm.wake()).state == "awake"
+    await llm.reload()
+    outputs = await collect(llm)
+    assert [token for output in outputs for token in output.token_ids] == expected(model)
+    with pytest.raises(InvalidParameter, match="level"):
+        await llm.sleep(7)
+
+
 def test_dropping_a_stream_aborts_it(llm: LLM) -> None:
     async def main() -> None:
         stream = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=1900), "dropped")
