@@ -47,6 +47,11 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Numbers to compute in; auto: the checkpoint's, where the device is fast at them."
     )
+    quantization: Literal["auto", "none", "int8", "int4"] = option(
+        "auto",
+        "Bits of the weights on a CPU: int8, int4 round them when they are loaded, none makes plain numbers "
+        "of them; auto: as the checkpoint has them.",
+    )
     context_len: int | None = option(
         None, "Most tokens of prompt and output; never more than the model's own limit."
     )
@@ -113,7 +118,9 @@ class SupervisionConfig:
     max_restarts: int = option(3, "Worker restarts within --restart-period before the engine gives up.")
     restart_period: float = option(1 * MINUTES, "Seconds.")
     start_timeout: float = option(10 * MINUTES, "Seconds that a worker may take to load and warm up.")
-    step_timeout: float = option(1 * MINUTES, "Seconds without progress after which a worker counts as hung.")
+    step_timeout: float = option(
+        20.0, "Seconds without progress, a layer of the model at least, after which a worker counts as hung."
+    )
     health_interval: float = option(5.0, "Seconds between round trips through an idle worker's step loop.")
     standby_workers: int | None = option(
         None, "Spare worker processes per replica, imported and prepared; default: 1 where memory allows."

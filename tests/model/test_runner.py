@@ -255,3 +255,22 @@ def test_bfloat16_and_dummy_weights(llama: tuple[Path, Any]) -> None:
     assert float(logits[token]) > float(logits.max()) - 1.0
     dummy = [generate(load_runner(path, load_format="dummy"), prompt, 4) for _ in range(2)]
     assert dummy[0] == dummy[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "fallback"])
+def test_a_long_step_gives_signs_of_life_after_its_layers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path, "llama")
+    if name == "fallback":  # as an architecture that is not ours
+        monkeypatch.setattr("ullm.model.registry.NATIVE", {})
+    signs: list[Progress] = []
+    runner = ModelRunner()
+    runner.load(Start(config(tmp_path, step_timeout=7.0), RankSpec(), str(tmp_path)), signs.append)
+    new = [NewSequence(0, random_tokens(9, 1), 9, GREEDY, [0, 1, 2])]
+    del signs[:]
+    runner.submit(Step(1, [Row(0, 0, 8, sample=False)], new)).result()
+    assert signs == []  # it was short
+    monkeypatch.setattr("ullm.model.runner.SIGN_OF_LIFE", 0.0)
+    runner.submit(Step(2, [Row(0, 8, 1, sample=True)])).result()
+    assert signs == [Progress("step", 7.0)] * SHAPE["num_hidden_layers"]

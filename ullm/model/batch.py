@@ -13,7 +13,7 @@ first ``num_decodes`` sequences have exactly one query token each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +52,10 @@ class Attend(Protocol):
         """
 
 
+def nothing() -> None:
+    """What is called after each layer where nobody waits for a sign of life."""
+
+
 @dataclass(slots=True)
 class Batch:
     """One step's tokens and the sequences that they belong to. T tokens, N sequences.
@@ -67,6 +71,7 @@ class Batch:
         seq_lens_host: ``seq_lens`` as Python numbers.
         num_decodes: leading sequences with one query token.
         attention: attention over this batch's sequences.
+        layer_done: called after each layer; a sign of life.
     """
 
     token_ids: Tensor
@@ -79,6 +84,7 @@ class Batch:
     seq_lens_host: Sequence[int]
     num_decodes: int
     attention: Attend
+    layer_done: Callable[[], None] = nothing
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,9 @@ def paged_attention(
     layer: int = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     q, k, v = (heads[0].transpose(0, 1).contiguous() for heads in (query, key, value))
-    return ullm_batch.attention(layer, q, k, v, scale, ullm_windows[layer], softcap)[None], None
+    attended = ullm_batch.attention(layer, q, k, v, scale, ullm_windows[layer], softcap)
+    ullm_batch.layer_done()
+    return attended[None], None
 
 
 def read_hf_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:

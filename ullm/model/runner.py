@@ -18,7 +18,7 @@ from torch import Tensor
 from ullm.messages import ModelInfo, Prepare, Progress, Row, Sampled, Start, Step, StepResult, TokenLogprobs
 from ullm.model.logprobs import PendingLogprobs
 from ullm.model.memory import let_go
-from ullm.model.rank import Rank, open_rank
+from ullm.model.rank import SIGN_OF_LIFE, Rank, open_rank
 from ullm.model.sampler import Sampler
 from ullm.model.sequences import Plan, SequenceState, SequenceTable
 from ullm.model.sleep import SleepingRank
@@ -68,11 +68,36 @@ class Pending:
         return StepResult(self.step_id, found, time.perf_counter() - self.began)
 
 
+class Pulse:
+    """Signs of life within a step that takes long: after a layer, and one per `SIGN_OF_LIFE` at most.
+
+    Args:
+        patience: seconds that the next one may take, of a single layer.
+    """
+
+    def __init__(self, progress: Callable[[Progress], None], patience: float) -> None:
+        self._progress = progress
+        self._patience = patience
+        self._last = 0.0
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        """A layer is done."""
+        now = time.monotonic()
+        if now - self._last >= SIGN_OF_LIFE:
+            self._last = now
+            self._progress(Progress("step", self._patience))
+
+
 class ModelRunner:
     """See `ullm.core.runner.Runner`. ``load`` once, then ``submit``, at last ``close``."""
 
     def __init__(self) -> None:
         self._prepared: PreparedModel | None = None
+        self._pulse: Pulse | None = None
         self._rank: Rank | None = None
         self._asleep: SleepingRank | None = None
         self._table = SequenceTable(1)
@@ -93,6 +118,7 @@ class ModelRunner:
         """
         prepared, self._prepared = self._prepared, None
         model = prepared.model if prepared is not None and prepared.suits(start) else None
+        self._pulse = Pulse(progress, start.config.step_timeout)
         return self._take_up(open_rank(start, progress, model))
 
     def _take_up(self, rank: Rank) -> ModelInfo:
@@ -192,6 +218,9 @@ class ModelRunner:
             batch.token_ids[indices] = self._last_tokens[slots]
         if rank.graphs is not None and rank.graphs.covers(batch):
             return rank.graphs.run(batch)
+        if self._pulse is not None:
+            self._pulse.begin()
+            batch.layer_done = self._pulse
         return rank.model.forward(batch.token_ids, batch)
 
     def _finish(self, plan: Plan, hidden: Tensor, pending: Pending) -> None:
