@@ -102,7 +102,7 @@ def test_linear(kernels: Kernels, bits: str, rows: int, inputs: int, outputs: in
         weight = mixed(outputs, inputs)
     else:
         weight = quantize(numbers(outputs, inputs, seed=1), 8 if bits == "8" else 4)
-    multiply = kernels.linear(kernels.pack(weight), bias, outputs, inputs)
+    multiply = kernels.linear(kernels.pack_quantized(weight), bias, outputs, inputs)
     torch.testing.assert_close(multiply(x).double(), reference(x, weight, bias), rtol=1e-4, atol=1e-3)
 
 
@@ -112,7 +112,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch_on_any_number_of_threads(
     kernels: Kernels, bits: Bits
 ) -> None:
     weight = quantize(numbers(200, 576, seed=1), bits)
-    multiply = kernels.linear(kernels.pack(weight), numbers(200, seed=2), 200, 576)
+    multiply = kernels.linear(kernels.pack_quantized(weight), numbers(200, seed=2), 200, 576)
     x = numbers(120, 576).to(kernels.dtype)
     alone = torch.cat([multiply(x[i : i + 1].contiguous()) for i in range(len(x))])
     try:
@@ -127,7 +127,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch_on_any_number_of_threads(
 @needs_compiler
 def test_inputs_of_all_sizes_keep_their_accuracy(kernels: Kernels) -> None:
     weight = quantize(numbers(32, 64, seed=1), 8)
-    multiply = kernels.linear(kernels.pack(weight), None, 32, 64)
+    multiply = kernels.linear(kernels.pack_quantized(weight), None, 32, 64)
     for size in (0.0, 1e-20, 1e-3, 1e3, 1e20):
         x = (numbers(3, 64) * size).to(kernels.dtype)
         expected = reference(x, weight, torch.zeros(32))
@@ -140,5 +140,5 @@ def test_codes_at_both_ends_do_not_overflow(kernels: Kernels) -> None:
     scales, bits = torch.ones((2, 2), dtype=torch.float16), torch.full((2,), 8, dtype=torch.uint8)
     weight = QuantizedWeight(codes, scales, torch.zeros_like(scales), bits)
     x = torch.ones(1, 64, dtype=kernels.dtype)
-    got = kernels.linear(kernels.pack(weight), None, 2, 64)(x)
+    got = kernels.linear(kernels.pack_quantized(weight), None, 2, 64)(x)
     assert got.tolist() == [pytest.approx([64.0 * (255 - ZERO), 64.0 * (1 - ZERO)])]

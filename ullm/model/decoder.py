@@ -25,10 +25,12 @@ from ullm.model.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
+    quantized,
 )
 from ullm.model.linear_kernels import LinearKernel, choose_linear_kernel
 from ullm.model.ops import LayerOps, StepOps, TorchOps
 from ullm.model.parallel import ParallelContext
+from ullm.model.quantization import Bits, Scheme
 from ullm.model.rope import rope_cache
 
 PACKED = "packed"
@@ -175,6 +177,17 @@ class Decoder(nn.Module):
                 memory = torch.empty(parameter.shape, dtype=dtype, device=device)
                 setattr(module, name, nn.Parameter(memory, requires_grad=False))
 
+    def quantize(self, scheme: Scheme) -> None:
+        """Let all linear layers be loaded in few bits; before the weights get memory.
+
+        Only for the CPU's kernels. The embedding stays as it is, also where the head is tied to it.
+        """
+        if self.config.tie_word_embeddings:
+            self.lm_head.source = "model.embed_tokens"
+        for _, module in self._packing():
+            bits: Bits = 4 if scheme == "int4" and isinstance(module, ParallelLinear) else 8
+            quantized(module, bits, as_stored=scheme == "stored")
+
     @torch.no_grad()
     def prepare(self, device: torch.device, kernels: Kernels | None = None) -> None:
         """Called once when the weights are loaded: tie and pack them, and get ready to compute.
@@ -182,7 +195,7 @@ class Decoder(nn.Module):
         Args:
             kernels: what computes the layers on a CPU, instead of PyTorch.
         """
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.lm_head.weight is None:
             self.lm_head.weight = self.model.embed_tokens.weight
         kernel = kernels or choose_linear_kernel(device, self._dtype)
         for _, module in self._packing():
@@ -220,9 +233,9 @@ class Decoder(nn.Module):
 
     def _bind(self, device: torch.device, kernel: LinearKernel) -> None:
         """Let ``kernel`` compute with the packed weights, and compute the rotary tables."""
-        embedding = self.model.embed_tokens.weight
         if self.config.tie_word_embeddings and device.type == "cpu" and not isinstance(kernel, Kernels):
             # In float32 the logits need no sharpening; on CUDA it would cost more than it is worth.
+            embedding = self.model.embed_tokens.table()
             self.lm_head.table = embedding if self._dtype != torch.float32 else None
         for _, module in self._packing():
             module.bind(kernel)
@@ -245,6 +258,7 @@ class Decoder(nn.Module):
         step, delta = self.ops.begin(batch), None
         for layer in self._layers:
             delta = layer.forward(x, delta, step)
+            batch.layer_done()
         return step.add_norm(x, delta, self.model.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -257,6 +271,9 @@ class Decoder(nn.Module):
 
     def weight_bytes(self) -> int:
         """Bytes of weights on this rank, tied ones once."""
+        packed = [module.packed for _, module in self._packing()]
+        if any(tensor is not None and tensor.dtype == torch.uint8 for tensor in packed):
+            return sum(tensor.nbytes for tensor in self.packed_weights().values())
         return self._counts[1] * self._dtype.itemsize
 
     def _count(self) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from ullm.errors import ModelUnsupported
-from ullm.model.gguf_file import GgufFile
+from ullm.model.gguf_blocks import has_codes, read_codes
+from ullm.model.gguf_file import PLAIN_TYPES, GgufFile
 from ullm.model.gguf_tokenizer import token_ids, write_tokenizer
+from ullm.model.quantization import QuantizedWeight
 
-__all__ = ["iterate_gguf_tensors", "read_gguf_config", "write_tokenizer"]
+__all__ = ["gguf_sources", "is_quantized", "iterate_gguf_tensors", "read_gguf_config", "write_tokenizer"]
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _KEYS = {
@@ -89,11 +92,47 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
     }
 
 
-def iterate_gguf_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and values of each tensor as a Hugging Face checkpoint has them, one at a time.
+@dataclass(frozen=True)
+class GgufSource:
+    """One tensor that has not been read yet, under its name in a Hugging Face checkpoint.
 
-    Plain tensors keep their dtype, quantized ones become float32. Llama's query and key rows are
-    put back from llama.cpp's order (rotary pairs beside each other) to transformers' (in halves).
+    Llama's query and key rows are put back from llama.cpp's order (rotary pairs beside each other) to
+    transformers' (in halves).
+
+    Args:
+        heads: whose rows have llama.cpp's order; 0: they have not.
+    """
+
+    file: GgufFile
+    stored_name: str
+    name: str
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Outermost dimension first."""
+        return self.file.tensors[self.stored_name].shape
+
+    def values(self) -> torch.Tensor:
+        """Plain numbers keep their dtype, quantized ones become float32.
+
+        Raises:
+            ModelUnsupported: a quantization that is not known.
+        """
+        tensor = _tensor(self.file, self.stored_name)
+        return tensor[_transformers_order(self.shape[0], self.heads)] if self.heads else tensor
+
+    def codes(self) -> QuantizedWeight | None:
+        """The tensor as it is quantized; None where it is not, or in a format that must be converted."""
+        entry = self.file.tensors[self.stored_name]
+        if len(entry.shape) != 2 or not has_codes(entry.type):
+            return None
+        codes = read_codes(self.file.raw(self.stored_name), entry.type, entry.shape)
+        return codes[_transformers_order(self.shape[0], self.heads)] if self.heads else codes
+
+
+def gguf_sources(path: str | Path) -> Iterator[GgufSource]:
+    """Each tensor.
 
     Args:
         path: the GGUF file; it is memory-mapped.
@@ -111,11 +150,19 @@ def iterate_gguf_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]
         if name == ROPE_FACTORS:
             continue
         hf_name = _hf_name(file, name)
-        tensor = _tensor(file, name)
-        projection = hf_name.split(".")[-2]
-        if projection in permuted:
-            tensor = _unpermute(tensor, permuted[projection])
-        yield hf_name, tensor
+        yield GgufSource(file, name, hf_name, permuted.get(hf_name.split(".")[-2], 0))
+
+
+def iterate_gguf_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and values of each tensor, one at a time; errors are those of `gguf_sources`."""
+    for source in gguf_sources(path):
+        yield source.name, source.values()
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Whether some of the matrices have less than 16 bits per weight."""
+    plain = {*PLAIN_TYPES, GGMLQuantizationType.BF16}
+    return any(entry.type not in plain for entry in GgufFile(path).tensors.values())
 
 
 def _architecture(file: GgufFile) -> str:
@@ -210,7 +257,6 @@ def _tensor(file: GgufFile, name: str) -> torch.Tensor:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
-def _unpermute(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+def _transformers_order(rows: int, num_heads: int) -> torch.Tensor:
     """Rows of each head from [pair, half] order to [half, pair] (llama.cpp's permute, undone)."""
-    half = tensor.shape[0] // num_heads // 2
-    return tensor.reshape(num_heads, half, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return torch.arange(rows).reshape(num_heads, -1, 2).transpose(1, 2).reshape(rows)

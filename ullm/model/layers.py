@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ullm.model.linear_kernels import Linear, LinearKernel
+from ullm.model.linear_kernels import Linear, LinearKernel, pack_weight
 from ullm.model.parallel import ParallelContext
+from ullm.model.quantization import Bits, QuantizedWeight
 
 SHARPENED = 8
 """Logits per row that are computed in float32; it costs less than finding the largest in bfloat16."""
@@ -32,7 +33,7 @@ class Shard:
         start: first index of the slice in the checkpoint tensor.
     """
 
-    target: Tensor
+    target: Tensor | QuantizedWeight
     full_shape: tuple[int, ...]
     dim: int = 0
     start: int = 0
@@ -72,10 +73,16 @@ class RMSNorm(Loadable):
         yield f"{name}.weight", Shard(self.weight, self.shape)
 
 
+def quantized(module: ParallelLinear | VocabParallelHead, bits: Bits, *, as_stored: bool) -> None:
+    """Let a module's weight be loaded in few bits; see `QuantizedWeight`."""
+    del module.weight  # torch lets no registered parameter be replaced by anything else
+    module.weight = QuantizedWeight.empty(*module.shape, bits, as_stored=as_stored)
+
+
 class ParallelLinear(Loadable):
     """Base of the linear layers: a weight ``[out, in]`` of this rank, and maybe a bias."""
 
-    weight: nn.Parameter | None
+    weight: nn.Parameter | QuantizedWeight | None
     bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
@@ -89,7 +96,7 @@ class ParallelLinear(Loadable):
     def pack(self, kernel: LinearKernel) -> None:
         """Bring the weight into the kernel's layout; as it was, it is not needed any more."""
         assert self.weight is not None
-        self.packed = kernel.pack(self.weight.data)
+        self.packed = pack_weight(kernel, self.weight)
         self.weight = None
 
     def bind(self, kernel: LinearKernel) -> None:
@@ -161,9 +168,10 @@ class VocabParallel(Loadable):
         super().__init__()
         self.full_shape, self.parallel = (vocab_size, hidden_size), parallel
         self.rows = -(-vocab_size // parallel.world_size)
+        self.shape = (self.rows, hidden_size)
         self.first = min(parallel.rank * self.rows, vocab_size)
         self.used = min(self.rows, vocab_size - self.first)
-        self.weight: nn.Parameter | None = empty(self.rows, hidden_size)
+        self.weight: nn.Parameter | QuantizedWeight | None = empty(self.rows, hidden_size)
 
     def shards(self, name: str) -> Shards:
         """This rank's rows; none where the weight is tied to another module's."""
@@ -174,14 +182,19 @@ class VocabParallel(Loadable):
 class VocabParallelEmbedding(VocabParallel):
     """Token ids → vectors."""
 
+    def table(self) -> Tensor:
+        """One row per token; always plain numbers."""
+        assert isinstance(self.weight, nn.Parameter)
+        return self.weight
+
     def forward(self, token_ids: Tensor) -> Tensor:
         """``[T]`` → ``[T, hidden_size]``, the same on all ranks."""
-        assert self.weight is not None
+        table = self.table()
         if self.parallel.world_size == 1:
-            return F.embedding(token_ids, self.weight)
+            return F.embedding(token_ids, table)
         local = token_ids - self.first
         elsewhere = (local < 0) | (local >= self.used)
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        rows = F.embedding(local.masked_fill(elsewhere, 0), table)
         return self.parallel.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
 
 
@@ -190,6 +203,7 @@ class VocabParallelHead(VocabParallel):
 
     Attributes:
         table: the same weight where another module keeps it anyway, to sharpen logits with.
+        source: the module in the checkpoint whose weight this one has; None: its own.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, parallel: ParallelContext) -> None:
@@ -197,17 +211,22 @@ class VocabParallelHead(VocabParallel):
         self.packed: Tensor | None = None
         self.multiply: Linear | None = None
         self.table: Tensor | None = None
+        self.source: str | None = None
 
     def pack(self, kernel: LinearKernel) -> None:
         """As `ParallelLinear.pack`."""
         assert self.weight is not None
-        self.packed = kernel.pack(self.weight.data)
+        self.packed = pack_weight(kernel, self.weight)
         self.weight = None
 
     def bind(self, kernel: LinearKernel) -> None:
         """As `ParallelLinear.bind`."""
         assert self.packed is not None
         self.multiply = kernel.linear(self.packed, None, self.rows, self.full_shape[1])
+
+    def shards(self, name: str) -> Shards:
+        """As the base."""
+        return super().shards(self.source or name)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden_size]`` → ``[rows, vocab_size]``, on all ranks."""

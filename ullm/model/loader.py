@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
 from ullm.logs import get_logger
 from ullm.model.layers import Loadable, RMSNorm, Shard
+from ullm.model.quantization import QuantizedWeight
 
 log = get_logger(__name__)
 
@@ -33,11 +34,13 @@ class Source:
 
     Args:
         read: ``(dim, start, count)`` → that slice.
+        codes: what is stored, where that are codes which can be used as they are.
     """
 
     file: Path
     shape: tuple[int, ...]
     read: Callable[[int, int, int], Tensor]
+    codes: Callable[[], QuantizedWeight | None] = lambda: None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -116,8 +119,13 @@ def copy_shard(name: str, source: Source, shard: Shard) -> None:
         raise ModelFileBroken(
             source.file, f"tensor {name!r} has shape {source.shape}, the config says {shard.full_shape}"
         )
+    target, count = shard.target, shard.target.shape[shard.dim]
+    if isinstance(target, QuantizedWeight):
+        codes = source.codes() if target.as_stored else None
+        if codes is not None:
+            return target.copy_(codes.narrow(shard.dim, shard.start, count))
     try:
-        shard.target.copy_(source.read(shard.dim, shard.start, shard.target.shape[shard.dim]))
+        target.copy_(source.read(shard.dim, shard.start, count))
     except SafetensorError as error:
         raise ModelFileBroken(source.file, f"tensor {name!r} cannot be read: {error}") from None
 
@@ -135,15 +143,19 @@ def fill_dummy(model: nn.Module, seed: int = 0) -> None:
             parameter.device, torch.Generator(parameter.device).manual_seed(seed)
         )
         parameter.normal_(0.0, DUMMY_SCALE, generator=generator)
+    for number, module in enumerate(model.modules()):
+        if isinstance(weight := getattr(module, "weight", None), QuantizedWeight):
+            random = torch.Generator().manual_seed(seed + number)
+            weight.copy_(torch.empty(weight.shape).normal_(0.0, DUMMY_SCALE, generator=random))
 
 
 def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, Source]]:
     """Each tensor of a checkpoint; of a sharded one only files with tensors in ``wanted`` are opened."""
     if path.suffix == ".gguf":
-        from ullm.model.gguf import iterate_gguf_tensors
+        from ullm.model.gguf import gguf_sources
 
-        for name, tensor in iterate_gguf_tensors(path):
-            yield name, Source(path, tuple(tensor.shape), tensor.narrow)
+        for stored in gguf_sources(path):
+            yield stored.name, Source(path, stored.shape, gguf_reader(stored.values), stored.codes)
     elif (path / INDEX).exists():
         for file in shard_files(path, wanted):
             yield from safetensors_sources(file)
@@ -151,6 +163,11 @@ def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, Source]]:
         yield from safetensors_sources(path / SINGLE)
     else:
         raise ModelNotFound(f"{path}: has neither {SINGLE} nor {INDEX}; convert the weights to safetensors")
+
+
+def gguf_reader(values: Callable[[], Tensor]) -> Callable[[int, int, int], Tensor]:
+    """See `Source.read`."""
+    return lambda dim, start, count: values().narrow(dim, start, count)
 
 
 def weight_files(path: Path) -> list[Path]:

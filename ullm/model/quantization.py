@@ -18,6 +18,8 @@ GROUP = 32
 ZERO = 128
 """The code of zero in eight bits."""
 Bits = Literal[4, 8]
+Scheme = Literal["stored", "int8", "int4"]
+"""How a model's linear layers are quantized: as the checkpoint has them, or when they are loaded."""
 CHUNK = 1 << 22
 """Weights that are quantized at once, so that float32 copies stay small."""
 
@@ -35,19 +37,33 @@ class QuantizedWeight:
         scales, minima: float16 ``[out, groups]``; minima are used in four bits only.
         bits: uint8 ``[out]``, 8 or 4: of each output, since layers are fused whose formats differ.
         wanted: bits of what is copied here from plain numbers.
+        as_stored: codes that a checkpoint has are to be taken over.
     """
 
-    def __init__(self, codes: Tensor, scales: Tensor, minima: Tensor, bits: Tensor, wanted: Bits = 8) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        minima: Tensor,
+        bits: Tensor,
+        wanted: Bits = 8,
+        *,
+        as_stored: bool = False,
+    ) -> None:
         self.codes, self.scales, self.minima, self.bits = codes, scales, minima, bits
         self.wanted: Bits = wanted
+        self.as_stored = as_stored
 
     @classmethod
-    def empty(cls, out_features: int, in_features: int, wanted: Bits) -> QuantizedWeight:
+    def empty(
+        cls, out_features: int, in_features: int, wanted: Bits, *, as_stored: bool = False
+    ) -> QuantizedWeight:
         """All zero."""
         size = (out_features, num_groups(in_features))
         scales, minima = torch.zeros(size, dtype=torch.float16), torch.zeros(size, dtype=torch.float16)
         codes = torch.zeros((out_features, in_features), dtype=torch.uint8)
-        return cls(codes, scales, minima, torch.full((out_features,), wanted, dtype=torch.uint8), wanted)
+        bits = torch.full((out_features,), wanted, dtype=torch.uint8)
+        return cls(codes, scales, minima, bits, wanted, as_stored=as_stored)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,9 +77,8 @@ class QuantizedWeight:
 
     def __getitem__(self, rows: slice | Tensor) -> QuantizedWeight:
         """Some outputs; a view if they are a slice."""
-        return QuantizedWeight(
-            self.codes[rows], self.scales[rows], self.minima[rows], self.bits[rows], self.wanted
-        )
+        codes, scales, minima, bits = self.codes[rows], self.scales[rows], self.minima[rows], self.bits[rows]
+        return QuantizedWeight(codes, scales, minima, bits, self.wanted, as_stored=self.as_stored)
 
     def narrow(self, dim: int, start: int, count: int) -> QuantizedWeight | Tensor:
         """A slice, as of a tensor; in float32 where groups are cut."""

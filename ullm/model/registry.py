@@ -15,7 +15,7 @@ from ullm.errors import ConfigError, ModelError, ModelFileBroken, ModelUnsupport
 from ullm.machine import available_memory
 from ullm.model.batch import CausalModel
 from ullm.model.cpu.build import library_path
-from ullm.model.cpu.kernels import NAMES, load_kernels
+from ullm.model.cpu.kernels import NAMES, Kernels, load_kernels
 from ullm.model.decoder import Decoder
 from ullm.model.kv_pool import mib
 from ullm.model.linear_kernels import fast_bfloat16
@@ -30,6 +30,7 @@ from ullm.model.loader import (
 )
 from ullm.model.packed import PackedFile, packed_file
 from ullm.model.parallel import ParallelContext
+from ullm.model.quantization import Scheme
 from ullm.model.qwen2 import Qwen2ForCausalLM
 from ullm.model.qwen3 import Qwen3ForCausalLM
 
@@ -108,21 +109,48 @@ def load_model(
     """
     native = NATIVE.get(checkpoint.architecture)
     if native is None:
+        choose_scheme(checkpoint, config, None)
         return load_foreign(checkpoint, config, device, parallel)
     model = build(native, checkpoint, parallel)
     use_kernels = config.cpu_kernels and device.type == "cpu" and model.suits_kernels()
     packed = find_packed(checkpoint, config, parallel) if use_kernels else None
     if packed is not None and restore(model, packed, checkpoint.dtype):
         return model
+    kernels = load_kernels(checkpoint.dtype) if use_kernels else None
+    scheme = choose_scheme(checkpoint, config, kernels)
+    if scheme is not None:
+        model.quantize(scheme)
     allocate(model, checkpoint.dtype, device)
     if config.load_format == "dummy":
         fill_dummy(model, seed=parallel.rank)
     else:
         load_weights(model, checkpoint.path, progress)
-    model.prepare(device, load_kernels(checkpoint.dtype) if use_kernels else None)
+    model.prepare(device, kernels)
     if packed is not None and packed.write(model.packed_weights()):
         restore(model, packed, checkpoint.dtype)  # what is mapped is shared, and need not stay in memory
     return model
+
+
+def choose_scheme(checkpoint: Checkpoint, config: EngineConfig, kernels: Kernels | None) -> Scheme | None:
+    """How the weights are quantized; None: not at all.
+
+    Args:
+        kernels: what computes the model; None where that cannot multiply by quantized weights.
+
+    Raises:
+        ConfigError: quantization is asked for where it is not possible.
+    """
+    wanted = config.quantization
+    if wanted in ("int8", "int4") and kernels is None:
+        raise ConfigError(
+            f"--quantization {wanted} needs ullm's own kernels, which run on CPUs, for {', '.join(NATIVE)}, "
+            "with --cpu-kernels and a C++ compiler; install g++ or clang, or use --quantization none"
+        )
+    if wanted == "auto" and kernels is not None and checkpoint.path.suffix == ".gguf":
+        from ullm.model.gguf import is_quantized  # its libraries take long to import
+
+        return "stored" if is_quantized(checkpoint.path) else None
+    return wanted if wanted in ("int8", "int4") else None
 
 
 def map_model(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelContext) -> Decoder | None:

@@ -69,10 +69,8 @@ class Kernels:
         """How many threads compute, the calling one included; for all kernels of this process."""
         self._library.use_threads(c_int64(threads))
 
-    def pack(self, weight: Tensor | QuantizedWeight) -> Tensor:
+    def pack(self, weight: Tensor) -> Tensor:
         """See `ullm.model.linear_kernels.LinearKernel`; an ordinary tensor, which may be kept in a file."""
-        if isinstance(weight, QuantizedWeight):
-            return self._pack_quantized(weight)
         out_features, in_features = weight.shape
         groups = -(-out_features // COLUMNS)
         packed = torch.empty(groups * COLUMNS * in_features, dtype=self.dtype)
@@ -93,7 +91,7 @@ class Kernels:
 
         return multiply
 
-    def _pack_quantized(self, weight: QuantizedWeight) -> Tensor:
+    def pack_quantized(self, weight: QuantizedWeight) -> Tensor:
         """``Header``, ``Part`` of each part, and their weights; see quantized.cpp."""
         parts, header, sizes = weight.parts(), list[int](), list[int]()
         offset = -(-(64 + 32 * len(parts)) // ALIGNMENT) * ALIGNMENT
