@@ -296,9 +296,10 @@ class FakeGeneration:
         if not self._steps:
             self._finished = True
             raise StopAsyncIteration
-        number, index, token, reason = self._steps.popleft()
+        number, index, token, reason = self._steps[0]
         if index == 0:
             await self._pause(number)
+        self._steps.popleft()  # not before: a cancelled wait loses nothing
         return self._output(index, number, token, reason)
 
     async def _pause(self, number: int) -> None:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import trio
 import trio.testing
+from asgi_call import call
 from fake_engine import ANSWER, CONTEXT_LEN, FakeEngine, serving
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -356,11 +357,10 @@ async def test_the_timeout_counts_from_the_arrival(
         return [5, 6]
 
     monkeypatch.setattr(engine._tokenizer, "encode", slowly)
-    client = create_app(engine, ServerConfig()).test_client()
-    body = {"prompt": "hi", "timeout": 5}
-    await client.post("/v1/completions", json=body)
+    app, body = create_app(engine, ServerConfig()), {"prompt": "hi", "timeout": 5}
+    await call(app, "/v1/completions", body)
     seconds[0] = 9.0
-    await client.post("/v1/completions", json=body)
+    await call(app, "/v1/completions", body)
     assert [generation.params.timeout for generation in engine.admitted] == [2.0, 0.0]
 
 

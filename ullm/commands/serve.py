@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import trio
@@ -14,17 +15,21 @@ from ullm.config import EngineConfig, ServerConfig
 from ullm.engine import Engine
 from ullm.errors import StartCancelled
 from ullm.hub import LocalModel, resolve
-from ullm.logs import configure
-from ullm.server import bind, serve_http, urls
+from ullm.logs import configure, get_logger
+from ullm.server import bind, open_admin_socket, serve_admin, serve_http, urls
 from ullm.supervision import ChildSpec
 from ullm.supervision.shutdown import EXIT_OK
 from ullm.supervision.signals import STOP_SIGNALS, Watchdog, leave_now, signal_ladder
+
+log = get_logger("ullm.serve")
 
 HTTP_BUDGET = 5.0
 """Seconds for the server to flush and close connections, within the engine's one deadline."""
 WATCHDOG_MARGIN = 5.0
 """Seconds past the deadline after which a process that still hangs is ended by force."""
 
+RELOAD_SIGNALS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
+"""Windows has none."""
 LEAVE_WITHIN = 3.0
 """Seconds from the end of the engine to the end of the process."""
 
@@ -37,33 +42,45 @@ def serve(config: EngineConfig, server: ServerConfig) -> int:
         UllmError: the engine could not start, or failed.
     """
     configure(config.log_level)
-    listener = bind(server)
-    try:
-        return trio.run(run_server, config, server, listener)
-    finally:
-        listener.close()
+    with bind(server) as listener:
+        if server.admin_listen is None:
+            return trio.run(run_server, config, server, listener, None)
+        with open_admin_socket(server.admin_listen) as admin_listener:
+            return trio.run(run_server, config, server, listener, admin_listener)
 
 
-async def run_server(config: EngineConfig, server: ServerConfig, listener: socket.socket) -> int:
-    """The engine with the server as its first child, and the signals that stop both."""
+async def run_server(
+    config: EngineConfig, server: ServerConfig, listener: socket.socket, admin_listener: socket.socket | None
+) -> int:
+    """The engine with the servers as its first children, and the signals that stop all."""
 
     async def http(*, task_status: trio.TaskStatus[list[str]]) -> None:
-        await serve_http(engine, server, sockets=[listener], task_status=task_status)
+        await serve_http(engine, server, sockets=[listener], shutdown=drain, task_status=task_status)
 
-    engine = Engine(
-        config, first_children=[ChildSpec("http", http, shutdown=HTTP_BUDGET)], find_model=find_model
-    )
+    async def admin(*, task_status: trio.TaskStatus[list[str]]) -> None:
+        assert admin_listener is not None, "only a listener has this child"
+        await serve_admin(engine, server, sock=admin_listener, shutdown=drain, task_status=task_status)
+
+    def drain(timeout: float | None, by: str = "admin") -> None:
+        watchdog.arm((engine.config.shutdown_timeout if timeout is None else timeout) + WATCHDOG_MARGIN)
+        engine.request_shutdown(timeout, by=by)
+
+    servers = [ChildSpec("http", http, shutdown=HTTP_BUDGET)]
+    if admin_listener is not None:
+        servers.append(ChildSpec("admin", admin, shutdown=HTTP_BUDGET))
+    engine = Engine(config, first_children=servers, find_model=find_model)
     started = True
     with Watchdog() as watchdog:
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(answer_signals, engine, watchdog))
+            await nursery.start(partial(answer_signals, engine, watchdog, drain))
+            await nursery.start(answer_hangups, engine)
             try:
                 await engine.run(task_status=Announcement(engine, listener))
             except StartCancelled:
                 started = False  # asked to stop, and stopped in order
             finally:
                 nursery.cancel_scope.cancel()
-    for number in STOP_SIGNALS:
+    for number in (*STOP_SIGNALS, *RELOAD_SIGNALS):
         signal.signal(number, signal.SIG_IGN)  # too late to change how this ends
     assert engine.report is not None, "an engine that has stopped has a report"
     code = engine.report.exit_code if started else EXIT_OK
@@ -72,12 +89,17 @@ async def run_server(config: EngineConfig, server: ServerConfig, listener: socke
     return code
 
 
-async def answer_signals(engine: Engine, watchdog: Watchdog, *, task_status: trio.TaskStatus[None]) -> None:
+async def answer_signals(
+    engine: Engine,
+    watchdog: Watchdog,
+    drain: Callable[[float | None, str], None],
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
     """First signal: drain. Second: end requests now. Third: leave now."""
 
-    def drain(number: signal.Signals) -> None:
-        watchdog.arm(engine.config.shutdown_timeout + WATCHDOG_MARGIN)
-        engine.request_shutdown(by=number.name)
+    def drain_by(number: signal.Signals) -> None:
+        drain(None, number.name)
 
     def hurry(number: signal.Signals) -> None:
         watchdog.arm(WATCHDOG_MARGIN)
@@ -87,7 +109,17 @@ async def answer_signals(engine: Engine, watchdog: Watchdog, *, task_status: tri
         engine.kill(number)
         leave_now(number)
 
-    await signal_ladder(drain, hurry, kill, task_status=task_status)
+    await signal_ladder(drain_by, hurry, kill, task_status=task_status)
+
+
+async def answer_hangups(engine: Engine, *, task_status: trio.TaskStatus[None]) -> None:
+    """SIGHUP loads the model again, unless ``nohup`` has it ignored."""
+    heard = [number for number in RELOAD_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    with trio.open_signal_receiver(*heard) as received:
+        task_status.started()
+        async for number in received:
+            log.info("signal received", signal=signal.Signals(number).name, action="reload")
+            engine.request_reload()
 
 
 class Announcement:

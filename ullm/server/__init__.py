@@ -1,6 +1,15 @@
-"""The HTTP surface: OpenAI's API, probes and metrics. It knows tokens and text, never tensors."""
+"""The HTTP surface: OpenAI's API, probes, metrics and admin endpoints around an engine."""
 
-from ullm.server.app import create_app
+from ullm.server.admin_listener import open_admin_socket, serve_admin
+from ullm.server.app import create_admin_app, create_app
 from ullm.server.http import bind, serve_http, urls
 
-__all__ = ["bind", "create_app", "serve_http", "urls"]
+__all__ = [
+    "bind",
+    "create_admin_app",
+    "create_app",
+    "open_admin_socket",
+    "serve_admin",
+    "serve_http",
+    "urls",
+]

@@ -45,14 +45,19 @@ def bind(server_config: ServerConfig) -> socket.socket:
         raise ConfigError(f"--host {host}: {error.strerror or error}") from None
     sock = socket.socket(family, kind, protocol)
     try:
-        _claim(sock, address)
+        claim(sock, address)
     except OSError as error:
         sock.close()
         raise _bind_error(error, host, port) from None
     return sock
 
 
-def _claim(sock: socket.socket, address: tuple[object, ...]) -> None:
+def claim(sock: socket.socket, address: tuple[Any, ...]) -> None:
+    """Bind a TCP socket, so that no other program can, and listen.
+
+    Raises:
+        OSError: the address is taken, or not this machine's.
+    """
     if sys.platform == "win32":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
     else:

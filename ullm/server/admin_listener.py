@@ -1,0 +1,140 @@
+"""The admin listener: the admin endpoints without a key, where only this machine's own users can reach them.
+
+On a unix socket, which only the user who runs the server may open, or on a port of the loopback interface.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+
+from ullm.config import ServerConfig
+from ullm.errors import ConfigError
+from ullm.server.app import Shutdown, create_admin_app
+from ullm.server.http import BACKLOG, claim, serve_app
+from ullm.server.types import Engine
+
+UNIX = "unix:"
+_MODE = 0o600
+
+
+async def serve_admin(
+    engine: Engine,
+    server_config: ServerConfig,
+    *,
+    sock: socket.socket,
+    shutdown: Shutdown | None = None,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve the admin endpoints and the probes until cancelled. A supervised child.
+
+    Args:
+        sock: from `open_admin_socket`.
+        shutdown: see `ullm.server.app.create_app`.
+    """
+    app = create_admin_app(engine, server_config, shutdown=shutdown)
+    await serve_app(app, server_config, sockets=[sock], task_status=task_status)
+
+
+@contextmanager
+def open_admin_socket(where: str) -> Iterator[socket.socket]:
+    """Listen on ``unix:PATH`` or ``HOST:PORT``; afterwards the socket is closed, and its file gone.
+
+    Raises:
+        ConfigError: no such address, one that others can reach, or one that is taken.
+    """
+    if where.startswith(UNIX):
+        with _unix_socket(where) as sock:
+            yield sock
+    else:
+        with _loopback_socket(where) as sock:
+            yield sock
+
+
+def _loopback_socket(where: str) -> socket.socket:
+    host, colon, port = where.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"--admin-listen {where}: expected unix:PATH or 127.0.0.1:PORT")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"--admin-listen {where}: {error.strerror or error}") from None
+    if not ipaddress.ip_address(address[0]).is_loopback:
+        raise ConfigError(
+            f"--admin-listen {where}: other machines could reach {host}, and this listener asks for no key; "
+            "use unix:PATH or 127.0.0.1:PORT, or --admin-key to open the endpoints on the server's own port"
+        )
+    sock = socket.socket(family, kind, protocol)
+    try:
+        claim(sock, address)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"--admin-listen {where}: {error.strerror or error}") from None
+    return sock
+
+
+@contextmanager
+def _unix_socket(where: str) -> Iterator[socket.socket]:
+    path = os.path.abspath(where.removeprefix(UNIX))
+    if not hasattr(socket, "AF_UNIX"):
+        raise ConfigError(f"--admin-listen {where}: no unix sockets on this system; use 127.0.0.1:PORT")
+    _clear_the_way(where, path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        mask = os.umask(0o777 & ~_MODE)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(mask)
+        ours = os.stat(path).st_ino
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"--admin-listen {where}: {error.strerror or error}") from None
+    try:
+        with sock:
+            yield sock
+    finally:
+        _remove(path, ours)
+
+
+def _clear_the_way(where: str, path: str) -> None:
+    """Remove the socket of a server that has died, and nothing else."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return  # nothing there, or binding will say what is wrong
+    if not stat.S_ISSOCK(found.st_mode):
+        raise ConfigError(f"--admin-listen {where}: there is something else at this path; choose another")
+    if _is_alive(path):
+        raise ConfigError(
+            f"--admin-listen {where}: another server listens there; stop it or choose another path"
+        )
+    _remove(path, found.st_ino)
+
+
+def _is_alive(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError as error:
+            return error.errno not in (errno.ECONNREFUSED, errno.ENOENT)
+        return True
+
+
+def _remove(path: str, inode: int) -> None:
+    """Remove a socket's file, unless it is another one by now."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.lstat(path).st_ino == inode:
+            os.unlink(path)
