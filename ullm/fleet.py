@@ -11,7 +11,7 @@ import trio
 from ullm.actors.router import Router
 from ullm.actors.transports import OpenTransport
 from ullm.config import EngineConfig
-from ullm.errors import StartFailed, first_cause
+from ullm.errors import StartFailed, WorkerLost, first_cause
 from ullm.faults import FaultInjector
 from ullm.health import ReplicaHealth
 from ullm.logs import get_logger
@@ -19,6 +19,9 @@ from ullm.replica import Replica
 from ullm.supervision import ChildSpec, Kind, Restart, Supervisor
 
 log = get_logger("ullm.fleet")
+
+STDERR_LINES = 5
+"""Of a lost worker's last words in the log."""
 
 
 class Fleet:
@@ -197,7 +200,7 @@ class Fleet:
             replica.failure = error
             replica.scheduler.give_up()
             self._router.announce_change()
-            log.error("replica failed", replica=replica.index, cause=str(first_cause(error)))
+            _log_failure(replica, first_cause(error))
             if all(other.failure is not None for other in self.replicas):
                 self._on_failure(first_cause(error))
 
@@ -225,6 +228,13 @@ class Fleet:
     def restarts(self) -> int:
         """Of worker groups, since the engine's start."""
         return self.former_restarts + sum(max(0, replica.group.restarts) for replica in self.replicas)
+
+
+def _log_failure(replica: Replica, cause: BaseException) -> None:
+    """The root cause, once, with the last that was heard of a worker."""
+    tail = cause.stderr_tail[-STDERR_LINES:] if isinstance(cause, WorkerLost) else ()
+    last_words = {"stderr": " | ".join(tail)} if tail else {}
+    log.error("replica failed for good", replica=replica.index, cause=str(cause), **last_words)
 
 
 class _Noted:

@@ -128,7 +128,7 @@ class Control:
         self.failure = error
         self.body.cancel()
         if not isinstance(error, StartFailed):  # whoever starts it hears of that one, once
-            log.error("supervisor gave up", supervisor=self.name, cause=describe(error))
+            log.warning("supervisor gave up", supervisor=self.name, cause=describe(error))
 
     async def _handle(self, event: Incarnation | _Retry | _Call[Any]) -> None:
         match event:
