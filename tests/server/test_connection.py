@@ -24,9 +24,13 @@ pytestmark = pytest.mark.process
 
 
 @asynccontextmanager
-async def connected(url: str) -> AsyncIterator[trio.SocketStream]:
-    host, port = url.removeprefix("http://").split(":")
-    async with await trio.open_tcp_stream(host, int(port)) as stream:
+async def connected(url: str, receive_buffer: int | None = None) -> AsyncIterator[trio.SocketStream]:
+    """A connection; a small buffer is full soon, if it is set before the connection is made."""
+    sock = trio.socket.socket()
+    if receive_buffer is not None:
+        sock.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, receive_buffer)
+    await sock.connect(_address(url))
+    async with trio.SocketStream(sock) as stream:
         yield stream
 
 
@@ -66,8 +70,7 @@ async def test_a_disconnect_aborts_the_request(
 async def test_a_disconnect_of_a_client_that_does_not_read(engine: FakeEngine, url: str) -> None:
     """Its stream is stuck in a send, and still ends when the connection does."""
     engine.script = lambda index: [70] * 1_000_000
-    async with connected(url) as connection:
-        connection.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, 4096)
+    async with connected(url, receive_buffer=4096) as connection:
         await connection.send_all(request(prompt="hi", stream=True, max_tokens=1_000_000))
         await read_until(connection, b"data: ")
     with trio.fail_after(10):
@@ -157,7 +160,7 @@ async def test_running_requests_finish_when_the_server_is_stopped(engine: FakeEn
             answers.append(response.text)
 
     async with trio.open_nursery() as nursery:
-        running = await _start(nursery, engine)
+        running = await start(nursery, engine)
         nursery.start_soon(ask, running.url)
         await engine.held.wait()
         async with connected(running.url):  # an idle connection does not hold up the stop
@@ -174,7 +177,7 @@ async def test_running_requests_finish_when_the_server_is_stopped(engine: FakeEn
 async def test_the_stop_deadline_ends_what_does_not_finish(engine: FakeEngine) -> None:
     engine.hold_after = 2
     async with trio.open_nursery() as nursery:
-        running = await _start(nursery, engine, deadline=trio.current_time() + 0.2)
+        running = await start(nursery, engine, deadline=trio.current_time() + 0.2)
         async with connected(running.url) as connection:
             await connection.send_all(request(prompt="hi", stream=True))
             await engine.held.wait()
@@ -193,7 +196,8 @@ class Running:
         self.url = ""
 
 
-async def _start(nursery: trio.Nursery, engine: FakeEngine, deadline: float | None = None) -> Running:
+async def start(nursery: trio.Nursery, engine: FakeEngine, deadline: float | None = None) -> Running:
+    """Serve in a nursery, as a supervised child with a stop deadline does."""
     running, config = Running(), ServerConfig(port=0)
 
     async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
