@@ -103,11 +103,7 @@ class Connection:
             ServerRefused: an error status.
         """
         try:
-            await self._send(method, path, body)
-            response = await self._next()
-            while isinstance(response, h11.InformationalResponse):
-                response = await self._next()
-            assert isinstance(response, h11.Response)  # h11 raises RemoteProtocolError otherwise
+            response = await self._exchange(method, path, body)
             self.headers = {name.decode(): value.decode("latin-1") for name, value in response.headers}
             if response.status_code >= 400:
                 raise ServerRefused(self._url(path), response.status_code, await self._error())
@@ -141,6 +137,27 @@ class Connection:
         async with self.request("POST", path, body) as pieces, aclosing(_payloads(pieces)) as payloads:
             yield payloads
 
+    async def _exchange(self, method: str, path: str, body: Any) -> h11.Response:
+        reused = self._stream is not None
+        try:
+            await self._send(method, path, body)
+            return await self._response()
+        except (OSError, trio.BrokenResourceError, h11.RemoteProtocolError):
+            if not reused:
+                raise
+        # The server has closed a connection that was idle, perhaps while we wrote; once more on a new one.
+        await self.aclose()
+        self._http = h11.Connection(h11.CLIENT)
+        await self._send(method, path, body)
+        return await self._response()
+
+    async def _response(self) -> h11.Response:
+        response = await self._next()
+        while isinstance(response, h11.InformationalResponse):
+            response = await self._next()
+        assert isinstance(response, h11.Response)  # h11 raises RemoteProtocolError otherwise
+        return response
+
     async def _send(self, method: str, path: str, body: Any) -> None:
         content = b"" if body is None else msgspec.json.encode(body)
         headers = self.endpoint.headers()
@@ -148,16 +165,9 @@ class Connection:
             headers += [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
         request = h11.Request(method=method, target=self.endpoint.prefix + path, headers=headers)
         data = b""
-        reused = self._stream is not None
         for event in (request, h11.Data(data=content), h11.EndOfMessage()):
             data += self._http.send(event) or b""
-        try:
-            await (self._stream or await self._open()).send_all(data)
-        except trio.BrokenResourceError:
-            if not reused:
-                raise
-            await self.aclose()  # the server closed an idle connection; once more on a new one
-            await (await self._open()).send_all(data)
+        await (self._stream or await self._open()).send_all(data)
 
     async def _open(self) -> trio.abc.Stream:
         with trio.move_on_after(CONNECT_TIMEOUT):

@@ -1,0 +1,162 @@
+"""What is measured of a running server, and how the figures are called."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from ullm.bench.load import Target, measure
+from ullm.bench.stats import Record, Summary
+from ullm.bench.workload import Length, Workload
+from ullm.errors import UllmError
+
+PREFIX_REQUESTS = 16
+PREFIX_TOKENS = 1000
+SUFFIX_TOKENS = 16
+PREFIX_OUTPUT = 4
+PREFILL_TOKENS = 1500
+PREFILL_REQUESTS = 4
+LEAST_REQUESTS = 2
+"""Per level, so that one stream is more than one answer."""
+SCENARIOS = ("decode", "prefill", "prefix")
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """The name of a figure.
+
+    Args:
+        better: ``higher`` or ``lower``.
+    """
+
+    name: str
+    unit: str
+    better: str = "higher"
+
+
+class RequestsFailed(UllmError):
+    """A server did not answer what it was asked, so there is no figure."""
+
+    def __init__(self, errors: Sequence[str]) -> None:
+        super().__init__(f"requests failed: {errors[0]}")
+
+
+START_LIVE = Metric("start to port answers", "s", "lower")
+START_READY = Metric("start to ready", "s", "lower")
+START_FIRST = Metric("start to first token", "s", "lower")
+MEMORY = Metric("memory after the most streams", "MiB", "lower")
+STOP = Metric("SIGTERM to exit, idle", "s", "lower")
+PREFILL = Metric(f"prefill, {PREFILL_TOKENS}-token prompts", "prompt tok/s")
+PREFIX_COLD = Metric(
+    f"{PREFIX_REQUESTS} new {PREFIX_TOKENS}-token prompts, time to first token", "ms", "lower"
+)
+PREFIX_WARM = Metric(f"the same with a shared {PREFIX_TOKENS}-token prefix", "ms", "lower")
+
+
+def decode_metric(streams: int) -> Metric:
+    """Throughput of so many streams."""
+    return Metric(f"decode, {streams} stream" + ("s" if streams > 1 else ""), "tok/s")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What each server is asked.
+
+    Args:
+        levels: concurrencies of the decode scenario.
+        scenarios: some of `SCENARIOS`.
+        prompt_tokens, output_tokens: of the decode scenario.
+        seed: of the prompts; differs between rounds.
+    """
+
+    levels: tuple[int, ...]
+    scenarios: tuple[str, ...] = SCENARIOS
+    prompt_tokens: int = 32
+    output_tokens: int = 128
+    seed: int = 0
+
+
+@dataclass
+class Figures:
+    """What one server did in one round.
+
+    Args:
+        values: by metric.
+        prompt_tokens: of all requests by scenario, as the server counted them; to see that all got the same.
+    """
+
+    values: dict[Metric, float]
+    prompt_tokens: dict[str, int]
+
+
+async def run_scenarios(target: Target, load: Load, after_decode: Callable[[], Awaitable[None]]) -> Figures:
+    """Warm up with one short request, then each scenario in turn.
+
+    Raises:
+        RequestsFailed: at the first one that did.
+    """
+    figures = Figures({}, {})
+    await _measured(target, Workload(Length(8, 8), Length(8, 8), seed=load.seed), 1, 1, -1)
+    if "decode" in load.scenarios:
+        await _decode(target, load, figures)
+    await after_decode()
+    if "prefill" in load.scenarios:
+        await _prefill(target, load, figures)
+    if "prefix" in load.scenarios:
+        await _prefix(target, load, figures)
+    return figures
+
+
+async def first_token(target: Target, seed: int) -> float:
+    """Ask for one token; when it came, on trio's clock.
+
+    Raises:
+        RequestsFailed
+    """
+    _, records = await _measured(target, Workload(Length(8, 8), Length(1, 1), seed=seed), 1, 1, -2)
+    return records[0].arrivals[0]
+
+
+async def _decode(target: Target, load: Load, figures: Figures) -> None:
+    words, output = load.prompt_tokens, load.output_tokens
+    workload = Workload(Length(words, words), Length(output, output), seed=load.seed)
+    for stream, level in enumerate(load.levels):
+        summary, _ = await _measured(target, workload, level, max(level, LEAST_REQUESTS), stream)
+        figures.values[decode_metric(level)] = summary.tokens_per_second
+        figures.prompt_tokens[f"decode {level}"] = summary.prompt_tokens
+
+
+async def _prefill(target: Target, load: Load, figures: Figures) -> None:
+    workload = Workload(Length(PREFILL_TOKENS, PREFILL_TOKENS), Length(1, 1), seed=load.seed)
+    summary, records = await _measured(target, workload, PREFILL_REQUESTS, PREFILL_REQUESTS, 100)
+    seconds = max(record.arrivals[0] for record in records) - min(record.started for record in records)
+    figures.values[PREFILL] = summary.prompt_tokens / seconds
+    figures.prompt_tokens["prefill"] = summary.prompt_tokens
+
+
+async def _prefix(target: Target, load: Load, figures: Figures) -> None:
+    output, suffix = Length(PREFIX_OUTPUT, PREFIX_OUTPUT), Length(SUFFIX_TOKENS, SUFFIX_TOKENS)
+    whole = PREFIX_TOKENS + SUFFIX_TOKENS
+    cold = Workload(Length(whole, whole), output, seed=load.seed)
+    shared = Workload(suffix, output, shared_prefix=PREFIX_TOKENS, seed=load.seed)
+    summary, _ = await _measured(target, cold, PREFIX_REQUESTS, PREFIX_REQUESTS, 200)
+    figures.values[PREFIX_COLD] = _median_first(summary)
+    await _measured(target, shared, 1, 1, 201)  # so that the prefix is known
+    summary, _ = await _measured(target, shared, PREFIX_REQUESTS, PREFIX_REQUESTS, 202)
+    figures.values[PREFIX_WARM] = _median_first(summary)
+    figures.prompt_tokens["prefix"] = summary.prompt_tokens
+
+
+def _median_first(summary: Summary) -> float:
+    assert summary.time_to_first_token is not None, "no request failed, so each had a first token"
+    return summary.time_to_first_token.p50 * 1000
+
+
+async def _measured(
+    target: Target, workload: Workload, streams: int, count: int, stream: int
+) -> tuple[Summary, list[Record]]:
+    summary, records = await measure(target, workload, streams, count, stream=stream)
+    if summary.failed:
+        raise RequestsFailed(summary.errors)
+    return summary, records
