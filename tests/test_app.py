@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -180,6 +181,39 @@ def test_a_disconnect_frees_the_request(worker: str, model: Path) -> None:
         while _running(url):
             pass
         assert 'finish_reason="abort"} 1.0' in httpx.get(f"{url}/metrics").text
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("worker", WORKERS)
+def test_an_admin_shutdown_ends_the_command(worker: str, model: Path, tmp_path: Path) -> None:
+    """Over the admin listener, which needs no key. Hypercorn's parent does not replace the worker."""
+    path = tmp_path / "admin.sock"
+    with hypercorn(worker, model, ULLM_ADMIN_LISTEN=f"unix:{path}") as server:
+        url = running_on(server)
+        assert httpx.post(f"{url}/admin/shutdown").status_code == 403
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as admin:
+            assert admin.get("/health").json()["state"] == "running"
+            events = stream(url, lambda: admin.post("/admin/shutdown"), max_tokens=100)
+        assert events[-1]["choices"][0]["finish_reason"] == "length"
+        assert server.end() == 0
+    assert "by admin: 1 drained" in "".join(server.log)
+    assert not path.exists()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_hangup_of_the_worker_reloads(worker: str, model: Path) -> None:
+    with hypercorn(worker, model) as server:
+        url = running_on(server)
+        before = httpx.get(f"{url}/health").json()["replicas"][0]["worker_pids"]
+        (child,) = {psutil.Process(pid).ppid() for pid in before}
+        events = stream(url, lambda: os.kill(child, signal.SIGHUP), max_tokens=200)
+        assert events[-1]["choices"][0]["finish_reason"] == "length"
+        deadline = time.monotonic() + 30
+        while httpx.get(f"{url}/health").json()["replicas"][0]["worker_pids"] == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert 'outcome="succeeded"} 1.0' in httpx.get(f"{url}/metrics").text
 
 
 def _running(url: str) -> float:

@@ -50,12 +50,40 @@ class Hosted:
 
     Args:
         stop: set to leave the engine's block.
+        stop_server: asks the server to stop; from any thread.
     """
 
     engine: Engine
-    app: Any
+    server_config: ServerConfig
     watchdog: Watchdog
     stop: trio.Event = field(default_factory=trio.Event)
+    stop_server: Callable[[], object] = bool
+
+    def __post_init__(self) -> None:
+        from ullm.server import create_app
+
+        self.app: Any = create_app(self.engine, self.server_config, shutdown=self.shutdown)
+
+    def shutdown(self, timeout: float | None) -> None:
+        """What ``POST /admin/shutdown`` does."""
+        seconds = self.engine.config.shutdown_timeout if timeout is None else timeout
+        self.watchdog.arm(seconds + STOP_MARGIN)
+        self.engine.request_shutdown(timeout, by="admin")
+        self.stop_server()
+
+    @asynccontextmanager
+    async def admin_listener(self) -> AsyncIterator[None]:
+        """Serve the admin endpoints on a listener of their own, if one is asked for."""
+        if self.server_config.admin_listen is None:
+            yield
+            return
+        from ullm.server import open_admin_socket, serve_admin
+        from ullm.supervision import ChildSpec, open_supervisor
+
+        with open_admin_socket(self.server_config.admin_listen) as sock:
+            serve = partial(serve_admin, self.engine, self.server_config, sock=sock, shutdown=self.shutdown)
+            async with open_supervisor("admin", [ChildSpec("admin", serve)], intensity=3, period=60):
+                yield
 
     async def drain(self) -> None:
         """Let what was admitted run to its end, within the shutdown timeout; then be gone soon."""
@@ -89,15 +117,16 @@ class App:
 
     async def _host(self, *, task_status: trio.TaskStatus[Hosted]) -> None:
         """Keep the engine open until the lifespan ends. If it fails meanwhile, the probes tell."""
-        from ullm.server import create_app
         from ullm.supervision.signals import Watchdog
 
         hosted: Hosted | None = None
         try:
             async with self._open_engine() as (engine, server_config):
-                hosted = Hosted(engine, create_app(engine, server_config), Watchdog())
-                task_status.started(hosted)
-                await hosted.stop.wait()
+                candidate = Hosted(engine, server_config, Watchdog())
+                async with candidate.admin_listener():
+                    hosted = candidate
+                    task_status.started(hosted)
+                    await hosted.stop.wait()
         except Exception as error:
             if hosted is None:
                 raise
@@ -126,13 +155,16 @@ class App:
 
         signalled = trio.Event()
         token = trio.lowlevel.current_trio_token()
-        return DrainFirst(
+        drain_first = DrainFirst(
             "hypercorn.trio.run",
             hosted.drain,
             signalled.wait,
             trio_either,
             partial(token.run_sync_soon, signalled.set, idempotent=True),
+            partial(token.run_sync_soon, hosted.engine.request_reload, idempotent=True),
         )
+        hosted.stop_server = drain_first.stop_server
+        return drain_first
 
     async def _end(self, failure: Exception | None, send: Send) -> None:
         """All of the engine is gone: now the server may hear of it, because it ends this task then."""
@@ -182,15 +214,22 @@ class App:
         async def wait_signalled() -> None:
             await signalled.wait()
 
+        def reload() -> None:
+            with suppress(EngineDead):
+                thread.post(hosted.engine.request_reload)
+
         signalled = asyncio.Event()
         loop = asyncio.get_running_loop()
-        return DrainFirst(
+        drain_first = DrainFirst(
             "hypercorn.asyncio.run",
             drain,
             wait_signalled,
             asyncio_either,
             partial(loop.call_soon_threadsafe, signalled.set),
+            reload,
         )
+        hosted.stop_server = drain_first.stop_server
+        return drain_first
 
     async def _carry(self, hosted: Hosted, scope: Message, receive: Receive, send: Send) -> None:
         """Run the app in the trio thread, and carry its messages there and back."""
@@ -199,6 +238,7 @@ class App:
         thread = self._thread
         assert thread is not None, "an engine hosted under asyncio has a thread"
         inbox, outbox = trio.open_memory_channel[Message](1)
+        limit = hosted.server_config.stall_timeout
 
         async def pump() -> None:
             while True:
@@ -211,7 +251,10 @@ class App:
                 while batch := await messages.next_batch():
                     for message in _joined(batch):
                         began = True
-                        await send(message)
+                        async with asyncio.timeout(limit):
+                            await send(message)
+        except TimeoutError:
+            get_logger("ullm.app").warning("client does not read; its request is aborted", seconds=limit)
         except EngineDead as error:
             if began:
                 raise

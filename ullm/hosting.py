@@ -12,6 +12,8 @@ so further ones mean nothing.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -38,7 +40,9 @@ class DrainFirst:
         drain: ends when everything admitted has ended; awaited in the server's own loop.
         wait_signalled: waits, in that loop, for `signalled`.
         wait_either: waits, in that loop, until one of two awaitables has finished.
-        signalled: called in a signal handler.
+        signalled: called in a signal handler, and by `stop_server`.
+        reload: called in the handler of SIGHUP. What Hypercorn's own parent does at SIGHUP is another
+            thing: it stops its workers, which drain, and starts new ones.
     """
 
     def __init__(
@@ -48,12 +52,14 @@ class DrainFirst:
         wait_signalled: Callable[[], Awaitable[None]],
         wait_either: Callable[[Trigger, Trigger], Awaitable[None]],
         signalled: Callable[[], object],
+        reload: Callable[[], object] = bool,
     ) -> None:
         self._module: Any = sys.modules.get(module)
         self._drain = drain
         self._wait_signalled = wait_signalled
         self._wait_either = wait_either
         self._signalled = signalled
+        self._reload = reload
         self._original: Any = None
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -80,6 +86,16 @@ class DrainFirst:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    def stop_server(self) -> None:
+        """Stop Hypercorn as a signal does; from any thread.
+
+        Its parent would replace a worker that ends by itself, so it is the parent that is asked.
+        """
+        parent = multiprocessing.parent_process()
+        if self._original is not None and parent is not None and parent.pid is not None:
+            os.kill(parent.pid, signal.SIGTERM)
+        self._signalled()
+
     async def _raise_shutdown(self, trigger: Trigger) -> None:
         """Hypercorn's own function waits for ``trigger`` and raises; this one drains in between."""
         await self._wait_either(trigger, self._wait_signalled)
@@ -91,6 +107,11 @@ class DrainFirst:
             previous = signal.getsignal(number)
             if previous is not signal.SIG_IGN and previous is not None:
                 self._handlers[number] = signal.signal(number, self._on_signal)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            self._handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_hangup)
+
+    def _on_hangup(self, number: int, frame: FrameType | None) -> None:
+        self._reload()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled()
