@@ -383,6 +383,25 @@ async def test_a_stop_overtakes_a_sleep_that_waits(clock: MockClock, opened: Ope
     assert running.outputs[-1].finish_reason == "abort"
 
 
+@pytest.mark.parametrize("lost", [1, 3, 4])
+async def test_workers_lost_while_they_wake_are_started_again_within_the_limit(
+    clock: MockClock, opened: Open, expected: list[int], lost: int
+) -> None:
+    killed = FakeBehaviour(die_on=lambda message: isinstance(message, Start))
+    seen = iter(range(100))
+
+    async def sleep_and_ask() -> list[int]:
+        async with opened(lambda spec: killed if 0 < next(seen) <= lost else FakeBehaviour()) as (engine, _):
+            await engine.sleep(3)
+            return tokens_of(await collect(engine))
+
+    if lost <= EngineConfig().max_restarts:
+        assert await sleep_and_ask() == expected
+        return
+    with pytest.raises(EngineDead, match="SIGKILL"):
+        await sleep_and_ask()
+
+
 async def test_workers_that_cannot_be_started_again_end_the_engine(clock: MockClock, opened: Open) -> None:
     gone = FakeBehaviour(load_error=ModelFileBroken("model.safetensors", "is gone"))
     seen = iter(range(100))

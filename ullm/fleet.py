@@ -85,7 +85,7 @@ class Fleet:
         for replica in self.replicas:
             replica.group.restarts -= 1  # this one was asked for
             replica.scheduler.rise()  # it may have rested before
-            await self._start(replica)
+            await self._start_persistently(replica)
         await self.wait_up()
 
     async def stop_all(self) -> None:
@@ -171,6 +171,17 @@ class Fleet:
     async def _start(self, replica: Replica) -> None:
         assert self._root is not None, "the tree is started before replicas are"
         await self._root.start_child(self._spec(replica))
+
+    async def _start_persistently(self, replica: Replica) -> None:
+        """As `_start`; workers that are lost meanwhile are started again, as those in service would be."""
+        for left in reversed(range(self.config.max_restarts + 1)):
+            try:
+                return await self._start(replica)
+            except StartFailed as error:
+                cause = first_cause(error)
+                if not left or not isinstance(cause, WorkerLost):
+                    raise
+                log.warning("start failed; once more", replica=replica.index, cause=str(cause))
 
     async def _stop(self, replica: Replica) -> None:
         assert self._root is not None, "the tree is started before replicas are"
