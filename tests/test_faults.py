@@ -81,6 +81,14 @@ def test_what_is_written_can_be_read(found: list[Fault], seed: int) -> None:
     assert FaultPlan.parse(msgspec.json.encode(plan).decode()) == plan
 
 
+def test_plans_are_added_with_their_seeds() -> None:
+    both = FaultPlan.parse("worker.step:crash; worker.ping:crash@seed=1; seed=5") + FaultPlan.parse(
+        "worker.stop:hang; seed=6"
+    )
+    assert str(both) == "worker.step:crash@seed=5; worker.ping:crash@seed=1; worker.stop:hang@seed=6"
+    assert FaultPlan.parse("worker.stop:hang") + FaultPlan() == FaultPlan.parse("worker.stop:hang")
+
+
 @pytest.mark.parametrize(
     ("text", "detail"),
     [

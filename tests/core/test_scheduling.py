@@ -56,6 +56,21 @@ def test_nothing_to_do_is_no_step() -> None:
     assert scheduler.schedule() is None
 
 
+def test_numbers_have_no_gaps() -> None:
+    """A worker takes a step that is not the next one for a lost frame."""
+    scheduler, _ = make_scheduler()
+    assert scheduler.schedule() is None
+    scheduler.add(make_sequence(1, [5, 6, 7]))
+    first = scheduler.schedule()
+    assert first is not None
+    scheduler.abort(1)
+    assert scheduler.schedule() is None
+    scheduler.add(make_sequence(2, [5, 6, 7]))
+    second = scheduler.schedule()
+    assert second is not None
+    assert (first.step_id, second.step_id) == (1, 2)
+
+
 def test_a_long_prompt_goes_in_chunks_and_samples_at_its_end() -> None:
     scheduler, _ = make_scheduler()
     scheduler.add(make_sequence(1, list(range(10, 46))))

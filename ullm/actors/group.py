@@ -41,6 +41,9 @@ from ullm.messages import (
 log = get_logger("ullm.group")
 
 
+REPORT_SHARE = 0.95
+"""Part of the time for stopping that the ranks have: their reports must be in before it is over."""
+
 STARTING_GRACE = 1.0
 """Seconds for a rank that is not ready yet to end by itself."""
 
@@ -332,14 +335,15 @@ class WorkerGroup:
 
     async def _stop_ranks(self) -> None:
         with cleanup_scope() as scope:
-            budget = max(0.0, scope.deadline - trio.current_time())
+            budget = REPORT_SHARE * max(0.0, scope.deadline - trio.current_time())
             if not self._ready:  # nothing to finish
                 budget = min(budget, STARTING_GRACE)
             reports: list[StopReport] = []
             async with trio.open_nursery() as nursery:
                 for transport in self._transports:
                     nursery.start_soon(_stop_rank, transport, budget, reports)
-            self.stop_reports = reports
+            # A thread that was given up in an earlier incarnation is here still.
+            self.stop_reports = [r for r in self.stop_reports if r.outcome == "abandoned"] + reports
         self._transports = []
 
     def _spec(self, rank: int) -> WorkerSpec:

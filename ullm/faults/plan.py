@@ -7,6 +7,7 @@ import sys
 from typing import Any, Literal, get_args
 
 import msgspec
+from msgspec.structs import replace
 
 from ullm.errors import ConfigError
 from ullm.messages import FromWorker, ToWorker
@@ -42,6 +43,7 @@ DEFAULT_SECONDS = {"slow": 1.0, "delay": 1.0}
 
 ALWAYS = "always"
 """For ``times``: without end."""
+_FATAL = ("crash", "exit", "raise", "oom", "stop")
 _LASTING = ("slow", "delay", "hang", "block")
 _PART = re.compile(r"(?P<point>[^:@]+):(?P<action>[^@]+)(?:@(?P<options>.*))?", re.DOTALL)
 _MESSAGES = frozenset(kind.__name__ for kind in (*get_args(ToWorker), *get_args(FromWorker)))
@@ -119,6 +121,11 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         """Seconds that it lasts; 0: for ever, or it does not last at all."""
         return self.seconds or DEFAULT_SECONDS.get(self.action, 0.0)
 
+    @property
+    def fatal(self) -> bool:
+        """Whether a worker that does it will do nothing else."""
+        return self.action in _FATAL or (self.action == "hang" and not self.duration)
+
     def check_transport(self, transport: str) -> None:
         """Raise `ConfigError` if no worker of this kind can do that to itself."""
         if self.action == "stop" and transport == "thread":
@@ -135,6 +142,16 @@ class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __str__(self) -> str:
         return "; ".join([*map(str, self.faults), *([f"seed={self.seed}"] if self.seed else [])])
+
+    def __add__(self, other: FaultPlan) -> FaultPlan:
+        """Both; each fault keeps the seed that it had."""
+        return FaultPlan(
+            tuple(
+                fault if fault.seed is not None or not plan.seed else replace(fault, seed=plan.seed)
+                for plan in (self, other)
+                for fault in plan.faults
+            )
+        )
 
     @staticmethod
     def parse(text: str) -> FaultPlan:

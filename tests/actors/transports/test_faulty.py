@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -196,6 +197,21 @@ async def test_it_misbehaves_when_it_shall_stop(kind: str, talk: Messages) -> No
         report = await worker.stop(1)
         assert report.outcome == "killed"
         assert report.seconds <= 2
+
+
+async def test_a_lost_worker_hits_nothing_more(kind: str, talk: Messages) -> None:
+    """Steps are sent ahead; one that is never carried out does not use up a fault."""
+    open_worker, injector = with_faults(kind, "worker.step:crash@times=2")
+    for epoch in (1, 2):
+        async with open_worker(talk.spec()) as worker:
+            await worker.send(restarted(talk.start(), epoch))
+            await talk.until(worker, Ready)
+            for number in range(2):
+                with suppress(WorkerLost):
+                    await worker.send(talk.step(number))
+            with pytest.raises(WorkerLost):
+                await talk.until(worker, StepResult)
+    assert [(fired.epoch, fired.hit) for fired in injector.history] == [(1, 1), (2, 2)]
 
 
 async def test_a_worker_that_is_gone_is_stopped_all_the_same(kind: str, talk: Messages) -> None:

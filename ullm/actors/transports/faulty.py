@@ -64,11 +64,16 @@ class FaultyTransport:
         self._rank = rank
         self._injector = injector
         self._held: deque[tuple[float, FromWorker]] = deque()
+        self._doomed = False
 
     @property
     def name(self) -> str:
-        """As in logs."""
+        """As in logs; a standby worker gets the name of the one whose place it takes."""
         return self._inner.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        cast(Any, self._inner).name = name
 
     @property
     def pid(self) -> int | None:
@@ -139,8 +144,12 @@ class FaultyTransport:
             await (self._send_garbled(message) if corrupt else self._inner.send(message))
 
     async def _misbehave(self, point: str) -> bool:
-        """Tell the worker what to do to itself; whether there is anything."""
-        faults = self._injector.fire(self._site(point))
+        """Tell the worker what to do to itself; whether there is anything.
+
+        One that is lost by that hits no further point: what it is still sent, it never carries out.
+        """
+        faults = [] if self._doomed else self._injector.fire(self._site(point))
+        self._doomed |= any(fault.fatal for fault in faults)
         with suppress(WorkerLost):
             for fault in faults:
                 await self._inner.send(Inject(fault.action, fault.duration))

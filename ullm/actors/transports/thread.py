@@ -26,6 +26,12 @@ from ullm.messages import FromWorker, Progress, Stop, Stopped, ToWorker
 LEAVE_SECONDS = 0.5
 """How long leaving the context waits for a thread that was told to stop."""
 
+TELL_SECONDS = 0.05
+"""What is left of the budget when a thread is abandoned: its end is to be told within it."""
+
+GIVEN_UP_SECONDS = 0.1
+"""How long a thread that was given up may take to end after all, before it is said to be abandoned."""
+
 log = get_logger(__name__)
 
 
@@ -53,6 +59,7 @@ class ThreadTransport:
         self._cause = "ended"
         self._killed = False
         self._stopping = False
+        self._abandoned = False
         self._stopped: Stopped | None = None
 
     @property
@@ -100,15 +107,20 @@ class ThreadTransport:
             self._deliver.close()
 
     async def stop(self, budget: float) -> StopReport:
-        """`Stop`, and wait; a thread that has not ended then is abandoned."""
+        """`Stop`, and wait; a thread that has not ended then is abandoned.
+
+        One that was given up is not waited for: whoever did so knows that it hangs.
+        """
         began = trio.current_time()
         if not self._ended.is_set():
+            patience = GIVEN_UP_SECONDS if self._killed else math.inf
             self._stopping = True
             self._inbox.put(Stop(budget))
-            with trio.move_on_after(budget):
+            with trio.move_on_after(max(0.0, min(patience, budget - TELL_SECONDS))):
                 await self._ended.wait()
         if not self._ended.is_set():
             self.kill()
+            self._abandoned = True
             log.error("worker thread hangs and is abandoned", worker=self.name)
             return self._report("abandoned", began)
         return self._report("stopped" if self._stopped else "lost", began)
@@ -116,6 +128,8 @@ class ThreadTransport:
     async def leave(self) -> None:
         """End of the context."""
         self.kill()
+        if self._abandoned:
+            return  # it was waited for
         with trio.move_on_after(LEAVE_SECONDS, shield=True):
             await self._ended.wait()
         if self._ended.is_set():
