@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import gc
 import logging
 import os
 import queue
@@ -25,6 +26,7 @@ from types import FrameType
 from typing import NoReturn
 
 from ullm import logs
+from ullm.actors.gently import import_gently
 from ullm.actors.transports.frames import FrameReader, encode
 from ullm.actors.worker import IMPORT_BUDGET, Ended, Inbox, Terminated, failed, load_runner, run_worker
 from ullm.core.runner import Runner
@@ -33,6 +35,7 @@ from ullm.messages import (
     Awake,
     FromWorker,
     NotUnderstood,
+    Prepare,
     Progress,
     Ready,
     Start,
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logs.configure(as_json=True)  # the transport reads records, and logs them as its own
     worker = WorkerProcess(frames_in, frames_out)
     try:
-        ended = worker.run(options.runner)
+        ended = worker.run(options.runner, standby=options.standby)
     except Terminated:  # it was ending anyway when it was told to
         ended = Ended.FAILED
     _exit(0 if ended is Ended.STOPPED else 1)
@@ -72,7 +75,7 @@ class WorkerProcess:
         self._ready = False
         self._stop_seen = False
 
-    def run(self, runner_path: str) -> Ended:
+    def run(self, runner_path: str, *, standby: bool = False) -> Ended:
         """Import the runner while the parent prepares `Start`, then serve."""
         runner: Runner | None = None
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -80,7 +83,12 @@ class WorkerProcess:
         try:
             threading.Thread(target=self._read, name="reader", daemon=True).start()
             self.send(Progress("import", IMPORT_BUDGET))
+            gc.disable()  # importing PyTorch makes half a million objects, and none of them goes again
+            if standby:
+                import_gently(runner_path.partition(":")[0])
             runner = load_runner(runner_path)
+            gc.freeze()  # a collection that looks through them takes 0.1 s, in the middle of a step
+            gc.enable()
             return run_worker(runner, self._inbox, self.send)
         except Terminated:
             self.send(Stopped(runner.close() if runner is not None else {}))
@@ -118,7 +126,7 @@ class WorkerProcess:
 
     def _take(self, message: ToWorker | NotUnderstood) -> None:
         self._inbox.put(message)
-        if isinstance(message, Start):
+        if isinstance(message, Start | Prepare):
             logging.getLogger("ullm").setLevel(message.config.log_level.upper())
         if isinstance(message, Wake):
             self._ready = False
@@ -192,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ullm.actors.worker_main", description=__doc__)
     parser.add_argument("--name", required=True, help="shown in process lists")
     parser.add_argument("--runner", required=True, help="module:class")
+    parser.add_argument("--standby", action="store_true", help="give way to others until prepared")
     parser.add_argument("--lifeline", type=int, help="descriptor of a pipe whose end is this process's end")
     return parser
 

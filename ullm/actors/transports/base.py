@@ -21,11 +21,13 @@ class WorkerSpec:
         rank: who the worker is; ``rank.name`` names it in logs.
         runner: ``module:class`` of the `ullm.core.runner.Runner` to build in the worker.
         cpu_threads: threads that the worker computes with; None: all cores.
+        standby: the worker is a spare one, and gives way to others while it is being prepared.
     """
 
     rank: RankSpec
     runner: str
     cpu_threads: int | None = None
+    standby: bool = False
 
 
 class Transport(Protocol):

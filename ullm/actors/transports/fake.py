@@ -109,6 +109,7 @@ class FakeWorker:
 
     def __init__(self, spec: WorkerSpec, behaviour: FakeBehaviour) -> None:
         self.spec = spec
+        self.name = spec.rank.name
         self.received: list[ToWorker] = []
         self.sent: list[FromWorker] = []
         self._behaviour = behaviour
@@ -120,11 +121,6 @@ class FakeWorker:
         self._life = trio.CancelScope()
         self._ended = trio.Event()
         self._cause = "exited with status 0"
-
-    @property
-    def name(self) -> str:
-        """As in logs."""
-        return self.spec.rank.name
 
     @property
     def pid(self) -> None:

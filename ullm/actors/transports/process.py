@@ -70,7 +70,8 @@ class ProcessTransport:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        self._name = name
+        self.name = name
+        """As in logs; a standby worker gets the name of the one whose place it takes."""
         self._process = process
         self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
         self._outbox, self._to_write = trio.open_memory_channel[bytes](OUTBOX)
@@ -82,11 +83,6 @@ class ProcessTransport:
         self._ready = False
         self._stopped: Stopped | None = None
         self._cause: str | None = None
-
-    @property
-    def name(self) -> str:
-        """As in logs."""
-        return self._name
 
     @property
     def pid(self) -> int:
@@ -115,7 +111,7 @@ class ProcessTransport:
             if self.alive():
                 return await self._outbox.send(frame)
         except trio.BrokenResourceError:
-            log.debug("worker closed its pipe", worker=self._name)
+            log.debug("worker closed its pipe", worker=self.name)
         raise await self._lost()
 
     async def receive(self) -> FromWorker:
@@ -150,12 +146,12 @@ class ProcessTransport:
             await self._ask(Stop(0.75 * budget))
             await self._drain()
         if self.alive() and os.name == "posix":
-            log.warning("worker does not stop: SIGTERM", worker=self._name)
+            log.warning("worker does not stop: SIGTERM", worker=self.name)
             self._process.terminate()
             with trio.move_on_at(began + 0.95 * budget):
                 await self._drain()
         if self.alive():
-            log.warning("worker does not stop: SIGKILL", worker=self._name)
+            log.warning("worker does not stop: SIGKILL", worker=self.name)
             self.kill()
             await self._wait_gone(EXIT_SECONDS)
         return self._report("stopped" if self._stopped else "killed", began)
@@ -181,7 +177,7 @@ class ProcessTransport:
                     self._forward(rest[:LINE_BYTES])
                     rest = rest[LINE_BYTES:]
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            log.debug("stderr closed", worker=self._name)
+            log.debug("stderr closed", worker=self.name)
         finally:
             self._forward(rest)
             self._stderr_ended.set()
@@ -218,7 +214,7 @@ class ProcessTransport:
         except FrameBroken as error:
             self._cause = f"sent {error}"
             self.kill()
-            raise WorkerLost(self._name, self._cause, tuple(self._stderr_tail)) from None
+            raise WorkerLost(self.name, self._cause, tuple(self._stderr_tail)) from None
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -236,7 +232,7 @@ class ProcessTransport:
         try:
             await self.send(message)
         except WorkerLost:
-            log.debug("worker ended before it was asked to", worker=self._name)
+            log.debug("worker ended before it was asked to", worker=self.name)
 
     async def _drain(self) -> None:
         """Read on, so that the worker can write, until it is gone; what it says can still be received."""
@@ -252,7 +248,7 @@ class ProcessTransport:
         with trio.move_on_after(STDERR_SECONDS):
             await self._stderr_ended.wait()
         tail = tuple(self._stderr_tail)
-        return WorkerLost(self._name, self._cause or _describe_exit(self._process.returncode, tail), tail)
+        return WorkerLost(self.name, self._cause or _describe_exit(self._process.returncode, tail), tail)
 
     async def _wait_gone(self, seconds: float) -> bool:
         with trio.move_on_after(seconds):
@@ -261,14 +257,14 @@ class ProcessTransport:
 
     def _report(self, outcome: str, began: float) -> StopReport:
         timings = self._stopped.timings if self._stopped else {}
-        return StopReport(self._name, outcome, trio.current_time() - began, timings)
+        return StopReport(self.name, outcome, trio.current_time() - began, timings)
 
     def _forward(self, line: bytes) -> None:
         text = line.decode("utf-8", "replace").rstrip()
         if text:
             logger, level, event = _parse_record(text)
             self._stderr_tail.append(event)
-            get_logger(logger).log(level, event, worker=self._name)
+            get_logger(logger).log(level, event, worker=self.name)
 
 
 def _parse_record(line: str) -> tuple[str, int, str]:

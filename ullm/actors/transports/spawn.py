@@ -35,6 +35,7 @@ async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
     """
     command = [sys.executable, "-P", "-X", "faulthandler", "-m", "ullm.actors.worker_main"]
     command += ["--name", spec.rank.name, "--runner", spec.runner]
+    command += ["--standby"] if spec.standby else []
     options: dict[str, Any] = {}
     if os.name == "posix":
         options["start_new_session"] = True

@@ -1,0 +1,337 @@
+"""The pool of spare workers, on fake ones and a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from ullm.actors import standby
+from ullm.actors.standby import StandbyPool, StandbyStatistics
+from ullm.actors.transports import Transport, WorkerSpec
+from ullm.actors.transports.fake import FakeBehaviour, FakeWorker, FakeWorkers
+from ullm.config import GIB, EngineConfig
+from ullm.errors import WorkerLost
+from ullm.messages import Ping, Pong, Prepare, Prepared, RankSpec, Ready, Start, Stop, Stopped
+
+SCRIPTED = "ullm.testing:ScriptedRunner"
+MODEL = "scripted:"
+CONFIG = EngineConfig(num_blocks=16)
+
+
+def spec(replica: int = 0, rank: int = 0, epoch: int = 1) -> WorkerSpec:
+    return WorkerSpec(RankSpec(replica=replica, rank=rank, epoch=epoch), SCRIPTED)
+
+
+class Pool:
+    """A running pool over fake workers."""
+
+    def __init__(self, workers: FakeWorkers, memory: Callable[[], int]) -> None:
+        self.workers = workers
+        self.pool = StandbyPool(workers.open, memory)
+
+    @property
+    def spares(self) -> list[FakeWorker]:
+        """All that were ever started as such."""
+        return [worker for worker in self.workers.started if worker.spec.standby]
+
+    @property
+    def statistics(self) -> StandbyStatistics:
+        return self.pool.statistics()
+
+    def prepare(self, config: EngineConfig = CONFIG, model: str = MODEL) -> None:
+        self.pool.prepare(config, model, need=GIB)
+
+
+@asynccontextmanager
+async def running(
+    behaviour: FakeBehaviour | None = None, memory: Callable[[], int] = lambda: 100 * GIB
+) -> AsyncIterator[Pool]:
+    found = Pool(FakeWorkers(behaviour or FakeBehaviour()), memory)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(found.pool.run)
+        yield found
+        nursery.cancel_scope.cancel()
+    assert not any(worker.alive() for worker in found.workers.started)
+
+
+async def start(transport: Transport, config: EngineConfig = CONFIG) -> None:
+    await transport.send(Start(config, RankSpec(), MODEL))
+    while not isinstance(await transport.receive(), Ready):
+        pass
+
+
+async def test_a_spare_is_prepared_when_the_workers_are_ready(autojump_clock: MockClock) -> None:
+    async with running() as pool, pool.pool.open(spec(epoch=1)) as worker:
+        await start(worker)
+        await trio.sleep(100)
+        assert pool.spares == []  # nobody has said so
+        pool.prepare()
+        await trio.sleep(standby.SETTLE_SECONDS + 0.1)
+        (spare,) = pool.spares
+        assert spare.received == [Prepare(CONFIG, spec().rank, MODEL)]
+        assert pool.statistics == StandbyStatistics(1, 0, 0, 0, ())
+
+
+async def test_a_spare_is_taken_and_replaced(autojump_clock: MockClock) -> None:
+    async with running() as pool:
+        async with pool.pool.open(spec()):
+            pool.prepare()
+            await trio.sleep(10)
+        async with pool.pool.open(spec(replica=3, epoch=2)) as worker:
+            (spare,) = pool.spares
+            assert worker is spare
+            assert worker.name == "replica3.rank0"
+            await start(worker)
+            await worker.send(Ping(1))
+            assert await worker.receive() == Pong(1)
+            await trio.sleep(standby.SETTLE_SECONDS / 2)
+            assert pool.spares == [spare]  # the one that serves comes first
+            await trio.sleep(standby.SETTLE_SECONDS)
+            assert pool.statistics == StandbyStatistics(1, 0, 1, 0, ())
+            spare.die("was killed by SIGKILL")
+            with pytest.raises(WorkerLost, match=r"replica3\.rank0 was killed by SIGKILL"):
+                await worker.receive()
+        assert pool.statistics.lost_total == 0  # it was no spare any more
+
+
+async def test_leaving_a_taken_worker_ends_it(autojump_clock: MockClock) -> None:
+    async with running() as pool:
+        async with pool.pool.open(spec()):
+            pool.prepare()
+            await trio.sleep(10)
+        async with pool.pool.open(spec()) as worker:
+            assert worker.alive()
+        assert not worker.alive()
+
+
+async def test_a_cancelled_user_of_a_taken_worker(autojump_clock: MockClock) -> None:
+    async with running() as pool:
+        async with pool.pool.open(spec()):
+            pool.prepare()
+            await trio.sleep(10)
+        with trio.move_on_after(1):
+            async with pool.pool.open(spec()) as worker:
+                await trio.sleep_forever()
+        assert not worker.alive()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        WorkerSpec(RankSpec(rank=1), SCRIPTED),
+        WorkerSpec(RankSpec(world_size=2), SCRIPTED),
+        WorkerSpec(RankSpec(device_index=1), SCRIPTED),
+        WorkerSpec(RankSpec(), SCRIPTED, cpu_threads=1),
+        WorkerSpec(RankSpec(), "other:Runner"),
+    ],
+)
+async def test_a_spare_of_another_kind_is_not_taken(autojump_clock: MockClock, other: WorkerSpec) -> None:
+    async with running() as pool:
+        async with pool.pool.open(spec()):
+            pool.prepare()
+            await trio.sleep(10)
+        assert len(pool.spares) == 1
+        async with pool.pool.open(other) as worker:
+            assert worker not in pool.spares
+        assert pool.statistics.prepared == 1
+
+
+async def test_one_for_each_worker_or_as_many_as_configured(autojump_clock: MockClock) -> None:
+    async with running() as pool, pool.pool.open(spec(replica=0)), pool.pool.open(spec(replica=1)):
+        pool.prepare()
+        await trio.sleep(10)
+        assert pool.statistics.prepared == 2
+        pool.prepare(EngineConfig(num_blocks=16, standby_workers=2))
+        await trio.sleep(10)
+        assert pool.statistics.prepared == 4
+        pool.prepare(EngineConfig(num_blocks=16, standby_workers=0))
+        await trio.sleep(10)
+        assert pool.statistics.prepared == 0
+
+
+async def test_a_place_that_is_not_used_any_more_has_no_spares_too_many(autojump_clock: MockClock) -> None:
+    """As after a reload, during which the old workers and the new ones were there."""
+    async with running() as pool:
+        async with pool.pool.open(spec(replica=0)):
+            pool.prepare()
+            async with pool.pool.open(spec(replica=1)):
+                await trio.sleep(10)
+                assert pool.statistics.prepared == 2
+            pool.prepare()
+            await trio.sleep(10)
+            assert pool.statistics.prepared == 1
+
+
+async def test_a_reload_prepares_anew(autojump_clock: MockClock) -> None:
+    async with running() as pool, pool.pool.open(spec()):
+        pool.prepare()
+        await trio.sleep(10)
+        pool.prepare(model="scripted:other")
+        await trio.sleep(10)
+        first, second = pool.spares
+        assert not first.alive()
+        assert second.received == [Prepare(CONFIG, RankSpec(epoch=1), "scripted:other")]
+        assert pool.statistics == StandbyStatistics(1, 0, 0, 0, ())
+
+
+async def test_a_dead_spare_is_replaced_later_each_time(autojump_clock: MockClock) -> None:
+    async with running() as pool, pool.pool.open(spec()):
+        pool.prepare()
+        await trio.sleep(10)
+        times = []
+        for number in range(1, 9):
+            while len(pool.spares) < number or not pool.statistics.prepared:  # noqa: ASYNC110  # virtual time
+                await trio.sleep(0.1)
+            times.append(trio.current_time())
+            pool.spares[-1].die("was killed by SIGKILL")
+        pauses = [round(after - before) for before, after in pairwise(times)]
+        assert pauses == [1, 2, 4, 8, 16, 32, 60]
+        await trio.testing.wait_all_tasks_blocked()
+        assert pool.statistics.lost_total == 8
+
+
+async def test_a_loss_long_after_the_last_is_the_first_again(autojump_clock: MockClock) -> None:
+    async with running() as pool, pool.pool.open(spec()):
+        pool.prepare()
+        for number in range(1, 5):
+            await trio.sleep(2 * standby.STEADY_SECONDS)
+            assert len(pool.spares) == number
+            pool.spares[-1].die("was killed by SIGKILL")
+        await trio.sleep(1.5 * standby.BACKOFF_SECONDS)
+        assert pool.statistics.prepared == 1
+
+
+async def test_spares_that_never_come_up_disturb_nobody(autojump_clock: MockClock) -> None:
+    behaviour = FakeBehaviour(die_on=lambda message: isinstance(message, Prepare))
+    async with running(behaviour) as pool, pool.pool.open(spec()) as worker:
+        await start(worker)
+        pool.prepare()
+        await trio.sleep(3600)
+        assert 60 < pool.statistics.lost_total < 80
+        assert worker.alive()
+
+
+async def test_a_transport_that_fails_disturbs_nobody(autojump_clock: MockClock) -> None:
+    workers = FakeWorkers()
+
+    @asynccontextmanager
+    async def open_transport(wanted: WorkerSpec) -> AsyncIterator[Transport]:
+        if wanted.standby:
+            raise OSError("too many open files")
+        async with workers.open(wanted) as transport:
+            yield transport
+
+    pool = StandbyPool(open_transport, lambda: 100 * GIB)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(pool.run)
+        async with pool.open(spec()) as worker:
+            pool.prepare(CONFIG, MODEL, 0)
+            await trio.sleep(10)
+            assert worker.alive()
+            assert pool.statistics().lost_total > 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_spare_that_hangs_is_given_up_and_not_taken(autojump_clock: MockClock) -> None:
+    behaviour = FakeBehaviour(hang_on=lambda message: isinstance(message, Prepare))
+    async with running(behaviour) as pool, pool.pool.open(spec()):
+        pool.prepare()
+        await trio.sleep(10)
+        assert pool.statistics == StandbyStatistics(0, 1, 0, 0, ())
+        async with pool.pool.open(spec(epoch=2)) as worker:
+            assert worker not in pool.spares
+        await trio.sleep(standby.PREPARE_SECONDS)
+        assert pool.statistics.lost_total == 1
+
+
+async def test_a_suspended_spare_is_not_taken(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running() as pool, pool.pool.open(spec()):
+        pool.prepare()
+        await trio.sleep(10)
+        (spare,) = pool.spares
+        monkeypatch.setattr(spare, "suspended", lambda: True)
+        async with pool.pool.open(spec(epoch=2)) as worker:
+            assert worker is not spare
+            await trio.sleep(1)
+        assert not spare.alive()
+
+
+async def test_memory_decides_where_nobody_asked_for_spares(autojump_clock: MockClock) -> None:
+    available = [standby.MEMORY_RESERVE + GIB - 1]
+    async with running(memory=lambda: available[0]) as pool, pool.pool.open(spec()):
+        pool.prepare()
+        await trio.sleep(1000)
+        assert pool.spares == []
+        available[0] += 1
+        await trio.sleep(standby.MEMORY_SECONDS + 1)
+        assert pool.statistics.prepared == 1
+        available[0] = 0
+        pool.prepare(EngineConfig(num_blocks=16, standby_workers=1))
+        await trio.sleep(10)
+        assert pool.statistics.prepared == 1
+
+
+async def test_pause_ends_all_spares_until_resume(autojump_clock: MockClock) -> None:
+    async with running() as pool, pool.pool.open(spec()) as worker:
+        pool.prepare()
+        await trio.sleep(10)
+        (spare,) = pool.spares
+        await pool.pool.pause()
+        assert not spare.alive()
+        assert isinstance(spare.sent[-1], Stopped)  # in order
+        await trio.sleep(1000)
+        assert pool.spares == [spare]
+        assert worker.alive()
+        pool.pool.resume()
+        await trio.sleep(10)
+        assert pool.statistics == StandbyStatistics(1, 0, 0, 0, ())
+
+
+async def test_pause_ends_a_spare_that_is_being_prepared(autojump_clock: MockClock) -> None:
+    behaviour = FakeBehaviour(hang_on=lambda message: isinstance(message, Prepare))
+    async with running(behaviour) as pool, pool.pool.open(spec()):
+        pool.prepare()
+        await trio.sleep(10)
+        began = trio.current_time()
+        await pool.pool.pause()
+        assert trio.current_time() - began < 1.1 * standby.STOP_SECONDS
+        assert not pool.spares[0].alive()
+
+
+async def test_spares_are_stopped_in_order_and_all_at_once(autojump_clock: MockClock) -> None:
+    behaviour = FakeBehaviour(stop_seconds=0.3)
+    async with running(behaviour) as pool, pool.pool.open(spec(0)), pool.pool.open(spec(1)):
+        pool.prepare()
+        await trio.sleep(10)
+        spares = pool.spares
+        began = trio.current_time()
+    assert trio.current_time() - began < 0.7  # not one after the other; and the workers, killed
+    for spare in spares:
+        assert isinstance(spare.received[-1], Stop)
+        assert isinstance(spare.sent[-1], Stopped)
+
+
+async def test_without_its_task_the_pool_is_a_plain_transport(autojump_clock: MockClock) -> None:
+    workers = FakeWorkers()
+    pool = StandbyPool(workers.open)
+    async with pool.open(spec()) as worker:
+        pool.prepare(CONFIG, MODEL, 0)
+        await start(worker)
+        await trio.sleep(10)
+        assert workers.started == [worker]
+
+
+async def test_a_failed_preparation_is_a_loss(autojump_clock: MockClock) -> None:
+    async with running() as pool, pool.pool.open(WorkerSpec(RankSpec(), "no.such:Runner")):
+        pool.prepare()
+        await trio.sleep(1.5)
+        assert pool.statistics.lost_total == 1
+        assert not any(isinstance(message, Prepared) for message in pool.spares[0].sent)

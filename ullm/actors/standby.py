@@ -1,0 +1,338 @@
+"""Standby workers: processes that have imported all they need and mapped the weights, and wait to be used.
+
+A worker that starts from nothing takes most of a second to import PyTorch. A spare one is ready some
+hundredths of a second after its `Start`, so the loss of a worker costs its clients little more than
+computing their contexts again.
+
+The pool stands between worker groups and their transport: `StandbyPool.open` gives a group a spare worker
+that suits it, else a fresh one. Spares are all alike until they are told who they are. Should one die,
+another takes its place, later each time; nothing else happens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Protocol, cast
+
+import trio
+
+from ullm.actors.base import cleanup_scope
+from ullm.actors.transports.base import OpenTransport, Transport, WorkerSpec
+from ullm.config import GIB, EngineConfig
+from ullm.errors import WorkerLost
+from ullm.logs import get_logger
+from ullm.machine import available_memory
+from ullm.messages import Failed, Prepare, Prepared
+
+log = get_logger("ullm.standby")
+
+SETTLE_SECONDS = 1.0
+"""From the use of a spare, or the end of a start, to the next spare: whoever serves comes first."""
+BACKOFF_SECONDS, BACKOFF_LIMIT = 1.0, 60.0
+"""From the loss of a spare to the next one: doubled with each loss in a row, up to the limit."""
+STEADY_SECONDS = 60.0
+"""A spare that has lived as long was not lost in a row."""
+MEMORY_RESERVE = 1 * GIB
+"""What must be available beyond the weights for a spare that nobody asked for."""
+MEMORY_SECONDS = 30.0
+"""How often memory is looked at while there is not enough."""
+PREPARE_SECONDS = 120.0
+"""A spare that takes longer hangs."""
+STOP_SECONDS = 0.4
+"""For a spare to end by itself: it holds nothing."""
+
+
+class SpareTransport(Transport, Protocol):
+    """A transport that can be given another name, because a spare takes the place of another worker."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class StandbyStatistics:
+    """What is in the pool, and counts since the start.
+
+    Args:
+        prepared: spares that wait.
+        preparing: spares that are not so far yet.
+        taken_total: spares that became workers.
+        lost_total: spares that died.
+        pids: of the spares that are processes.
+    """
+
+    prepared: int
+    preparing: int
+    taken_total: int
+    lost_total: int
+    pids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What spares are prepared for, and the bytes of memory that a worker of it takes."""
+
+    config: EngineConfig
+    model_path: str
+    need: int
+
+    @property
+    def spares(self) -> int:
+        """For each worker."""
+        return 1 if self.config.standby_workers is None else self.config.standby_workers
+
+
+@dataclass(eq=False)
+class _Spare:
+    """One spare worker; it belongs to the pool until it is taken.
+
+    Attributes:
+        target: what it is prepared for.
+        born: in trio's time.
+        transport: None until its process is started.
+        leave: cancelled to make the pool let go of it: it is taken, or not wanted any more.
+        released: whoever took it does not need it any more.
+        gone: it has ended.
+    """
+
+    target: _Target
+    born: float
+    transport: SpareTransport | None = None
+    prepared: bool = False
+    taken: bool = False
+    leave: trio.CancelScope = field(default_factory=trio.CancelScope)
+    released: trio.Event = field(default_factory=trio.Event)
+    gone: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def usable(self) -> bool:
+        """Whether it would be ready at once."""
+        transport = self.transport
+        return transport is not None and self.prepared and transport.alive() and not transport.suspended()
+
+
+@dataclass(eq=False)
+class _Place:
+    """Where workers of one kind are wanted.
+
+    Attributes:
+        spec: of the last worker of this kind.
+        serving: workers of this kind that are in use.
+        not_before: when the next spare may be started, in trio's time.
+        losses: spares lost in a row.
+    """
+
+    spec: WorkerSpec
+    spares: list[_Spare] = field(default_factory=list)
+    serving: int = 0
+    not_before: float = 0.0
+    losses: int = 0
+
+
+class StandbyPool:
+    """See the module.
+
+    Args:
+        open_transport: how to start a worker.
+        memory: bytes available now.
+    """
+
+    def __init__(self, open_transport: OpenTransport, memory: Callable[[], int] = available_memory) -> None:
+        self._open_transport = open_transport
+        self._memory = memory
+        self._places: dict[tuple[object, ...], _Place] = {}
+        self._target: _Target | None = None
+        self._paused = False
+        self._changed = trio.Event()
+        self._taken = self._lost = 0
+
+    # --- for worker groups ---------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def open(self, spec: WorkerSpec) -> AsyncIterator[Transport]:
+        """An `OpenTransport`: a spare worker where one is prepared, else a fresh one."""
+        place = self._places.setdefault(_kind(spec), _Place(spec))
+        place.spec, place.serving = spec, place.serving + 1
+        try:
+            spare = self._take(place)
+            self._changed.set()
+            if spare is None:
+                async with self._open_transport(spec) as transport:
+                    yield transport
+            else:
+                async with self._use(spare, spec) as transport:
+                    yield transport
+        finally:
+            place.serving -= 1
+
+    def _take(self, place: _Place) -> _Spare | None:
+        spare = next((each for each in place.spares if each.usable), None)
+        for each in list(place.spares):
+            if each is spare or (each.prepared and not each.usable):  # it is suspended, or just dying
+                place.spares.remove(each)
+                each.taken = each is spare
+                each.leave.cancel()
+        if spare is not None:
+            self._taken += 1
+            place.losses, place.not_before = 0, trio.current_time() + SETTLE_SECONDS
+        return spare
+
+    @asynccontextmanager
+    async def _use(self, spare: _Spare, spec: WorkerSpec) -> AsyncIterator[Transport]:
+        """Let a spare be the worker that ``spec`` describes; afterwards it has ended."""
+        transport = spare.transport
+        assert transport is not None, "what is taken was started"
+        transport.name = spec.rank.name
+        log.info("standby worker takes over", worker=transport.name, pid=transport.pid)
+        try:
+            yield transport
+        finally:
+            spare.released.set()
+            with trio.CancelScope(shield=True):  # as long as the transport takes to be left
+                await spare.gone.wait()
+
+    # --- for the engine ------------------------------------------------------------------------------
+
+    def prepare(self, config: EngineConfig, model_path: str, need: int) -> None:
+        """Have spares for this from now on: called when all workers are ready, and after a reload.
+
+        Args:
+            config: ``standby_workers`` for each worker; None: one, while memory allows.
+            need: bytes of memory that a worker takes for weights.
+        """
+        former, self._target = self._target, _Target(config, model_path, need)
+        for place in self._places.values():
+            place.not_before = trio.current_time() + SETTLE_SECONDS
+            if former is not None and former != self._target:
+                self._retire(place, 0)
+        self._changed.set()
+
+    async def pause(self) -> None:
+        """End all spares, and start none until `resume`; returns when they are gone."""
+        self._paused = True
+        spares = self._spares()
+        for place in self._places.values():
+            self._retire(place, 0)
+        for spare in spares:
+            await spare.gone.wait()
+
+    def resume(self) -> None:
+        """Have spares again."""
+        self._paused = False
+        self._changed.set()
+
+    def statistics(self) -> StandbyStatistics:
+        """What is in the pool, as a frozen value."""
+        spares = self._spares()
+        prepared = sum(spare.prepared for spare in spares)
+        pids = [spare.transport.pid for spare in spares if spare.transport is not None]
+        known = tuple(pid for pid in pids if pid is not None)
+        return StandbyStatistics(prepared, len(spares) - prepared, self._taken, self._lost, known)
+
+    # --- the supervised child ------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Have spares wherever they are missing. Workers that were taken live on in this task."""
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            while True:
+                self._changed = trio.Event()
+                for place in self._places.values():
+                    for spare in self._complete(place):
+                        nursery.start_soon(self._keep, place, spare)
+                with trio.move_on_at(self._next_look()):
+                    await self._changed.wait()
+
+    def _complete(self, place: _Place) -> list[_Spare]:
+        """The spares that are missing, to be started now; those that are too many are retired."""
+        target, now = self._target, trio.current_time()
+        if self._paused or target is None or now < place.not_before:
+            return []
+        self._retire(place, target.spares * max(1, place.serving))
+        missing = max(0, target.spares * place.serving - len(place.spares))
+        asked_for = target.config.standby_workers is not None
+        if missing and not asked_for and self._memory() < target.need + MEMORY_RESERVE:
+            log.debug("no memory for a standby worker", worker=place.spec.rank.name)
+            place.not_before = now + MEMORY_SECONDS
+            return []
+        new = [_Spare(target, now) for _ in range(missing)]
+        place.spares += new
+        return new
+
+    def _next_look(self) -> float:
+        now = trio.current_time()
+        times = [place.not_before for place in self._places.values()]
+        return min((time for time in times if time > now), default=math.inf)
+
+    def _retire(self, place: _Place, keep: int) -> None:
+        """End spares, the newest first, until ``keep`` are left."""
+        while len(place.spares) > keep:
+            place.spares.pop().leave.cancel()
+
+    def _spares(self) -> list[_Spare]:
+        return [spare for place in self._places.values() for spare in place.spares]
+
+    # --- one spare -----------------------------------------------------------------------------------
+
+    async def _keep(self, place: _Place, spare: _Spare) -> None:
+        """Task: one spare, from its start to its end, whoever has it meanwhile."""
+        target = spare.target
+        try:
+            async with self._open_transport(replace(place.spec, standby=True)) as transport:
+                spare.transport = cast(SpareTransport, transport)
+                try:
+                    await self._hold(spare, Prepare(target.config, place.spec.rank, target.model_path))
+                finally:
+                    if not spare.taken:
+                        with cleanup_scope(STOP_SECONDS):
+                            await transport.stop(STOP_SECONDS)
+        except Exception as error:  # whatever it was, it is no reason to disturb those who serve
+            self._count_loss(place, spare, error)
+        finally:
+            if spare in place.spares:
+                place.spares.remove(spare)
+            spare.gone.set()
+            self._changed.set()
+
+    async def _hold(self, spare: _Spare, prepare: Prepare) -> None:
+        """Prepare a spare, and wait until it is taken and released, or retired.
+
+        Raises:
+            WorkerLost: it has died, or hangs.
+        """
+        transport = spare.transport
+        assert transport is not None, "it was started"
+        with spare.leave:
+            await transport.send(prepare)
+            with trio.move_on_after(PREPARE_SECONDS):
+                await _wait_prepared(transport)
+                spare.prepared = True
+            if not spare.prepared:
+                raise WorkerLost(transport.name, f"was not prepared within {PREPARE_SECONDS:g} s")
+            log.debug("standby worker prepared", worker=transport.name, pid=transport.pid)
+            while True:
+                await transport.receive()  # raises when it dies
+        if spare.taken:
+            await spare.released.wait()
+
+    def _count_loss(self, place: _Place, spare: _Spare, error: Exception) -> None:
+        log.warning("standby worker lost", worker=place.spec.rank.name, cause=str(error))
+        lived = trio.current_time() - spare.born
+        place.losses = 1 if lived >= STEADY_SECONDS else place.losses + 1
+        pause = min(BACKOFF_LIMIT, BACKOFF_SECONDS * 2 ** (place.losses - 1))
+        place.not_before = trio.current_time() + pause
+        self._lost += 1
+
+
+def _kind(spec: WorkerSpec) -> tuple[object, ...]:
+    """Workers of one kind can take each other's place."""
+    rank = spec.rank
+    return spec.runner, spec.cpu_threads, rank.rank, rank.world_size, rank.device_index
+
+
+async def _wait_prepared(transport: Transport) -> None:
+    while not isinstance(message := await transport.receive(), Prepared):
+        if isinstance(message, Failed):
+            raise WorkerLost(transport.name, f"failed: {message.kind}: {message.message}")
