@@ -157,6 +157,7 @@ class FaultInjector:
         self._transport = transport
         self._clock = clock
         self._counters: list[_Counter] = []
+        self._live: list[_Counter] = []
         self._last_number = 0
         if plan is not None:
             self.arm(plan)
@@ -202,7 +203,7 @@ class FaultInjector:
         """Count a hit, and return what shall go wrong with it, in the order of the plan."""
         if not self.armed:
             return []
-        found = [counter for counter in self._counters if counter.hit(site)]
+        found = [counter for counter in self._live if counter.hit(site)]
         for counter in found:
             self._remember(counter, site)
         if found:
@@ -249,7 +250,8 @@ class FaultInjector:
         return _Counter(self._last_number, fault, f"{seed}:{index}")
 
     def _update(self) -> None:
-        self.armed = not all(counter.exhausted for counter in self._counters)
+        self._live = [counter for counter in self._counters if not counter.exhausted]
+        self.armed = bool(self._live)
 
     def _remember(self, counter: _Counter, site: Site) -> None:
         fired = FiredFault(
