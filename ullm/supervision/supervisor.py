@@ -174,6 +174,7 @@ async def open_supervisor(
     on_abandoned: Callable[[ChildReport], None] | None = None,
     shutdown_timeout: float = math.inf,
     on_cancelled: Callable[[Supervisor], None] | None = None,
+    on_opened: Callable[[Supervisor], None] | None = None,
 ) -> AsyncIterator[Supervisor]:
     """Start children in order, run the body, stop the children in reverse order.
 
@@ -193,6 +194,7 @@ async def open_supervisor(
             then; within a supervised child, its own stop deadline holds as well.
         on_cancelled: called when the surrounding scope is cancelled, in place of stopping at once, by a
             program that has something to do before; the body must then end by itself.
+        on_opened: called before the first child is started, for those who want to look on.
 
     Raises:
         StartFailed: a child did not become ready; those before it were stopped.
@@ -200,7 +202,10 @@ async def open_supervisor(
         ConfigError: values that make no sense.
     """
     flags = Flags(strategy, intensity, period, auto_shutdown, restart_delay, on_abandoned)
-    async with _opened(Control(name, tuple(children), flags), shutdown_timeout, on_cancelled) as supervisor:
+    control = Control(name, tuple(children), flags)
+    if on_opened is not None:
+        on_opened(Supervisor(control))
+    async with _opened(control, shutdown_timeout, on_cancelled) as supervisor:
         yield supervisor
 
 
