@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import trio
 
 from ullm.bench.chaos.world import Kind, World
 
 BUSY = (409, 503)
 """Answers that say that another operation has come first."""
+FAILED = 500
+"""A reload answers so when a crash kept the new workers from coming up; the old ones serve on."""
+KEPT = 0.3
+"""Seconds for which requests in flight are kept."""
 PATIENCE = 60.0
 """Seconds that an operation may take, with crashes in its way."""
 
@@ -40,7 +47,10 @@ class Sleep:
     async def _sleep(self, world: World) -> None:
         body = {"level": self.level, "mode": self.mode}
         with world.may_abort() if self.mode == "abort" else nullcontext():
-            await operate(world, "/sleep", body)
+            await operate(world, "/sleep", body, (200, *BUSY), PATIENCE)
+        if self.mode == "keep":  # if all clients wait for what was kept, no new request wakes it
+            await trio.sleep(KEPT)
+            await operate(world, "/wake", None, (200, *BUSY), PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Wake:
 
     async def inject(self, world: World) -> str:
         """Ask for it in the background."""
-        world.nursery.start_soon(operate, world, "/wake", None)
+        world.nursery.start_soon(operate, world, "/wake", None, (200, *BUSY), PATIENCE)
         return "wake"
 
 
@@ -75,7 +85,7 @@ class Reload:
 
     async def inject(self, world: World) -> str:
         """Ask for it in the background."""
-        world.nursery.start_soon(operate, world, "/admin/reload", {})
+        world.nursery.start_soon(operate, world, "/admin/reload", {}, (200, *BUSY, FAILED), PATIENCE)
         return "reload"
 
 
@@ -87,10 +97,10 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-async def operate(world: World, path: str, body: Any) -> None:
-    """POST to the admin listener; an answer that is neither success nor ``busy`` is a violation."""
-    status, answer = await world.administer("POST", path, body, PATIENCE)
-    if status != 200 and status not in BUSY:
+async def operate(world: World, path: str, body: Any, allowed: Sequence[int], seconds: float) -> None:
+    """POST to the admin listener; a status that is not ``allowed``, or none in time, is a violation."""
+    status, answer = await world.administer("POST", path, body, seconds)
+    if status not in allowed:
         world.violations.append(f"POST {path} {body}: {status} {answer}")
 
 

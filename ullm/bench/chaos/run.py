@@ -118,11 +118,14 @@ async def run_chaos(plan: Plan, folder: Path) -> ChaosReport:
         await ask_undisturbed(world)
         before = await rest(world)
         warm = await disturb(world, plan, kinds) or before
+        unfired = await plans.disarm(world)
         verdicts = await at_rest(world, before, warm)
         verdicts += await after_stop(world, temporary, shared)
         world.nursery.cancel_scope.cancel()
     verdicts.append(log_verdict(folder / "server.log"))
-    return ChaosReport.of(plan.seed, world, [_lossless(world), _enough(world, plan), *verdicts], kinds)
+    return ChaosReport.of(
+        plan.seed, world, [_lossless(world), _enough(world, plan, unfired), *verdicts], kinds
+    )
 
 
 @asynccontextmanager
@@ -223,6 +226,7 @@ def _lossless(world: World) -> Verdict:
     return Verdict("every admitted request ended once, as without faults", not world.violations, detail)
 
 
-def _enough(world: World, plan: Plan) -> Verdict:
-    enough = len(world.faults) >= plan.faults
-    return Verdict("as many faults as asked for", enough, f"{len(world.faults)} of {plan.faults}")
+def _enough(world: World, plan: Plan, unfired: int) -> Verdict:
+    count = len(world.faults)
+    detail = f"{count} of {plan.faults}; {unfired} armed ones had no occasion"
+    return Verdict("as many faults as asked for", count >= plan.faults, detail)

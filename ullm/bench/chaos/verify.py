@@ -93,6 +93,9 @@ async def at_rest(world: World, before: Footprint, warm: Footprint) -> list[Verd
     async def is_ready() -> bool:
         return (await world.call(at_root(world.endpoint), "GET", "/ready"))[0] == 200
 
+    status = world.server.process.poll()
+    if status is not None:
+        return [Verdict("the server lives", False, f"it ended with status {status}")]
     idle = await settle(nothing_in_flight)
     ready = await settle(is_ready)
     await settle(as_before)

@@ -154,13 +154,14 @@ class World:
         """The worker processes in service; while none is, as during a restart, all that there are.
 
         Args:
-            serving: none instead of those.
+            serving: none instead of those, and none of a replica that starts, sleeps or wakes.
         """
         status, health = await self.call(at_root(self.endpoint), "GET", "/health")
         found = [process for process in descendants(self.server.pid) if _is_worker(process)]
         if status != 200:
             return [] if serving else found
-        busy = {pid for replica in health["replicas"] for pid in replica["worker_pids"]}
+        replicas = [each for each in health["replicas"] if not serving or each["state"] == "up"]
+        busy = {pid for replica in replicas for pid in replica["worker_pids"]}
         return [process for process in found if process.pid in busy]
 
     async def standbys(self) -> list[Any]:

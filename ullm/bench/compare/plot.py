@@ -25,7 +25,8 @@ def draw(comparison: Comparison, file: Path, context: float) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="streams", ylabel="tokens per second")
+    axes = figure.add_subplot(yscale="log", xlabel="streams", ylabel="tokens per second")
+    axes.set_xscale("log", base=2)
     levels = sorted({streams for each in comparison.competitors for streams in each.bounds})
     for bits in sorted({each.weight_bits for each in comparison.competitors}, reverse=True):
         steps = _steps(levels)
