@@ -21,6 +21,7 @@ from typing import Any
 import trio
 
 from ullm.actors.router import Router
+from ullm.actors.standby import StandbyPool
 from ullm.actors.tokenizer import Tokenizer
 from ullm.actors.transports import OpenTransport, open_transport
 from ullm.actors.transports.faulty import faulty
@@ -103,8 +104,12 @@ class Engine:
             config.faults, transport=config.worker_transport if transport is None else ""
         )
         self._router = Router(config, self.faults)
-        transport = faulty(transport or open_transport(config.worker_transport), self.faults)
-        self._fleet = Fleet(config, self._router, transport, self._give_up, self.faults)
+        standby = None
+        if transport is None:
+            transport = open_transport(config.worker_transport)
+            standby = StandbyPool(transport) if config.worker_transport == "process" else None
+        transport = faulty(standby.open if standby is not None else transport, self.faults)
+        self._fleet = Fleet(config, self._router, transport, self._give_up, self.faults, standby)
         self._lifecycle = Lifecycle(
             config,
             self._router,

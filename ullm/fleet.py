@@ -9,6 +9,7 @@ from typing import Any
 import trio
 
 from ullm.actors.router import Router
+from ullm.actors.standby import StandbyPool
 from ullm.actors.transports import OpenTransport
 from ullm.config import EngineConfig
 from ullm.errors import StartFailed, WorkerLost, first_cause
@@ -31,6 +32,7 @@ class Fleet:
         transport: how to start workers.
         on_failure: called with the cause when the last replica is given up.
         faults: what shall go wrong.
+        standby: where ``transport`` takes spare workers from; None: it has none.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Fleet:
         transport: OpenTransport,
         on_failure: Callable[[BaseException], None],
         faults: FaultInjector,
+        standby: StandbyPool | None = None,
     ) -> None:
         self.config = config
         self.replicas: list[Replica] = []
@@ -48,6 +51,7 @@ class Fleet:
         self._transport = transport
         self._on_failure = on_failure
         self._faults = faults
+        self._standby = standby
         self._root: Supervisor | None = None
         self._made = 0
         self.replicas = [self._make(slot, config) for slot in range(config.replicas)]
@@ -62,7 +66,8 @@ class Fleet:
         """The children that the engine starts with."""
         for replica in self.replicas:
             replica.group.model_path = model_path
-        return [self._spec(replica) for replica in self.replicas]
+        spares = [] if self._standby is None else [ChildSpec("standby", self._standby.run, shutdown=1.0)]
+        return [*spares, *(self._spec(replica) for replica in self.replicas)]
 
     def supervised_by(self, root: Supervisor) -> None:
         """The supervisor that `specs` were given to."""
@@ -72,6 +77,20 @@ class Fleet:
         """Wait until all replicas take requests, but those that were given up."""
         while not all(self._is_settled(replica) for replica in self.replicas):
             await self._router.wait_changed()
+        self._prepare_spares()
+
+    def _prepare_spares(self) -> None:
+        """Those who serve are up: now it is time for those who may take their places."""
+        replica = next((replica for replica in self.replicas if replica.group.info is not None), None)
+        if self._standby is None or replica is None or replica.group.info is None:
+            return
+        need = replica.group.info.weight_bytes if replica.group.info.device == "cpu" else 0
+        self._standby.prepare(replica.config, replica.group.model_path, need)
+
+    async def _drop_spares(self) -> None:
+        """What they hold is to be given back, too."""
+        if self._standby is not None:
+            await self._standby.pause()
 
     def _is_settled(self, replica: Replica) -> bool:
         return replica.failure is not None or replica.index in self._router.replicas_up
@@ -90,6 +109,7 @@ class Fleet:
 
     async def stop_all(self) -> None:
         """Stop all replicas in order; their requests wait."""
+        await self._drop_spares()
         for replica in self.replicas:
             await self._stop(replica)
 
@@ -106,6 +126,8 @@ class Fleet:
         Returns:
             Bytes given back.
         """
+        if level:
+            await self._drop_spares()
         rests = [replica.scheduler.rest(level) for replica in self.replicas if replica.failure is None]
         for rest in rests:
             await rest.reached.wait()
@@ -141,6 +163,7 @@ class Fleet:
             await self._start_beside(old, new, swap=swap)
             self.replicas[place] = new
             moved += await self._retire(old, patience)
+        self._prepare_spares()
         return moved
 
     async def _start_beside(self, old: Replica, new: Replica, *, swap: bool) -> None:

@@ -16,31 +16,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LOWEST_PRIORITY = 19
-"""As in nice(1)."""
+LOW_PRIORITY = 5
+"""As in nice(1): a third of what others get. With less, a spare would never be ready on a busy machine."""
 AUTOGROUP = Path("/proc/self/autogroup")
 """See sched(7)."""
 
 
 def import_gently(module: str) -> None:
-    """Import a module at the lowest priority; what goes wrong is left for a plain import to find."""
+    """Import a module at a low priority; what goes wrong is left for a plain import to find."""
     if sys.platform != "linux":
         return
     thread = threading.Thread(target=_import, args=(module,), name="import", daemon=True)
-    with _group_at_lowest_priority():
+    with _group_at_low_priority():
         thread.start()
         thread.join()  # signals are handled meanwhile
 
 
 def _import(module: str) -> None:
     with suppress(Exception):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
         importlib.import_module(module)
 
 
 @contextmanager
-def _group_at_lowest_priority() -> Iterator[None]:
-    _set_group_priority(LOWEST_PRIORITY)
+def _group_at_low_priority() -> Iterator[None]:
+    _set_group_priority(LOW_PRIORITY)
     try:
         yield
     finally:

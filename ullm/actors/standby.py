@@ -39,7 +39,7 @@ MEMORY_RESERVE = 1 * GIB
 """What must be available beyond the weights for a spare that nobody asked for."""
 MEMORY_SECONDS = 30.0
 """How often memory is looked at while there is not enough."""
-PREPARE_SECONDS = 120.0
+PREPARE_SECONDS = 300.0
 """A spare that takes longer hangs."""
 STOP_SECONDS = 0.4
 """For a spare to end by itself: it holds nothing."""
@@ -144,7 +144,6 @@ class StandbyPool:
         self._memory = memory
         self._places: dict[tuple[object, ...], _Place] = {}
         self._target: _Target | None = None
-        self._paused = False
         self._changed = trio.Event()
         self._taken = self._lost = 0
 
@@ -196,7 +195,7 @@ class StandbyPool:
     # --- for the engine ------------------------------------------------------------------------------
 
     def prepare(self, config: EngineConfig, model_path: str, need: int) -> None:
-        """Have spares for this from now on: called when all workers are ready, and after a reload.
+        """Have spares for this from now on: called when all workers are ready, after a reload and a pause.
 
         Args:
             config: ``standby_workers`` for each worker; None: one, while memory allows.
@@ -210,18 +209,13 @@ class StandbyPool:
         self._changed.set()
 
     async def pause(self) -> None:
-        """End all spares, and start none until `resume`; returns when they are gone."""
-        self._paused = True
+        """End all spares, and start none until `prepare`; returns when they are gone."""
+        self._target = None
         spares = self._spares()
         for place in self._places.values():
             self._retire(place, 0)
         for spare in spares:
             await spare.gone.wait()
-
-    def resume(self) -> None:
-        """Have spares again."""
-        self._paused = False
-        self._changed.set()
 
     def statistics(self) -> StandbyStatistics:
         """What is in the pool, as a frozen value."""
@@ -248,7 +242,7 @@ class StandbyPool:
     def _complete(self, place: _Place) -> list[_Spare]:
         """The spares that are missing, to be started now; those that are too many are retired."""
         target, now = self._target, trio.current_time()
-        if self._paused or target is None or now < place.not_before:
+        if target is None or now < place.not_before:
             return []
         self._retire(place, target.spares * max(1, place.serving))
         missing = max(0, target.spares * place.serving - len(place.spares))
@@ -285,7 +279,7 @@ class StandbyPool:
                 try:
                     await self._hold(spare, Prepare(target.config, place.spec.rank, target.model_path))
                 finally:
-                    if not spare.taken:
+                    if spare.prepared and not spare.taken:  # else there is nothing to stop in order
                         with cleanup_scope(STOP_SECONDS):
                             await transport.stop(STOP_SECONDS)
         except Exception as error:  # whatever it was, it is no reason to disturb those who serve
