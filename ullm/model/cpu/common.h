@@ -7,6 +7,9 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 constexpr int LANES = 16;
 
@@ -37,8 +40,12 @@ inline void store(bfloat16* to, float value) {
 
 inline floats load_floats(const float* from) { return *reinterpret_cast<const floats*>(from); }
 inline floats load_floats(const bfloat16* from) {
+#ifdef __AVX512F__  // GCC 12 makes five instructions of the conversion below
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#else
     const shorts halves = *reinterpret_cast<const shorts*>(from);
     return (floats)(__builtin_convertvector(halves, uints) << 16);
+#endif
 }
 inline void store_floats(float* to, floats values) { *reinterpret_cast<floats*>(to) = values; }
 
