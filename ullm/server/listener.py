@@ -48,9 +48,18 @@ class ClientConnection(TCPServer):
         stall_timeout: float,
     ) -> None:
         super().__init__(app, config, context, LifespanState(), stream)  # type: ignore[arg-type]  # takes either
-        self._socket = stream.socket
+        self._socket = sock = stream.socket
+        # The same descriptor, to send without a turn of the event loop where the kernel has room.
+        self._direct = socket.socket(sock.family, sock.type, sock.proto, sock.fileno())
         self._stall_timeout = stall_timeout
         self._client_left = False
+
+    async def run(self) -> None:
+        """Serve the connection until it ends."""
+        try:
+            await super().run()
+        finally:
+            self._direct.detach()
 
     async def _read_data(self) -> None:
         # Hypercorn's own keeps the socket of a client that has left until its idle time is over.
@@ -69,13 +78,25 @@ class ClientConnection(TCPServer):
             if not (self._client_left and isinstance(event, Updated)):
                 await super().protocol_send(event)
             return
-        async with self.send_lock:
-            try:
-                await self._send(event.data)
-            except (OSError, trio.ClosedResourceError):  # the client has gone, or was cut
-                await self.protocol.handle(Closed())
+        try:
+            rest = event.data if self.send_lock.locked() else self._send_now(event.data)
+            if rest:
+                async with self.send_lock:
+                    await self._send(rest)
+        except (OSError, trio.ClosedResourceError):  # the client has gone, or was cut
+            await self.protocol.handle(Closed())
 
-    async def _send(self, data: bytes) -> None:
+    def _send_now(self, data: bytes) -> bytes | memoryview:
+        """Send what the kernel takes at once; returns the rest."""
+        if self._socket.fileno() == -1:
+            raise trio.ClosedResourceError  # and the descriptor may be another connection's by now
+        try:
+            sent = self._direct.send(data)
+        except BlockingIOError:
+            return data
+        return memoryview(data)[sent:] if sent < len(data) else b""
+
+    async def _send(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
         with trio.CancelScope(shield=True) as scope:
             while rest:
