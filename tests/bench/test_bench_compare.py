@@ -1,0 +1,261 @@
+"""Comparing servers: who is started how, what is measured, how it is condensed; with servers from scripts."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from ullm.bench.compare import machine, run, scenarios
+from ullm.bench.compare.candidates import (
+    Candidate,
+    bits_of,
+    llama_candidate,
+    transformers_candidate,
+    ullm_candidate,
+    vllm_candidate,
+)
+from ullm.bench.compare.machine import Limits, ModelShape, best_of, model_shape, roofline
+from ullm.bench.compare.plot import draw
+from ullm.bench.compare.report import Comparison, compare
+from ullm.bench.compare.run import Turn, measure_candidate, order, run_rounds
+from ullm.bench.compare.scenarios import Figures, Load, Metric, decode_metric
+from ullm.commands.bench_compare import Peers, candidates, check, choose
+from ullm.errors import UsageError
+from ullm.testing import write_tiny_model
+
+SHAPE = ModelShape(parameters=1_000_000, kv_bytes=100)
+LIMITS = Limits(bandwidth=1e9, arithmetic=1e12)
+SCRIPT = Path(__file__).with_name("peer.py")
+
+
+def peer(name: str, *options: str) -> Candidate:
+    command = (sys.executable, str(SCRIPT), "{port}", *options)
+    return Candidate(name, command, "/health", "/health", start_seconds=20)
+
+
+# --- candidates --------------------------------------------------------------------------------------------
+
+
+def test_how_ullm_is_started() -> None:
+    found = ullm_candidate("int8=--quantization int8 --max-bs 32", "m")
+    assert (found.name, found.weight_bits) == ("ullm int8", 8.0)
+    assert found.command(81)[1:] == [
+        *("-m", "ullm", "serve", "--model", "m", "--port", "81"),
+        *("--quantization", "int8", "--max-bs", "32"),
+    ]
+    assert ullm_candidate("q=--model other.gguf", "m").command(1).count("--model") == 1
+    assert ullm_candidate("bf16=", "m").weight_bits == 16.0
+
+
+@pytest.mark.parametrize("spec", ["int8", "=--dtype float32", "--dtype=float32"])
+def test_specs_without_a_name(spec: str) -> None:
+    with pytest.raises(UsageError, match="NAME=OPTIONS"):
+        ullm_candidate(spec, "m")
+
+
+def test_how_peers_are_started(tmp_path: Path) -> None:
+    gguf = tmp_path / "w.gguf"
+    gguf.write_bytes(bytes(1000))
+    vllm = vllm_candidate("/v/bin/vllm", tmp_path, "--gpu-memory-utilization 0.3")
+    assert vllm.command(7)[:3] == ["/v/bin/vllm", "serve", str(tmp_path)]
+    assert vllm.command(7)[-4:] == ["--port", "7", "--gpu-memory-utilization", "0.3"]
+    assert vllm_candidate("/v/bin/python3", tmp_path, "").command(7)[1:3] == [
+        "-m",
+        "vllm.entrypoints.cli.main",
+    ]
+    llama = llama_candidate("/l/llama-server", gguf, "-t 2", 1600)
+    assert llama.command(7)[:5] == ["/l/llama-server", "-m", str(gguf), "--port", "7"]
+    assert (llama.weight_bits, llama.command(7)[-2:]) == (5.0, ["-c", "65536"])
+    assert llama_candidate("l", gguf, "-c 100", 1600).command(7).count("-c") == 1
+    transformers = transformers_candidate("/t/python", tmp_path)
+    assert transformers.command(7)[0] == "/t/python"
+    assert Path(transformers.command(7)[1]).is_file()
+    assert transformers.scenarios == ("decode",)
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ([], 16.0),
+        (["--dtype", "float32"], 32.0),
+        (["--dtype=float32"], 32.0),
+        (["--quantization", "int4", "--dtype", "float32"], 4.5),
+        (["--quantization"], 16.0),
+    ],
+)
+def test_bits_per_weight(options: list[str], bits: float) -> None:
+    assert bits_of(options) == bits
+
+
+def test_who_takes_part(tmp_path: Path) -> None:
+    found = candidates("m", tmp_path, Peers(("a=", "b="), vllm="v", transformers="t"), SHAPE)
+    assert [each.name for each in found] == ["ullm a", "ullm b", "vLLM", "transformers"]
+    assert choose(None, found) == "vLLM"
+    assert choose("B", found) == "ullm b"
+    assert choose(None, found[:2]) == "ullm a"
+    with pytest.raises(UsageError, match="--baseline x: expected one of ullm a"):
+        choose("x", found)
+    with pytest.raises(UsageError, match="twice"):
+        candidates("m", tmp_path, Peers(("a=", "a=")), SHAPE)
+    with pytest.raises(UsageError, match="--gguf"):
+        candidates("m", tmp_path, Peers(llama_server="l"), SHAPE)
+
+
+def test_what_cannot_be_measured() -> None:
+    with pytest.raises(UsageError, match="--scenarios nope"):
+        check(Load((1,), ("decode", "nope")), 1)
+    with pytest.raises(UsageError, match="--rounds"):
+        check(Load((1,)), 0)
+
+
+# --- the machine -------------------------------------------------------------------------------------------
+
+
+def test_the_roofline_is_the_lower_of_two_bounds() -> None:
+    alone = roofline(1, SHAPE, LIMITS, 16, context=0)
+    assert alone == pytest.approx(1e9 / 2e6)
+    assert roofline(1, SHAPE, LIMITS, 8, context=0) == pytest.approx(2 * alone)
+    assert roofline(4, SHAPE, LIMITS, 16, context=0) == pytest.approx(4 * alone)
+    assert roofline(1e6, SHAPE, LIMITS, 16, context=0) == pytest.approx(1e12 / 2e6)
+    assert roofline(1, SHAPE, LIMITS, 16, context=20_000) == pytest.approx(alone / 2)
+
+
+def test_shapes_are_read_from_a_model(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    shape = model_shape(tmp_path)
+    assert shape.kv_bytes == 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * 16
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert shape.parameters == pytest.approx(size / 4, rel=0.1)  # float32, and a header
+    with pytest.raises(UsageError, match=r"config\.json"):
+        model_shape(tmp_path / "none")
+
+
+def test_bandwidth_is_plausible_and_the_better_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
+    assert 1e7 < machine.read_bandwidth(2) < 1e14
+    assert best_of(Limits(1, 5), Limits(2, 3)) == Limits(2, 5)
+
+
+# --- measuring ---------------------------------------------------------------------------------------------
+
+
+def test_the_order_rotates() -> None:
+    who = [peer(name) for name in "abc"]
+    assert ["".join(each.name for each in order(who, number)) for number in range(4)] == [
+        "abc",
+        "bca",
+        "cab",
+        "abc",
+    ]
+
+
+@pytest.mark.process
+async def test_a_server_is_started_measured_and_stopped(tmp_path: Path) -> None:
+    load = Load((1, 3), output_tokens=6)
+    found = await measure_candidate(peer("p", "--start", "0.3"), load, tmp_path / "log")
+    values = found.values
+    assert values[scenarios.START_LIVE] <= values[scenarios.START_READY] <= values[scenarios.START_FIRST]
+    assert values[scenarios.START_READY] >= 0.3
+    assert {decode_metric(1), decode_metric(3), scenarios.PREFILL, scenarios.STOP} <= set(values)
+    assert values[scenarios.PREFIX_COLD] > values[scenarios.PREFIX_WARM]
+    assert 1 < values[scenarios.MEMORY] < 1000
+    assert found.prompt_tokens == {"decode 1": 64, "decode 3": 96, "prefill": 6000, "prefix": 16 * 1016}
+
+
+@pytest.mark.process
+async def test_a_candidate_that_fails_does_not_keep_the_others_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "SETTLE", 0.0)
+    said: list[str] = []
+    who = [peer("good"), peer("gone", "--exit", "3"), peer("bad", "--refuse")]
+    turns = await run_rounds(who, Load((1,), ("decode",), output_tokens=2), 1, tmp_path, said.append)
+    assert [turn.figures is not None for turn in turns] == [True, False, False]
+    assert "ended with status 3" in turns[1].error
+    assert "no more memory" in turns[1].error  # what its log says
+    assert "answered 500" in turns[2].error
+    assert [line.split(":")[1].strip() for line in said] == ["good", "gone", "bad"]
+
+
+async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    missing = Candidate("none", ("/no/such/program",), "/", "/")
+    (turn,) = await run_rounds([missing], Load((1,)), 1, tmp_path, lambda line: None)
+    assert "cannot run /no/such/program" in turn.error
+
+
+# --- condensing --------------------------------------------------------------------------------------------
+
+FAST, SLOW = decode_metric(1), Metric("to first token", "ms", "lower")
+
+
+def comparison() -> Comparison:
+    def turn(number: int, name: str, rate: float, wait: float, tokens: int = 9) -> Turn:
+        return Turn(number, name, Figures({FAST: rate, SLOW: wait}, {"decode 1": tokens}))
+
+    turns = [
+        turn(0, "ullm a", 200, 10),
+        turn(0, "peer", 100, 20, tokens=10),
+        turn(1, "ullm a", 300, 10),
+        turn(1, "peer", 100, 50, tokens=10),
+        turn(2, "ullm a", 330, 10),
+        Turn(2, "peer", None, "it fell over"),
+    ]
+    who = [Candidate("ullm a", ("ullm",), "/", "/"), Candidate("peer", ("peer",), "/", "/")]
+    return compare(who, turns, Load((1, 4)), "peer", SHAPE, LIMITS)
+
+
+def test_ratios_are_within_a_round_and_above_1_is_better() -> None:
+    found = comparison()
+    rate, wait = (line.entries["ullm a"] for line in found.lines)
+    assert (rate.values, rate.median) == ([200, 300, 330], 300)
+    assert rate.ratio is not None
+    assert (rate.ratio.min, rate.ratio.median, rate.ratio.max) == (2.0, 2.5, 3.0)
+    assert wait.ratio is not None
+    assert (wait.ratio.min, wait.ratio.max) == (2.0, 5.0)
+    assert found.lines[0].entries["peer"].ratio is None
+    assert found.rounds == 3
+    assert found.unequal == ["decode 1"]
+    assert found.errors == ["peer, round 3: it fell over"]
+
+
+def test_reports_for_people_and_for_programs() -> None:
+    found = comparison()
+    text = found.markdown()
+    share = 300 / roofline(1, SHAPE, LIMITS, 16, 96)
+    assert f"| decode, 1 stream, tok/s | 300 ({share:.0%}) | 100 " in text
+    assert "| to first token, ms | 3.50 (2.00–5.00) |" in text
+    assert "Not measured: peer, round 3: it fell over" in text
+    assert "not equally long in: decode 1" in text
+    assert json.loads(found.json())["competitors"][0]["bounds"].keys() == {"1", "4"}
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_plot_is_drawn(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"plot.{suffix}"
+    draw(comparison(), file, 96)
+    content = file.read_bytes()
+    assert content.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+    assert suffix == "png" or b"bound, 16 bits" in content
+    assert len(content) > 5000
+
+
+# --- the runner for transformers ---------------------------------------------------------------------------
+
+
+@pytest.mark.process
+async def test_transformers_in_static_batches_speaks_the_dialect(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model")
+    candidate = transformers_candidate(sys.executable, tmp_path / "model")
+    with trio.fail_after(120):
+        found = await measure_candidate(candidate, Load((1, 3), output_tokens=5), tmp_path / "log")
+    assert all(math.isfinite(value) and value > 0 for value in found.values.values())
+    assert set(found.prompt_tokens) == {"decode 1", "decode 3"}
+    counts: Any = found.prompt_tokens
+    assert counts["decode 3"] > counts["decode 1"] > 0
