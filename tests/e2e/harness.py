@@ -4,81 +4,179 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import psutil
+import pytest
 
 START_SECONDS = 60.0
+SCRIPTED = ("--load-format", "dummy", "--runner", "ullm.testing:ScriptedRunner")
+"""Options that serve `scripted_model`."""
+
+UNCLEAN = re.compile(r"Traceback|never awaited|[Uu]nraisable|Exception ignored|ResourceWarning|RuntimeWarning")
+"""What no log may say, whatever was done to the server."""
 
 
 class Server:
-    """``ullm serve`` in a process of its own.
+    """A server in a process of its own, with its own folder for temporary files.
+
+    Clients are told not to verify certificates: there are none, and to load the system's takes 30 ms.
 
     Args:
         arguments: after ``ullm serve --port 0``.
-        command: another way to start it; must say ``ready: URL`` on stdout.
+        environ: variables beside this process's own.
+        wait: until it is ready.
+        log: file to which its stderr is copied as well.
+        command: another way to start it.
+        ready: finds the address in what such a command writes.
     """
 
     def __init__(
-        self, *arguments: str, environ: Mapping[str, str] = {}, wait: bool = True, log: Path
+        self,
+        *arguments: str,
+        environ: Mapping[str, str] = {},
+        wait: bool = True,
+        log: Path | None = None,
+        command: Sequence[str] | None = None,
+        ready: str = r"(?m)^ready: (\S+)/v1",
     ) -> None:
-        self.log = log
-        with log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "ullm", "serve", "--port", "0", *arguments],
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=os.environ | dict(environ),
-                text=True,
-            )
-        self.url = ""
-        self.said = ""
-        self._ready = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.folder = Path(tempfile.mkdtemp(prefix="ullm-e2e-"))
+        (self.folder / "tmp").mkdir()
+        self.url = self.said = self._errors = ""
+        self._log, self._ready = log, re.compile(ready)
+        self._heard = threading.Condition()
+        own = [sys.executable, "-m", "ullm", "serve", "--port", "0", "--admin-listen", f"unix:{self._socket}"]
+        self.process = subprocess.Popen(
+            command or [*own, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONWARNINGS": "default", "TMPDIR": self._temporary, **environ},
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._readers = [threading.Thread(target=self._read, args=[pipe], daemon=True) for pipe in self._pipes]
+        for reader in self._readers:
+            reader.start()
         if wait:
             self.wait_ready()
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.said += line
-            if line.startswith("ready: "):
-                self.url = line.split()[1].removesuffix("/v1")
-                self._ready.set()
-        self._ready.set()
-
-    def wait_ready(self) -> None:
-        """Wait for the ready line; fail with the log if the server ends before."""
-        assert self._ready.wait(START_SECONDS), f"not ready after {START_SECONDS} s\n{self.errors()}"
-        assert self.url, f"ended before it was ready\n{self.errors()}"
+    # --- what it says ----------------------------------------------------------------------------------
 
     def errors(self) -> str:
         """What it wrote to stderr."""
-        return self.log.read_text("utf-8", "replace")
+        return self._errors
+
+    def hear(self, pattern: str, seconds: float = 20) -> str:
+        """Wait until what it wrote to stderr contains a pattern, and return what was found."""
+        with self._heard:
+            assert self._heard.wait_for(lambda: self._found(pattern) or self._ended, seconds), self._errors
+        found = re.search(pattern, self._errors)
+        assert found, f"ended without {pattern!r}\n{self._errors}"
+        return found[0]
+
+    def wait_ready(self) -> None:
+        """Wait until it serves; fail with the log if it ends before."""
+        with self._heard:
+            ready = self._heard.wait_for(lambda: self.url or self._ended, START_SECONDS)
+        assert ready, f"not ready after {START_SECONDS} s\n{self._errors}"
+        assert self.url, f"ended before it was ready\n{self._errors}"
+
+    @property
+    def _pipes(self) -> list[IO[str]]:
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        return [self.process.stdout, self.process.stderr]
+
+    @property
+    def _ended(self) -> bool:
+        return not any(reader.is_alive() for reader in self._readers[1:])
+
+    def _found(self, pattern: str) -> bool:
+        return re.search(pattern, self._errors) is not None
+
+    def _read(self, pipe: IO[str]) -> None:
+        for line in pipe:
+            with self._heard:
+                if pipe is self.process.stdout:
+                    self.said += line
+                else:
+                    self._errors += line
+                found = self._ready.search(line)
+                self.url = self.url or (found[1] if found else "")
+                self._heard.notify_all()
+        with self._heard:
+            self._heard.notify_all()
+
+    # --- asking it -------------------------------------------------------------------------------------
 
     def client(self, **options: Any) -> httpx.Client:
         """A plain HTTP client."""
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        return httpx.Client(base_url=self.url, timeout=60, verify=False, **options)
+
+    def get(self, path: str) -> httpx.Response:
+        """One request on a connection of its own."""
+        return httpx.get(f"{self.url}{path}", timeout=30, verify=False)
+
+    def admin(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        """One request to the admin listener."""
+        with httpx.Client(transport=httpx.HTTPTransport(verify=False, uds=self._socket), timeout=60) as client:
+            return client.request(method, f"http://localhost{path}", json=body)
+
+    def complete(self, **body: Any) -> httpx.Response:
+        """One completion that is not streamed."""
+        body = {"prompt": [300, 301], "temperature": 0, "ignore_eos": True, **body}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60, verify=False)
+
+    def metric(self, sample: str) -> float:
+        """The value of a sample of ``/metrics``, such as ``name_total`` or ``name{label="x"}``."""
+        found = re.search(rf"(?m)^{re.escape(sample)} (\S+)$", self.get("/metrics").text)
+        assert found, f"no sample {sample}"
+        return float(found[1])
+
+    def state(self) -> str:
+        """The engine's state, as ``/health`` has it."""
+        found: str = self.get("/health").json()["state"]
+        return found
+
+    def wait_state(self, *states: str, seconds: float = 20) -> None:
+        """Wait for one of these states."""
+        eventually(lambda: self.state() in states, seconds)
+
+    def find_url(self) -> None:
+        """Learn the address while it starts, which it says only when it is ready."""
+        eventually(self._listening_ports)
+        self.url = f"http://127.0.0.1:{self._listening_ports()[0]}"
+
+    def _listening_ports(self) -> list[int]:
+        found = psutil.Process(self.process.pid).net_connections("tcp")
+        return [connection.laddr.port for connection in found if connection.status == psutil.CONN_LISTEN]
+
+    # --- its processes ---------------------------------------------------------------------------------
 
     def children(self) -> list[psutil.Process]:
         """All processes below the server."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def workers(self) -> list[psutil.Process]:
-        """Its worker processes."""
-        return [p for p in self.children() if "ullm.actors.worker_main" in p.cmdline()]
+        """Its worker processes, in service or standing by."""
+        return [p for p in self.children() if not is_gone(p) and "ullm.actors.worker_main" in _command(p)]
 
-    def worker(self) -> psutil.Process:
-        """The one worker process."""
-        (worker,) = self.workers()
-        return worker
+    def worker(self, replica: int = 0) -> psutil.Process:
+        """The worker process of a replica."""
+        (pid,) = self.get("/health").json()["replicas"][replica]["worker_pids"]
+        return psutil.Process(pid)
 
     def signal(self, number: int) -> None:
         """Send a signal to the server only."""
@@ -86,71 +184,150 @@ class Server:
 
     def wait(self, timeout: float = 30) -> int:
         """The exit status."""
-        return self.process.wait(timeout)
+        code = self.process.wait(timeout)
+        for reader in self._readers:
+            reader.join(2)
+        return code
+
+    # --- the end ---------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop it in order if it still runs; kill it if it does not stop. Its log is shown if a test fails."""
+        try:
+            if self.process.poll() is None:
+                self.signal(signal.SIGTERM)
+            self.wait()
+        finally:
+            self._orphans = self._wait_for_processes(2.0)
+            for process in self._orphans:
+                process.kill()
+            self.wait()
+            for pipe in self._pipes:
+                pipe.close()
+            sys.stdout.write(self._errors)
+            if self._log is not None:
+                self._log.write_text(self._errors)
+
+    def check_nothing_is_left(self) -> None:
+        """No process, temporary file, listening socket, or sign of untidiness in the log."""
+        assert not self._orphans, "processes are left"
+        left = [str(path) for path in Path(self._temporary).iterdir()]
+        in_order = self.process.returncode in (0, 1, 70)
+        left += [self._socket] if in_order and Path(self._socket).exists() else []
+        assert not left, f"files are left: {left}"
+        assert not (found := UNCLEAN.search(self._errors)), f"the log says {found}"
+        if self.url:
+            with pytest.raises(httpx.ConnectError):
+                self.get("/live")
+        shutil.rmtree(self.folder)
+
+    def _wait_for_processes(self, seconds: float) -> list[psutil.Process]:
+        """Those that were started by it, also where they have got another parent, and do not go away."""
+        deadline = time.monotonic() + seconds
+        while left := [process for process in psutil.process_iter() if self._is_ours(process)]:
+            if time.monotonic() > deadline:
+                return left
+            time.sleep(0.01)
+        return []
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return not is_gone(process) and process.environ().get("TMPDIR") == self._temporary
+        except psutil.Error:  # gone meanwhile, or somebody else's
+            return False
+
+    @property
+    def _temporary(self) -> str:
+        return str(self.folder / "tmp")
+
+    @property
+    def _socket(self) -> str:
+        return str(self.folder / "admin")
 
 
 class Stream:
-    """One streamed completion, read in a thread until it ends, however that happens."""
+    """One request, read in a thread until it ends, however that happens.
 
-    def __init__(self, server: Server, max_tokens: int, prompt: list[int] | None = None) -> None:
+    Args:
+        chat: a chat completion of the prompt's numbers, instead of a completion of its tokens.
+        stream: by server-sent events; otherwise in one piece.
+        body: more fields of the request.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        max_tokens: int,
+        prompt: list[int] | None = None,
+        *,
+        chat: bool = False,
+        stream: bool = True,
+        **body: Any,
+    ) -> None:
         self.text = ""
+        self.status: int | None = None
         self.finish_reason: str | None = None
         self.done = False
         self.error: Exception | None = None
         self.failure: dict[str, str] | None = None
-        self.begun = threading.Event()
-        self._body = {
-            "model": server_model(server),
-            "prompt": prompt or [300, 301],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "ignore_eos": True,
-            "stream_options": {"include_usage": True},
-        }
         self.usage: dict[str, int] | None = None
         self.gap = 0.0
-        self._url = f"{server.url}/v1/completions"
+        self.chunks = 0
+        self.begun = threading.Event()
+        self.ended = threading.Event()
+        prompt = prompt or [300, 301]
+        asked = {"messages": [{"role": "user", "content": str(prompt)}]} if chat else {"prompt": prompt}
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        self._body = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **asked, **options, **body}
+        self._url = f"{server.url}/v1/{'chat/' if chat else ''}completions"
+        self._leaving = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        last = time.monotonic()
         try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=60) as response:
-                response.raise_for_status()
-                for line in response.iter_lines():
-                    if line.startswith("data: "):
-                        self._take(line[6:])
-                        self.gap, last = max(self.gap, time.monotonic() - last), time.monotonic()
+            with httpx.stream("POST", self._url, json=self._body, timeout=60, verify=False) as response:
+                self.status = response.status_code
+                self._read(response)
         except httpx.HTTPError as error:
             self.error = error
         self.begun.set()
+        self.ended.set()
 
-    def _take(self, data: str) -> None:
-        if data == "[DONE]":
-            self.done = True
-            return
-        chunk = json.loads(data)
-        if "error" in chunk:
-            self.failure = chunk["error"]
-            return
+    def _read(self, response: httpx.Response) -> None:
+        last = time.monotonic()
+        if not response.headers["content-type"].startswith("text/event-stream"):
+            response.read()
+            return self._take(response.json())
+        for line in response.iter_lines():
+            if self._leaving:
+                return
+            if line.startswith("data: "):
+                self.done = line == "data: [DONE]"
+                if not self.done:
+                    self._take(json.loads(line[6:]))
+                self.gap, last = max(self.gap, time.monotonic() - last), time.monotonic()
+
+    def _take(self, chunk: dict[str, Any]) -> None:
+        self.failure = chunk.get("error") or self.failure
         self.usage = chunk.get("usage") or self.usage
-        for choice in chunk["choices"]:
-            self.text += choice["text"]
+        for choice in chunk.get("choices", ()):
+            said = choice.get("delta") or choice.get("message")
+            self.text += said.get("content") or "" if said is not None else choice.get("text", "")
             self.finish_reason = choice["finish_reason"] or self.finish_reason
-            self.begun.set()
+            if self.text:
+                self.chunks += 1
+                self.begun.set()
+
+    def leave(self) -> None:
+        """Hang up at the next event."""
+        self._leaving = True
 
     def join(self, timeout: float = 60) -> Stream:
-        self._thread.join(timeout)
-        assert not self._thread.is_alive(), "the stream has no end"
+        """Wait for its end."""
+        assert self.ended.wait(timeout), "the stream has no end"
+        self._thread.join()
         return self
-
-
-def server_model(server: Server) -> str:
-    with server.client() as client:
-        name: str = client.get("/v1/models").json()["data"][0]["id"]
-        return name
 
 
 def streams(server: Server, count: int, max_tokens: int) -> list[Stream]:
@@ -161,6 +338,31 @@ def streams(server: Server, count: int, max_tokens: int) -> list[Stream]:
     return found
 
 
+def texts(found: Sequence[Stream]) -> list[str]:
+    """What complete streams have said; fails if one of them is not complete."""
+    for stream in found:
+        stream.join()
+        assert (stream.error, stream.failure, stream.status) == (None, None, 200)
+        assert stream.finish_reason == "length"
+        assert stream.usage is not None
+        assert stream.usage["completion_tokens"] == stream._body["max_tokens"]
+        assert stream.done == ("stream" in stream._body)
+    return [stream.text for stream in found]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:  # it has ended since
+        return []
+
+
+def server_model(server: Server) -> str:
+    """The name of the served model."""
+    name: str = server.get("/v1/models").json()["data"][0]["id"]
+    return name
+
+
 def is_gone(process: psutil.Process) -> bool:
     """Whether a process has ended. An orphan stays a zombie where nobody reaps it, as in containers."""
     try:
@@ -169,11 +371,7 @@ def is_gone(process: psutil.Process) -> bool:
         return True
 
 
-SCRIPTED = ("--load-format", "dummy", "--runner", "ullm.testing:ScriptedRunner")
-"""Options that serve `scripted_model`."""
-
-
-def eventually(what: Callable[[], bool], seconds: float = 10) -> None:
+def eventually(what: Callable[[], object], seconds: float = 10) -> None:
     """Wait for something that sends no event, such as another process's end."""
     deadline = time.monotonic() + seconds
     while not what():

@@ -1,0 +1,140 @@
+"""New workers take over under load: no request fails, none says anything else."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness import SCRIPTED, Server, Stream, eventually, is_gone, texts
+
+pytestmark = pytest.mark.process
+
+Serve = Callable[..., Server]
+
+
+class Load:
+    """Requests without a pause, each as the one before has ended."""
+
+    def __init__(self, server: Server, clients: int = 6) -> None:
+        self.ended: list[Stream] = []
+        self._server, self._leaving = server, threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=[number]) for number in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, number: int) -> None:
+        while not self._leaving.is_set():
+            self.ended.append(Stream(self._server, 60, [300 + number], stream=number % 2 == 0).join())
+
+    def wait_for(self, more: int) -> None:
+        """Until so many more requests have ended."""
+        wanted = len(self.ended) + more
+        eventually(lambda: len(self.ended) >= wanted, seconds=30)
+
+    def stop(self) -> None:
+        """Wait for the last ones."""
+        self._leaving.set()
+        for thread in self._threads:
+            thread.join(30)
+
+
+@contextmanager
+def load(server: Server) -> Iterator[Load]:
+    """Afterwards: each request was served, and the same prompt has always got the same text."""
+    running = Load(server)
+    try:
+        running.wait_for(6)
+        yield running
+        running.wait_for(12)
+    finally:
+        running.stop()
+    texts(running.ended)
+    assert len({(stream._body["prompt"][0], stream.text) for stream in running.ended}) == 6
+
+
+def pids(server: Server) -> set[int]:
+    return {pid for replica in server.get("/health").json()["replicas"] for pid in replica["worker_pids"]}
+
+
+@pytest.mark.parametrize("how", ["admin", "SIGHUP"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_under_load_no_request_fails(serve: Serve, scripted_model: Path, how: str, replicas: int) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--replicas", str(replicas))
+    first, workers = pids(server), server.workers()
+    with load(server):
+        for number in (1, 2):
+            if how == "SIGHUP":
+                server.signal(signal.SIGHUP)
+            else:
+                answer = server.admin("POST", "/admin/reload")
+                assert (answer.status_code, len(answer.json()["replicas"])) == (200, replicas)
+            eventually(lambda n=number: server.metric('ullm_reloads_total{outcome="succeeded"}') == n)
+            assert server.get("/ready").status_code == 200
+    assert not pids(server) & first
+    assert server.metric("ullm_worker_restarts_total") == 0
+    eventually(lambda: all(is_gone(process) for process in workers if process.pid in first))
+
+
+def test_threads_are_replaced_too(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--transport", "thread")
+    with load(server):
+        assert server.admin("POST", "/admin/reload").status_code == 200
+
+
+def test_the_old_workers_serve_on_if_the_new_ones_do_not_come_up(
+    serve: Serve, scripted_model: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(scripted_model, broken)
+    (broken / "config.json").write_text("{")
+    server = serve("--model", str(scripted_model), *SCRIPTED)
+    first = pids(server)
+    with load(server):
+        refused = server.admin("POST", "/admin/reload", {"model": str(broken)})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (500, "reload_failed")
+        assert "config.json" in refused.json()["error"]["message"]
+        missing = server.admin("POST", "/admin/reload", {"model": str(tmp_path / "nothing")})
+        assert missing.json()["error"]["code"] == "reload_failed"
+    assert pids(server) == first
+    assert server.metric('ullm_reloads_total{outcome="failed"}') == 2
+
+
+@pytest.mark.parametrize("plan", ["worker.start:crash", "worker.start:oom", "engine.reload:raise"])
+def test_new_workers_that_fail_change_nothing(serve: Serve, scripted_model: Path, plan: str) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--standby-workers", "0")
+    first = pids(server)
+    with load(server):
+        server.admin("POST", "/admin/faults", {"plan": plan})
+        refused = server.admin("POST", "/admin/reload")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (500, "reload_failed")
+        assert pids(server) == first
+        assert server.admin("POST", "/admin/reload").status_code == 200
+    assert not pids(server) & first
+
+
+def test_a_model_that_was_broken_on_disk_is_noticed_at_sighup(
+    serve: Serve, scripted_model: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(scripted_model, model)
+    server = serve("--model", str(model), *SCRIPTED)
+    with load(server):
+        (model / "config.json").rename(tmp_path / "config.json")
+        server.signal(signal.SIGHUP)
+        server.hear("reload failed; the old workers serve on")
+        (tmp_path / "config.json").rename(model / "config.json")
+        server.signal(signal.SIGHUP)
+        server.hear("reloaded")
+
+
+def test_asleep_it_wakes_for_it(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED)
+    server.admin("POST", "/sleep", {"level": 2})
+    assert server.admin("POST", "/admin/reload").status_code == 200
+    assert server.state() == "running"
+    texts([Stream(server, 20)])
