@@ -211,6 +211,7 @@ def bench_chaos(
     server: Annotated[str, Parameter(help="More options of ullm serve.", allow_leading_hyphen=True)] = "",
     json: Json = False,
     output: Annotated[Path | None, Parameter(help="Also write the report there, as JSON.")] = None,
+    log: Annotated[Path | None, Parameter(help="Also keep the server's log there.")] = None,
 ) -> int:
     """Disturb a server under load by random faults, and check that nothing is lost. Needs ullm[bench]."""
     import shlex
@@ -220,7 +221,7 @@ def bench_chaos(
 
     only = tuple(kind.strip() for kind in kinds.split(",") if kind.strip())
     plan = Plan(model, tuple(shlex.split(server)), seed, faults, seconds, streams, only=only)
-    return chaos(plan, output, as_json=json)
+    return chaos(plan, output, log, as_json=json)
 
 
 @bench.command(name="events")

@@ -22,12 +22,13 @@ STEP_SECONDS = 0.005
 """Of the scripted model."""
 
 
-def chaos(plan: Plan, output: Path | None, *, as_json: bool) -> int:
+def chaos(plan: Plan, output: Path | None, log: Path | None, *, as_json: bool) -> int:
     """Run it and show what came of it; 1 if anything was violated. The server's log is kept then.
 
     Args:
         plan: its ``model`` may be ``scripted`` or ``tiny``, which are written for the run.
         output: also write the report there, as JSON.
+        log: also keep the server's log there.
 
     Raises:
         UsageError: a plan that cannot be.
@@ -38,6 +39,8 @@ def chaos(plan: Plan, output: Path | None, *, as_json: bool) -> int:
     try:
         report = trio.run(run_chaos, with_model(plan, folder / "model"), folder)
     finally:
+        if log is not None:
+            shutil.copyfile(folder / "server.log", log)
         if report is not None and report.good:
             shutil.rmtree(folder)
         else:

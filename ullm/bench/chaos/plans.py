@@ -44,7 +44,9 @@ class Planned:
         nth = world.source.randint(1, LATEST_HIT) if self.soon else 1
         armed = await arm(world, f"{self.plan}{',' if '@' in self.plan else '@'}nth={nth}")
         if armed and self.crashes:
-            await settle(lambda: _happened(world), FIRES_WITHIN)
+            if not await settle(lambda: _happened(world), FIRES_WITHIN):
+                await disarm(world)  # or it would hit somebody whom nobody counted
+                return NOTHING
             world.note_crash()  # only now is it known whom it may have hit
         return armed
 

@@ -14,6 +14,8 @@ from ullm.bench.chaos.world import Fault, Kind, World
 
 NEAR = 0.5
 """Seconds after a fault within which a silence that begins is laid to it."""
+LONGEST = 10
+"""Silences that the JSON lists."""
 SHOWN = 20
 """Violations that a terminal shows."""
 
@@ -41,7 +43,11 @@ class FaultReport(msgspec.Struct, frozen=True):
 
 
 class ChaosReport(msgspec.Struct, frozen=True):
-    """A finished chaos run."""
+    """A finished chaos run.
+
+    Args:
+        longest_gaps: silences in streams: when one began, in seconds since the first fault, and how long.
+    """
 
     seed: int
     kinds: list[KindReport]
@@ -50,6 +56,7 @@ class ChaosReport(msgspec.Struct, frozen=True):
     refused: int
     verdicts: list[Verdict]
     violations: list[str]
+    longest_gaps: list[tuple[float, float]]
 
     @classmethod
     def of(cls, seed: int, world: World, verdicts: Sequence[Verdict], kinds: Iterable[Kind]) -> ChaosReport:
@@ -64,6 +71,10 @@ class ChaosReport(msgspec.Struct, frozen=True):
             world.counts["refused"],
             list(verdicts),
             world.violations,
+            [
+                (round(begin - first, 3), round(end - begin, 3))
+                for begin, end in sorted(gaps, key=_length, reverse=True)[:LONGEST]
+            ],
         )
 
     @property
@@ -89,6 +100,10 @@ class ChaosReport(msgspec.Struct, frozen=True):
             console.print(f"{mark}  {verdict.what}" + (f" ({verdict.detail})" if verdict.detail else ""))
         for violation in self.violations[:SHOWN]:
             console.print(f"  {violation}", markup=False)
+
+
+def _length(gap: tuple[float, float]) -> float:
+    return gap[1] - gap[0]
 
 
 def _kind(name: str, faults: Sequence[Fault], gaps: Sequence[tuple[float, float]]) -> KindReport:

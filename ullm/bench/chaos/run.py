@@ -63,7 +63,7 @@ class Plan:
     pause: float = 0.5
     only: tuple[str, ...] = ()
     max_tokens: tuple[int, int] = (20, 200)
-    step_timeout: float = 1.0
+    step_timeout: float = 2.0
     stall_timeout: float = 2.0
 
     def command(self, port: int, admin: Path) -> list[str]:
