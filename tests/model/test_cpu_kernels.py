@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,10 +108,10 @@ def test_models_have_the_same_logits_with_and_without(name: str, tmp_path: Path)
 
 
 def outputs(
-    path: Path, prompts: list[list[int]], *, chunk: int, lose_after: int | None = None
+    path: Path, prompts: list[list[int]], *, chunk: int, lose_after: int | None = None, **options: Any
 ) -> list[list[int]]:
     """Twelve greedy tokens of each prompt, computed together, in chunks; perhaps with a loss of all KV."""
-    runner = load_runner(path, dtype="bfloat16", num_blocks=400)
+    runner = load_runner(path, dtype="bfloat16", num_blocks=400, **options)
     tokens = [list(prompt) for prompt in prompts]
     computed = [0] * len(prompts)
     greedy = SamplingParams(temperature=0, seed=0)
@@ -176,7 +177,7 @@ def test_without_a_compiler_the_model_runs_all_the_same(
     prompt = random_tokens(9, seed=4)
     logits = []
     for found in (shutil.which, lambda name: None):
-        monkeypatch.setattr(build.shutil, "which", found)
+        monkeypatch.setattr("shutil.which", found)
         model = LogitsModel(tmp_path)
         model.add(0, prompt, list(range(3)))
         logits.append(model.step((0, 0, 9))[0])
