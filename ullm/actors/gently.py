@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LOW_PRIORITY = 5
-"""As in nice(1): a third of what others get. With less, a spare would never be ready on a busy machine."""
+GIVE_WAY = 5
+"""Added to the niceness, as by nice(1): a third of what others get. With less, a spare worker would never
+be ready on a busy machine."""
+LEAST_PRIORITY = 19
 AUTOGROUP = Path("/proc/self/autogroup")
 """See sched(7)."""
 
@@ -27,26 +29,33 @@ def import_gently(module: str) -> None:
     if sys.platform != "linux":
         return
     thread = threading.Thread(target=_import, args=(module,), name="import", daemon=True)
-    with _group_at_low_priority():
+    with _group_gives_way():
         thread.start()
         thread.join()  # signals are handled meanwhile
 
 
 def _import(module: str) -> None:
+    thread = threading.get_native_id()
+    niceness = os.getpriority(os.PRIO_PROCESS, thread) + GIVE_WAY
+    os.setpriority(os.PRIO_PROCESS, thread, min(niceness, LEAST_PRIORITY))
     with suppress(Exception):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
         importlib.import_module(module)
 
 
 @contextmanager
-def _group_at_low_priority() -> Iterator[None]:
-    _set_group_priority(LOW_PRIORITY)
+def _group_gives_way() -> Iterator[None]:
+    try:
+        niceness = int(AUTOGROUP.read_text().split()[-1])  # "/autogroup-25 nice 0"
+    except (OSError, ValueError, IndexError):  # not configured
+        yield
+        return
+    _set_group(min(niceness + GIVE_WAY, LEAST_PRIORITY))
     try:
         yield
     finally:
-        _set_group_priority(0)
+        _set_group(niceness)
 
 
-def _set_group_priority(nice: int) -> None:
-    with suppress(OSError):  # not configured, or not allowed
-        AUTOGROUP.write_text(str(nice))
+def _set_group(niceness: int) -> None:
+    with suppress(OSError):  # not allowed, or too often
+        AUTOGROUP.write_text(str(niceness))
