@@ -1,0 +1,113 @@
+"""Standby workers of a real server: that they take over, come and go unnoticed, and are never left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import SCRIPTED, Server, eventually, is_gone, streams, texts
+
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX"),
+]
+
+Serve = Callable[..., Server]
+TOKENS = 200
+
+
+def spares(server: Server) -> list[psutil.Process]:
+    """Worker processes that serve nobody."""
+    serving = {pid for replica in server.get("/health").json()["replicas"] for pid in replica["worker_pids"]}
+    return [process for process in server.workers() if process.pid not in serving]
+
+
+def prepared(server: Server) -> psutil.Process:
+    """The one spare, when it is prepared."""
+    server.hear("standby worker prepared")
+    (spare,) = spares(server)
+    return spare
+
+
+def test_a_spare_takes_the_place_of_a_killed_worker(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug")
+    undisturbed = texts(streams(server, 4, TOKENS))
+    spare = prepared(server)
+    running = streams(server, 4, TOKENS)
+    server.worker().kill()
+    assert texts(running) == undisturbed
+    assert server.worker() == spare
+    assert f"pid={spare.pid}" in server.hear("standby worker takes over .*")
+    eventually(lambda: [process for process in spares(server) if process != spare])
+
+
+def test_a_killed_spare_is_replaced_and_nobody_notices(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug")
+    spare, worker = prepared(server), server.worker()
+    running = streams(server, 2, TOKENS)
+    spare.kill()
+    eventually(lambda: [process for process in spares(server) if process != spare])
+    texts(running)
+    assert server.worker() == worker
+    assert server.metric("ullm_worker_restarts_total") == 0
+    assert "was killed by SIGKILL" in server.hear("standby worker lost .*")
+
+
+def test_a_killed_server_leaves_no_spare(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug")
+    spare = prepared(server)
+    server.signal(signal.SIGKILL)
+    server.wait()
+    eventually(lambda: is_gone(spare), seconds=1)
+
+
+def test_a_stop_ends_spares_in_order(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug")
+    prepared(server)
+    began = time.monotonic()
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert time.monotonic() - began < 2
+    assert "standby worker lost" not in server.errors()
+
+
+def test_a_stop_does_not_wait_for_a_spare_that_is_being_prepared(serve: Serve, scripted_model: Path) -> None:
+    runner = ("--load-format", "dummy", "--runner", "slow_to_prepare:Runner")
+    path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    server = serve("--model", str(scripted_model), *runner, "--log-level", "debug", environ=path)
+    server.hear("preparing for a minute")
+    assert len(spares(server)) == 1
+    began = time.monotonic()
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert time.monotonic() - began < 2
+
+
+def test_a_server_asleep_has_no_spares(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug")
+    spare = prepared(server)
+    assert server.admin("POST", "/sleep", {"level": 1}).status_code == 200
+    assert is_gone(spare)
+    assert server.admin("POST", "/wake").status_code == 200
+    eventually(lambda: spares(server))
+
+
+@pytest.mark.parametrize("options", [("--standby-workers", "0"), ("--transport", "thread")])
+def test_without_standby_workers(serve: Serve, scripted_model: Path, options: tuple[str, ...]) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, *options)
+    texts(streams(server, 1, 2 * TOKENS))
+    assert spares(server) == []
+
+
+def test_as_many_as_configured(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--standby-workers", "2")
+    eventually(lambda: len(spares(server)) == 2)
+    worker = server.worker()
+    worker.kill()
+    eventually(lambda: server.state() == "running" and server.worker() != worker)
+    eventually(lambda: len(spares(server)) == 2)
