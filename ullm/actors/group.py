@@ -12,19 +12,18 @@ from contextlib import AsyncExitStack
 
 import trio
 
-from ullm import errors
 from ullm.actors.base import cleanup_scope
+from ullm.actors.failure import checked
 from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
+from ullm.actors.watchdog import LOOK_SECONDS, SUSPENDED_SECONDS, Watchdog
 from ullm.config import EngineConfig
-from ullm.errors import ConfigError, ModelError, UllmError, WorkerFailed, WorkerLost, first_cause
+from ullm.errors import WorkerLost, first_cause
 from ullm.logs import get_logger
 from ullm.messages import (
     Asleep,
     Awake,
-    Failed,
     FromWorker,
     ModelInfo,
-    NotUnderstood,
     Ping,
     Pong,
     Progress,
@@ -48,49 +47,6 @@ STARTING_GRACE = 1.0
 """Seconds for a rank that is not ready yet to end by itself."""
 
 
-LOOK_SECONDS = 0.5
-"""How often a rank that owes an answer is looked at from outside."""
-
-SUSPENDED_SECONDS = 1.0
-"""How long a rank may be suspended, by SIGSTOP, before it is given up: nobody does that in passing."""
-
-
-class _Watchdog:
-    """Of one rank: which answers it owes, and when its next sign of life is due."""
-
-    def __init__(self, patience: float) -> None:
-        self.scope = trio.CancelScope()
-        self._patience = patience
-        self._owed: dict[object, float] = {}
-
-    def owe(self, answer: object) -> None:
-        """An answer is due from now on; the first one starts the clock."""
-        if not self._owed:
-            self.extend(self._patience)
-        self._owed[answer] = trio.current_time()
-
-    def settle(self, answer: object) -> float | None:
-        """An answer has come; returns when it was asked for, None if it was not owed (any more)."""
-        asked = self._owed.pop(answer, None)
-        if asked is not None:
-            self.extend(self._patience if self._owed else float("inf"))
-        return asked
-
-    def skipped(self, step_id: int) -> int | None:
-        """The step whose result must come before that of an owed one; None if there is none."""
-        steps = [owed[1] for owed in self._owed if isinstance(owed, tuple) and owed[0] == "step"]
-        return steps[0] if step_id in steps[1:] else None
-
-    def extend(self, seconds: float) -> None:
-        """There was a sign of life; the next one is due in so many seconds."""
-        self.scope.deadline = trio.current_time() + seconds
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is owed."""
-        return not self._owed
-
-
 class WorkerGroup:
     """Starts the ranks of one replica, feeds them steps, and notices when one dies or hangs.
 
@@ -112,7 +68,7 @@ class WorkerGroup:
         self._config = config
         self._open_transport = open_transport
         self._transports: list[Transport] = []
-        self._watchdogs: list[_Watchdog] = []
+        self._watchdogs: list[Watchdog] = []
         self._known: set[int] = set()
         self._starting: dict[str, Progress] = {}
         self._last_step = self._last_ping = 0
@@ -242,7 +198,7 @@ class WorkerGroup:
 
     async def _start_and_watch(self, task_status: trio.TaskStatus[ModelInfo]) -> None:
         infos: list[ModelInfo] = []
-        self._watchdogs = [_Watchdog(self._config.step_timeout) for _ in self._transports]
+        self._watchdogs = [Watchdog(self._config.step_timeout) for _ in self._transports]
         try:
             async with trio.open_nursery() as starting:
                 for rank in range(len(self._transports)):
@@ -273,7 +229,7 @@ class WorkerGroup:
         """The next message of a worker that starts; what takes long is announced by `Progress`."""
         last = self._starting.get(transport.name, Progress("start", self._config.start_timeout))
         with trio.move_on_after(last.budget):
-            message = _checked(transport, await transport.receive())
+            message = checked(transport, await transport.receive())
             if isinstance(message, Progress):
                 self._starting[transport.name] = message
             return message
@@ -285,7 +241,7 @@ class WorkerGroup:
         transport, watchdog = self._transports[rank], self._watchdogs[rank]
         with watchdog.scope:
             while True:
-                self._take(rank, _checked(transport, await transport.receive()))
+                self._take(rank, checked(transport, await transport.receive()))
         raise WorkerLost(transport.name, f"made no progress for {self._config.step_timeout:g} s")
 
     async def _look_at_rank(self, rank: int) -> None:
@@ -366,28 +322,3 @@ async def _stop_rank(transport: Transport, budget: float, reports: list[StopRepo
     report = await transport.stop(budget)
     reports.append(report)
     log.debug("worker ended", worker=report.name, outcome=report.outcome, seconds=round(report.seconds, 3))
-
-
-def _checked(transport: Transport, message: FromWorker) -> FromWorker:
-    """The message, unless it says that the worker failed."""
-    match message:
-        case Failed():
-            log.debug("worker failed", worker=transport.name, traceback=message.traceback)
-            raise failure(transport.name, message)
-        case NotUnderstood():
-            raise WorkerFailed(transport.name, f"did not understand a message: {message.detail}")
-    return message
-
-
-def failure(name: str, message: Failed) -> UllmError:
-    """The worker's exception as one of the engine's.
-
-    An error that tells the user what to do comes back as itself, word for word; anything else is the
-    loss of the worker.
-    """
-    kind = getattr(errors, message.kind, None)
-    if isinstance(kind, type) and issubclass(kind, (ModelError, ConfigError)):
-        error = kind.__new__(kind)  # its constructor would build the message a second time
-        error.args = (message.message,)
-        return error
-    return WorkerFailed(name, f"failed: {message.kind}: {message.message}")
