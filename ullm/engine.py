@@ -386,17 +386,18 @@ class Engine:
                     self._children(),
                     intensity=self.config.max_restarts,
                     period=self.config.restart_period,
+                    on_opened=self._take_root,
                 ) as root:
-                    self._root = root
                     self._fleet.supervised_by(root)
                     self._take_info()
                     await self._fleet.wait_up()
-                    self._state.advance(EngineState.RUNNING)
-                    self._started = True
-                    log.info("engine running", model=self.model_name)
-                    task_status.started()
-                    await self._stop_requested.wait()
-                    self.report = await self._stop(root)
+                    with self._telling_readers(root):
+                        self._state.advance(EngineState.RUNNING)
+                        self._started = True
+                        log.info("engine running", model=self.model_name)
+                        task_status.started()
+                        await self._stop_requested.wait()
+                        self.report = await self._stop(root)
         except BaseException as error:
             cause = first_cause(error)
             if not isinstance(cause, Exception):
@@ -406,6 +407,20 @@ class Engine:
             self._fail(cause)
         finally:
             self._finish()
+
+    @contextmanager
+    def _telling_readers(self, root: Supervisor) -> Iterator[None]:
+        """If the root gives up, readers hear of it at once, while those who write to clients still run."""
+        try:
+            yield
+        except trio.Cancelled:
+            if root.failure is not None:
+                self._fail(first_cause(root.failure))
+            raise
+
+    def _take_root(self, root: Supervisor) -> None:
+        """The tree can be looked at while it starts."""
+        self._root = root
 
     def _take_info(self) -> None:
         info = self._fleet.replicas[0].group.info
@@ -478,7 +493,10 @@ class Engine:
         """Children and workers that ended this way; a worker's end is its group's doing."""
         workers = [stopped for replica in self._fleet.replicas for stopped in replica.group.stop_reports]
         ended = [report.outcome for report in workers] + [
-            child.outcome for report in reports for child in (report, *report.children)
+            # Not the supervisor of an abandoned child, which is called killed for it.
+            child.outcome
+            for report in reports
+            for child in report.children or (report,)
         ]
         return ended.count(outcome)
 
@@ -493,7 +511,11 @@ class Engine:
 
     def _finish(self) -> None:
         """Write the report and the last line of the log."""
-        report = self.report or ShutdownReport(requested_by=self._requested_by or "failure")
+        report = self.report or ShutdownReport(
+            requested_by=self._requested_by or "failure",
+            killed=self._count("killed", ()),
+            abandoned=self._count("abandoned", ()),
+        )
         self.report = replace(
             report,
             seconds=self._asked.seconds() if self._asked is not None else 0.0,

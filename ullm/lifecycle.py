@@ -21,6 +21,7 @@ from ullm.actors.base import Mailbox, Reply, ask
 from ullm.actors.router import Router
 from ullm.config import MAX_SLEEP_LEVEL, EngineConfig, SleepMode
 from ullm.errors import (
+    ActorLost,
     EngineBusy,
     InvalidParameter,
     ReloadFailed,
@@ -272,7 +273,8 @@ class Lifecycle:
         try:
             await self._fleet.start_all()
         except UllmError as error:
-            self._on_failure(first_cause(error))
+            if not isinstance(error, ActorLost):  # the engine stops meanwhile
+                self._on_failure(first_cause(error))
             await trio.sleep_forever()  # until the engine's stop ends this
         self._stopped = False
 

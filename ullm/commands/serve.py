@@ -18,7 +18,6 @@ from ullm.hub import LocalModel, resolve
 from ullm.logs import configure, get_logger
 from ullm.server import bind, open_admin_socket, serve_admin, serve_http, urls
 from ullm.supervision import ChildSpec
-from ullm.supervision.shutdown import EXIT_OK
 from ullm.supervision.signals import STOP_SIGNALS, Watchdog, leave_now, signal_ladder
 
 log = get_logger("ullm.serve")
@@ -69,7 +68,6 @@ async def run_server(
     if admin_listener is not None:
         servers.append(ChildSpec("admin", admin, shutdown=HTTP_BUDGET))
     engine = Engine(config, first_children=servers, find_model=find_model)
-    started = True
     with Watchdog() as watchdog:
         async with trio.open_nursery() as nursery:
             await nursery.start(partial(answer_signals, engine, watchdog, drain))
@@ -77,13 +75,13 @@ async def run_server(
             try:
                 await engine.run(task_status=Announcement(engine, listener))
             except StartCancelled:
-                started = False  # asked to stop, and stopped in order
+                pass  # asked to stop before it had started; the report says how that went
             finally:
                 nursery.cancel_scope.cancel()
     for number in (*STOP_SIGNALS, *RELOAD_SIGNALS):
         signal.signal(number, signal.SIG_IGN)  # too late to change how this ends
     assert engine.report is not None, "an engine that has stopped has a report"
-    code = engine.report.exit_code if started else EXIT_OK
+    code = engine.report.exit_code
     # What still holds the process then, a thread or a library, does not hold it for long.
     Watchdog(exit_code=code).arm(LEAVE_WITHIN)
     return code
