@@ -20,12 +20,12 @@ from ullm.bench.compare.candidates import (
     ullm_candidate,
     vllm_candidate,
 )
-from ullm.bench.compare.machine import Limits, ModelShape, best_of, model_shape, roofline
+from ullm.bench.compare.machine import Limits, MachineUnknown, ModelShape, best_of, model_shape, roofline
 from ullm.bench.compare.plot import draw
 from ullm.bench.compare.report import Comparison, compare
 from ullm.bench.compare.run import Turn, measure_candidate, order, run_rounds
 from ullm.bench.compare.scenarios import Figures, Load, Metric, decode_metric
-from ullm.commands.bench_compare import Peers, candidates, check, choose
+from ullm.commands.bench_compare import Peers, candidates, check, choose, limits_again
 from ullm.errors import UsageError
 from ullm.testing import write_tiny_model
 
@@ -141,6 +141,17 @@ def test_bandwidth_is_plausible_and_the_better_counts(monkeypatch: pytest.Monkey
     monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
     assert 1e7 < machine.read_bandwidth(2) < 1e14
     assert best_of(Limits(1, 5), Limits(2, 3)) == Limits(2, 5)
+
+
+def test_the_machine_s_limits_must_be_known_before_but_need_not_be_known_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(MachineUnknown, match="matrix_speed"):
+        machine.measure_limits()
+    assert limits_again(LIMITS) == LIMITS
+    assert "matrix_speed" in capsys.readouterr().err
 
 
 # --- measuring ---------------------------------------------------------------------------------------------

@@ -20,12 +20,16 @@ from typing import Any
 import msgspec
 
 from ullm.bench import scripts
-from ullm.errors import UsageError
+from ullm.errors import UllmError, UsageError
 
 READ_BYTES = 256 << 20
 """Per thread; more than any cache holds."""
 REPEATS = 6
 PROBE_SECONDS = 120.0
+
+
+class MachineUnknown(UllmError):
+    """The machine's limits could not be measured."""
 
 
 class ModelShape(msgspec.Struct, frozen=True):
@@ -88,10 +92,17 @@ def read_bandwidth(threads: int) -> float:
 
 
 def matrix_speed() -> float:
-    """Operations per second of a bfloat16 matrix product; in a process of its own, for torch's sake."""
+    """Operations per second of a bfloat16 matrix product; in a process of its own, for torch's sake.
+
+    Raises:
+        MachineUnknown: that process failed.
+    """
     script = str(Path(scripts.__file__).with_name("matrix_speed.py"))
     command = [sys.executable, script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True)
+    except subprocess.SubprocessError as error:
+        raise MachineUnknown(f"{script}: {error}") from None
     return float(done.stdout)
 
 
