@@ -112,6 +112,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, parallel: ParallelContext) -> None:
         super().__init__()
+        self.world_size = parallel.world_size
         self.self_attn = Attention(config, layer, parallel)
         self.mlp = GatedMLP(config, parallel)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -257,7 +258,7 @@ class Decoder(nn.Module):
         x = self.model.embed_tokens.forward(token_ids).to(self._residual_dtype)
         step, delta = self.ops.begin(batch), None
         for layer in self._layers:
-            delta = layer.forward(x, delta, step)
+            delta = step.layer(layer, x, delta)
             batch.layer_done()
         return step.add_norm(x, delta, self.model.norm)
 

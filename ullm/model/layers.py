@@ -102,9 +102,9 @@ class ParallelLinear(Loadable):
     def bind(self, kernel: LinearKernel) -> None:
         """Be computed by ``kernel``, which has packed the weight."""
         assert self.packed is not None
-        self.multiply = kernel.linear(self.packed, self._bias(), *self.shape)
+        self.multiply = kernel.linear(self.packed, self.local_bias(), *self.shape)
 
-    def _bias(self) -> Tensor | None:
+    def local_bias(self) -> Tensor | None:
         """The bias that this rank adds."""
         return self.bias.data if self.bias is not None else None
 
@@ -145,9 +145,9 @@ class RowParallelLinear(ParallelLinear):
         self.full_shape = (out_features, in_features)
         self.parallel = parallel
 
-    def _bias(self) -> Tensor | None:
+    def local_bias(self) -> Tensor | None:
         """Only rank 0 adds the bias, since the outputs are summed."""
-        return super()._bias() if self.parallel.rank == 0 else None
+        return super().local_bias() if self.parallel.rank == 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, this rank's inputs]`` → ``[T, out]``, the same on all ranks."""

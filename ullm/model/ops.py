@@ -29,8 +29,65 @@ class AttentionModule(Protocol):
     k_norm: RMSNorm | None
 
 
+class LinearModule(Protocol):
+    """A linear layer whose weight is packed, on this rank."""
+
+    packed: Tensor | None
+    shape: tuple[int, int]
+
+    def local_bias(self) -> Tensor | None:
+        """The bias that this rank adds."""
+
+
+class AttentionBlock(AttentionModule, Protocol):
+    """Attention with its linear layers."""
+
+    @property
+    def qkv_proj(self) -> LinearModule:
+        """Queries, keys and values side by side."""
+
+    @property
+    def o_proj(self) -> LinearModule:
+        """The output."""
+
+
+class MlpBlock(Protocol):
+    """A gated MLP."""
+
+    @property
+    def gate_up_proj(self) -> LinearModule:
+        """Gate and up side by side."""
+
+    @property
+    def down_proj(self) -> LinearModule:
+        """The output."""
+
+
+class LayerModule(Protocol):
+    """A decoder layer."""
+
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+    world_size: int
+
+    @property
+    def self_attn(self) -> AttentionBlock:
+        """Its attention."""
+
+    @property
+    def mlp(self) -> MlpBlock:
+        """Its MLP."""
+
+    def forward(self, x: Tensor, delta: Tensor | None, step: StepOps) -> Tensor:
+        """See `StepOps.layer`."""
+
+
 class StepOps(Protocol):
-    """The three things between matrix products, for the batch of one step. T tokens."""
+    """A whole layer, and the three things between its matrix products, for one step's batch. T tokens."""
+
+    def layer(self, module: LayerModule, x: Tensor, delta: Tensor | None) -> Tensor:
+        """Add ``delta``, what the layer before has left to add, and the attention to the residual stream
+        ``x [T, hidden_size]`` in place; returns what is to be added next."""
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
         """Add ``delta`` to the residual stream ``x [T, hidden_size]`` in place; returns its norm."""
@@ -77,6 +134,10 @@ class TorchStep:
 
     def __init__(self, batch: Batch, cos: Tensor, sin: Tensor) -> None:
         self._batch, self._cos, self._sin = batch, cos, sin
+
+    def layer(self, module: LayerModule, x: Tensor, delta: Tensor | None) -> Tensor:
+        """See `StepOps`."""
+        return module.forward(x, delta, self)
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
         """See `StepOps`."""

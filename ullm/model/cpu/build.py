@@ -23,8 +23,8 @@ from ullm.logs import get_logger
 log = get_logger("ullm.kernels")
 
 FOLDER = Path(__file__).parent
-SOURCES = ("linear.cpp", "layer.cpp", "quantized.cpp")
-HEADERS = ("common.h", "pool.h")
+SOURCES = ("quantized.cpp", "attention.cpp", "linear.cpp", "layer.cpp")
+HEADERS = ("common.h", "layer.h", "pool.h")
 FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++20", "-pthread", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),  # needed to vectorize

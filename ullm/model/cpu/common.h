@@ -55,6 +55,12 @@ inline float total(floats values) {
     return sum;
 }
 
+inline float sum_of_squares(const float* x, int64_t size) {
+    floats sums = {};
+    for (int64_t i = 0; i < size; i += LANES) sums += load_floats(x + i) * load_floats(x + i);
+    return total(sums);
+}
+
 // exp(x) as 2^n * 2^f, with |f| <= 1/2 and 2^f by its Taylor series to the sixth power: a relative error
 // below 3e-7. Below -87 the result is 1.6e-38, which is nothing beside a largest weight of 1.
 inline floats exponential(floats x) {

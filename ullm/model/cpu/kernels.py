@@ -1,4 +1,4 @@
-"""The compiled kernels as functions of tensors; `linear.cpp` and `layer.cpp` say what they compute."""
+"""The compiled kernels as functions of tensors; the C++ files say what they compute."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class StepStruct(ctypes.Structure):
-    """``Step`` of layer.cpp."""
+    """``Step`` of layer.h."""
 
     _fields_ = (
         *((name, c_int64) for name in ("tokens", "num_tiles", "table_width", "block_size")),
@@ -33,12 +33,33 @@ class StepStruct(ctypes.Structure):
 
 
 class LayerStruct(ctypes.Structure):
-    """``Layer`` of layer.cpp."""
+    """``Layer`` of layer.h."""
 
     _fields_ = (
         *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "window")),
         *((name, c_float) for name in ("scale", "norm_eps")),
         *((name, c_void_p) for name in ("cosines", "sines", "q_norm", "k_norm")),
+    )
+
+
+class MatrixStruct(ctypes.Structure):
+    """``Matrix`` of layer.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("packed", "bias")),
+        *((name, c_int64) for name in ("outputs", "quantized")),
+    )
+
+
+class BlockStruct(ctypes.Structure):
+    """``Block`` of layer.cpp."""
+
+    _fields_ = (
+        ("attention", LayerStruct),
+        *((name, c_int64) for name in ("hidden", "intermediate")),
+        *((name, MatrixStruct) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, c_void_p) for name in ("input_norm", "output_norm")),
+        *((name, c_float) for name in ("input_eps", "output_eps")),
     )
 
 
@@ -64,6 +85,8 @@ class Kernels:
         self._add_rms_norm = function("add_rms_norm", *(pointer,) * 4, c_int64, c_int64, c_float)
         self._silu_and_mul = function("silu_and_mul", pointer, pointer, c_int64, c_int64)
         self._attend = function("attend", *structs, pointer, pointer, pointer)
+        blocks = (POINTER(StepStruct), POINTER(BlockStruct))
+        self._decoder_layer = function("decoder_layer", *blocks, *(pointer,) * 4)
 
     def use_threads(self, threads: int) -> None:
         """How many threads compute, the calling one included; for all kernels of this process."""
@@ -131,6 +154,16 @@ class Kernels:
         """Rotate ``qkv`` in place, store, attend; ``[tokens, heads * head_dim]`` in ``dtype``."""
         out = torch.empty((step.tokens, layer.heads * layer.head_dim), dtype=self.dtype)
         self._attend(byref(step), byref(layer), qkv.data_ptr(), pages.data_ptr(), out.data_ptr())
+        return out
+
+    def decoder_layer(
+        self, step: StepStruct, block: BlockStruct, x: Tensor, delta: Tensor | None, pages: Tensor
+    ) -> Tensor:
+        """See `ullm.model.ops.StepOps.layer`; what is returned is in the memory of ``delta``."""
+        out = torch.empty_like(x) if delta is None else delta
+        source = None if delta is None else delta.data_ptr()
+        pointers = x.data_ptr(), source, pages.data_ptr(), out.data_ptr()
+        self._decoder_layer(byref(step), byref(block), *pointers)
         return out
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ullm.model.batch import Batch, KvShape, Layout
-from ullm.model.cpu.kernels import Kernels, LayerStruct, StepStruct
+from ullm.model.cpu.kernels import BlockStruct, Kernels, LayerStruct, MatrixStruct, StepStruct
 from ullm.model.kv_pool import lazy_zeros
 from ullm.model.layers import RMSNorm
-from ullm.model.ops import AttentionModule, StepOps
+from ullm.model.ops import AttentionModule, LayerModule, LinearModule, StepOps
 
 TILE_ROWS = 12
 """Query vectors that are attended together: those of one KV head times neighbouring tokens of a prompt."""
@@ -82,6 +82,8 @@ class KernelOps:
         self._cosines = cos[:, 0, half:].contiguous()
         self._sines = sin[:, 0, half:].contiguous()
         self._layers: dict[int, LayerStruct] = {}
+        self._blocks: dict[int, BlockStruct] = {}
+        self._biases: list[Tensor] = []
         self._weights: dict[RMSNorm, Tensor] = {}
 
     def begin(self, batch: Batch) -> StepOps:
@@ -112,6 +114,36 @@ class KernelOps:
             )
         return self._layers[module.layer]
 
+    def block(self, module: LayerModule) -> BlockStruct:
+        """The same for a layer with its matrices and norms."""
+        attention, mlp = module.self_attn, module.mlp
+        if attention.layer not in self._blocks:
+            first, second = module.input_layernorm, module.post_attention_layernorm
+            self._blocks[attention.layer] = BlockStruct(
+                attention=self.layer(attention),
+                hidden=attention.o_proj.shape[0],
+                intermediate=mlp.down_proj.shape[1],
+                qkv=self.matrix(attention.qkv_proj),
+                output=self.matrix(attention.o_proj),
+                gate_up=self.matrix(mlp.gate_up_proj),
+                down=self.matrix(mlp.down_proj),
+                input_norm=self.weight(first).data_ptr(),
+                output_norm=self.weight(second).data_ptr(),
+                input_eps=first.eps,
+                output_eps=second.eps,
+            )
+        return self._blocks[attention.layer]
+
+    def matrix(self, module: LinearModule) -> MatrixStruct:
+        """A linear layer; the module keeps its weight, this its bias."""
+        assert module.packed is not None
+        pointer, bias = None, module.local_bias()
+        if bias is not None:
+            self._biases.append(bias.float().contiguous())
+            pointer = self._biases[-1].data_ptr()
+        quantized = module.packed.dtype == torch.uint8
+        return MatrixStruct(module.packed.data_ptr(), pointer, module.shape[0], quantized)
+
 
 class KernelStep:
     """Implements `StepOps`; see there."""
@@ -130,6 +162,13 @@ class KernelStep:
             tables=batch.block_tables.data_ptr(),
             tiles=attention.tiles.ctypes.data,
         )
+
+    def layer(self, module: LayerModule, x: Tensor, delta: Tensor | None) -> Tensor:
+        """See `StepOps`. With other ranks, their sums come in between."""
+        if module.world_size > 1:
+            return module.forward(x, delta, self)
+        pages = self._pages[module.self_attn.layer]
+        return self._kernels.decoder_layer(self._struct, self._ops.block(module), x, delta, pages)
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
         """See `StepOps`."""
