@@ -12,7 +12,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from ullm.actors.router import Router, Tokens
+from ullm.actors.router import Router
+from ullm.actors.routing import Tokens
 from ullm.config import EngineConfig
 from ullm.engine import Engine, open_engine
 from ullm.errors import (

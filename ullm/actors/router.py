@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import trio
 
 from ullm.actors.base import Mailbox
+from ullm.actors.routing import ReplicaDown, ReplicaUp, RouterMessage, RouterStatistics, Tokens
 from ullm.config import EngineConfig
 from ullm.core.request import RequestRecord
 from ullm.core.sequence import FinishReason, TokenEvent
@@ -26,76 +27,6 @@ SUSPECT_AFTER = 2
 CLEARED_AFTER = 4
 """Tokens after which a suspect that runs alone is cleared: what killed the worker would come again in the
 first step, because a resumed request goes on exactly where it was."""
-
-
-# --- what schedulers say ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaUp:
-    """A scheduler is ready for requests.
-
-    Args:
-        submit: give it a request; abort: take one away by ``seq_id``.
-    """
-
-    replica: int
-    epoch: int
-    submit: Callable[[RequestRecord], None]
-    abort: Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaDown:
-    """A scheduler has ended; its requests need another one.
-
-    Args:
-        in_step: ``seq_id`` of those that its workers were computing.
-        crashed: whether that was a loss, not an orderly stop.
-    """
-
-    replica: int
-    epoch: int
-    in_step: frozenset[int]
-    crashed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """What one step produced."""
-
-    replica: int
-    epoch: int
-    events: list[TokenEvent]
-
-
-RouterMessage = ReplicaUp | ReplicaDown | Tokens
-
-
-# --- what the router keeps --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RouterStatistics:
-    """Counts since the start, and requests alive now.
-
-    Args:
-        live: choices not yet finished, of which ``unassigned`` wait for a replica.
-        finished: finish reason → choices; ``error`` for those that failed.
-        resumed: submissions of a request that had been submitted before.
-        resumed_tokens: tokens computed again because of that.
-        admitted_tokens: prompts and possible outputs of the live ones.
-    """
-
-    live: int
-    unassigned: int
-    replicas_up: int
-    prompt_tokens: int
-    generated_tokens: int
-    finished: dict[str, int]
-    resumed: int
-    resumed_tokens: int
-    admitted_tokens: int
 
 
 @dataclass(slots=True)

@@ -9,7 +9,8 @@ import trio
 
 from ullm.actors.base import Mailbox
 from ullm.actors.group import WorkerGroup
-from ullm.actors.router import ReplicaDown, ReplicaUp, Router, Tokens
+from ullm.actors.router import Router
+from ullm.actors.routing import ReplicaDown, ReplicaUp, Tokens
 from ullm.config import EngineConfig
 from ullm.core.blocks import BlockPool
 from ullm.core.request import RequestRecord
