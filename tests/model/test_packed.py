@@ -78,7 +78,7 @@ def test_numbers_of_the_model_are_the_same(cache: Path, tmp_path: Path) -> None:
 
 def test_tensors_are_aligned(cache: Path) -> None:
     cache.mkdir(parents=True)
-    file = PackedFile(cache / "some.safetensors")
+    file = PackedFile(cache / "some-1.safetensors")
     weights = {"odd": torch.arange(3.0), "b": torch.ones(64).bfloat16(), "c": torch.arange(32.0)}
     assert file.write(weights)
     found = file.read()
@@ -131,10 +131,32 @@ def test_the_oldest_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         file = tmp_path / f"{number}.safetensors"
         file.write_bytes(bytes(100))
         os.utime(file, (number, number))
-    make_room(tmp_path, 100)
+    make_room(tmp_path / "new-1.safetensors", 100)
     assert [path.name for path in tmp_path.iterdir()] == ["2.safetensors"]
     with pytest.raises(OSError, match="take 251 bytes"):
-        make_room(tmp_path, 251)
+        make_room(tmp_path / "new-1.safetensors", 251)
+
+
+def test_a_new_version_replaces_the_old_one(tmp_path: Path) -> None:
+    for name in ("same-1.safetensors", "same-2.safetensors", "other-1.safetensors"):
+        (tmp_path / name).touch()
+    make_room(tmp_path / "same-3.safetensors", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["other-1.safetensors"]
+
+
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
+def test_a_file_that_was_not_written_to_its_end_is_not_used(cache: Path, where: float) -> None:
+    """As after a loss of power: whole by its length, but with a part of zeros."""
+    cache.mkdir(parents=True)
+    file = PackedFile(cache / "some-1.safetensors")
+    assert file.write({name: torch.rand(4_000_000) for name in "abc"})
+    assert file.read() is not None
+    size = file.path.stat().st_size
+    with file.path.open("r+b") as raw:
+        raw.seek(int(where * size))
+        raw.write(bytes(1 << 20))
+    assert file.path.stat().st_size == size
+    assert file.read() is None
 
 
 def test_what_was_left_unfinished_is_deleted(tmp_path: Path) -> None:
@@ -143,5 +165,5 @@ def test_what_was_left_unfinished_is_deleted(tmp_path: Path) -> None:
     (tmp_path / f"a.safetensors.{ended.pid}.partial").touch()
     mine = tmp_path / f"b.safetensors.{os.getpid()}.partial"
     mine.touch()
-    make_room(tmp_path, 0)
+    make_room(tmp_path / "new-1.safetensors", 0)
     assert list(tmp_path.iterdir()) == [mine]

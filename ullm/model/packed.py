@@ -5,9 +5,13 @@ importing PyTorch. Mapped from a file they cost nothing until they are used, and
 share them: replicas, a standby worker beside the one that serves, and the next incarnation after a loss.
 Measured with SmolLM2-135M: 5 ms instead of 300. Multiplying by mapped weights is as fast.
 
-The file's name says what it was made from, so a file is never wrong, only unused; it appears whole or not
-at all, and the oldest ones go when there are too many. Where the cache cannot be written, the weights are
-packed in memory at each start.
+The file's name says what it was made from, so a file is never wrong, only unused; those of other versions
+of the code go when a new one is written, and the oldest ones when there are too many. Where the cache cannot
+be written, the weights are packed in memory at each start.
+
+A new file is renamed into place when it is written, but not waited for until it is on the disk, which takes
+many times as long. Should the machine lose power before, parts may be missing: a sample that is taken of each
+MiB tells.
 """
 
 from __future__ import annotations
@@ -49,6 +53,8 @@ _NAMES = {
     torch.uint8: "U8",
 }
 """Of the format; kernels may pack into numbers of their own."""
+SAMPLE_EVERY, SAMPLE_BYTES = 1 << 20, 64
+"""What is looked at to see whether a file is whole: filesystems write much larger parts at once."""
 _PARTIAL = ".partial"
 
 
@@ -63,6 +69,9 @@ class PackedFile:
         try:
             with safe_open(self.path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}
+                expected = (file.metadata() or {}).get("sample")
+            if sample(found) != expected:
+                raise OSError("it was not written to its end")
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
@@ -80,10 +89,9 @@ class PackedFile:
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}{_PARTIAL}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            make_room(self.path.parent, size)
+            make_room(self.path, size)
             with partial.open("wb") as file:
                 write_safetensors(file, weights)
-                os.fsync(file.fileno())
             partial.replace(self.path)
         except OSError as error:
             log.info("packed weights are not kept", file=str(self.path), reason=str(error))
@@ -107,31 +115,45 @@ def packed_file(sources: list[Path], made: object) -> PackedFile:
     known = [[str(path), status.st_size, status.st_mtime_ns] for path, status in stats]
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     text = json.dumps([known, made], sort_keys=True, default=str)
-    digest = hashlib.sha256(b"\0".join([text.encode(), *code])).hexdigest()[:24]
-    return PackedFile(cache_dir() / "packed" / f"{digest}.safetensors")
+    weights, version = (hashlib.sha256(b).hexdigest()[:24] for b in (text.encode(), b"\0".join(code)))
+    return PackedFile(cache_dir() / "packed" / f"{weights}-{version}.safetensors")
 
 
-def make_room(folder: Path, size: int) -> None:
-    """Delete what was not used for longest, and what was left unfinished, until ``size`` more is allowed.
+def make_room(path: Path, size: int) -> None:
+    """Delete what stands in the way of a new file.
 
-    Deleting a file takes nothing from workers that have mapped it.
+    That is: the same weights as another version packed them, what was left unfinished, and, until ``size``
+    more is allowed, what was not used for longest. Workers that have mapped a file keep what they have.
 
     Raises:
         OSError: it would be too much of the disk.
     """
+    folder = path.parent
     for left in folder.glob(f"*{_PARTIAL}"):
         if not _running(int(left.name.split(".")[-2])):
             left.unlink(missing_ok=True)
+    for other in folder.glob(f"{path.name.split('-')[0]}-*.safetensors"):
+        other.unlink(missing_ok=True)
     free = shutil.disk_usage(folder).free
     if size > min(free // DISK_SHARE, LIMIT):
         raise OSError(f"they take {size} bytes, and the disk has {free} free")
     files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
     total = sum(path.stat().st_size for path in files)
-    for path in files:
+    for old in files:
         if total + size <= LIMIT:
             break
-        total -= path.stat().st_size
-        path.unlink(missing_ok=True)
+        total -= old.stat().st_size
+        old.unlink(missing_ok=True)
+
+
+def sample(weights: dict[str, Tensor]) -> str:
+    """A digest of a few bytes of each part of the weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        data = _bytes(weights[name])
+        for start in (*range(0, len(data), SAMPLE_EVERY), max(0, len(data) - SAMPLE_BYTES)):
+            digest.update(data[start : start + SAMPLE_BYTES])
+    return digest.hexdigest()
 
 
 def write_safetensors(file: BinaryIO, weights: dict[str, Tensor]) -> None:
@@ -140,7 +162,7 @@ def write_safetensors(file: BinaryIO, weights: dict[str, Tensor]) -> None:
     The library's own writer aligns to 8 bytes. Tensors whose size is no multiple of the alignment come last.
     """
     order = sorted(weights, key=lambda name: weights[name].nbytes % ALIGNMENT != 0)
-    header: dict[str, object] = {}
+    header: dict[str, object] = {"__metadata__": {"sample": sample(weights)}}
     end = 0
     for name in order:
         tensor, start = weights[name], end
@@ -151,7 +173,11 @@ def write_safetensors(file: BinaryIO, weights: dict[str, Tensor]) -> None:
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     file.write(struct.pack("<Q", len(text)) + text)
     for name in order:
-        file.write(weights[name].contiguous().view(torch.uint8).numpy().data)
+        file.write(_bytes(weights[name]))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def _running(pid: int) -> bool:
