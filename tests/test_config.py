@@ -42,6 +42,8 @@ def test_round_trip_through_a_frame() -> None:
             "--max-num-batched-tokens 63 is less than --max-bs 64",
         ),
         ({"transport": "thread", "tp_size": 2}, "use --transport process"),
+        ({"standby_workers": -1}, "--standby-workers must be at least 0"),
+        ({"transport": "thread", "standby_workers": 1}, "--standby-workers 1 needs processes"),
         ({"pp_size": 2}, "--pp-size above 1 is not supported"),
         ({"device_ids": (0,), "tp_size": 2}, "--device-ids names 1 devices"),
     ],

@@ -195,6 +195,11 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
             raise ConfigError(f"--sleep-level must be 0, 1, 2 or 3, got {self.sleep_level}")
         if self.standby_workers is not None and self.standby_workers < 0:
             raise ConfigError(f"--standby-workers must be at least 0, got {self.standby_workers}")
+        if self.standby_workers and self.worker_transport in ("thread", "ray"):
+            raise ConfigError(
+                f"--standby-workers {self.standby_workers} needs processes, but the transport is "
+                f"{self.worker_transport}; use --transport process"
+            )
         if self.steps_ahead > 1:
             raise ConfigError(f"--steps-ahead must be 0 or 1, got {self.steps_ahead}")
         if self.max_num_batched_tokens < self.max_bs:
