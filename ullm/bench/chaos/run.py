@@ -77,6 +77,7 @@ class Plan:
             "--step-timeout": self.step_timeout,
             "--stall-timeout": self.stall_timeout,
             "--health-interval": 1,
+            "--standby-workers": 1,
             "--sse-keep-alive": 0.5,
         }
         flags = [text for flag, value in options.items() for text in (flag, str(value))]
@@ -114,9 +115,9 @@ async def run_chaos(plan: Plan, folder: Path) -> ChaosReport:
     temporary.mkdir()
     shared = shared_memory()
     async with open_world(plan, folder, temporary) as world:
-        kinds = [kind for kind in chosen_kinds(plan.only) if await kind.offered(world)]
         await ask_undisturbed(world)
         before = await rest(world)
+        kinds = [kind for kind in chosen_kinds(plan.only) if await kind.offered(world)]
         warm = await disturb(world, plan, kinds) or before
         unfired = await plans.disarm(world)
         verdicts = await at_rest(world, before, warm)
