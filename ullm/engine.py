@@ -15,7 +15,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import trio
@@ -45,19 +44,17 @@ from ullm.hub import LocalModel, resolve
 from ullm.lifecycle import AWAKE, Lifecycle
 from ullm.logs import get_logger
 from ullm.messages import ModelInfo
-from ullm.replica import TEARDOWN_RESERVE
 from ullm.sampling import SamplingParams
+from ullm.stopping import Stop
 from ullm.supervision import (
     ChildInfo,
     ChildReport,
     ChildSpec,
     EngineState,
     ShutdownReport,
-    StageReport,
     StateCell,
     Supervisor,
     open_supervisor,
-    stages_of,
 )
 
 log = get_logger("ullm.engine")
@@ -66,9 +63,6 @@ _NOT_READY = {
     "restarting": "no replica is up",
     "sleeping": "asleep, and started with --no-wake-on-request",
 }
-
-FLUSH_BUDGET = 1.0
-"""Seconds that readers get to take the last outputs of aborted requests."""
 
 
 class Engine:
@@ -121,16 +115,12 @@ class Engine:
         )
         self._root: Supervisor | None = None
         self._readers = Readers()
-        self._stop_requested = trio.Event()
+        self._stop = Stop(config, self._state, self._router, self._readers, self._lifecycle)
+        self._child_reports: Sequence[ChildReport] = ()
         self._stopped = trio.Event()
-        self._requested_by = ""
-        self._asked: _Clock | None = None
         self._started = False
-        self._deadline = float("inf")
         self._starting = trio.CancelScope()
-        self._draining = trio.CancelScope()
         self._failure: str | None = None
-        self._forced_by: int | None = None
 
     # --- requests --------------------------------------------------------------------------------------
 
@@ -315,25 +305,18 @@ class Engine:
             timeout: seconds from now until all is gone; default: the configuration's.
             by: who asked, for the report.
         """
-        seconds = self.config.shutdown_timeout if timeout is None else timeout
-        # Ending requests and children in order takes time even where draining is given none.
-        self._deadline = min(self._deadline, trio.current_time() + max(seconds, TEARDOWN_RESERVE))
-        drain_until = trio.current_time() + max(0.0, seconds - TEARDOWN_RESERVE)
-        self._draining.deadline = min(self._draining.deadline, drain_until)
-        self._requested_by = self._requested_by or by
-        self._asked = self._asked or _Clock()
-        self._stop_requested.set()
+        self._stop.request(timeout, by)
         if self.state is EngineState.STARTING:
             self._starting.cancel()
 
     def expedite(self) -> None:
         """Skip the rest of the drain: end all requests now, and stop in order."""
         self.request_shutdown(0.0)
-        self._draining.cancel()
+        self._stop.skip_drain()
 
     def kill(self, signal_number: int) -> None:
         """Kill the workers; what stops in order after that stops at once."""
-        self._forced_by = signal_number
+        self._stop.forced_by = signal_number
         self.expedite()
         self._fleet.kill()
 
@@ -396,8 +379,8 @@ class Engine:
                         self._started = True
                         log.info("engine running", model=self.model_name)
                         task_status.started()
-                        await self._stop_requested.wait()
-                        self.report = await self._stop(root)
+                        await self._stop.requested.wait()
+                        self.report, self._child_reports = await self._stop.run(root)
         except BaseException as error:
             cause = first_cause(error)
             if not isinstance(cause, Exception):
@@ -460,82 +443,15 @@ class Engine:
         failure = self._failure = self._failure or str(cause) or type(cause).__name__
         self._router.fail_all(lambda: EngineDead(f"the engine has failed: {failure}"))
 
-    async def _stop(self, root: Supervisor) -> ShutdownReport:
-        """Drain, abort, stop: each stage until the one deadline at most, the next as soon as it can."""
-        stages: list[StageReport] = []
-        live = self._router.statistics().live
-        self._state.advance(EngineState.DRAINING)
-        log.info("draining", requests=live, by=self._requested_by)
-        clock = _Clock()
-        with self._draining:
-            async with trio.open_nursery() as nursery:
-                if live and self._lifecycle.state != AWAKE:
-                    nursery.start_soon(self._lifecycle.wake)
-                await self._router.wait_idle()
-                await self._readers.wait_none()
-                nursery.cancel_scope.cancel()
-        stages.append(
-            StageReport("drain", clock.seconds(), "timeout" if self._draining.cancelled_caught else "done")
-        )
-        aborted = await self._abort(stages) if self._draining.cancelled_caught else 0
-        self._state.advance(EngineState.STOPPING)
-        reports = await root.stop(self._deadline)
-        return ShutdownReport(
-            requested_by=self._requested_by,
-            drained=live - aborted,
-            aborted=aborted,
-            killed=self._count("killed", reports),
-            abandoned=self._count("abandoned", reports),
-            stages=(*stages, *stages_of(reports)),
-        )
-
-    def _count(self, outcome: str, reports: Sequence[ChildReport]) -> int:
-        """Children and workers that ended this way; a worker's end is its group's doing."""
-        workers = [stopped for replica in self._fleet.replicas for stopped in replica.group.stop_reports]
-        ended = [report.outcome for report in workers] + [
-            # Not the supervisor of an abandoned child, which is called killed for it.
-            child.outcome
-            for report in reports
-            for child in report.children or (report,)
-        ]
-        return ended.count(outcome)
-
-    async def _abort(self, stages: list[StageReport]) -> int:
-        self._state.advance(EngineState.ABORTING)
-        clock = _Clock()
-        aborted = self._router.finish_all("abort")
-        with trio.move_on_after(FLUSH_BUDGET) as scope:
-            await self._readers.wait_none()
-        stages.append(StageReport("abort", clock.seconds(), "timeout" if scope.cancelled_caught else "done"))
-        return aborted
-
     def _finish(self) -> None:
         """Write the report and the last line of the log."""
-        report = self.report or ShutdownReport(
-            requested_by=self._requested_by or "failure",
-            killed=self._count("killed", ()),
-            abandoned=self._count("abandoned", ()),
-        )
-        self.report = replace(
-            report,
-            seconds=self._asked.seconds() if self._asked is not None else 0.0,
-            started=self._started or self._stop_requested.is_set(),
-            failure=self._failure,
-            forced_by=self._forced_by,
+        workers = [stopped for replica in self._fleet.replicas for stopped in replica.group.stop_reports]
+        self.report = self._stop.account(
+            self.report, self._child_reports, workers, self._failure, started=self._started
         )
         self._state.advance(EngineState.FAILED if self._failure is not None else EngineState.STOPPED)
         say = log.info if self._started else log.debug  # a failure to start is said by whoever catches it
         say("engine stopped", report=str(self.report))
-
-
-class _Clock:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._began = trio.current_time()
-
-    def seconds(self) -> float:
-        return trio.current_time() - self._began
 
 
 @asynccontextmanager
