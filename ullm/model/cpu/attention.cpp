@@ -181,7 +181,7 @@ float softmax(float* scores, int64_t first, int64_t end, int64_t width) {
     return total(sums);
 }
 
-constexpr int TOGETHER = 4;  // query vectors that share the loads of keys and values
+constexpr int TOGETHER = 6;  // query vectors that share the loads of keys and values
 constexpr int BESIDE = 4;    // vectors of keys whose scores are computed side by side
 
 // The queries of one tile that share one KV head: `tokens` neighbouring tokens of a sequence times the
@@ -209,7 +209,7 @@ void attend_tile(const Step& step, const Layer& layer, const int32_t* tile, int6
         int64_t row = 0;
         for (; row + TOGETHER <= rows; row += TOGETHER)
             function(std::integral_constant<int, TOGETHER>{}, row);
-        if (rows - row == 3) function(std::integral_constant<int, 3>{}, row);
+        if (rows - row >= 3) function(std::integral_constant<int, 3>{}, row), row += 3;
         if (rows - row == 2) function(std::integral_constant<int, 2>{}, row);
         if (rows - row == 1) function(std::integral_constant<int, 1>{}, row);
     };
