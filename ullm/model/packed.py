@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,12 @@ class PackedFile:
             os.utime(self.path)
         return found
 
-    def write(self, weights: dict[str, Tensor]) -> bool:
-        """Keep the weights; False, with a line in the log, where that cannot be."""
+    def write(self, weights: dict[str, Tensor], progress: Callable[[], None] = lambda: None) -> bool:
+        """Keep the weights; False, with a line in the log, where that cannot be.
+
+        Args:
+            progress: called with each tensor.
+        """
         size = sum(tensor.nbytes for tensor in weights.values())
         if size < LEAST_BYTES:
             return False
@@ -91,7 +96,7 @@ class PackedFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             make_room(self.path, size)
             with partial.open("wb") as file:
-                write_safetensors(file, weights)
+                write_safetensors(file, weights, progress)
             partial.replace(self.path)
         except OSError as error:
             log.info("packed weights are not kept", file=str(self.path), reason=str(error))
@@ -156,7 +161,7 @@ def sample(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_safetensors(file: BinaryIO, weights: dict[str, Tensor]) -> None:
+def write_safetensors(file: BinaryIO, weights: dict[str, Tensor], progress: Callable[[], None]) -> None:
     """As the format wants it (https://github.com/huggingface/safetensors), with aligned tensors.
 
     The library's own writer aligns to 8 bytes. Tensors whose size is no multiple of the alignment come last.
@@ -174,6 +179,7 @@ def write_safetensors(file: BinaryIO, weights: dict[str, Tensor]) -> None:
     file.write(struct.pack("<Q", len(text)) + text)
     for name in order:
         file.write(_bytes(weights[name]))
+        progress()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

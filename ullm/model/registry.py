@@ -126,7 +126,7 @@ def load_model(
     else:
         load_weights(model, checkpoint.path, progress)
     model.prepare(device, kernels)
-    if packed is not None and packed.write(model.packed_weights()):
+    if packed is not None and packed.write(model.packed_weights(), progress):
         restore(model, packed, checkpoint.dtype)  # what is mapped is shared, and need not stay in memory
     return model
 
