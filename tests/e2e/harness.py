@@ -24,7 +24,9 @@ START_SECONDS = 60.0
 SCRIPTED = ("--load-format", "dummy", "--runner", "ullm.testing:ScriptedRunner")
 """Options that serve `scripted_model`."""
 
-UNCLEAN = re.compile(r"Traceback|never awaited|[Uu]nraisable|Exception ignored|ResourceWarning|RuntimeWarning")
+UNCLEAN = re.compile(
+    r"Traceback|never awaited|[Uu]nraisable|Exception ignored|ResourceWarning|RuntimeWarning"
+)
 """What no log may say, whatever was done to the server."""
 
 
@@ -54,19 +56,24 @@ class Server:
         self.folder = Path(tempfile.mkdtemp(prefix="ullm-e2e-"))
         (self.folder / "tmp").mkdir()
         self.url = self.said = self._errors = ""
+        self._is_ready = False
         self._log, self._ready = log, re.compile(ready)
         self._heard = threading.Condition()
-        own = [sys.executable, "-m", "ullm", "serve", "--port", "0", "--admin-listen", f"unix:{self._socket}"]
+        own = [sys.executable, "-m", "ullm", "serve", "--port", "0"]
+        variables = {"PYTHONWARNINGS": "default", "TMPDIR": self._temporary}
+        variables["ULLM_ADMIN_LISTEN"] = f"unix:{self._socket}"
         self.process = subprocess.Popen(
             command or [*own, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONWARNINGS": "default", "TMPDIR": self._temporary, **environ},
+            env={**os.environ, **variables, **environ},
             text=True,
             errors="replace",
             start_new_session=True,
         )
-        self._readers = [threading.Thread(target=self._read, args=[pipe], daemon=True) for pipe in self._pipes]
+        self._readers = [
+            threading.Thread(target=self._read, args=[pipe], daemon=True) for pipe in self._pipes
+        ]
         for reader in self._readers:
             reader.start()
         if wait:
@@ -89,9 +96,9 @@ class Server:
     def wait_ready(self) -> None:
         """Wait until it serves; fail with the log if it ends before."""
         with self._heard:
-            ready = self._heard.wait_for(lambda: self.url or self._ended, START_SECONDS)
+            ready = self._heard.wait_for(lambda: self._is_ready or self._ended, START_SECONDS)
         assert ready, f"not ready after {START_SECONDS} s\n{self._errors}"
-        assert self.url, f"ended before it was ready\n{self._errors}"
+        assert self._is_ready, f"ended before it was ready\n{self._errors}"
 
     @property
     def _pipes(self) -> list[IO[str]]:
@@ -113,8 +120,8 @@ class Server:
                     self.said += line
                 else:
                     self._errors += line
-                found = self._ready.search(line)
-                self.url = self.url or (found[1] if found else "")
+                if found := self._ready.search(line):
+                    self.url, self._is_ready = found[1], True
                 self._heard.notify_all()
         with self._heard:
             self._heard.notify_all()
@@ -131,7 +138,9 @@ class Server:
 
     def admin(self, method: str, path: str, body: Any = None) -> httpx.Response:
         """One request to the admin listener."""
-        with httpx.Client(transport=httpx.HTTPTransport(verify=False, uds=self._socket), timeout=60) as client:
+        with httpx.Client(
+            transport=httpx.HTTPTransport(verify=False, uds=self._socket), timeout=60
+        ) as client:
             return client.request(method, f"http://localhost{path}", json=body)
 
     def complete(self, **body: Any) -> httpx.Response:
@@ -216,7 +225,7 @@ class Server:
         left += [self._socket] if in_order and Path(self._socket).exists() else []
         assert not left, f"files are left: {left}"
         assert not (found := UNCLEAN.search(self._errors)), f"the log says {found}"
-        if self.url:
+        if self.url.startswith("http"):
             with pytest.raises(httpx.ConnectError):
                 self.get("/live")
         shutil.rmtree(self.folder)
@@ -278,7 +287,14 @@ class Stream:
         prompt = prompt or [300, 301]
         asked = {"messages": [{"role": "user", "content": str(prompt)}]} if chat else {"prompt": prompt}
         options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-        self._body = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **asked, **options, **body}
+        self._body = {
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            **asked,
+            **options,
+            **body,
+        }
         self._url = f"{server.url}/v1/{'chat/' if chat else ''}completions"
         self._leaving = False
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -95,9 +95,7 @@ def test_two_hundred_abandoned_requests_do_not_delay_the_next(scripted_server: S
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_deadline_ends_with_the_tokens_so_far(
-    scripted_server: Server, stream: bool
-) -> None:
+def test_a_deadline_ends_with_the_tokens_so_far(scripted_server: Server, stream: bool) -> None:
     found = Stream(scripted_server, 3000, stream=stream, timeout=0.5).join()
     assert (found.status, found.finish_reason, found.failure) == (200, "timeout", None)
     assert found.text
@@ -128,13 +126,13 @@ def test_a_burst_beyond_the_queue_is_refused_and_forgotten(serve: Serve, scripte
     assert all(s.failure is not None and s.failure["code"] == "queue_full" for s in refused)
     texts(served)
     eventually(lambda: is_idle(server))
-    assert server.metric("ullm_prompt_tokens_total") - counted == len(served), "the engine never heard of them"
+    assert server.metric("ullm_prompt_tokens_total") - counted == len(served), (
+        "the engine never heard of them"
+    )
     texts(streams(server, 4, 20))
 
 
-def test_a_refusal_takes_milliseconds_and_says_when_to_come_back(
-    serve: Serve, scripted_model: Path
-) -> None:
+def test_a_refusal_takes_milliseconds_and_says_when_to_come_back(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--max-bs", "1", "--max-queue", "1")
     running = streams(server, 1, 300)
     waiting = Stream(server, 1, [301])

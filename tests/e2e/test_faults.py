@@ -195,7 +195,9 @@ def test_the_cause_names_the_child_its_end_and_its_last_words(serve: Serve, scri
     assert server.errors().splitlines()[-1].startswith("error: ")
 
 
-@pytest.mark.parametrize("plan", ["scheduler.step:raise@nth=20,times=always", "router.tokens:raise@times=always"])
+@pytest.mark.parametrize(
+    "plan", ["scheduler.step:raise@nth=20,times=always", "router.tokens:raise@times=always"]
+)
 def test_an_actor_that_always_fails_ends_the_server(serve: Serve, scripted_model: Path, plan: str) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--faults", plan)
     stream = Stream(server, 100).join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -10,19 +11,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from harness import SCRIPTED
 
-from ullm.testing import write_tiny_model
+from ullm.testing import write_scripted_model, write_tiny_model
 
 pytestmark = pytest.mark.process
 
 SECONDS = 15.0
 
 
-def start(*arguments: str) -> str:
-    """Run a server that cannot start; the one line that it says."""
+def start(*arguments: str, port: int = 0, warnings: bool = False) -> str:
+    """Run a server that cannot start; the one line that it says.
+
+    Args:
+        warnings: records of the log may come before it.
+    """
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "ullm", "serve", "--port", "0", *arguments],
+        [sys.executable, "-m", "ullm", "serve", "--port", str(port), *arguments],
         capture_output=True,
         text=True,
         timeout=60,
@@ -30,10 +36,11 @@ def start(*arguments: str) -> str:
     assert time.monotonic() - began < SECONDS
     assert done.returncode == 1, done.stderr
     lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
+    assert len(lines) == 1 or warnings, done.stderr
+    assert "Traceback" not in done.stderr
+    assert lines[-1].startswith("error: ")
     assert "ready" not in done.stdout
-    return lines[0]
+    return lines[-1]
 
 
 def change_config(folder: Path, **changes: object) -> None:
@@ -88,3 +95,40 @@ def test_a_damaged_model(tmp_path: Path, damage: Callable[[Path], object], says:
 )
 def test_options_that_cannot_work(tiny_model: Path, options: list[str], says: str) -> None:
     assert says.lower() in start("--model", str(tiny_model), *options).lower()
+
+
+def test_a_taken_port_is_known_before_anything_is_loaded(tmp_path: Path) -> None:
+    """Before even the model is looked for."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = start("--model", str(tmp_path / "no-model"), port=port)
+    assert str(port) in line
+    assert "in use" in line
+
+
+def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
+    assert "nothing-here" in start("--model", str(tmp_path / "nothing-here"))
+
+
+@pytest.mark.parametrize("transport", ["process", "thread"])
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ("worker.start:oom", "out of memory"),
+        ("worker.start:crash", "SIGKILL"),
+        ("worker.start:raise", "injected fault"),
+    ],
+)
+def test_a_worker_that_does_not_start(tmp_path: Path, transport: str, plan: str, says: str) -> None:
+    model = write_scripted_model(tmp_path / "scripted")
+    options = (*SCRIPTED, "--transport", transport, "--faults", plan)
+    assert says in start("--model", str(model), *options, warnings=True)
+
+
+def test_a_traceback_is_shown_to_those_who_debug(tmp_path: Path) -> None:
+    model = write_scripted_model(tmp_path / "scripted")
+    options = (*SCRIPTED, "--log-level", "debug", "--faults", "worker.start:raise")
+    command = [sys.executable, "-m", "ullm", "serve", "--port", "0", "--model", str(model), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr

@@ -1,0 +1,66 @@
+"""Several replicas: what happens to one is not seen from outside."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import SCRIPTED, Server, Stream, eventually, streams, texts
+
+pytestmark = pytest.mark.process
+
+Serve = Callable[..., Server]
+TOKENS = 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_other_replica_takes_over(serve: Serve, scripted_model: Path, number: int) -> None:
+    slow_start = {"ULLM_SCRIPTED_LOAD_SECONDS": "1"}
+    options = ("--replicas", "2", "--step-timeout", "1", "--standby-workers", "0")
+    server = serve("--model", str(scripted_model), *SCRIPTED, *options, environ=slow_start)
+    undisturbed = texts(streams(server, 8, TOKENS))
+    running = streams(server, 8, TOKENS)
+    server.worker(0).send_signal(number)
+    eventually(lambda: not server.get("/health").json()["replicas"][0]["up"])
+    assert server.get("/ready").status_code == 200
+    assert server.state() == "running"
+    assert texts(running) == undisturbed
+    assert server.get("/health").json()["replicas"][1]["epoch"] == 1
+    eventually(lambda: server.get("/health").json()["replicas"][0]["up"])
+
+
+def test_the_engine_lives_as_long_as_one_replica(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--replicas", "2", "--max-restarts", "0")
+    undisturbed = texts(streams(server, 6, TOKENS))
+    running = streams(server, 6, TOKENS)
+    server.worker(0).kill()
+    assert texts(running) == undisturbed
+    eventually(lambda: server.get("/health").json()["replicas"][0]["state"] == "failed")
+    assert server.get("/ready").status_code == 200
+    (stream,) = streams(server, 1, 3000)
+    server.worker(1).kill()
+    assert stream.join().failure is not None
+    assert server.wait() == 70
+
+
+def test_all_replicas_lost_at_once(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--replicas", "3")
+    undisturbed = texts(streams(server, 9, TOKENS))
+    running = streams(server, 9, TOKENS)
+    for replica in range(3):
+        server.worker(replica).kill()
+    late = Stream(server, 20)
+    assert texts(running) == undisturbed
+    texts([late])
+
+
+def test_a_stop_drains_all_of_them(serve: Serve, scripted_model: Path, transport: tuple[str, str]) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, *transport, "--replicas", "3")
+    running = streams(server, 9, TOKENS)
+    server.signal(signal.SIGTERM)
+    server.wait_state("draining")
+    texts(running)
+    assert server.wait() == 0
+    assert "9 drained, 0 aborted, 0 killed" in server.errors().splitlines()[-1]
