@@ -17,9 +17,10 @@ from test_gguf import write_model
 
 from ullm.errors import ConfigError
 from ullm.model.cpu import build
-from ullm.model.decoder import Decoder
+from ullm.model.decoder import Decoder, DecoderLayer
 from ullm.model.gguf import gguf_sources, is_quantized
 from ullm.model.gguf_blocks import read_codes
+from ullm.model.parallel import ParallelContext
 from ullm.model.quantization import QuantizedWeight
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
@@ -160,3 +161,22 @@ def test_a_store_takes_codes_only_if_it_is_to(tmp_path: Path) -> None:
     store = QuantizedWeight.empty(4, 32, 8, as_stored=True)
     assert store[:2].as_stored
     assert store.nbytes == 4 * 32 + 4 * 2 * 2 + 4
+
+
+@needs_compiler
+@pytest.mark.parametrize("quantization", ["auto", "int8", "int4"])
+def test_ranks_share_a_layer(quantization: str, tmp_path: Path) -> None:
+    """Two ranks have 48 of 96 inputs each, one and a half groups."""
+    path, x = write_model(tmp_path / "model.gguf", "llama", Kind.Q4_1), torch.randn(5, 96)
+
+    def down(parallel: ParallelContext, inputs: torch.Tensor) -> torch.Tensor:
+        model = LogitsModel(path, parallel, quantization=quantization).model
+        assert isinstance(model, Decoder)
+        layer = model.model.layers[0]
+        assert isinstance(layer, DecoderLayer)
+        return layer.mlp.down_proj.forward(inputs.contiguous())
+
+    expected = down(ParallelContext(), x)
+    found = sum(down(ParallelContext(rank, 2), x[:, 48 * rank : 48 * rank + 48]) for rank in (0, 1))
+    assert isinstance(found, torch.Tensor)
+    assert error(found, expected) < (0.1 if quantization == "int4" else 0.02)
