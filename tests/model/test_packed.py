@@ -13,6 +13,7 @@ import torch
 from model_fixtures import LogitsModel, random_tokens, save_tiny
 from torch import Tensor
 
+from ullm.errors import OutOfMemory
 from ullm.model import packed, registry
 from ullm.model.cpu.build import find_compiler
 from ullm.model.packed import PackedFile, make_room
@@ -113,6 +114,16 @@ def test_a_cache_that_cannot_be_written_is_done_without(cache: Path, tmp_path: P
     save_tiny(tmp_path / "model", "llama")
     cache.parent.write_text("a file where the folder should be")
     assert logits(tmp_path / "model").isfinite().all()
+
+
+def test_weights_for_which_there_is_no_room_are_not_mapped(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path / "model", "llama")
+    LogitsModel(tmp_path / "model")
+    monkeypatch.setattr(registry, "available_memory", lambda: 1000)
+    with pytest.raises(OutOfMemory, match="the weights need"):
+        LogitsModel(tmp_path / "model")
 
 
 def test_small_models_and_random_weights_are_not_kept(

@@ -183,8 +183,10 @@ def find_packed(checkpoint: Checkpoint, config: EngineConfig, parallel: Parallel
 def restore(model: Decoder, packed: PackedFile, dtype: torch.dtype) -> bool:
     """Map the weights instead of loading them; False if they are not there."""
     weights = packed.read()
-    kernels = load_kernels(dtype) if weights is not None else None
-    if weights is None or kernels is None:
+    if weights is None or sum(tensor.nbytes for tensor in weights.values()) > available_memory():
+        return False  # weights for which there is no room would be read again and again
+    kernels = load_kernels(dtype)
+    if kernels is None:
         return False
     model.restore(weights, kernels, dtype)
     return True
