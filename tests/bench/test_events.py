@@ -40,7 +40,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 async def test_what_is_seen_at_an_event(candidate: Candidate, name: str) -> None:
-    found = await run_event(candidate, name, 4)
+    found = await run_event(candidate, name, 4, settle=0.0)
     assert {key: found.values[key] for key in EXPECTED[name]} == EXPECTED[name]
     assert as_table({"ullm": [found]}).row_count == 1
 

@@ -25,6 +25,8 @@ READY_SECONDS = 240.0
 """How long a server may take until it answers."""
 PATIENCE = 45.0
 """Seconds after an event that its streams and its processes are watched."""
+SETTLE = 5.0
+"""Seconds that a server gets after its start, for what it prepares in the background."""
 WORDS = ("river", "copper", "lantern", "orchard", "signal", "harbour", "meadow", "thunder")
 
 
@@ -268,8 +270,11 @@ PROGRAM: dict[str, tuple[Event, float | None, int]] = {
 START_UP = "SIGTERM while starting"
 
 
-async def run_event(candidate: Candidate, name: str, streams: int) -> Found:
+async def run_event(candidate: Candidate, name: str, streams: int, settle: float = SETTLE) -> Found:
     """Start a server, its streams, and one event of `PROGRAM`.
+
+    Args:
+        settle: seconds from its first answer to the first stream.
 
     Raises:
         ServerEnded: it did not come up.
@@ -283,6 +288,7 @@ async def run_event(candidate: Candidate, name: str, streams: int) -> Found:
                 open_server(candidate.name, candidate.line(port, seconds), endpoint, Path(folder) / "log")
             )
             await server.wait_answer("/health", READY_SECONDS)
+            await trio.sleep(settle)
             model = await _model(endpoint)
             nursery = await stack.enter_async_context(trio.open_nursery())
             readers = [Reader() for _ in range(streams)]
