@@ -27,6 +27,7 @@ from ullm.commands.flags import (
 )
 from ullm.config import DEFAULT_MODEL, EngineConfig, ServerConfig
 from ullm.errors import EngineDead, UllmError, UsageError
+from ullm.machine import lasting_imports
 
 FAILED = 1
 USAGE = 2
@@ -73,7 +74,8 @@ app.command(bench)
 @with_options(server_options(), engine_options())
 def serve(name: Name = None, /, **given: Any) -> int:
     """Serve an OpenAI-compatible API."""
-    from ullm.commands.serve import serve as run
+    with lasting_imports():
+        from ullm.commands.serve import serve as run
 
     return run(build(EngineConfig, _named(name, given)), build(ServerConfig, given))
 

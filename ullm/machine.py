@@ -1,8 +1,11 @@
-"""What the machine has to give, its container's limits included."""
+"""What the machine has to give, its container's limits included, and how not to waste it."""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 UNKNOWN_MEMORY = 4 << 30
@@ -15,6 +18,21 @@ def available_memory() -> int:
     limit = _read_int("/sys/fs/cgroup/memory.max")
     used = _read_int("/sys/fs/cgroup/memory.current")
     return min(free, limit - used) if limit is not None and used is not None else free
+
+
+@contextmanager
+def lasting_imports() -> Iterator[None]:
+    """Import what stays until the end of the process. For entry points, because it is about all objects.
+
+    Importing PyTorch makes half a million objects. Looking through them for garbage costs 0.1 s while they
+    are imported, and as much each time later, in the middle of whatever the process then does.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _meminfo_available() -> int | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import _thread
 import argparse
-import gc
 import logging
 import os
 import queue
@@ -31,6 +30,7 @@ from ullm.actors.transports.frames import FrameReader, encode
 from ullm.actors.worker import IMPORT_BUDGET, Ended, Inbox, Terminated, failed, load_runner, run_worker
 from ullm.core.runner import Runner
 from ullm.errors import FrameBroken
+from ullm.machine import lasting_imports
 from ullm.messages import (
     Awake,
     FromWorker,
@@ -83,12 +83,10 @@ class WorkerProcess:
         try:
             threading.Thread(target=self._read, name="reader", daemon=True).start()
             self.send(Progress("import", IMPORT_BUDGET))
-            gc.disable()  # importing PyTorch makes half a million objects, and none of them goes again
-            if standby:
-                import_gently(runner_path.partition(":")[0])
-            runner = load_runner(runner_path)
-            gc.freeze()  # a collection that looks through them takes 0.1 s, in the middle of a step
-            gc.enable()
+            with lasting_imports():
+                if standby:
+                    import_gently(runner_path.partition(":")[0])
+                runner = load_runner(runner_path)
             return run_worker(runner, self._inbox, self.send)
         except Terminated:
             self.send(Stopped(runner.close() if runner is not None else {}))

@@ -6,15 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from ullm import hub
 from ullm.config import EngineConfig
@@ -32,6 +23,16 @@ def progress_bar(console: Console) -> Iterator[hub.Progress]:
     if not console.is_terminal:
         yield _plain(console)
         return
+    from rich.progress import (  # takes long to import, and is rarely needed
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
     with Progress(
         *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True
