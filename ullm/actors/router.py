@@ -303,6 +303,7 @@ class Router:
     def _take_back(self, record: RequestRecord) -> None:
         """Make it wait for a replica again, by a new number: what is still said of the old one is dropped."""
         del self._records[record.seq_id]
+        self._unassigned.pop(record.seq_id, None)  # it may have been waiting already
         record.replica = None
         record.seq_id = self.arrival()
         self._records[record.seq_id] = self._unassigned[record.seq_id] = record
