@@ -16,6 +16,8 @@ FIRES_WITHIN = 5.0
 """Seconds that one at a step is waited for."""
 AT_STEPS = ("worker.step", "frame.")
 """Points that are hit all the time under load, and may cost the workers."""
+HANGS = ("hang", "stop", "drop")
+"""Actions after which a worker stands still, or seems to."""
 REFUSED = (400, 409, 500, 503)
 """Answers of an operation that is made to fail."""
 
@@ -26,12 +28,14 @@ class Planned:
 
     Args:
         plan: without ``nth``, which is drawn.
+        hangs: the worker is lost when that is found out, not before.
         soon: its point is hit all the time under load, so any of the next hits will do.
     """
 
     name: str
     plan: str
     crashes: bool = False
+    hangs: bool = False
     soon: bool = True
     weight: float = 0.5
 
@@ -47,7 +51,10 @@ class Planned:
             if not await settle(lambda: _happened(world), FIRES_WITHIN):
                 await disarm(world)  # or it would hit somebody whom nobody counted
                 return NOTHING
-            world.note_crash()  # only now is it known whom it may have hit
+            if self.hangs:
+                world.nursery.start_soon(world.note_hang)
+            else:
+                world.note_crash()  # only now is it known whom it may have hit
         return armed
 
 
@@ -103,7 +110,7 @@ async def _reload(world: World) -> None:
 
 KINDS: tuple[Kind, ...] = (
     *(
-        Planned(f"plan.step-{action}", f"worker.step:{action}", crashes=True)
+        Planned(f"plan.step-{action}", f"worker.step:{action}", True, action in HANGS)
         for action in ("crash", "exit", "raise", "oom", "hang", "stop")
     ),
     Planned("plan.step-slow", "worker.step:slow@seconds=0.3"),
@@ -115,11 +122,13 @@ KINDS: tuple[Kind, ...] = (
     Planned("plan.wake-crash", "worker.wake:crash", soon=False),
     Planned("plan.wake-raise", "worker.wake:raise", soon=False),
     *(
-        Planned(f"plan.step-{action}", f"frame.to_worker:{action}@message=Step", crashes=True)
+        Planned(f"plan.step-{action}", f"frame.to_worker:{action}@message=Step", True, action in HANGS)
         for action in ("drop", "duplicate", "corrupt")
     ),
     *(
-        Planned(f"plan.result-{action}", f"frame.from_worker:{action}@message=StepResult", crashes=True)
+        Planned(
+            f"plan.result-{action}", f"frame.from_worker:{action}@message=StepResult", True, action in HANGS
+        )
         for action in ("drop", "duplicate", "corrupt")
     ),
     Planned("plan.step-delay", "frame.to_worker:delay@message=Step,seconds=0.2"),

@@ -208,7 +208,7 @@ async def one_fault(world: World, kinds: Sequence[Kind]) -> None:
     if kind.crashes:
 
         async def spared() -> bool:
-            return world.most_crashes < MAX_CRASHES
+            return world.most_crashes < MAX_CRASHES and not world.hanging
 
         if not await settle(spared, SPARED):
             return

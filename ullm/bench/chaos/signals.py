@@ -41,10 +41,13 @@ class WorkerSignal:
         if not found:
             return NOTHING
         process = world.source.choice(found)
-        if self.crashes:
+        hang = self.crashes and self.number is signal.SIGSTOP
+        if self.crashes and not hang:
             world.note_crash()
         if not _send(process, self.number):
             return NOTHING
+        if hang:
+            world.nursery.start_soon(world.note_hang)
         if self.resume:
             pause = self.resume * world.step_timeout * world.source.uniform(0.2, 1)
             world.nursery.start_soon(_resume, process, pause)

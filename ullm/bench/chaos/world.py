@@ -19,6 +19,8 @@ from ullm.errors import ServerRefused, ServerUnreachable
 
 MAX_CRASHES = 2
 """A request that was being computed at so many losses of workers runs alone, and one more convicts it."""
+FOUND_OUT = 1.5
+"""Step timeouts after which a hang has been found out."""
 RETRY = 0.1
 """Seconds before a refused client asks again."""
 WORKER_MODULE = "ullm.actors.worker_main"
@@ -78,6 +80,7 @@ class World:
         nursery: of what faults leave running.
         room: requests that the server takes at once.
         aborting: operations under way that may end requests early.
+        hanging: workers that stand still, as far as is known.
     """
 
     server: ServerProcess
@@ -97,6 +100,7 @@ class World:
     violations: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     aborting: int = 0
+    hanging: int = 0
     stopping: trio.Event = field(default_factory=trio.Event)
 
     # --- requests ---------------------------------------------------------------------------------
@@ -127,10 +131,19 @@ class World:
         self.counts["refused" if answer.status == 429 else "failed" if answer.error else "answered"] += 1
         self.violations += answer.violations(self.expected.get(answer.ask.number))
 
-    def note_crash(self) -> None:
-        """Workers are about to be lost, with all that is in flight."""
+    def note_crash(self, since: float = 0.0) -> None:
+        """Workers are lost, with all that is in flight and has begun at ``since`` or later."""
         for key in self.live:
-            self.answers[key].crashes += 1
+            self.answers[key].crashes += self.answers[key].started >= since
+
+    async def note_hang(self) -> None:
+        """A worker stands still: lost with it is also who comes before that is found out."""
+        began = trio.current_time()
+        self.note_crash()
+        self.hanging += 1
+        await trio.sleep(FOUND_OUT * self.step_timeout)
+        self.note_crash(since=began)
+        self.hanging -= 1
 
     @property
     def most_crashes(self) -> int:
