@@ -50,7 +50,7 @@ Fields of a request and of `SamplingParams`; those marked with a flag are option
 
 | variable | meaning |
 | --- | --- |
-| `ULLM_CACHE` | Folder for models, kernels, packed weights (up to 8 GiB); default: `~/.cache/ullm` on Linux. |
+| `ULLM_CACHE` | Folder for models, kernels, packed weights (≤ 8 GiB); default: `~/.cache/ullm` on Linux. |
 | `HF_HOME`, `HF_HUB_CACHE` | Where the Hugging Face cache is; models found there are used as they are. |
 | `HF_HUB_OFFLINE` | `1`: never ask the model hub. |
 | `HF_ENDPOINT` | Another hub. |
