@@ -25,10 +25,9 @@ ADDRESS = "http://127.0.0.1:8000"
 def server(tmp_path_factory: pytest.TempPathFactory, real_model: Path) -> Iterator[Server]:
     server = Server(log=tmp_path_factory.mktemp("readme") / "server.log")
     yield server
-    server.process.terminate()
-    assert server.wait() == 0
-    assert server.process.stdout is not None
-    server.process.stdout.close()
+    server.close()
+    assert server.process.returncode == 0
+    server.check_nothing_is_left()
 
 
 def run(*command: str) -> str:
@@ -55,9 +54,9 @@ def test_files_that_are_named_exist(page: Path) -> None:
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python(server: Server, number: int) -> None:
     says = run(sys.executable, "-W", "error", "-c", PYTHON[number].replace(ADDRESS, server.url))
-    assert len(says.split()) >= 2, says
+    assert says.strip()
     if "capital of France" in PYTHON[number]:
-        assert "Paris" in says or "SamplingParams(max_new_tokens" in PYTHON[number], says
+        assert "Paris" in says, says
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
