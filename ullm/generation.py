@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -129,6 +130,10 @@ class Generation:
     Args:
         prompt: text, or token ids.
 
+    Attributes:
+        pace: if set, called after outputs were read: seconds for which further tokens wait, to be read
+            together. What ends a choice never waits, nor do tokens that a stop string may be in.
+
     Raises:
         InvalidParameter: on entering, for token ids outside the vocabulary, or an empty prompt.
         PromptTooLong: on entering.
@@ -149,6 +154,7 @@ class Generation:
         self.request_id = request_id
         self.params = params
         self.prompt_token_ids: list[int] = []
+        self.pace: Callable[[], float] | None = None
         self._router = router
         self._readers = readers
         self._tokenizer = tokenizer
@@ -157,7 +163,9 @@ class Generation:
         self._choices: list[_Choice] = []
         self._changed: dict[int, None] = {}
         self._wake: trio.Event | None = None
-        self._deadline = float("inf")
+        self._waiting = trio.CancelScope()
+        self._held_until = self._held_at_most = 0.0
+        self._deadline = math.inf
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
@@ -196,16 +204,30 @@ class Generation:
         return self
 
     async def __anext__(self) -> Output:
+        output = await self.next(math.inf)
+        assert output is not None, "only a deadline ends the wait without an output"
+        return output
+
+    async def next(self, deadline: float) -> Output | None:
+        """The next output, or None if none comes before ``deadline``, in trio's time.
+
+        Raises:
+            StopAsyncIteration: there will be none.
+            RequestPoisoned, EngineDead: as the iteration does.
+        """
         if not self._choices:
             raise RuntimeError("enter the generation first: async with engine.generate(…) as generation")
         while True:
-            while self._changed:
+            while self._changed and (self._held_until == 0.0 or self._may_be_read()):
                 output = self._advance(self._choices[next(iter(self._changed))])
                 if output is not None:
+                    if self.pace is not None and not self._changed:
+                        self._hold(self.pace())
                     return output
             if all(choice.finished for choice in self._choices):
                 raise StopAsyncIteration
-            await self._wait()
+            if await self._wait(deadline) and trio.current_time() >= deadline:
+                return None
 
     def _advance(self, choice: _Choice) -> Output | None:
         del self._changed[choice.index]
@@ -219,15 +241,32 @@ class Generation:
             self._router.finish(choice.record.seq_id, "stop")
         return output
 
-    async def _wait(self) -> None:
-        self._wake = trio.Event()
-        with trio.CancelScope(deadline=self._deadline) as scope:
-            await self._wake.wait()
+    def _hold(self, seconds: float) -> None:
+        if seconds > 0 and not self.params.stop_strings:
+            self._held_until = trio.current_time() + seconds
+            self._held_at_most = self._held_until + seconds
+
+    def _may_be_read(self) -> bool:
+        """Whether the time is over for which tokens wait, or something does not wait."""
+        if self._held_until <= trio.current_time():
+            self._held_until = 0.0
+            return True
+        return any(self._choices[index].record.done for index in self._changed)
+
+    async def _wait(self, deadline: float) -> bool:
+        """Wait for something to read; whether a time was over first, the reader's or the request's."""
+        self._wake = wake = trio.Event()
+        until = min(deadline, self._deadline, self._held_at_most if self._changed else math.inf)
+        with trio.CancelScope(deadline=until) as self._waiting:
+            await wake.wait()
         self._wake = None
-        if scope.cancelled_caught:
-            self._deadline = float("inf")
+        if not self._waiting.cancelled_caught:
+            return False
+        if trio.current_time() >= self._deadline:
+            self._deadline = math.inf
             for choice in self._choices:
                 self._router.finish(choice.record.seq_id, "timeout")
+        return True
 
     def _submit(self, index: int, max_total: int, seed: int) -> _Choice:
         first = index == 0
@@ -258,8 +297,12 @@ class Generation:
 
     def _notify(self, index: int) -> None:
         self._changed[index] = None
-        if self._wake is not None:
+        if self._wake is None:
+            return
+        if self._held_until == 0.0 or self._may_be_read():
             self._wake.set()
+        elif self._waiting.deadline > self._held_at_most:
+            self._waiting.deadline = self._held_at_most  # should no further token come
 
     def _check_tokens(self) -> None:
         vocab_size = self._info.vocab_size

@@ -255,6 +255,7 @@ class FakeGeneration:
         self.prompt_token_ids = prompt
         self.params = params
         self.request_id = request_id
+        self.pace: Callable[[], float] | None = None
         self._finished = False
 
     @property
@@ -301,6 +302,13 @@ class FakeGeneration:
             await self._pause(number)
         self._steps.popleft()  # not before: a cancelled wait loses nothing
         return self._output(index, number, token, reason)
+
+    async def next(self, deadline: float) -> Output | None:
+        if not hasattr(self, "_steps"):
+            aiter(self)
+        with trio.move_on_at(deadline):
+            return await self.__anext__()
+        return None
 
     async def _pause(self, number: int) -> None:
         await trio.lowlevel.checkpoint()

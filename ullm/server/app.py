@@ -21,6 +21,7 @@ from ullm.server import (
 )
 from ullm.server.connection import BoundedRequest, Connection
 from ullm.server.metrics import Metrics
+from ullm.server.pacing import Pacer
 from ullm.server.types import Engine
 
 BODY_TIMEOUT = 60
@@ -43,8 +44,9 @@ def create_app(engine: Engine, server_config: ServerConfig, *, shutdown: Shutdow
     probes.install(app, engine, metrics)
     models.install(app, engine)
     backend.install(app, engine)
-    completions.install(app, engine, metrics, server_config.sse_keep_alive)
-    chat.install(app, engine, metrics, server_config.sse_keep_alive)
+    pacer = Pacer()
+    completions.install(app, engine, metrics, pacer, server_config.sse_keep_alive)
+    chat.install(app, engine, metrics, pacer, server_config.sse_keep_alive)
     inference.install(app, engine, metrics)
     admin.install(app, engine, shutdown)
     openapi.install(app, secured=server_config.api_key is not None)

@@ -12,10 +12,11 @@ from quart_trio import QuartTrio
 from ullm.errors import InvalidParameter
 from ullm.sampling import MAX_LOGPROBS, SamplingParams
 from ullm.server import requests, sse
-from ullm.server.connection import Push, Writer
+from ullm.server.connection import Writer
 from ullm.server.logprobs import chat_logprobs, prompt_logprobs
 from ullm.server.metrics import Metrics
 from ullm.server.outputs import Job
+from ullm.server.pacing import Pacer
 from ullm.server.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
     from ullm.generation import Output
 
 
-def install(app: QuartTrio, engine: Engine, metrics: Metrics, keep_alive: float) -> None:
+def install(app: QuartTrio, engine: Engine, metrics: Metrics, pacer: Pacer, keep_alive: float) -> None:
     """Add the route to ``app``.
 
     Args:
+        pacer: of all streams.
         keep_alive: seconds of silence after which a stream gets a comment.
     """
     read = requests.json_reader(ChatCompletionRequest)
@@ -57,7 +59,7 @@ def install(app: QuartTrio, engine: Engine, metrics: Metrics, keep_alive: float)
         job = Job(engine, metrics, name, [prompt], params, g.arrived, prompt_field="messages")
         answer = _Answer(request, job, tokenizer, keep_alive)
         if request.stream:
-            return Push(answer.stream, sse.error_event)
+            return sse.response(job, pacer, answer.stream)
         return Response(msgspec.json.encode(await answer.whole()), content_type="application/json")
 
     app.post("/v1/chat/completions")(chat_completions)

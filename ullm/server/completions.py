@@ -15,10 +15,11 @@ from ullm.errors import InvalidParameter
 from ullm.messages import ModelInfo
 from ullm.sampling import SamplingParams
 from ullm.server import requests, sse
-from ullm.server.connection import Push, Writer
+from ullm.server.connection import Writer
 from ullm.server.logprobs import completion_logprobs, extend, prompt_logprobs
 from ullm.server.metrics import Metrics
 from ullm.server.outputs import Job
+from ullm.server.pacing import Pacer
 from ullm.server.responses import Completion, CompletionChoice, Usage
 from ullm.server.schemas import CompletionRequest
 from ullm.server.types import Engine, Tokenizer
@@ -39,10 +40,11 @@ class Prompt:
     text: str
 
 
-def install(app: QuartTrio, engine: Engine, metrics: Metrics, keep_alive: float) -> None:
+def install(app: QuartTrio, engine: Engine, metrics: Metrics, pacer: Pacer, keep_alive: float) -> None:
     """Add the route to ``app``.
 
     Args:
+        pacer: of all streams.
         keep_alive: seconds of silence after which a stream gets a comment.
     """
     read = requests.json_reader(CompletionRequest)
@@ -59,7 +61,7 @@ def install(app: QuartTrio, engine: Engine, metrics: Metrics, keep_alive: float)
         job = Job(engine, metrics, f"cmpl-{g.request_id}", tokens, params, g.arrived)
         answer = _Answer(request, job, tokenizer, prompts, keep_alive)
         if request.stream:
-            return Push(answer.stream, sse.error_event)
+            return sse.response(job, pacer, answer.stream)
         return Response(msgspec.json.encode(await answer.whole()), content_type="application/json")
 
     app.post("/v1/completions")(completions)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import msgspec
-import trio
 
-from ullm.server.connection import Writer
+from ullm.server.connection import Push, Writer
 from ullm.server.errors import as_request_error, error_body
-from ullm.server.outputs import Outputs
+from ullm.server.outputs import Job, Outputs
+from ullm.server.pacing import Pacer
 
 if TYPE_CHECKING:
     from ullm.generation import Output
@@ -26,6 +27,21 @@ def error_event(error: BaseException) -> bytes:
     return b"data: " + error_body(as_request_error(error)) + b"\n\n" + DONE
 
 
+def response(job: Job, pacer: Pacer, produce: Callable[[Writer], Awaitable[None]]) -> Push:
+    """A stream of events, written as often as ``pacer`` allows.
+
+    Args:
+        produce: writes the outputs of ``job``.
+    """
+
+    async def stream(writer: Writer) -> None:
+        job.pace = pacer.interval
+        with pacer.stream():
+            await produce(writer)
+
+    return Push(stream, error_event)
+
+
 class KeptAlive:
     """Outputs as they come; the client gets a comment whenever it has heard nothing for a while.
 
@@ -38,14 +54,13 @@ class KeptAlive:
     def __init__(self, outputs: Outputs, writer: Writer, seconds: float) -> None:
         self._outputs, self._writer, self._seconds = outputs, writer, seconds
 
-    def __aiter__(self) -> Outputs:
+    def __aiter__(self) -> KeptAlive:
         return self
 
     async def __anext__(self) -> tuple[int, Output]:
-        while True:
-            with trio.CancelScope(deadline=self._writer.silent_since + self._seconds):
-                return await anext(self._outputs)
+        while (found := await self._outputs.next(self._writer.silent_since + self._seconds)) is None:
             await self._writer.write(KEEP_ALIVE)
+        return found
 
 
 class ChunkEncoder:

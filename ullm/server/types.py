@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,6 +53,8 @@ class Tokenizer(Protocol):
 class Generation(Protocol):
     """One admitted request; see `ullm.generation.Generation`."""
 
+    pace: Callable[[], float] | None
+
     @property
     def prompt_token_ids(self) -> Sequence[int]:
         """The prompt, once entered."""
@@ -71,6 +73,13 @@ class Generation(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Output]:
         """What is new, as it comes."""
+
+    async def next(self, deadline: float) -> Output | None:
+        """What is new, or None if nothing is before ``deadline``.
+
+        Raises:
+            StopAsyncIteration: nothing more will be.
+        """
 
 
 class Faults(Protocol):
