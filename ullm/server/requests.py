@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -92,9 +91,9 @@ def sampling_params(fields: schemas.Request, **others: Any) -> SamplingParams:
         InvalidParameter: names the field.
     """
     values = {name: getattr(fields, name) for name in _SAMPLING_FIELDS} | others
+    if values["timeout"] is None:
+        values["timeout"] = header_timeout()
     params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
-    if params.timeout is None:
-        params = replace(params, timeout=header_timeout())
     if fields.stream_options is not None and not fields.stream:
         raise InvalidParameter("stream_options needs stream to be true", "stream_options")
     return params
