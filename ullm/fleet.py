@@ -66,7 +66,7 @@ class Fleet:
         """The children that the engine starts with."""
         for replica in self.replicas:
             replica.group.model_path = model_path
-        spares = [] if self._standby is None else [ChildSpec("standby", self._standby.run, shutdown=1.0)]
+        spares = [] if self._standby is None else [ChildSpec("standby", self._standby.run, shutdown=2.0)]
         return [*spares, *(self._spec(replica) for replica in self.replicas)]
 
     def supervised_by(self, root: Supervisor) -> None:

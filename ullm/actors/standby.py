@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from typing import Protocol, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import trio
 
 from ullm.actors.base import cleanup_scope
+from ullm.actors.spare import Place, Spare, SpareTransport, Target, kind_of
 from ullm.actors.transports.base import OpenTransport, Transport, WorkerSpec
 from ullm.config import GIB, EngineConfig
 from ullm.errors import WorkerLost
@@ -45,12 +46,6 @@ STOP_SECONDS = 0.4
 """For a spare to end by itself: it holds nothing."""
 
 
-class SpareTransport(Transport, Protocol):
-    """A transport that can be given another name, because a spare takes the place of another worker."""
-
-    name: str
-
-
 @dataclass(frozen=True)
 class StandbyStatistics:
     """What is in the pool, and counts since the start.
@@ -70,67 +65,6 @@ class StandbyStatistics:
     pids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Target:
-    """What spares are prepared for, and the bytes of memory that a worker of it takes."""
-
-    config: EngineConfig
-    model_path: str
-    need: int
-
-    @property
-    def spares(self) -> int:
-        """For each worker."""
-        return 1 if self.config.standby_workers is None else self.config.standby_workers
-
-
-@dataclass(eq=False)
-class _Spare:
-    """One spare worker; it belongs to the pool until it is taken.
-
-    Attributes:
-        target: what it is prepared for.
-        born: in trio's time.
-        transport: None until its process is started.
-        leave: cancelled to make the pool let go of it: it is taken, or not wanted any more.
-        released: whoever took it does not need it any more.
-        gone: it has ended.
-    """
-
-    target: _Target
-    born: float
-    transport: SpareTransport | None = None
-    prepared: bool = False
-    taken: bool = False
-    leave: trio.CancelScope = field(default_factory=trio.CancelScope)
-    released: trio.Event = field(default_factory=trio.Event)
-    gone: trio.Event = field(default_factory=trio.Event)
-
-    @property
-    def usable(self) -> bool:
-        """Whether it would be ready at once."""
-        transport = self.transport
-        return transport is not None and self.prepared and transport.alive() and not transport.suspended()
-
-
-@dataclass(eq=False)
-class _Place:
-    """Where workers of one kind are wanted.
-
-    Attributes:
-        spec: of the last worker of this kind.
-        serving: workers of this kind that are in use.
-        not_before: when the next spare may be started, in trio's time.
-        losses: spares lost in a row.
-    """
-
-    spec: WorkerSpec
-    spares: list[_Spare] = field(default_factory=list)
-    serving: int = 0
-    not_before: float = 0.0
-    losses: int = 0
-
-
 class StandbyPool:
     """See the module.
 
@@ -142,8 +76,8 @@ class StandbyPool:
     def __init__(self, open_transport: OpenTransport, memory: Callable[[], int] = available_memory) -> None:
         self._open_transport = open_transport
         self._memory = memory
-        self._places: dict[tuple[object, ...], _Place] = {}
-        self._target: _Target | None = None
+        self._places: dict[tuple[object, ...], Place] = {}
+        self._target: Target | None = None
         self._changed = trio.Event()
         self._taken = self._lost = 0
 
@@ -152,7 +86,7 @@ class StandbyPool:
     @asynccontextmanager
     async def open(self, spec: WorkerSpec) -> AsyncIterator[Transport]:
         """An `OpenTransport`: a spare worker where one is prepared, else a fresh one."""
-        place = self._places.setdefault(_kind(spec), _Place(spec))
+        place = self._places.setdefault(kind_of(spec), Place(spec))
         place.spec, place.serving = spec, place.serving + 1
         try:
             spare = self._take(place)
@@ -166,7 +100,7 @@ class StandbyPool:
         finally:
             place.serving -= 1
 
-    def _take(self, place: _Place) -> _Spare | None:
+    def _take(self, place: Place) -> Spare | None:
         spare = next((each for each in place.spares if each.usable), None)
         for each in list(place.spares):
             if each is spare or (each.prepared and not each.usable):  # it is suspended, or just dying
@@ -179,7 +113,7 @@ class StandbyPool:
         return spare
 
     @asynccontextmanager
-    async def _use(self, spare: _Spare, spec: WorkerSpec) -> AsyncIterator[Transport]:
+    async def _use(self, spare: Spare, spec: WorkerSpec) -> AsyncIterator[Transport]:
         """Let a spare be the worker that ``spec`` describes; afterwards it has ended."""
         transport = spare.transport
         assert transport is not None, "what is taken was started"
@@ -201,7 +135,7 @@ class StandbyPool:
             config: ``standby_workers`` for each worker; None: one, while memory allows.
             need: bytes of memory that a worker takes for weights.
         """
-        former, self._target = self._target, _Target(config, model_path, need)
+        former, self._target = self._target, Target(config, model_path, need)
         for place in self._places.values():
             place.not_before = trio.current_time() + SETTLE_SECONDS
             if former is not None and former != self._target:
@@ -239,7 +173,7 @@ class StandbyPool:
                 with trio.move_on_at(self._next_look()):
                     await self._changed.wait()
 
-    def _complete(self, place: _Place) -> list[_Spare]:
+    def _complete(self, place: Place) -> list[Spare]:
         """The spares that are missing, to be started now; those that are too many are retired."""
         target, now = self._target, trio.current_time()
         if target is None or now < place.not_before:
@@ -251,7 +185,7 @@ class StandbyPool:
             log.debug("no memory for a standby worker", worker=place.spec.rank.name)
             place.not_before = now + MEMORY_SECONDS
             return []
-        new = [_Spare(target, now) for _ in range(missing)]
+        new = [Spare(target, now) for _ in range(missing)]
         place.spares += new
         return new
 
@@ -260,17 +194,17 @@ class StandbyPool:
         times = [place.not_before for place in self._places.values()]
         return min((time for time in times if time > now), default=math.inf)
 
-    def _retire(self, place: _Place, keep: int) -> None:
+    def _retire(self, place: Place, keep: int) -> None:
         """End spares, the newest first, until ``keep`` are left."""
         while len(place.spares) > keep:
             place.spares.pop().leave.cancel()
 
-    def _spares(self) -> list[_Spare]:
+    def _spares(self) -> list[Spare]:
         return [spare for place in self._places.values() for spare in place.spares]
 
     # --- one spare -----------------------------------------------------------------------------------
 
-    async def _keep(self, place: _Place, spare: _Spare) -> None:
+    async def _keep(self, place: Place, spare: Spare) -> None:
         """Task: one spare, from its start to its end, whoever has it meanwhile."""
         target = spare.target
         try:
@@ -290,7 +224,7 @@ class StandbyPool:
             spare.gone.set()
             self._changed.set()
 
-    async def _hold(self, spare: _Spare, prepare: Prepare) -> None:
+    async def _hold(self, spare: Spare, prepare: Prepare) -> None:
         """Prepare a spare, and wait until it is taken and released, or retired.
 
         Raises:
@@ -311,19 +245,13 @@ class StandbyPool:
         if spare.taken:
             await spare.released.wait()
 
-    def _count_loss(self, place: _Place, spare: _Spare, error: Exception) -> None:
+    def _count_loss(self, place: Place, spare: Spare, error: Exception) -> None:
         log.warning("standby worker lost", worker=place.spec.rank.name, cause=str(error))
         lived = trio.current_time() - spare.born
         place.losses = 1 if lived >= STEADY_SECONDS else place.losses + 1
         pause = min(BACKOFF_LIMIT, BACKOFF_SECONDS * 2 ** (place.losses - 1))
         place.not_before = trio.current_time() + pause
         self._lost += 1
-
-
-def _kind(spec: WorkerSpec) -> tuple[object, ...]:
-    """Workers of one kind can take each other's place."""
-    rank = spec.rank
-    return spec.runner, spec.cpu_threads, rank.rank, rank.world_size, rank.device_index
 
 
 async def _wait_prepared(transport: Transport) -> None:
