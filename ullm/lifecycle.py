@@ -163,11 +163,15 @@ class Lifecycle:
         if self.state in (FALLING_ASLEEP, WAKING):
             await self._wake()
         task_status.started()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._sleep_when_idle)
-            nursery.start_soon(self._wake_on_request)
-            async for command in self.mailbox:
-                await self._carry_out(command)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._sleep_when_idle)
+                nursery.start_soon(self._wake_on_request)
+                async for command in self.mailbox:
+                    await self._carry_out(command)
+        finally:
+            if trio.current_effective_deadline() == float("-inf"):
+                self.mailbox.close()  # stopped for good: those who still wait shall hear of it
 
     async def _carry_out(self, command: Command) -> None:
         try:

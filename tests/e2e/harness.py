@@ -176,7 +176,8 @@ class Server:
 
     def children(self) -> list[psutil.Process]:
         """All processes below the server."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+        found: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
+        return found
 
     def workers(self) -> list[psutil.Process]:
         """Its worker processes, in service or standing by."""
@@ -201,7 +202,7 @@ class Server:
     # --- the end ---------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop it in order if it still runs; kill it if it does not stop. Its log is shown if a test fails."""
+        """Stop it in order if it still runs; kill it if it does not. A failing test shows its log."""
         try:
             if self.process.poll() is None:
                 self.signal(signal.SIGTERM)
@@ -382,7 +383,7 @@ def server_model(server: Server) -> str:
 def is_gone(process: psutil.Process) -> bool:
     """Whether a process has ended. An orphan stays a zombie where nobody reaps it, as in containers."""
     try:
-        return process.status() == psutil.STATUS_ZOMBIE
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 

@@ -1,4 +1,4 @@
-"""``hypercorn ullm.app:app``: the tables' rows as far as Hypercorn's own command allows; see docs/hosting.md."""
+"""``hypercorn ullm.app:app``: the tables' rows as far as that command allows; see docs/hosting.md."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def test_an_engine_beyond_its_limits_is_dead_to_all_probes(host: Host) -> None:
     server = host(max_restarts="0")
     (stream,) = streams(server, 1, 3000)
     server.worker().kill()
-    assert stream.join().failure is not None
+    stream.join()
+    assert stream.failure is not None
     assert stream.failure["code"] == "engine_dead"
     assert "was killed by SIGKILL" in stream.failure["message"]
     eventually(lambda: server.get("/live").status_code == 503)

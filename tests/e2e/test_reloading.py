@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,10 @@ def load(server: Server) -> Iterator[Load]:
     assert len({(stream._body["prompt"][0], stream.text) for stream in running.ended}) == 6
 
 
+def has_reloaded(server: Server, times: int) -> bool:
+    return server.metric('ullm_reloads_total{outcome="succeeded"}') == times
+
+
 def pids(server: Server) -> set[int]:
     return {pid for replica in server.get("/health").json()["replicas"] for pid in replica["worker_pids"]}
 
@@ -73,7 +78,7 @@ def test_under_load_no_request_fails(serve: Serve, scripted_model: Path, how: st
             else:
                 answer = server.admin("POST", "/admin/reload")
                 assert (answer.status_code, len(answer.json()["replicas"])) == (200, replicas)
-            eventually(lambda n=number: server.metric('ullm_reloads_total{outcome="succeeded"}') == n)
+            eventually(partial(has_reloaded, server, number))
             assert server.get("/ready").status_code == 200
     assert not pids(server) & first
     assert server.metric("ullm_worker_restarts_total") == 0
