@@ -44,7 +44,8 @@ LAYERS: dict[str, set[str]] = {
         "supervision",
         "health",
     },
-    "generation": {"errors", "config", "sampling", "logs", "messages", "core", "actors"},
+    "output": {"messages", "core"},
+    "generation": {"errors", "config", "sampling", "logs", "messages", "core", "actors", "output"},
 }
 """What each layer may import of ullm; layers that are not listed are on top and may import all of it."""
 

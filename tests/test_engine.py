@@ -25,8 +25,8 @@ from ullm.errors import (
     QueueFull,
     RequestPoisoned,
 )
-from ullm.generation import Output
 from ullm.messages import Sampled, Step, StepResult, Stop, ToWorker
+from ullm.output import Output
 from ullm.sampling import SamplingParams
 from ullm.supervision import EngineState
 from ullm.testing import (

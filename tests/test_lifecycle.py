@@ -23,9 +23,9 @@ from ullm.errors import (
     OutOfMemory,
     ReloadFailed,
 )
-from ullm.generation import Output
 from ullm.hub import LocalModel
 from ullm.messages import Sleep, Start, Stop, Wake
+from ullm.output import Output
 from ullm.sampling import SamplingParams
 from ullm.testing import (
     FakeBehaviour,

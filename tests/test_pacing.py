@@ -13,8 +13,8 @@ from trio.testing import MockClock
 
 from ullm.config import EngineConfig
 from ullm.engine import Engine, open_engine
-from ullm.generation import Output
 from ullm.messages import Step
+from ullm.output import Output
 from ullm.sampling import SamplingParams
 from ullm.server.pacing import EVENTS_PER_SECOND, UNPACED_STREAMS, Pacer, unhurried
 from ullm.testing import FakeBehaviour, FakeWorkers, local_model, write_scripted_model

@@ -19,8 +19,8 @@ from ullm.bridge import Stream, TrioThread
 from ullm.config import DEFAULT_MODEL, EngineConfig, SleepMode
 from ullm.engine import Engine, open_engine
 from ullm.errors import EngineDead, first_cause
-from ullm.generation import Output
 from ullm.health import Health, ReloadReport, SleepHealth
+from ullm.output import Output
 from ullm.sampling import SamplingParams
 from ullm.supervision import ShutdownReport
 

@@ -21,9 +21,9 @@ from ullm.errors import (
     PromptTooLong,
     QueueFull,
 )
-from ullm.generation import Output
 from ullm.health import EngineStatistics, Health, ReloadReport, ReplicaHealth, SleepHealth
 from ullm.messages import ModelInfo, TokenLogprobs
+from ullm.output import Output
 from ullm.sampling import SamplingParams
 from ullm.server import bind, serve_http
 from ullm.supervision import ChildInfo, ChildStatus, EngineState, Kind, Restart

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from ullm import EngineConfig, SamplingParams, open_engine
 from ullm.errors import ConfigError, EngineDead, OutOfMemory, WorkerLost
 from ullm.faults import ACTOR_ACTIONS, POINTS, WORKER_ACTIONS
-from ullm.generation import Output
+from ullm.output import Output
 from ullm.testing import (
     FakeWorkers,
     ScriptedSettings,

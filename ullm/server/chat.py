@@ -29,7 +29,7 @@ from ullm.server.schemas import ChatCompletionRequest
 from ullm.server.types import Engine, Tokenizer
 
 if TYPE_CHECKING:
-    from ullm.generation import Output
+    from ullm.output import Output
 
 
 def install(app: QuartTrio, engine: Engine, metrics: Metrics, pacer: Pacer, keep_alive: float) -> None:

@@ -25,7 +25,7 @@ from ullm.server.schemas import CompletionRequest
 from ullm.server.types import Engine, Tokenizer
 
 if TYPE_CHECKING:
-    from ullm.generation import Output
+    from ullm.output import Output
 
 DEFAULT_MAX_TOKENS = 16
 """As OpenAI's API has it for this route."""

@@ -19,7 +19,7 @@ from ullm.server.responses import PromptTokensDetails, Usage
 from ullm.server.types import Engine, Generation
 
 if TYPE_CHECKING:
-    from ullm.generation import Output
+    from ullm.output import Output
 
 
 class Outputs(Protocol):

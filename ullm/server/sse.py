@@ -13,7 +13,7 @@ from ullm.server.outputs import Job, Outputs
 from ullm.server.pacing import Pacer
 
 if TYPE_CHECKING:
-    from ullm.generation import Output
+    from ullm.output import Output
 
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, which clients skip (HTML standard, server-sent events, 9.2.6), and proxies do not."""

@@ -11,8 +11,8 @@ from ullm.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from ullm.generation import Output
     from ullm.health import EngineStatistics, Health, ReloadReport, SleepHealth
+    from ullm.output import Output
     from ullm.supervision import ChildInfo
 
 
