@@ -71,7 +71,7 @@ def test_all_suites_are_there() -> None:
 def test_every_end_to_end_test_of_these_is_named() -> None:
     """A test of the real program's behaviour that no row names has no promise to hold it to."""
     named = {name for _, name in NAMED.findall(PAGE.read_text("utf-8"))}
-    files = """stopping stopping_at_odd_times faults clients sleeping reloading migration probes replicas hosted
-        embedded real_model startup_errors""".split()
+    files = """stopping stopping_at_odd_times faults clients sleeping reloading migration probes replicas
+        hosted embedded real_model startup_errors""".split()
     written = {name for file in files for name in named_in(f"tests/e2e/test_{file}.py")}
     assert not written - named

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
@@ -212,6 +212,8 @@ given_health = settings(
 
 @settings(given_health, max_examples=60)
 @given(course=st.lists(deeds, min_size=1, max_size=14), ending=endings)
+@example(course=[("sleep", 1, "wait"), ("wake",)], ending="drain")  # the wake was never answered
+@example(course=[("sleep", 3, "wait"), ("wake",)], ending="drain")
 def test_whatever_happens_nothing_is_lost(model: Path, course: list[Deed], ending: str) -> None:
     run(model, course, ending)
 

@@ -186,6 +186,8 @@ class Lifecycle:
                     command.reply.send(await self._take_new_workers(command.model, command.revision))
         except RequestError as error:
             command.reply.fail(error)
+        except ActorLost:
+            await trio.sleep_forever()  # the tree is being stopped, and this task with it
 
     async def _sleep_when_idle(self) -> None:
         """Fall asleep by itself after ``--sleep-after``."""
@@ -276,9 +278,10 @@ class Lifecycle:
     async def _start_workers(self) -> None:
         try:
             await self._fleet.start_all()
+        except ActorLost:
+            raise
         except UllmError as error:
-            if not isinstance(error, ActorLost):  # the engine stops meanwhile
-                self._on_failure(first_cause(error))
+            self._on_failure(first_cause(error))
             await trio.sleep_forever()  # until the engine's stop ends this
         self._stopped = False
 
