@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ullm.actors.router import Router
 from ullm.actors.routing import Tokens
@@ -25,10 +26,11 @@ from ullm.errors import (
     QueueFull,
     RequestPoisoned,
 )
+from ullm.hub import LocalModel
 from ullm.messages import Sampled, Step, StepResult, Stop, ToWorker
 from ullm.output import Output
 from ullm.sampling import SamplingParams
-from ullm.supervision import EngineState
+from ullm.supervision import ChildSpec, EngineState
 from ullm.testing import (
     FakeBehaviour,
     FakeWorkers,
@@ -136,7 +138,7 @@ async def test_a_stop_string_ends_the_text_across_tokens(clock: MockClock, opene
         )
         stop = text[10:16]
         outputs = await collect(engine, params=SamplingParams(temperature=0, max_tokens=30, stop=stop))
-        await trio.testing.wait_all_tasks_blocked()
+        await wait_all_tasks_blocked()
         assert engine.statistics().kv_blocks_used == 0
     assert "".join(output.text for output in outputs) == text[: text.index(stop)]
     assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)
@@ -179,7 +181,7 @@ async def test_what_cannot_be_served_is_refused_on_entering(
 async def test_a_deadline_ends_with_what_there_is(clock: MockClock, opened: Open) -> None:
     async with opened() as (engine, _):
         outputs = await collect(engine, params=SamplingParams(temperature=0, max_tokens=50, timeout=4.5))
-        await trio.testing.wait_all_tasks_blocked()
+        await wait_all_tasks_blocked()
         assert engine.statistics().running == 0
     assert outputs[-1].finish_reason == "timeout"
     assert 3 <= len(tokens_of(outputs)) <= 5
@@ -190,7 +192,7 @@ async def test_leaving_early_frees_the_blocks(clock: MockClock, opened: Open) ->
         async with engine.generate(PROMPT, GREEDY) as generation:
             await anext(generation)
             assert engine.statistics().kv_blocks_used > 0
-        await trio.testing.wait_all_tasks_blocked()
+        await wait_all_tasks_blocked()
         statistics = engine.statistics()
     assert (statistics.kv_blocks_used, statistics.running, statistics.waiting) == (0, 0, 0)
     assert statistics.requests_total == {"abort": 1}
@@ -201,7 +203,7 @@ async def test_a_full_queue_refuses_and_recovers(clock: MockClock, opened: Open)
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(collect, engine)
-            await trio.testing.wait_all_tasks_blocked()
+            await wait_all_tasks_blocked()
             with pytest.raises(QueueFull, match="max-queue"):
                 await collect(engine)
         assert len(await collect(engine)) == 10
@@ -410,7 +412,7 @@ async def test_a_drain_lets_admitted_requests_finish(clock: MockClock, opened: O
         nursery.start_soon(one)
         await trio.sleep(2.5)
         engine.request_shutdown(60, by="test")
-        await trio.testing.wait_all_tasks_blocked()
+        await wait_all_tasks_blocked()
         assert engine.state is EngineState.DRAINING
         assert not engine.health().ready
         with pytest.raises(EngineDraining, match="draining"):
@@ -554,3 +556,37 @@ async def test_more_choices_than_ever_fit_are_a_bad_request(clock: MockClock, op
     async with opened(max_bs=2, max_num_batched_tokens=16, max_queue=3) as (engine, _):
         with pytest.raises(InvalidParameter, match="5 at most"):
             await collect(engine, params=SamplingParams(n=6, max_tokens=2))
+
+
+async def test_the_first_children_are_up_while_the_model_is_fetched(model: Path) -> None:
+    listening, fetched = trio.Event(), threading.Event()
+
+    async def http(*, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+        listening.set()
+        await trio.sleep_forever()
+
+    def fetch(config: EngineConfig) -> LocalModel:
+        assert fetched.wait(20)
+        return local_model(model)
+
+    config = EngineConfig(runner="ullm.testing:ScriptedRunner", model=str(model))
+    engine = Engine(
+        config,
+        first_children=[ChildSpec("http", http)],
+        transport=FakeWorkers().open,
+        find_model=fetch,
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(nursery.start, engine.run)
+        await listening.wait()
+        assert (engine.health().live, engine.health().state) == (True, "starting")
+        assert [child.child_id for child in engine.children()] == ["http"]
+        fetched.set()
+        with trio.fail_after(20):
+            while not engine.health().ready:
+                await engine._router.wait_changed()
+                await wait_all_tasks_blocked()
+        names = [child.child_id for child in engine.children()]
+        assert names == ["http", "tokenizer", "replica0", "router", "lifecycle"]
+        await engine.shutdown()

@@ -363,15 +363,17 @@ class Engine:
     async def _run_tree(self, task_status: trio.TaskStatus[None]) -> None:
         try:
             with self._starting:
-                await self._prepare()
                 async with open_supervisor(
                     "engine",
-                    self._children(),
+                    self._first_children,
                     intensity=self.config.max_restarts,
                     period=self.config.restart_period,
                     on_opened=self._take_root,
                 ) as root:
+                    await self._prepare()
                     self._fleet.supervised_by(root)
+                    for child in self._children():
+                        await root.start_child(child)
                     self._take_info()
                     await self._fleet.wait_up()
                     with self._telling_readers(root):
@@ -413,15 +415,15 @@ class Engine:
         self.tokenizer.max_tokens = info.context_len
 
     async def _prepare(self) -> None:
-        """Find the model's files, which children need before they start."""
+        """Find the model's files, which the other children need; a download may take minutes."""
         self._lifecycle.local = await trio.to_thread.run_sync(self._find_model, self.config)
         self.tokenizer = Tokenizer(self._lifecycle.local, self.faults)
 
     def _children(self) -> list[ChildSpec]:
+        """Those that start after the first ones."""
         assert self.tokenizer is not None, "the model is resolved before the tree is started"
         assert self._lifecycle.local is not None, "the model is resolved before the tree is started"
         return [
-            *self._first_children,
             ChildSpec("tokenizer", self.tokenizer.run, shutdown=1.0),
             *self._fleet.specs(str(self._lifecycle.local.path)),
             ChildSpec("router", self._router.run, shutdown=1.0),
