@@ -9,6 +9,9 @@ import trio
 from ullm.bench.chaos.catalogue import Ask, long_ask
 from ullm.bench.chaos.world import Kind, World
 
+SLOWEST = 0.02
+"""Most seconds after a piece; dozens of them lie in one read of a slow reader, within the stall limit."""
+
 
 @dataclass(frozen=True)
 class Disconnect:
@@ -49,7 +52,7 @@ class SlowReader:
 
     async def inject(self, world: World) -> str:
         """Read in the background, compare at the end."""
-        ask, pause = _choose(world, stream=True), world.source.uniform(0.005, 0.05)
+        ask, pause = _choose(world, stream=True), world.source.uniform(0.002, SLOWEST)
         world.nursery.start_soon(_read_slowly, world, ask, pause)
         return f"request {ask.number} waits {pause * 1000:.0f} ms after each piece"
 

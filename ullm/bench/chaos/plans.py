@@ -14,7 +14,7 @@ LATEST_HIT = 10
 """A fault happens at one of the next so many hits of its point."""
 FIRES_WITHIN = 5.0
 """Seconds that one at a step is waited for."""
-AT_STEPS = ("worker.step", "frame.")
+AT_STEPS = ("worker.step", "frame.", "scheduler.step")
 """Points that are hit all the time under load, and may cost the workers."""
 HANGS = ("hang", "stop", "drop")
 """Actions after which a worker stands still, or seems to."""
@@ -133,14 +133,18 @@ KINDS: tuple[Kind, ...] = (
     ),
     Planned("plan.step-delay", "frame.to_worker:delay@message=Step,seconds=0.2"),
     Planned("plan.result-delay", "frame.from_worker:delay@message=StepResult,seconds=0.2"),
+    # Whatever ends a scheduler counts against the requests in its step, as the loss of a worker does.
+    Planned("plan.scheduler-raise", "scheduler.step:raise", crashes=True),
+    Planned("plan.router-raise", "router.tokens:raise"),
+    Planned("plan.tokenizer-raise", "tokenizer.encode:raise"),
     *(
-        Planned(f"plan.{actor}-{action.split('@')[0]}", f"{point}:{action}")
+        Planned(f"plan.{actor}-{action}", f"{point}:{action}@seconds={seconds}")
         for actor, point in (
             ("scheduler", "scheduler.step"),
             ("router", "router.tokens"),
             ("tokenizer", "tokenizer.encode"),
         )
-        for action in ("raise", "slow@seconds=0.2", "hang@seconds=0.5", "block@seconds=0.2")
+        for action, seconds in (("slow", 0.2), ("hang", 0.5), ("block", 0.2))
     ),
     FailingReload(),
 )

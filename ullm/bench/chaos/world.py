@@ -129,7 +129,11 @@ class World:
     def judge(self, answer: Answer) -> None:
         """Compare an answer with the undisturbed one's."""
         self.counts["refused" if answer.status == 429 else "failed" if answer.error else "answered"] += 1
-        self.violations += answer.violations(self.expected.get(answer.ask.number))
+        begin = self.faults[0].at if self.faults else answer.started
+        when = f"{answer.started - begin:.1f}–{(answer.ended or begin) - begin:.1f} s"
+        seen = f"{when}, {answer.crashes} crashes seen"
+        found = answer.violations(self.expected.get(answer.ask.number))
+        self.violations += [f"{violation} ({seen})" for violation in found]
 
     def note_crash(self, since: float = 0.0) -> None:
         """Workers are lost, with all that is in flight and has begun at ``since`` or later."""
