@@ -39,7 +39,6 @@ class Server:
         arguments: after ``ullm serve --port 0``.
         environ: variables beside this process's own.
         wait: until it is ready.
-        log: file to which its stderr is copied as well.
         command: another way to start it.
         ready: finds the address in what such a command writes.
     """
@@ -49,7 +48,6 @@ class Server:
         *arguments: str,
         environ: Mapping[str, str] = {},
         wait: bool = True,
-        log: Path | None = None,
         command: Sequence[str] | None = None,
         ready: str = r"(?m)^ready: (\S+)/v1",
     ) -> None:
@@ -57,7 +55,7 @@ class Server:
         (self.folder / "tmp").mkdir()
         self.url = self.said = self._errors = ""
         self._is_ready = False
-        self._log, self._ready = log, re.compile(ready)
+        self._ready = re.compile(ready)
         self._heard = threading.Condition()
         own = [sys.executable, "-m", "ullm", "serve", "--port", "0"]
         variables = {"PYTHONWARNINGS": "default", "TMPDIR": self._temporary}
@@ -215,8 +213,6 @@ class Server:
             for pipe in self._pipes:
                 pipe.close()
             sys.stdout.write(self._errors)
-            if self._log is not None:
-                self._log.write_text(self._errors)
 
     def check_nothing_is_left(self) -> None:
         """No process, temporary file, listening socket, or sign of untidiness in the log."""

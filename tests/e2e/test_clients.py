@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
+from conftest import servers_looked_after
 from harness import SCRIPTED, Server, Stream, eventually, streams, texts
 
 from ullm.bench.http import Connection, Endpoint
@@ -30,8 +31,6 @@ def is_idle(server: Server) -> bool:
 @pytest.fixture(scope="module")
 def slow_server(scripted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Its steps are long enough to be told apart from outside."""
-    from conftest import servers_looked_after
-
     environ = {"ULLM_SCRIPTED_STEP_SECONDS": str(STEP_SECONDS)}
     with servers_looked_after() as start:
         yield start("--model", str(scripted_model), *SCRIPTED, environ=environ)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import servers_looked_after
 from harness import Server, eventually, is_gone
 
 pytestmark = pytest.mark.process
@@ -41,8 +42,6 @@ def reasons(program: Server) -> list[str]:
 @pytest.fixture(scope="session")
 def undisturbed(scripted_model: Path) -> dict[int, list[str]]:
     """What the requests say where nothing goes wrong."""
-    from conftest import servers_looked_after
-
     command = [sys.executable, str(HOSTS), "engine", str(scripted_model), "process", "150"]
     with servers_looked_after() as start:
         program = start(command=command, ready="^(begun)", environ={"PYTHONHASHSEED": "0"})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from conftest import servers_looked_after
 from harness import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.process]
@@ -17,14 +18,9 @@ MODEL = "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, real_model: Path) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("openai") / "server.log"
-    server = Server("--api-key", "secret", "--dtype", "float32", log=log)
-    yield server
-    server.process.terminate()
-    assert server.wait() == 0
-    assert server.process.stdout is not None
-    server.process.stdout.close()
+def server(real_model: Path) -> Iterator[Server]:
+    with servers_looked_after() as start:
+        yield start("--api-key", "secret", "--dtype", "float32")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import servers_looked_after
 from harness import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.process]
@@ -22,12 +23,9 @@ ADDRESS = "http://127.0.0.1:8000"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, real_model: Path) -> Iterator[Server]:
-    server = Server(log=tmp_path_factory.mktemp("readme") / "server.log")
-    yield server
-    server.close()
-    assert server.process.returncode == 0
-    server.check_nothing_is_left()
+def server(real_model: Path) -> Iterator[Server]:
+    with servers_looked_after() as start:
+        yield start()
 
 
 def run(*command: str) -> str:

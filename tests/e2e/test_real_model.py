@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import servers_looked_after
 from harness import Server, Stream, eventually, is_gone, texts
 
 pytestmark = [pytest.mark.process, pytest.mark.e2e]
@@ -23,8 +24,6 @@ PROMISED = 0.8
 
 @pytest.fixture(scope="module")
 def server(real_model: Path) -> Iterator[Server]:
-    from conftest import servers_looked_after
-
     with servers_looked_after() as start:
         yield start("--dtype", "bfloat16", "--standby-workers", "0")
 
