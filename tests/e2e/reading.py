@@ -1,0 +1,126 @@
+"""Requests to a server, read in threads of their own."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+if TYPE_CHECKING:
+    from harness import Server
+
+
+class Stream:
+    """One request, read in a thread until it ends, however that happens.
+
+    Args:
+        chat: a chat completion of the prompt's numbers, instead of a completion of its tokens.
+        stream: by server-sent events; otherwise in one piece.
+        body: more fields of the request.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        max_tokens: int,
+        prompt: list[int] | None = None,
+        *,
+        chat: bool = False,
+        stream: bool = True,
+        **body: Any,
+    ) -> None:
+        self.text = ""
+        self.status: int | None = None
+        self.finish_reason: str | None = None
+        self.done = False
+        self.error: Exception | None = None
+        self.failure: dict[str, str] | None = None
+        self.usage: dict[str, int] | None = None
+        self.gap = 0.0
+        self.chunks = 0
+        self.begun = threading.Event()
+        self.ended = threading.Event()
+        prompt = prompt or [300, 301]
+        asked = {"messages": [{"role": "user", "content": str(prompt)}]} if chat else {"prompt": prompt}
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        self._body = {
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            **asked,
+            **options,
+            **body,
+        }
+        self._url = f"{server.url}/v1/{'chat/' if chat else ''}completions"
+        self._leaving = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=60, verify=False) as response:
+                self.status = response.status_code
+                self._read(response)
+        except httpx.HTTPError as error:
+            self.error = error
+        self.begun.set()
+        self.ended.set()
+
+    def _read(self, response: httpx.Response) -> None:
+        last = time.monotonic()
+        if not response.headers["content-type"].startswith("text/event-stream"):
+            response.read()
+            return self._take(response.json())
+        for line in response.iter_lines():
+            if self._leaving:
+                return
+            if line.startswith("data: "):
+                self.done = line == "data: [DONE]"
+                if not self.done:
+                    self._take(json.loads(line[6:]))
+                self.gap, last = max(self.gap, time.monotonic() - last), time.monotonic()
+
+    def _take(self, chunk: dict[str, Any]) -> None:
+        self.failure = chunk.get("error") or self.failure
+        self.usage = chunk.get("usage") or self.usage
+        for choice in chunk.get("choices", ()):
+            said = choice.get("delta") or choice.get("message")
+            self.text += said.get("content") or "" if said is not None else choice.get("text", "")
+            self.finish_reason = choice["finish_reason"] or self.finish_reason
+            if self.text:
+                self.chunks += 1
+                self.begun.set()
+
+    def leave(self) -> None:
+        """Hang up at the next event."""
+        self._leaving = True
+
+    def join(self, timeout: float = 60) -> Stream:
+        """Wait for its end."""
+        assert self.ended.wait(timeout), "the stream has no end"
+        self._thread.join()
+        return self
+
+
+def streams(server: Server, count: int, max_tokens: int) -> list[Stream]:
+    """Streams that have all begun."""
+    found = [Stream(server, max_tokens, [300 + number]) for number in range(count)]
+    for stream in found:
+        assert stream.begun.wait(30)
+    return found
+
+
+def texts(found: Sequence[Stream]) -> list[str]:
+    """What complete streams have said; fails if one of them is not complete."""
+    for stream in found:
+        stream.join()
+        assert (stream.error, stream.failure, stream.status) == (None, None, 200)
+        assert stream.finish_reason == "length"
+        assert stream.usage is not None
+        assert stream.usage["completion_tokens"] == stream._body["max_tokens"]
+        assert stream.done == ("stream" in stream._body)
+    return [stream.text for stream in found]
