@@ -590,3 +590,12 @@ async def test_the_first_children_are_up_while_the_model_is_fetched(model: Path)
         names = [child.child_id for child in engine.children()]
         assert names == ["http", "tokenizer", "replica0", "router", "lifecycle"]
         await engine.shutdown()
+
+
+async def test_a_worker_that_is_suspended_while_it_starts_is_replaced(clock: MockClock, opened: Open) -> None:
+    async with opened(FakeBehaviour(load_seconds=5.0), faults="worker.start:stop@nth=2") as (engine, workers):
+        began = trio.current_time()
+        workers.started[0].die("was killed by SIGKILL")
+        assert await collect(engine)
+        assert trio.current_time() - began < 10  # two seconds to find out, five to load
+        assert len(workers.started) == 3

@@ -580,3 +580,19 @@ async def test_a_stop_overtakes_a_reload(clock: MockClock, opened: Open) -> None
         assert report.exit_code == 0
     assert not any(worker.alive() for worker in workers)
     assert len(errors) == 1
+
+
+async def test_sleeping_deep_beside_a_worker_that_hangs_waits_for_its_watchdog_only(
+    clock: MockClock, opened: Open, expected: list[int]
+) -> None:
+    running = Running()
+    async with opened(step_timeout=5.0) as (engine, workers), trio.open_nursery() as nursery:
+        nursery.start_soon(running.run, engine)
+        await trio.sleep(2.5 * STEP)
+        workers[0].hang()
+        began = trio.current_time()
+        await engine.sleep(3, "keep")
+        assert trio.current_time() - began < 6
+        await engine.wake()
+        await running.done.wait()
+    assert tokens_of(running.outputs) == expected

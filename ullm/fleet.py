@@ -185,6 +185,8 @@ class Fleet:
             while self._router.load(old.index):
                 await self._router.wait_changed()
         moved = self._router.load(old.index)
+        if old.failure is None:
+            await old.scheduler.rest(0).reached.wait()  # the step in flight ends, or is known to hang
         await self._stop(old)
         self.former_restarts += max(0, old.group.restarts)
         return moved

@@ -255,6 +255,7 @@ class Lifecycle:
     async def _rest(self, level: int) -> int:
         if level < MAX_SLEEP_LEVEL:
             return await self._fleet.rest(level)
+        await self._fleet.rest(0)  # a step that hangs is known to hang only while its scheduler waits for it
         self._stopped = True
         infos = [replica.group.info for replica in self._fleet.replicas]
         await self._fleet.stop_all()

@@ -202,7 +202,7 @@ class WorkerGroup:
         try:
             async with trio.open_nursery() as starting:
                 for rank in range(len(self._transports)):
-                    starting.start_soon(self._start_rank, rank, infos)
+                    starting.start_soon(self._start_watched, rank, infos)
             self.info = infos[0]
             async with trio.open_nursery() as watching:
                 for rank in range(len(self._transports)):
@@ -213,6 +213,14 @@ class WorkerGroup:
                 task_status.started(infos[0])
         except BaseExceptionGroup as group:
             raise first_cause(group) from group
+
+    async def _start_watched(self, rank: int, infos: list[ModelInfo]) -> None:
+        self._watchdogs[rank].owe("ready")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._look_at_rank, rank)
+            await self._start_rank(rank, infos)
+            nursery.cancel_scope.cancel()
+        self._watchdogs[rank].settle("ready")
 
     async def _start_rank(self, rank: int, infos: list[ModelInfo]) -> None:
         transport, patience = self._transports[rank], self._config.start_timeout

@@ -250,6 +250,7 @@ class Router:
             self._take_back(record)
             # Alone in its step, and the worker died again: it is the one.
             if record.crashes > SUSPECT_AFTER and len(down.in_step) == 1:
+                log.error("request poisoned", request=record.request_id, crashes=record.crashes)
                 self._fail(record, RequestPoisoned(record.request_id, record.crashes))
         log.warning("replica down", replica=down.replica, epoch=down.epoch, requests=len(replica.assigned))
         self._assign()
