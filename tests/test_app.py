@@ -89,9 +89,14 @@ def hypercorn(worker: str, model: Path, *options: str, **environ: str) -> Iterat
     try:
         yield server
     finally:
-        if process.poll() is None:
+        if process.poll() is None:  # in order, so that Hypercorn takes its semaphores with it
+            process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            raise
         server._reader.join(10)
         assert process.stderr is not None
         process.stderr.close()
