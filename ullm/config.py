@@ -91,6 +91,11 @@ class SchedulerConfig:
         None, "Most tokens, prompts and possible outputs together, of all admitted requests; then 429."
     )
     steps_ahead: int = option(1, "Steps planned before the results of the running one are in; 0 or 1.")
+    speculate: int = option(
+        0,
+        "Most tokens per sequence and step that are guessed from repetitions in its text and verified in one "
+        "go; 0: none. While guesses pay, steps are not planned ahead.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +172,7 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
                 _at_least(self, name, 1)
         if self.cpu_threads is not None and self.cpu_threads > MAX_THREADS:
             raise ConfigError(f"--cpu-threads must be at most {MAX_THREADS}, got {self.cpu_threads}")
-        for name in ("shutdown_timeout", "max_restarts", "steps_ahead", "sleep_level"):
+        for name in ("shutdown_timeout", "max_restarts", "steps_ahead", "speculate", "sleep_level"):
             _at_least(self, name, 0)
         for name in ("restart_period", "start_timeout", "step_timeout", "health_interval", "sleep_after"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:

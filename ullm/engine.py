@@ -214,6 +214,8 @@ class Engine:
             bytes_given_back=lifecycle.given_back,
             reloads_total=dict(lifecycle.reloads),
             admitted_tokens=router.admitted_tokens,
+            draft_tokens_total=sum(s.draft_tokens for s in inside),
+            accepted_tokens_total=sum(s.accepted_tokens for s in inside),
         )
 
     def children(self) -> tuple[ChildInfo, ...]:

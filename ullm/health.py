@@ -91,6 +91,8 @@ class EngineStatistics(msgspec.Struct, frozen=True):
         bytes_given_back: by the current sleep; 0 while awake.
         reloads_total: ``succeeded`` and ``failed`` → times.
         admitted_tokens: prompt and possible output tokens of live requests.
+        draft_tokens_total: tokens guessed by speculative decoding.
+        accepted_tokens_total: of those, the right ones: steps saved.
     """
 
     running: int
@@ -113,3 +115,5 @@ class EngineStatistics(msgspec.Struct, frozen=True):
     bytes_given_back: int = 0
     reloads_total: dict[str, int] = {}
     admitted_tokens: int = 0
+    draft_tokens_total: int = 0
+    accepted_tokens_total: int = 0

@@ -89,6 +89,9 @@ class Row(Frame, frozen=True):
             does not. If ``start + count`` is beyond the tokens that were sent, the missing one is
             the token that this worker sampled in the step before.
         new_block_ids: blocks appended to the sequence's table.
+        draft: guesses of the tokens that follow the sequence's last one, which is at ``start``; ``count``
+            is one more. A token is sampled at each position, and returned as long as the guess before
+            it was right. The next row starts where the KV of right guesses ends.
     """
 
     seq_id: int
@@ -96,6 +99,7 @@ class Row(Frame, frozen=True):
     count: int
     sample: bool
     new_block_ids: list[int] = []
+    draft: list[int] = []
 
 
 class Step(Frame, frozen=True):

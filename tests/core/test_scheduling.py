@@ -303,6 +303,8 @@ def plans() -> st.SearchStrategy[list[Plan]]:
     steps_ahead=st.integers(0, 1),
     prefix_cache=st.booleans(),
     eos_after=st.one_of(st.none(), st.integers(1, 10)),
+    speculate=st.integers(0, 6),
+    repeat=st.one_of(st.none(), st.integers(1, 7)),
 )
 def test_every_plan_can_be_followed_and_every_text_is_right(
     plans: list[Plan],
@@ -311,15 +313,22 @@ def test_every_plan_can_be_followed_and_every_text_is_right(
     steps_ahead: int,
     prefix_cache: bool,
     eos_after: int | None,
+    speculate: int,
+    repeat: int | None,
 ) -> None:
     scheduler, pool = make_scheduler(
-        num_blocks, max_bs=6, max_num_batched_tokens=budget, prefix_cache=prefix_cache
+        num_blocks,
+        max_bs=6,
+        max_num_batched_tokens=budget,
+        prefix_cache=prefix_cache,
+        speculate=speculate,
     )
     model = f"scripted:num_blocks={num_blocks}" + (f",eos_after={eos_after}" if eos_after else "")
+    model += f",repeat={repeat}" if repeat else ""
     runner = ScriptedRunner()
     runner.load(Start(EngineConfig(block_size=BLOCK), RankSpec(), model), lambda _: None)
     run(scheduler, pool, runner, plans, steps_ahead)
-    script = ScriptedSettings(eos_after=eos_after)
+    script = ScriptedSettings(eos_after=eos_after, repeat=repeat)
     for seq_id, plan in enumerate(plans):
         params = SamplingParams(temperature=0, seed=seq_id)
         expected = scripted_tokens(plan.prompt, params, plan.max_tokens, script)

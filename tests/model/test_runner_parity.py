@@ -25,8 +25,9 @@ from model_fixtures import (
 )
 
 from ullm.core.blocks import BlockPool
-from ullm.core.scheduling import Scheduler, SchedulerStatistics
+from ullm.core.scheduling import Scheduler
 from ullm.core.sequence import Sequence
+from ullm.core.statistics import SchedulerStatistics
 from ullm.messages import Step, TokenLogprobs
 from ullm.model.runner import ModelRunner
 from ullm.sampling import SamplingParams

@@ -242,6 +242,8 @@ class FakeEngine:
             bytes_given_back=1024,
             reloads_total={"succeeded": 1, "failed": 2},
             admitted_tokens=77,
+            draft_tokens_total=40,
+            accepted_tokens_total=25,
         )
 
 

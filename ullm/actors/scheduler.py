@@ -14,8 +14,9 @@ from ullm.actors.routing import ReplicaDown, ReplicaUp, Tokens
 from ullm.config import EngineConfig
 from ullm.core.blocks import BlockPool
 from ullm.core.request import RequestRecord
-from ullm.core.scheduling import Scheduler, SchedulerStatistics
+from ullm.core.scheduling import Scheduler
 from ullm.core.sequence import Sequence
+from ullm.core.statistics import SchedulerStatistics
 from ullm.faults import FaultInjector
 from ullm.messages import ModelInfo, Step, StepResult
 
@@ -157,7 +158,7 @@ class SchedulerActor:
             rest = self._rest
             while (
                 rest is None
-                and len(self._in_flight) <= self._config.steps_ahead
+                and len(self._in_flight) <= core.steps_ahead
                 and (step := core.schedule()) is not None
             ):
                 await self._faults.at("scheduler.step")

@@ -6,38 +6,21 @@ the blocks run out, the sequence that should run last gives up its blocks and is
 (preemption by recompute).
 
 `Scheduler.schedule` may be called before the results of the step before are applied: a sequence then
-counts its sampled tokens as pending, and the worker fills in their values.
+counts its sampled tokens as pending, and the worker fills in their values. A row may guess the tokens
+after a known one (`ullm.core.drafting`); until the guesses are verified its sequence is left out.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from ullm.config import SchedulerConfig
 from ullm.core.blocks import ROOT_HASH, BlockPool, block_hash
 from ullm.core.sequence import Sequence, TokenEvent
+from ullm.core.speculation import Speculation
+from ullm.core.statistics import SchedulerStatistics
 from ullm.messages import NewSequence, Row, Sampled, Step, StepResult
-
-
-@dataclass(frozen=True)
-class SchedulerStatistics:
-    """What is in the scheduler.
-
-    Args:
-        prefix_queries: prompt tokens looked up in the prefix cache since the start.
-        prefix_hits: of those, the ones found.
-        preemptions: since the start.
-    """
-
-    running: int
-    waiting: int
-    blocks_total: int
-    blocks_used: int
-    prefix_queries: int
-    prefix_hits: int
-    preemptions: int
 
 
 class Scheduler:
@@ -73,11 +56,13 @@ class Scheduler:
         self._forget: list[int] = []
         self._steps = last_step
         self._queries = self._hits = self._preemptions = 0
+        self._speculation = Speculation(config.speculate)
 
     # --- what comes in ---------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. The caller has checked that it fits the context and the pool."""
+        self._speculation.begin(sequence)
         self._sequences[sequence.seq_id] = sequence
         heapq.heappush(self._waiting, (sequence.order, sequence))
 
@@ -105,6 +90,9 @@ class Scheduler:
             taken.append(token_id)
             if reason := sequence.finish_reason(token_id, self._eos):
                 break
+        if sequence.num_drafted:
+            self._speculation.learn(sequence, len(sampled.token_ids) - 1, len(self._running))
+            self._publish(sequence)
         if reason:
             self._finish(sequence)
         return TokenEvent(
@@ -120,6 +108,14 @@ class Scheduler:
 
     # --- what goes out ---------------------------------------------------------------------------
 
+    @property
+    def steps_ahead(self) -> int:
+        """Steps without a result beside which another one may be planned.
+
+        None while a sequence waits for a draft, which needs the token before.
+        """
+        return 0 if self._speculation.wants_any(self._running) else self._config.steps_ahead
+
     def schedule(self) -> Step | None:
         """Plan the next step; None if there is nothing to compute now."""
         self._steps += 1
@@ -129,19 +125,24 @@ class Scheduler:
         if not rows:
             self._steps -= 1  # the number is free: workers take no step that is out of turn
             return None
-        self._publish(rows)
+        for row in rows:
+            self._publish(self._sequences[row.seq_id])
         forget, self._forget = self._forget, []
         return Step(step_id=self._steps, rows=rows, new=new, forget=forget)
 
     def _continue_running(self, rows: list[Row], budget: int) -> int:
+        # Guesses take at most half of what the running sequences themselves leave.
+        spare = (budget - len(self._running)) // 2 if self._config.speculate else 0
         # Decodes before prefill chunks, so that a long prompt does not hold up others' next tokens.
         for sequence in sorted(
             self._running, key=lambda running: (running.num_to_compute > 1, running.order)
         ):
             count = min(sequence.num_to_compute, budget)
             if count > 0 and sequence.running and self._make_room(sequence, count):
-                rows.append(self._plan(sequence, count))
-                budget -= count
+                draft = self._draft(sequence, spare) if spare > 0 else []
+                rows.append(self._plan(sequence, count, draft))
+                budget -= count + len(draft)
+                spare -= len(draft)
         return budget
 
     def _admit_waiting(self, rows: list[Row], budget: int) -> list[NewSequence]:
@@ -159,21 +160,33 @@ class Scheduler:
             sequence.running = True
             count = min(sequence.num_to_compute, budget)
             self._make_room(sequence, count)
-            row = self._plan(sequence, count)
+            row = self._plan(sequence, count, [])
             rows.append(row)
             new.append(_introduce(sequence, row))
             budget -= count
         return new
 
-    def _plan(self, sequence: Sequence, count: int) -> Row:
-        """The row for the next ``count`` positions, whose blocks are there already."""
+    def _draft(self, sequence: Sequence, most: int) -> list[int]:
+        """Guesses of what follows the last token, with blocks for them."""
+        # No others lose blocks for a guess, neither now nor for their next token.
+        blocks = len(sequence.block_ids) + max(0, self._pool.num_free - len(self._running))
+        room = blocks * self._block_size - len(sequence.token_ids)
+        draft = self._speculation.propose(sequence, min(most, room), len(self._running))
+        if draft:
+            self._make_room(sequence, 1 + len(draft))
+        return draft
+
+    def _plan(self, sequence: Sequence, count: int, draft: list[int]) -> Row:
+        """The row for the next ``count`` positions, and ``draft``, whose blocks are there already."""
         start = sequence.num_computed
         sequence.planned_in = self._steps
-        known_blocks = -(-start // self._block_size)
+        new_blocks = sequence.block_ids[sequence.num_sent_blocks :]
+        sequence.num_sent_blocks = len(sequence.block_ids)
         sequence.num_computed += count
         sample = sequence.num_computed == len(sequence.token_ids) + sequence.num_pending
         sequence.num_pending += sample
-        return Row(sequence.seq_id, start, count, sample, sequence.block_ids[known_blocks:])
+        sequence.num_drafted = len(draft)
+        return Row(sequence.seq_id, start, count + len(draft), sample, new_blocks, draft)
 
     # --- blocks ----------------------------------------------------------------------------------
 
@@ -189,7 +202,7 @@ class Scheduler:
             return False
         self._pool.take(cached)
         sequence.block_ids = cached
-        sequence.num_published = len(cached)
+        sequence.num_published = sequence.num_sent_blocks = len(cached)
         sequence.num_computed = len(cached) * self._block_size
         if not sequence.num_output_tokens:
             sequence.num_cached_tokens = sequence.num_computed
@@ -230,21 +243,20 @@ class Scheduler:
         self._forget.append(sequence.seq_id)
         self._pool.release(sequence.block_ids)
         sequence.block_ids = []
-        sequence.num_computed = sequence.num_published = 0
+        sequence.num_computed = sequence.num_published = sequence.num_sent_blocks = 0
 
-    def _publish(self, rows: list[Row]) -> None:
-        """Offer the blocks that a planned step fills to the prefix cache.
+    def _publish(self, sequence: Sequence) -> None:
+        """Offer the blocks that planned steps fill to the prefix cache; none with a guess in them.
 
         Steps run in order, so whoever finds a block in a later step reads what is written by then.
         """
-        if not self._prefix_cache:
+        if not self._prefix_cache or not sequence.running:
             return
-        for sequence in (self._sequences[row.seq_id] for row in rows):
-            full = min(sequence.num_computed, len(sequence.token_ids)) // self._block_size
-            self._extend_hashes(sequence, full)
-            for position in range(sequence.num_published, full):
-                self._pool.publish(sequence.block_ids[position], sequence.block_hashes[position])
-            sequence.num_published = full
+        full = min(sequence.num_computed, len(sequence.token_ids)) // self._block_size
+        self._extend_hashes(sequence, full)
+        for position in range(sequence.num_published, full):
+            self._pool.publish(sequence.block_ids[position], sequence.block_hashes[position])
+        sequence.num_published = full
 
     def _extend_hashes(self, sequence: Sequence, count: int) -> None:
         hashes, size = sequence.block_hashes, self._block_size
@@ -274,6 +286,8 @@ class Scheduler:
             prefix_queries=self._queries,
             prefix_hits=self._hits,
             preemptions=self._preemptions,
+            draft_tokens=self._speculation.drafted,
+            accepted_tokens=self._speculation.accepted,
         )
 
 

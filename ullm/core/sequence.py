@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ullm.core.drafting import Drafter
 from ullm.messages import TokenLogprobs
 from ullm.sampling import SamplingParams
 
@@ -46,6 +47,9 @@ class Sequence:
         num_computed: leading positions whose KV is computed, or will be by steps already planned.
         num_pending: tokens that planned steps will sample, whose values are not known yet.
         num_published: leading blocks offered to the prefix cache.
+        num_sent_blocks: leading blocks that the worker knows.
+        num_drafted: guesses in the planned step; until it is known which were right, nothing can follow.
+        drafter: guesses further tokens; None: they are computed one by one.
         planned_in: number of the last step that it has a row in.
     """
 
@@ -60,6 +64,9 @@ class Sequence:
     num_computed: int = 0
     num_pending: int = 0
     num_published: int = 0
+    num_sent_blocks: int = 0
+    num_drafted: int = 0
+    drafter: Drafter | None = None
     num_cached_tokens: int = 0
     running: bool = False
     finished: bool = False
@@ -74,7 +81,7 @@ class Sequence:
     def num_to_compute(self) -> int:
         """Positions that can be planned now: none once the pending tokens reach its end."""
         planned = len(self.token_ids) + self.num_pending
-        return 0 if planned >= self.max_total else planned - self.num_computed
+        return 0 if planned >= self.max_total or self.num_drafted else planned - self.num_computed
 
     def finish_reason(self, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Whether ``token_id``, just appended, ends the sequence.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ullm.messages import ModelInfo, Prepare, Progress, Row, Sampled, Start, Step, StepResult, TokenLogprobs
+from ullm.model.drafts import Draws, draws_of
 from ullm.model.logprobs import PendingLogprobs
 from ullm.model.memory import let_go
 from ullm.model.rank import SIGN_OF_LIFE, Rank, open_rank
@@ -35,6 +36,7 @@ class Pending:
     Args:
         tokens: sampled tokens, on the host once ``event`` has happened.
         sampled: sequence → index in ``tokens``.
+        accepted: sequence → right guesses, whose successors follow in ``tokens``.
         prompt_logprobs: sequence → its part, where it was asked for.
     """
 
@@ -43,6 +45,7 @@ class Pending:
     tokens: Tensor | None = None
     event: torch.cuda.Event | None = None
     sampled: dict[int, int] = field(default_factory=dict)
+    accepted: dict[int, int] = field(default_factory=dict)
     logprobs: PendingLogprobs | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
@@ -63,7 +66,7 @@ class Pending:
             if index is None and prompt is None:
                 continue
             entry = logprobs[index] if logprobs is not None and index is not None else None
-            token_ids = [] if index is None else [tokens[index]]
+            token_ids = [] if index is None else tokens[index : index + 1 + self.accepted.get(seq_id, 0)]
             found.append(Sampled(seq_id, token_ids, None if entry is None else [entry], prompt))
         return StepResult(self.step_id, found, time.perf_counter() - self.began)
 
@@ -229,20 +232,37 @@ class ModelRunner:
         for (row, state), end in zip(plan.rows, plan.ends, strict=True):
             if state.new.params.prompt_logprobs is not None:
                 self._add_prompt_logprobs(row, state, hidden[end - row.count : end], pending)
-        chosen = [
-            (state, end - 1) for (row, state), end in zip(plan.rows, plan.ends, strict=True) if row.sample
-        ]
-        if not chosen:
+        draws = draws_of(plan)
+        if not draws.rows:
             return
-        rows = [index for _, index in chosen]
+        rows, seq_ids = draws.positions, draws.seq_ids
         logits = rank.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
-        seq_ids = [state.new.seq_id for state, _ in chosen]
-        tokens = sampler.sample(logits, seq_ids)
-        if any(state.new.params.logprobs is not None for state, _ in chosen):
+        tokens = sampler.sample(logits, seq_ids, draws.ahead if draws.drafted else None)
+        if any(state.new.params.logprobs is not None for _, state in draws.rows):
             pending.logprobs = sampler.start_logprobs(logits, seq_ids, tokens)
-        self._keep([state for state, _ in chosen], tokens)
-        pending.sampled = {seq_id: i for i, seq_id in enumerate(seq_ids)}
+        pending.sampled = {row.seq_id: i for (row, _), i in zip(draws.rows, draws.first, strict=True)}
+        if draws.drafted:
+            tokens = self._accept(draws, tokens, pending)
+        else:
+            self._keep([state for _, state in draws.rows], tokens)
         pending.tokens, pending.event = _to_host(tokens)
+
+    def _accept(self, draws: Draws, tokens: Tensor, pending: Pending) -> Tensor:
+        """Verify drafts and keep what is right; returns the tokens on the host.
+
+        That waits for the device: what the next step may be depends on how many are right.
+        """
+        _, sampler = self._loaded()
+        on_host = tokens.cpu()
+        accepted = draws.count_accepted(on_host.tolist())
+        last = [first + count for first, count in zip(draws.first, accepted, strict=True)]
+        self._keep([state for _, state in draws.rows], tokens[last])
+        for (row, state), count in zip(draws.rows, accepted, strict=True):
+            if count:
+                sampler.advance(row.seq_id, count)
+                state.num_sampled += count
+                pending.accepted[row.seq_id] = count
+        return on_host
 
     def _keep(self, states: list[SequenceState], tokens: Tensor) -> None:
         if self._table.num_slots > len(self._last_tokens):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -107,17 +107,22 @@ class Sampler:
             self._penalties.release(sequence.slot)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, seq_ids: list[int]) -> Tensor:
+    def sample(self, logits: Tensor, seq_ids: list[int], ahead: Sequence[int] | None = None) -> Tensor:
         """The next token of each sequence; its index advances by one.
 
         Args:
             logits: ``[rows, vocab]`` in any float type; left as it is.
-            seq_ids: the sequence of each row, none twice.
+            seq_ids: the sequence of each row; twice only where ``ahead`` differs.
+            ahead: how many tokens each row's is after its sequence's next one; such a sequence has no
+                penalties and no log probabilities. What is accepted of them is told to `advance`.
 
         Returns:
             ``[rows]`` int64 on the device; on CUDA nothing waits for it.
         """
         sequences = [self._sequences[seq_id] for seq_id in seq_ids]
+        if ahead is not None:  # copies, whose own advance is lost
+            pairs = zip(sequences, ahead, strict=True)
+            sequences = [replace(s, index=s.index + more) if more else s for s, more in pairs]
         adjusted = self._adjust(logits, sequences)
         self._adjusted = None if adjusted is logits else (adjusted, _positions(seq_ids))
         tokens = self._choose(adjusted, sequences)
@@ -127,6 +132,10 @@ class Sampler:
         for sequence in sequences:
             sequence.index += 1
         return tokens
+
+    def advance(self, seq_id: int, count: int) -> None:
+        """``count`` tokens ahead of the sequence's next one were accepted."""
+        self._sequences[seq_id].index += count
 
     @torch.inference_mode()
     def start_logprobs(self, logits: Tensor, seq_ids: list[int], tokens: Tensor) -> PendingLogprobs:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ullm.core.drafting import can_draft
 from ullm.messages import NewSequence, Row, Step
 from ullm.model.batch import Layout
 
@@ -125,8 +126,9 @@ class SequenceTable:
         if state is None:
             raise ValueError(f"a step has a row of sequence {row.seq_id}, which is not known")
         state.blocks.extend(row.new_block_ids)
-        end = row.start + row.count
-        if row.count < 1 or row.start < 0 or end > state.num_tokens:
+        needed = row.start + row.count
+        end = needed - len(row.draft)  # of what is known, not guessed
+        if row.count <= len(row.draft) or row.start < 0 or end > state.num_tokens:
             raise ValueError(
                 f"sequence {row.seq_id}: row of {row.count} from {row.start}, it has {state.num_tokens}"
             )
@@ -135,13 +137,15 @@ class SequenceTable:
             raise ValueError(
                 f"sequence {row.seq_id}: only the last token sampled here is kept, not those up to {end}"
             )
-        if end > state.blocks.size * self.block_size:
+        if needed > state.blocks.size * self.block_size:
             raise ValueError(
-                f"sequence {row.seq_id} needs room for {end} tokens, but has {state.blocks.size} blocks of "
-                f"{self.block_size}"
+                f"sequence {row.seq_id} needs room for {needed} tokens, but has {state.blocks.size} blocks "
+                f"of {self.block_size}"
             )
         if row.sample and end != state.num_tokens:
             raise ValueError(f"sequence {row.seq_id}: sampling after token {end} of {state.num_tokens}")
+        if row.draft:
+            _check_draft(row, state)
         return state
 
     def _lay_out(self, pairs: list[tuple[Row, SequenceState]]) -> Plan:
@@ -168,6 +172,14 @@ class SequenceTable:
         return tables
 
 
+def _check_draft(row: Row, state: SequenceState) -> None:
+    """Raise ValueError for one whose tokens cannot be drawn at once; the scheduler never asks for that."""
+    if not row.sample or row.count != 1 + len(row.draft):
+        raise ValueError(f"sequence {row.seq_id}: a draft of {len(row.draft)} in a row of {row.count}")
+    if not can_draft(state.new.params):
+        raise ValueError(f"sequence {row.seq_id}: penalties and log probabilities go without drafts")
+
+
 def _order(pair: tuple[Row, SequenceState]) -> tuple[bool, int]:
     """Decodes first, the longest first, so that attention can pad neighbours to one length."""
     row, _ = pair
@@ -185,7 +197,9 @@ def _tokens(
         known = state.tokens[row.start : row.start + row.count]
         first = end - row.count
         tokens[first : first + len(known)] = known
-        if len(known) < row.count:
-            indices.append(end - 1)
+        if len(known) + len(row.draft) < row.count:
+            indices.append(end - 1 - len(row.draft))
             slots.append(state.slot)
+        if row.draft:
+            tokens[end - len(row.draft) : end] = row.draft
     return tokens, (indices, slots)

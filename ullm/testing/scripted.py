@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ullm.core.drafting import can_draft
 from ullm.messages import (
     ModelInfo,
     NewSequence,
@@ -42,11 +43,13 @@ def scripted_tokens(
     state = _EMPTY
     for token in prompt:
         state = _mix(state, token)
-    tokens: list[int] = []
-    while len(tokens) < count and settings.eos_token_id not in tokens[-1:]:
-        tokens.append(_draw(settings, params, state, len(tokens)))
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(_draw(settings, params, state, tokens, len(prompt)))
         state = _mix(state, tokens[-1])
-    return tokens
+        if tokens[-1] == settings.eos_token_id:
+            break
+    return tokens[len(prompt) :]
 
 
 def _mix(state: int, token: int) -> int:
@@ -54,11 +57,16 @@ def _mix(state: int, token: int) -> int:
     return state ^ (state >> 29)
 
 
-def _draw(settings: ScriptedSettings, params: SamplingParams, state: int, index: int) -> int:
+def _draw(
+    settings: ScriptedSettings, params: SamplingParams, state: int, tokens: Sequence[int], num_prompt: int
+) -> int:
+    index = len(tokens) - num_prompt
     if settings.eos_after is not None and index >= settings.eos_after and not params.ignore_eos:
         return settings.eos_token_id
     if not params.greedy:
         state = _mix(_mix(state, params.seed or 0), index)
+    if settings.repeat is not None and settings.repeat <= len(tokens) and _mix(state, 1) % 8:
+        return tokens[-settings.repeat]
     return settings.first_token + _mix(state, 0) % (settings.vocab_size - settings.first_token)
 
 
@@ -199,24 +207,39 @@ class ScriptedRunner:
         if sequence is None:
             raise ScriptViolation(f"sequence {row.seq_id} is not known here")
         self._give_blocks(row.seq_id, sequence, row.new_block_ids)
-        end = row.start + row.count
+        end = row.start + row.count - len(row.draft)
         who = f"sequence {row.seq_id}, positions {row.start} to {end - 1}"
-        _require(row.count > 0, f"{who}: empty")
+        _require(end > row.start, f"{who}: empty")
         _require(
             row.start <= sequence.computed, f"{who}: only {sequence.computed} positions are computed before"
         )
         _require(end <= len(sequence.tokens), f"{who}: only {len(sequence.tokens)} tokens are known")
-        _require(end <= len(sequence.table) * self._block_size, f"{who}: only {len(sequence.table)} blocks")
+        room = len(sequence.table) * self._block_size
+        _require(end + len(row.draft) <= room, f"{who}: only {len(sequence.table)} blocks")
         for position in range(row.start, end):
-            self._write(row.seq_id, sequence, position)
+            self._write(row.seq_id, sequence, position, sequence.hashes[position])
         sequence.computed = max(sequence.computed, end)
+        self._write_draft(row, sequence, end)
         return self._sample(row, sequence)
 
-    def _write(self, seq_id: int, sequence: _Sequence, position: int) -> None:
+    def _write_draft(self, row: Row, sequence: _Sequence, end: int) -> None:
+        if not row.draft:
+            return
+        who = f"sequence {row.seq_id}: a draft after position {end - 1}"
+        alone = row.count == 1 + len(row.draft) and row.sample and end == len(sequence.tokens)
+        _require(alone, f"{who} is not after its last token alone")
+        _require(can_draft(sequence.params), f"{who} of a request that cannot have one")
+        state = sequence.hashes[-1]
+        for i, token in enumerate(row.draft):
+            _require(0 <= token < self._settings.vocab_size, f"{who}: {token} is outside of the vocabulary")
+            state = _mix(state, token)
+            self._write(row.seq_id, sequence, end + i, state)
+
+    def _write(self, seq_id: int, sequence: _Sequence, position: int, state: int) -> None:
         index, offset = divmod(position, self._block_size)
         block = sequence.table[index]
         content = self._blocks[block]
-        if content[offset] == sequence.hashes[position]:
+        if content[offset] == state:
             return
         for other, other_index in self._owners[block].items():
             in_use = self._sequences[other].computed > other_index * self._block_size + offset
@@ -224,10 +247,10 @@ class ScriptedRunner:
                 other == seq_id or not in_use,
                 f"sequence {seq_id} writes position {position} into block {block} over sequence {other}'s",
             )
-        content[offset] = sequence.hashes[position]
+        content[offset] = state
 
     def _sample(self, row: Row, sequence: _Sequence) -> Sampled | None:
-        end, params = row.start + row.count, sequence.params
+        end, params = row.start + row.count - len(row.draft), sequence.params
         prompt_logprobs = None
         if params.prompt_logprobs is not None and row.start < sequence.num_prompt_tokens:
             known = sequence.tokens[row.start + 1 : min(end + 1, sequence.num_prompt_tokens)]
@@ -235,10 +258,29 @@ class ScriptedRunner:
         if not row.sample:
             return Sampled(row.seq_id, [], None, prompt_logprobs) if prompt_logprobs is not None else None
         _require(end == len(sequence.tokens), f"sequence {row.seq_id} samples before its last token")
-        token = _draw(self._settings, params, sequence.hashes[-1], end - sequence.num_prompt_tokens)
-        sequence.append(token)
-        logprobs = None if params.logprobs is None else [_logprobs(token, params.logprobs)]
-        return Sampled(row.seq_id, [token], logprobs, prompt_logprobs)
+        found = self._draw_all(row, sequence)
+        logprobs = None
+        if params.logprobs is not None:
+            logprobs = [_logprobs(token, params.logprobs) for token in found]
+        return Sampled(row.seq_id, found, logprobs, prompt_logprobs)
+
+    def _draw_all(self, row: Row, sequence: _Sequence) -> list[int]:
+        """The next token, and one more for each right guess."""
+        found: list[int] = []
+        for guess in [*row.draft, None]:
+            token = _draw(
+                self._settings,
+                sequence.params,
+                sequence.hashes[-1],
+                sequence.tokens,
+                sequence.num_prompt_tokens,
+            )
+            sequence.append(token)
+            found.append(token)
+            if token != guess:
+                break
+            sequence.computed += 1
+        return found
 
 
 class ScriptedStep:

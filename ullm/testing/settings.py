@@ -26,6 +26,8 @@ class ScriptedSettings:
         first_token: generated ids are at or above it, so that special tokens are never drawn.
         eos_token_id: drawn only by ``eos_after``.
         eos_after: generated tokens after which the sequence ends; None: never by itself.
+        repeat: a token mostly equals the one so many before it, so that drafts of the scheduler are
+            right as often as in a text with repetitions; None: never, but for chance.
         context_len, num_blocks: of the model; the engine's configuration wins.
         load_seconds, wake_seconds, step_seconds, token_seconds: real time that is slept.
         asynchronous: steps run beside the host, as on a GPU.
@@ -35,6 +37,7 @@ class ScriptedSettings:
     first_token: int = 3
     eos_token_id: int = 2
     eos_after: int | None = None
+    repeat: int | None = None
     context_len: int = 4096
     num_blocks: int = 1024
     load_seconds: float = 0.0
