@@ -37,6 +37,7 @@ def test_round_trip_through_a_frame() -> None:
         ({"gpu_memory_utilization": 0}, "--gpu-memory-utilization must be above 0"),
         ({"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization must be above 0 and at most 1"),
         ({"steps_ahead": 2}, "--steps-ahead must be 0 or 1"),
+        ({"speculate": -1}, "--speculate must be at least 0"),
         (
             {"max_bs": 64, "max_num_batched_tokens": 63},
             "--max-num-batched-tokens 63 is less than --max-bs 64",

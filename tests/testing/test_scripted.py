@@ -106,6 +106,55 @@ def test_log_probabilities_are_shaped_as_asked():
 NEW = NewSequence(1, PROMPT[:6], 6, GREEDY, [0, 1])
 
 
+@pytest.mark.parametrize("params", [GREEDY, SEEDED])
+def test_drafts_are_accepted_as_far_as_they_are_right(params):
+    text = scripted_tokens(PROMPT[:6], params, 8)
+    runner = load()
+    new = NewSequence(1, PROMPT[:6], 6, params, [0, 1, 2, 3])
+    assert step(runner, Row(1, 0, 6, True), new=[new]).sampled[0].token_ids == text[:1]
+    draft = [*text[1:3], (text[3] + 1) % 1000, text[4]]
+    assert step(runner, Row(1, 6, 5, True, [], draft)).sampled[0].token_ids == text[1:4]
+    with pytest.raises(ScriptViolation, match="only 9 positions are computed"):
+        step(runner, Row(1, 10, 1, False))
+    assert step(runner, Row(1, 9, 3, True, [], text[4:6])).sampled[0].token_ids == text[4:7]
+
+
+def test_kv_of_a_wrong_guess_is_not_taken_for_another():
+    runner = load()
+    step(runner, Row(1, 0, 6, True), new=[NEW])
+    step(runner, Row(1, 6, 2, True, [], [3]))
+    token = scripted_tokens(PROMPT[:6], GREEDY, 2)
+    cached = NewSequence(2, [*PROMPT[:6], *token, 9], 6, GREEDY, [0, 1, 2], num_cached_tokens=8)
+    with pytest.raises(ScriptViolation, match="not what its block has cached"):
+        step(runner, new=[cached])
+
+
+def test_a_repetitive_script_repeats():
+    tokens = scripted_tokens(PROMPT, GREEDY, 200, ScriptedSettings(repeat=5))
+    known = [*PROMPT, *tokens]
+    repeated = sum(known[i] == known[i - 5] for i in range(len(PROMPT), len(known)))
+    assert 150 < repeated < 200
+
+
+@pytest.mark.parametrize(
+    ("row", "params", "message"),
+    [
+        (Row(1, 6, 3, True, [], [5]), GREEDY, "only 7 tokens are known"),
+        (Row(1, 5, 3, True, [], [5]), GREEDY, "not after its last token alone"),
+        (Row(1, 6, 2, False, [], [5]), GREEDY, "not after its last token alone"),
+        (Row(1, 6, 1, True, [], [5]), GREEDY, "empty"),
+        (Row(1, 6, 3, True, [], [5, 6]), GREEDY, "only 2 blocks"),
+        (Row(1, 6, 2, True, [], [1000]), GREEDY, "outside of the vocabulary"),
+        (Row(1, 6, 2, True, [], [5]), SamplingParams(presence_penalty=1.0), "cannot have one"),
+    ],
+)
+def test_drafts_that_cannot_be_verified(row, params, message):
+    runner = load()
+    step(runner, Row(1, 0, 6, True), new=[NewSequence(1, PROMPT[:6], 6, params, [0, 1])])
+    with pytest.raises(ScriptViolation, match=message):
+        step(runner, row)
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
