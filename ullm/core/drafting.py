@@ -21,13 +21,13 @@ WINDOW = 8192
 STEP_IN_ROWS = 12
 """A step's fixed time, above all reading the weights, in times of one more row. On a CPU 6.9 ms against
 0.55 ms; see docs/performance.md."""
-FIRST_RATE = 0.75
-"""Chance of acceptance that a sequence begins with; high, because a refused draft is soon learned from."""
+WAIT_IN_ROWS = 2
+"""The same for a step that is not planned while the one before runs: a draft needs its tokens. About 1 ms."""
+FIRST_RATE = 0.5
+"""Chance of a right guess that a sequence begins with."""
 WEIGHT = 0.25
 """Of the latest token in that chance."""
-LEAST_RATE, MOST_RATE = 0.01, 0.99
-PAUSE = 32
-"""Tokens without a draft once drafts have not been worth their price; then one token is tried."""
+MOST_RATE = 0.99
 
 _SIZE = array("i").itemsize
 
@@ -43,58 +43,63 @@ def can_draft(params: SamplingParams) -> bool:
 
 
 class Drafter:
-    """Drafts for one sequence, as long as they are worth it."""
+    """Guesses how one sequence goes on, and counts how often that is right, used or not.
 
-    __slots__ = ("_pause_until", "_rate", "_text")
+    Args:
+        token_ids: the sequence so far.
+    """
 
-    def __init__(self) -> None:
-        self._text = bytearray()  # searched by memory blocks, a hundred times as fast as a list
+    __slots__ = ("_following", "_rate", "_text")
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._text = bytearray(array("i", token_ids).tobytes())  # searched far faster than a list
+        self._following = find_following(self._text)
         self._rate = FIRST_RATE
-        self._pause_until = 0
 
-    def waits(self, num_tokens: int) -> bool:
-        """Whether there will be no draft at this length of the sequence."""
-        return num_tokens < self._pause_until
-
-    def propose(self, token_ids: Sequence[int], most: int, rows: int) -> list[int]:
-        """The tokens that may follow; none if nothing is found.
+    def observe(self, token_ids: Sequence[int]) -> None:
+        """Compare what has come with what was guessed.
 
         Args:
-            token_ids: the whole sequence, which has only grown since the last call.
+            token_ids: the whole sequence, which has only grown.
+        """
+        for position in range(len(self._text) // _SIZE, len(token_ids)):
+            self._observe(token_ids, position)
+
+    def _observe(self, token_ids: Sequence[int], position: int) -> None:
+        guess, token = self._following, token_ids[position]
+        right = guess is not None and token_ids[guess] == token
+        self._rate = min(MOST_RATE, self._rate + WEIGHT * (right - self._rate))
+        self._text += array("i", (token,)).tobytes()
+        self._following = guess + 1 if guess is not None and right else find_following(self._text)
+
+    def value(self, rows: int) -> float:
+        """What a step gains by one guess, in times of a row; 0 if it loses.
+
+        Args:
+            rows: sequences in the step.
+        """
+        return max(0.0, self._rate / price(rows) - 1)
+
+    def propose(self, token_ids: Sequence[int], most: int, rows: int) -> list[int]:
+        """The tokens that may follow; none if nothing is found, or it would not pay.
+
+        Args:
+            token_ids: the whole sequence, as observed.
             most: tokens to propose.
             rows: sequences in the step.
         """
-        if most < 1 or self.waits(len(token_ids)):
+        if self._following is None or most < 1 or not self.value(rows):
             return []
-        self._text += array("i", token_ids[len(self._text) // _SIZE :]).tobytes()
-        following = find_following(self._text)
-        if following is None:
-            return []
-        return continue_from(token_ids, following, min(most, self._worthwhile(rows)))
-
-    def learn(self, drafted: int, accepted: int, num_tokens: int, rows: int) -> None:
-        """A draft has been verified.
-
-        Args:
-            num_tokens: length of the sequence now.
-            rows: sequences in a step.
-        """
-        for success in [1] * accepted + [0] * (accepted < drafted):
-            self._rate += WEIGHT * (success - self._rate)
-        self._rate = min(max(self._rate, LEAST_RATE), MOST_RATE)
-        if self._rate < price(rows):
-            self._pause_until = num_tokens + PAUSE
-
-    def _worthwhile(self, rows: int) -> int:
-        """Tokens to draft: the n-th is accepted with the chance ``rate ** n``, which must be its price."""
-        return max(1, int(log(price(rows)) / log(self._rate)))
+        # The n-th is right with the chance rate ** n, which must be its price.
+        worthwhile = int(log(price(rows)) / log(self._rate))
+        return continue_from(token_ids, self._following, min(most, max(1, worthwhile)))
 
 
 def price(rows: int) -> float:
-    """The chance of acceptance at which drafting neither wins nor loses: a row's share of a step's time.
+    """The chance at which a guess neither gains nor loses time: a row's share of a step.
 
-    With a fixed time of B rows, a step of R rows takes B + R; with one drafted token each, it takes
-    B + 2 R and gives 1 + p tokens for one. Equal at p = R / (B + R).
+    With a fixed time of B rows, a step of R rows takes B + R; with one guess for each it takes B + 2 R
+    and gives 1 + p tokens for one. Equal at p = R / (B + R).
     """
     return rows / (rows + STEP_IN_ROWS)
 

@@ -90,8 +90,8 @@ class Scheduler:
             taken.append(token_id)
             if reason := sequence.finish_reason(token_id, self._eos):
                 break
-        if sequence.num_drafted:
-            self._speculation.learn(sequence, len(sampled.token_ids) - 1, len(self._running))
+        self._speculation.observe(sequence, len(sampled.token_ids))
+        if len(taken) > 1:
             self._publish(sequence)
         if reason:
             self._finish(sequence)
@@ -112,9 +112,9 @@ class Scheduler:
     def steps_ahead(self) -> int:
         """Steps without a result beside which another one may be planned.
 
-        None while a sequence waits for a draft, which needs the token before.
+        None while drafts gain more than that, since a draft needs the token before it.
         """
-        return 0 if self._speculation.wants_any(self._running) else self._config.steps_ahead
+        return 0 if self._speculation.is_worth_waiting(self._running) else self._config.steps_ahead
 
     def schedule(self) -> Step | None:
         """Plan the next step; None if there is nothing to compute now."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from ullm.core.drafting import Drafter, can_draft
+from ullm.core.drafting import WAIT_IN_ROWS, Drafter, can_draft
 from ullm.core.sequence import Sequence
 
 
@@ -23,13 +21,16 @@ class Speculation:
     def begin(self, sequence: Sequence) -> None:
         """From now on it may get drafts, if its request allows any."""
         if self._most and can_draft(sequence.params):
-            sequence.drafter = Drafter()
+            sequence.drafter = Drafter(sequence.token_ids)
 
-    def wants_any(self, running: Iterable[Sequence]) -> bool:
-        """Whether a sequence may get a draft as soon as its last token is known."""
-        return self._most > 0 and any(
-            s.drafter is not None and not s.drafter.waits(len(s.token_ids)) for s in running
-        )
+    def is_worth_waiting(self, running: list[Sequence]) -> bool:
+        """Whether drafts gain more than it costs to wait for the tokens before them."""
+        if not self._most:
+            return False
+        drafters = [
+            s.drafter for s in running if s.drafter is not None and s.num_computed >= len(s.token_ids) - 1
+        ]
+        return sum(drafter.value(len(running)) for drafter in drafters) > WAIT_IN_ROWS
 
     def propose(self, sequence: Sequence, most: int, rows: int) -> list[int]:
         """At most so many guesses of what follows the last token, if that is all there is to compute."""
@@ -39,12 +40,13 @@ class Speculation:
         most = min(most, self._most, sequence.max_total - length - 1)
         return sequence.drafter.propose(sequence.token_ids, most, rows)
 
-    def learn(self, sequence: Sequence, accepted: int, rows: int) -> None:
-        """The sequence's draft is verified, and its tokens are taken in."""
+    def observe(self, sequence: Sequence, taken: int) -> None:
+        """Tokens have come: so many, the last of which is no guess."""
         drafted, sequence.num_drafted = sequence.num_drafted, 0
-        self.drafted += drafted
-        self.accepted += accepted
-        if sequence.running:  # else it has lost its blocks meanwhile
-            sequence.num_computed += accepted
-        if sequence.drafter is not None:
-            sequence.drafter.learn(drafted, accepted, len(sequence.token_ids), rows)
+        if drafted:
+            self.drafted += drafted
+            self.accepted += taken - 1
+            if sequence.running:  # else it has lost its blocks meanwhile
+                sequence.num_computed += taken - 1
+        if sequence.drafter is not None and taken:
+            sequence.drafter.observe(sequence.token_ids)
