@@ -45,7 +45,10 @@ PARAMS = SamplingParams(seed=-3, stop=("a", "é"), logit_bias={5: -1.5}, logprob
 TO_WORKER = [
     Start(EngineConfig(model="m", device_ids=(0, 1), cpu_threads=2), RankSpec(rank=1, epoch=3), "/models/m"),
     Step(
-        7, [Row(1, 0, 3, True), Row(2, 5, 1, False, [9])], [NewSequence(1, [1, 2, 3], 2, PARAMS, [4], 0)], [8]
+        7,
+        [Row(1, 0, 3, True), Row(2, 5, 1, False, [9]), Row(3, 5, 2, True, [], [8])],
+        [NewSequence(1, [1, 2, 3], 2, PARAMS, [4], 0)],
+        [8],
     ),
     Ping(2**40),
     Stop(1.5),
