@@ -599,3 +599,18 @@ async def test_a_worker_that_is_suspended_while_it_starts_is_replaced(clock: Moc
         assert await collect(engine)
         assert trio.current_time() - began < 10  # two seconds to find out, five to load
         assert len(workers.started) == 3
+
+
+@pytest.mark.parametrize(("late", "restarts"), [(0.1, 0), (0.5, 1)])
+async def test_an_answer_that_is_there_when_it_is_overdue_counts(
+    clock: MockClock, opened: Open, late: float, restarts: int
+) -> None:
+    """As after a suspension of the whole machine, or of the server alone."""
+    seen = iter(range(100))
+
+    def behaviour(spec: object) -> FakeBehaviour:
+        return FakeBehaviour(step_seconds=0.0 if next(seen) else 5.0 + late)
+
+    async with opened(behaviour, step_timeout=5.0) as (engine, _):
+        await collect(engine, params=SamplingParams(temperature=0, max_tokens=3))
+        assert engine.statistics().worker_restarts_total == restarts

@@ -596,3 +596,43 @@ async def test_sleeping_deep_beside_a_worker_that_hangs_waits_for_its_watchdog_o
         await engine.wake()
         await running.done.wait()
     assert tokens_of(running.outputs) == expected
+
+
+async def test_memory_that_is_short_for_a_moment_does_not_end_a_wake(
+    clock: MockClock, opened: Open, expected: list[int]
+) -> None:
+    short = FakeBehaviour(load_error=OutOfMemory("12 GB are needed, 11 GB are free"))
+    seen = iter(range(100))
+    async with opened(lambda spec: short if next(seen) in (1, 2) else FakeBehaviour()) as (engine, workers):
+        await engine.sleep(3)
+        assert tokens_of(await collect(engine)) == expected
+        assert len(workers) == 4
+
+
+async def test_an_abort_ends_what_an_earlier_sleep_waits_for(clock: MockClock, opened: Open) -> None:
+    running = Running()
+    async with opened() as (engine, _), trio.open_nursery() as nursery:
+        nursery.start_soon(running.run, engine)
+        await trio.sleep(2.5 * STEP)
+        nursery.start_soon(engine.sleep, 1, "wait")
+        await wait_all_tasks_blocked()
+        began = trio.current_time()
+        await engine.sleep(1, "abort")
+        assert trio.current_time() - began < 3 * STEP
+        await running.done.wait()
+    assert running.outputs[-1].finish_reason == "abort"
+
+
+async def test_time_awake_counts_from_the_start(clock: MockClock, opened: Open) -> None:
+    async with opened() as (engine, _):
+        assert engine.health().sleep.seconds < 1
+        await trio.sleep(5)
+        assert 5 <= engine.health().sleep.seconds < 6
+
+
+async def test_a_revision_of_a_local_folder_makes_no_sense(clock: MockClock, opened: Open) -> None:
+    async with opened() as (engine, workers):
+        with pytest.raises(InvalidParameter, match="local path") as caught:
+            await engine.reload(revision="main")
+        assert caught.value.param == "revision"
+        assert len(workers) == 1

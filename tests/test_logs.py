@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 
-from ullm.logs import JsonFormatter, KeyValueFormatter, get_logger
+from ullm.logs import MAX_QUEUED, JsonFormatter, KeyValueFormatter, PatientWriter, get_logger
 
 
 @pytest.fixture
@@ -44,3 +45,24 @@ def test_any_key_can_be_logged(stream: io.StringIO, key: str) -> None:
 def test_json_has_one_object_per_record(stream: io.StringIO) -> None:
     record = json.loads(write(stream, JsonFormatter(), seconds=0.5))
     assert (record["event"], record["level"], record["seconds"]) == ("asleep", "info", 0.5)
+
+
+def test_a_reader_that_has_stopped_to_read_holds_up_nobody() -> None:
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    writer = PatientWriter(write)
+    record = logging.makeLogRecord({"msg": "x" * 1000, "levelno": logging.INFO})
+    for _ in range(MAX_QUEUED + 500):
+        writer.emit(record)
+    writer.flush(0.01)
+    text = b""
+    while b"lines before this one were dropped" not in text:
+        try:
+            text += os.read(read, 1 << 16)
+        except BlockingIOError:
+            writer.emit(record)
+            writer.flush(0.01)
+    os.close(read)
+    writer.emit(record)  # nobody will ever read it
+    writer.flush(1.0)
+    os.close(write)

@@ -27,12 +27,15 @@ from ullm.commands.flags import (
 )
 from ullm.config import DEFAULT_MODEL, EngineConfig, ServerConfig
 from ullm.errors import EngineDead, UllmError, UsageError
+from ullm.logs import flush
 from ullm.machine import lasting_imports
 
 FAILED = 1
 USAGE = 2
 ENGINE_FAILED = 70
 INTERRUPTED = 130
+LOG_SECONDS = 0.5
+"""For the log to be written before the last line."""
 
 CHAT_DEFAULTS = {"temperature": 0.2, "top_p": 0.9, "max_tokens": 1024}
 """Temperature and top_p as SmolLM2's model card recommends them."""
@@ -313,6 +316,7 @@ def _only(error: BaseException) -> BaseException:
 
 
 def _complain(line: str, status: int) -> int:
+    flush(LOG_SECONDS)  # what was logged before comes first
     print(f"error: {line}", file=sys.stderr)
     return status
 

@@ -16,6 +16,7 @@ from ullm.errors import StartFailed, WorkerLost, first_cause
 from ullm.faults import FaultInjector
 from ullm.health import ReplicaHealth
 from ullm.logs import get_logger
+from ullm.machine import resident_memory
 from ullm.replica import Replica
 from ullm.supervision import ChildSpec, Kind, Restart, Supervisor
 
@@ -107,11 +108,22 @@ class Fleet:
             await self._start_persistently(replica)
         await self.wait_up()
 
-    async def stop_all(self) -> None:
-        """Stop all replicas in order; their requests wait."""
+    async def stop_all(self) -> int:
+        """Stop all replicas in order; their requests wait.
+
+        Returns:
+            Bytes of memory that their processes had, as far as the system tells.
+        """
         await self._drop_spares()
+        had = sum(resident_memory(pid) for replica in self.replicas for pid in replica.group.pids)
         for replica in self.replicas:
             await self._stop(replica)
+        return had
+
+    @property
+    def given_up(self) -> bool:
+        """Whether no replica is left."""
+        return all(replica.failure is not None for replica in self.replicas)
 
     def kill(self) -> None:
         """End all workers now."""
@@ -155,7 +167,7 @@ class Fleet:
         Raises:
             StartFailed: the new one did not come up; the old one serves on.
         """
-        self.config, moved = config, 0
+        moved = 0
         for place, old in enumerate(self.replicas):
             new = self._make(old.slot, config)
             new.group.model_path = model_path
@@ -163,6 +175,7 @@ class Fleet:
             await self._start_beside(old, new, swap=swap)
             self.replicas[place] = new
             moved += await self._retire(old, patience)
+        self.config = config
         self._prepare_spares()
         return moved
 
@@ -198,15 +211,14 @@ class Fleet:
         await self._root.start_child(self._spec(replica))
 
     async def _start_persistently(self, replica: Replica) -> None:
-        """As `_start`; workers that are lost meanwhile are started again, as those in service would be."""
+        """As `_start`, and again, as often as those in service would be: memory may be short for a moment."""
         for left in reversed(range(self.config.max_restarts + 1)):
             try:
                 return await self._start(replica)
             except StartFailed as error:
-                cause = first_cause(error)
-                if not left or not isinstance(cause, WorkerLost):
+                if not left:
                     raise
-                log.warning("start failed; once more", replica=replica.index, cause=str(cause))
+                log.warning("start failed; once more", replica=replica.index, cause=str(first_cause(error)))
 
     async def _stop(self, replica: Replica) -> None:
         assert self._root is not None, "the tree is started before replicas are"
@@ -237,7 +249,7 @@ class Fleet:
             replica.scheduler.give_up()
             self._router.announce_change()
             _log_failure(replica, first_cause(error))
-            if all(other.failure is not None for other in self.replicas):
+            if self.given_up:
                 self._on_failure(first_cause(error))
 
     # --- what is inside -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ time. They wait in the router, behind `Router.hold`, and their arrival is what w
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from ullm.fleet import Fleet
 from ullm.health import ReloadReport, SleepHealth
 from ullm.hub import LocalModel
 from ullm.logs import get_logger
-from ullm.messages import ModelInfo
+from ullm.replica import Replica
 
 log = get_logger("ullm.lifecycle")
 
@@ -107,7 +108,7 @@ class Lifecycle:
         self._on_failure = on_failure
         self._faults = faults
         self._quieting: trio.CancelScope | None = None
-        self._since = 0.0
+        self._since: float | None = None
         self._stopped = False  # all worker processes, at the deepest level
 
     # --- for the engine -------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ class Lifecycle:
             state=self.state,
             level=self.level,
             registered=self.state == AWAKE or self._config.wake_on_request,
-            seconds=trio.current_time() - self._since,
+            seconds=0.0 if self._since is None else trio.current_time() - self._since,
         )
 
     async def sleep(self, level: int, mode: SleepMode) -> None:
@@ -136,6 +137,8 @@ class Lifecycle:
         if mode not in get_args(SleepMode):
             known = ", ".join(get_args(SleepMode))
             raise InvalidParameter(f"mode must be one of {known}; got {mode!r}", "mode")
+        if mode == "abort" and self._quieting is not None:
+            self._router.finish_old("abort")  # which another one, asked for before, still waits for
         await ask(self.mailbox, lambda reply: FallAsleep(level, mode, reply), float("inf"))
 
     async def wake(self) -> None:
@@ -160,6 +163,7 @@ class Lifecycle:
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Carry out commands. After a failure of this task, the engine is woken: a defined state."""
+        self._since = self._since or trio.current_time()
         if self.state in (FALLING_ASLEEP, WAKING):
             await self._wake()
         task_status.started()
@@ -237,7 +241,7 @@ class Lifecycle:
         self.sleep_seconds = trio.current_time() - began
         self._enter(ASLEEP)
         log.info(
-            "asleep", level=level, seconds=round(self.sleep_seconds, 3), bytes_given_back=self.given_back
+            "asleep", depth=level, seconds=round(self.sleep_seconds, 3), bytes_given_back=self.given_back
         )
 
     async def _make_quiet(self, mode: SleepMode) -> bool:
@@ -257,9 +261,7 @@ class Lifecycle:
             return await self._fleet.rest(level)
         await self._fleet.rest(0)  # a step that hangs is known to hang only while its scheduler waits for it
         self._stopped = True
-        infos = [replica.group.info for replica in self._fleet.replicas]
-        await self._fleet.stop_all()
-        return sum(_memory(info) for info in infos if info is not None)
+        return max(self.given_back, sum(map(_memory, self._fleet.replicas))) + await self._fleet.stop_all()
 
     async def _wake(self) -> None:
         if self.state == AWAKE:
@@ -269,6 +271,8 @@ class Lifecycle:
         if self._stopped:
             await self._start_workers()
         await self._fleet.rise()
+        if self._fleet.given_up:
+            await trio.sleep_forever()  # until the engine's stop ends this
         self.level, self.given_back = None, 0
         self.wakes += 1
         self.wake_seconds = trio.current_time() - began
@@ -290,6 +294,8 @@ class Lifecycle:
 
     async def _take_new_workers(self, model: str | None, revision: str | None) -> ReloadReport:
         began = trio.current_time()
+        if revision is not None and os.path.exists(model or self._config.model):  # noqa: ASYNC240  # at once
+            raise InvalidParameter("revision is for models of a hub; this one is a local path", "revision")
         await self._wake()
         try:
             await self._faults.at("engine.reload")
@@ -301,6 +307,8 @@ class Lifecycle:
                 swap=self._needs_swap(),
                 patience=self._config.shutdown_timeout,
             )
+        except ActorLost:  # the engine stops meanwhile
+            raise
         except UllmError as error:
             self.reloads["failed"] += 1
             cause = first_cause(error)
@@ -335,9 +343,13 @@ class Lifecycle:
         return any(info is not None and info.device.startswith("cuda") for info in infos)
 
 
-def _memory(info: ModelInfo) -> int:
-    """Bytes of weights and KV cache, of the first rank."""
-    return info.weight_bytes + info.num_blocks * info.block_size * info.kv_bytes_per_token
+def _memory(replica: Replica) -> int:
+    """Bytes on devices that the workers hold by design: weights and KV cache."""
+    info = replica.group.info
+    if info is None or info.device == "cpu":
+        return 0
+    held = info.weight_bytes + info.num_blocks * info.block_size * info.kv_bytes_per_token
+    return held * replica.config.world_size
 
 
 def _tokenizer_digest(local: LocalModel) -> str:

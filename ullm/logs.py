@@ -8,8 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import queue
 import sys
+import threading
 from typing import Any
+
+MAX_QUEUED = 10_000
+"""Lines that may wait to be written; further ones are dropped, and counted."""
+
+
+logging.getLogger("ullm").addHandler(logging.NullHandler())
+"""As libraries do: a program that does not configure logging is not written to."""
 
 
 class Logger:
@@ -104,9 +114,67 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(body, default=str)
 
 
+class PatientWriter(logging.Handler):
+    """Writes to a descriptor in a thread of its own: a reader that is slow, or has stopped to read, must not
+    hold up an event loop.
+
+    Args:
+        descriptor: a file, a terminal or a pipe.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines: queue.Queue[str] = queue.Queue(MAX_QUEUED)
+        self._dropped = 0
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record's line."""
+        line = self.format(record)
+        if self._dropped:
+            line += f"\n{self._dropped} lines before this one were dropped: nobody reads fast enough"
+        try:
+            self._lines.put_nowait(line + "\n")
+            self._dropped = 0
+        except queue.Full:
+            self._dropped += 1
+
+    def flush(self, seconds: float = 1.0) -> None:
+        """Wait until all is written, so many seconds at most. Python calls it at its end."""
+        with self._lines.all_tasks_done:
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, seconds)
+
+    def _write(self) -> None:
+        while True:
+            data = self._lines.get().encode("utf-8", "backslashreplace")
+            try:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+            except OSError:  # nobody will ever read it
+                data = b""
+            self._lines.task_done()
+
+
+def flush(seconds: float) -> None:
+    """Wait until what was logged is written, so many seconds at most."""
+    for handler in logging.getLogger("ullm").handlers:
+        handler.flush(seconds) if isinstance(handler, PatientWriter) else handler.flush()
+
+
+def _stderr_handler(*, as_json: bool) -> logging.Handler:
+    """A worker's own stderr is read by its parent, and a worker may end at any moment: it writes at once."""
+    if not as_json:
+        try:
+            return PatientWriter(sys.stderr.fileno())
+        except (AttributeError, OSError, ValueError):  # replaced by something that is no file
+            pass
+    return logging.StreamHandler(sys.stderr)
+
+
 def configure(level: str = "info", *, as_json: bool = False) -> None:
     """Send ullm's logs to stderr. Called by entry points, never by the library."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _stderr_handler(as_json=as_json)
     handler.setFormatter(JsonFormatter() if as_json else KeyValueFormatter())
     root = logging.getLogger("ullm")
     root.handlers[:] = [handler]

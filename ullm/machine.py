@@ -20,6 +20,15 @@ def available_memory() -> int:
     return min(free, limit - used) if limit is not None and used is not None else free
 
 
+def resident_memory(pid: int) -> int:
+    """Bytes of a process that are in memory; 0 where the system does not say."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it is gone, or this is not Linux
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:")), 0)
+
+
 @contextmanager
 def lasting_imports() -> Iterator[None]:
     """Import what stays until the end of the process. For entry points, because it is about all objects.

@@ -10,7 +10,8 @@ import pytest
 from fake_engine import FakeEngine, serving
 
 from ullm.config import ServerConfig
-from ullm.errors import ConfigError, EngineBusy, EngineDraining, ReloadFailed
+from ullm.errors import ConfigError, EngineBusy, EngineDead, EngineDraining, ReloadFailed
+from ullm.server.errors import as_request_error
 
 ENDPOINTS = (
     ("POST", "/sleep"),
@@ -185,3 +186,27 @@ async def test_faults(admin: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert refused.json()["error"]["param"] == "plan"
     assert (await admin.post("/admin/faults")).json()["error"]["code"] == "invalid_json"
     assert (await admin.delete("/admin/faults")).json()["armed"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/sleep", {"levl": 3}),
+        ("/admin/reload", {"modell": "/x"}),
+        ("/admin/shutdown", {"seconds": 3}),
+        ("/admin/faults", {"plan": "", "seeds": 1}),
+    ],
+)
+async def test_a_field_that_is_not_known_is_an_error(
+    admin: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, object]
+) -> None:
+    response = await admin.post(path, json=body)
+    assert response.status_code == 400
+    assert list(body)[-1] in response.json()["error"]["message"]
+    assert engine.asked == []
+
+
+def test_several_errors_of_one_request_are_told_as_one() -> None:
+    dead = EngineDead("the engine has failed: x")
+    group = BaseExceptionGroup("", [BaseExceptionGroup("", [dead]), EngineDead("the engine has failed: x")])
+    assert as_request_error(group) is dead

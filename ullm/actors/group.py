@@ -15,7 +15,7 @@ import trio
 from ullm.actors.base import cleanup_scope
 from ullm.actors.failure import checked
 from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
-from ullm.actors.watchdog import LOOK_SECONDS, SUSPENDED_SECONDS, Watchdog
+from ullm.actors.watchdog import LATE_SECONDS, LOOK_SECONDS, SUSPENDED_SECONDS, Watchdog
 from ullm.config import EngineConfig
 from ullm.errors import WorkerLost, first_cause
 from ullm.logs import get_logger
@@ -247,9 +247,15 @@ class WorkerGroup:
 
     async def _watch_rank(self, rank: int) -> None:
         transport, watchdog = self._transports[rank], self._watchdogs[rank]
-        with watchdog.scope:
-            while True:
+        while True:
+            with watchdog.renewed():
+                while True:
+                    self._take(rank, checked(transport, await transport.receive()))
+            # If this process itself was suspended, the answer has been there for long.
+            with trio.move_on_after(LATE_SECONDS) as late:
                 self._take(rank, checked(transport, await transport.receive()))
+            if late.cancelled_caught:
+                break
         raise WorkerLost(transport.name, f"made no progress for {self._config.step_timeout:g} s")
 
     async def _look_at_rank(self, rank: int) -> None:

@@ -252,7 +252,8 @@ class Router:
             if record.crashes > SUSPECT_AFTER and len(down.in_step) == 1:
                 log.error("request poisoned", request=record.request_id, crashes=record.crashes)
                 self._fail(record, RequestPoisoned(record.request_id, record.crashes))
-        log.warning("replica down", replica=down.replica, epoch=down.epoch, requests=len(replica.assigned))
+        say = log.warning if down.crashed else log.info
+        say("replica down", replica=down.replica, epoch=down.epoch, requests=len(replica.assigned))
         self._assign()
 
     # --- choosing a replica ----------------------------------------------------------------------------

@@ -7,6 +7,9 @@ import trio
 LOOK_SECONDS = 0.5
 """How often a rank that owes an answer is looked at from outside."""
 
+LATE_SECONDS = 0.2
+"""For an answer that is overdue to be read after all, before its worker is given up."""
+
 SUSPENDED_SECONDS = 1.0
 """How long a rank may be suspended, by SIGSTOP, before it is given up: nobody does that in passing."""
 
@@ -18,6 +21,12 @@ class Watchdog:
         self.scope = trio.CancelScope()
         self._patience = patience
         self._owed: dict[object, float] = {}
+
+    def renewed(self) -> trio.CancelScope:
+        """The scope to wait in, which ends when a sign of life is overdue; a new one after the last has."""
+        if self.scope.cancel_called:
+            self.scope = trio.CancelScope(deadline=trio.current_time() + self._patience)
+        return self.scope
 
     def owe(self, answer: object) -> None:
         """An answer is due from now on; the first one starts the clock."""

@@ -6,8 +6,8 @@ what Python or C code prints goes to stderr, so that no print can corrupt a fram
 The worker lives exactly as long as its parent wants. A reader thread ends the process at the end of
 stdin, even while the main thread is in a kernel. On Linux the kernel itself does so by a second pipe
 (see `arm_lifeline`), even while an extension holds the interpreter's lock. Signals that a terminal or a
-service manager sends to a whole group are not for the worker: SIGINT is ignored, and SIGTERM means
-something only after `Stop`, as the second step of the transport's escalation.
+service manager sends to a whole group are not for the worker: SIGINT and SIGHUP are ignored, and SIGTERM
+means something only after `Stop`, as the second step of the transport's escalation.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class WorkerProcess:
     def run(self, runner_path: str, *, standby: bool = False) -> Ended:
         """Import the runner while the parent prepares `Start`, then serve."""
         runner: Runner | None = None
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for name in ("SIGINT", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             threading.Thread(target=self._read, name="reader", daemon=True).start()

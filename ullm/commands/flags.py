@@ -25,6 +25,7 @@ from ullm.config import (
     ParallelConfig,
     SchedulerConfig,
     ServerConfig,
+    SleepConfig,
     SupervisionConfig,
     from_env,
 )
@@ -37,6 +38,7 @@ CONCERNS: Mapping[str, type[Any]] = {
     "Scheduler": SchedulerConfig,
     "Parallelism": ParallelConfig,
     "Supervision": SupervisionConfig,
+    "Sleep": SleepConfig,
     "Server": ServerConfig,
 }
 """Heading → dataclass; `EngineConfig` is all but the last, plus logging."""

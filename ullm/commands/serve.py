@@ -18,17 +18,26 @@ from ullm.hub import LocalModel, resolve
 from ullm.logs import configure, get_logger
 from ullm.server import bind, open_admin_socket, serve_admin, serve_http, urls
 from ullm.supervision import ChildSpec
-from ullm.supervision.signals import STOP_SIGNALS, Watchdog, leave_now, signal_ladder
+from ullm.supervision.signals import (
+    STOP_SIGNALS,
+    Watchdog,
+    forced_exit_code,
+    leave_now,
+    signal_ladder,
+)
 
 log = get_logger("ullm.serve")
 
-HTTP_BUDGET = 5.0
+HTTP_BUDGET = 2.0
 """Seconds for the server to flush and close connections, within the engine's one deadline."""
 WATCHDOG_MARGIN = 5.0
 """Seconds past the deadline after which a process that still hangs is ended by force."""
 
 RELOAD_SIGNALS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 """Windows has none."""
+LEAVE_NOW_WITHIN = 1.0
+"""Seconds from the third signal to the end of a process whose event loop is stuck."""
+
 LEAVE_WITHIN = 3.0
 """Seconds from the end of the engine to the end of the process."""
 
@@ -100,14 +109,21 @@ async def answer_signals(
         drain(None, number.name)
 
     def hurry(number: signal.Signals) -> None:
-        watchdog.arm(WATCHDOG_MARGIN)
         engine.expedite()
 
     def kill(number: signal.Signals) -> None:
         engine.kill(number)
         leave_now(number)
 
-    await signal_ladder(drain_by, hurry, kill, task_status=task_status)
+    def at_once(number: signal.Signals, count: int) -> None:
+        """In the handler itself: the event loop, which the rest of the ladder needs, may be stuck."""
+        if count <= 2:
+            watchdog.arm(WATCHDOG_MARGIN + (engine.config.shutdown_timeout if count == 1 else 0.0))
+        else:
+            watchdog.exit_code = forced_exit_code(number)
+            watchdog.arm(LEAVE_NOW_WITHIN)
+
+    await signal_ladder(drain_by, hurry, kill, at_once=at_once, task_status=task_status)
 
 
 async def answer_hangups(engine: Engine, *, task_status: trio.TaskStatus[None]) -> None:

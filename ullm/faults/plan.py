@@ -134,6 +134,10 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
             raise ConfigError("Windows has no SIGSTOP; use hang")
 
 
+MAX_PLAN = 20_000
+"""Characters; an error shows the part that is wrong."""
+
+
 class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Faults, and the seed of their draws; its `str` can be parsed again."""
 
@@ -162,6 +166,8 @@ class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ConfigError: one line that names the part and what is wrong with it.
         """
+        if len(text) > MAX_PLAN:
+            raise ConfigError(f"--faults: a plan of {len(text)} characters; at most {MAX_PLAN}")
         if text.lstrip().startswith(("[", "{")):
             return _parse_json(text)
         faults: list[Fault] = []
@@ -181,8 +187,8 @@ class _Seed(msgspec.Struct):
 def _parse_json(text: str) -> FaultPlan:
     try:
         content = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"--faults: not JSON: {error}") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ConfigError(f"--faults: not JSON that could be a plan: {error}") from None
     values = content if isinstance(content, dict) else {"faults": content}
     faults = values.get("faults", [])
     if isinstance(faults, list):

@@ -67,15 +67,23 @@ def _sent(key: str) -> bool:
     return hmac.compare_digest(given, f"Bearer {key}".encode())
 
 
-def install_local_only(app: QuartTrio) -> None:
+def install_local_only(app: QuartTrio, *, by_name: bool) -> None:
     """Refuse what a web page makes its visitor's browser send here: no key protects this app.
 
     Browsers name the page's origin, and call a loopback address by the name that the page resolved.
+
+    Args:
+        by_name: it listens on an address, which names resolve to; no browser reaches a unix socket.
     """
 
     async def check() -> None:
-        if "Origin" in request.headers or not _is_loopback(request.headers.get("Host", "")):
+        if "Origin" in request.headers:
             raise errors.ForeignOrigin("the admin listener takes no requests from web pages")
+        host = request.headers.get("Host", "")
+        if by_name and not _is_loopback(host):
+            raise errors.ForeignOrigin(
+                f"the admin listener is called localhost or by its address, not {host}"
+            )
 
     app.before_request(check)
 

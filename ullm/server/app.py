@@ -62,7 +62,8 @@ def create_admin_app(
         shutdown: as `create_app` has it.
     """
     app = _bare_app(server_config)
-    access.install_local_only(app)
+    unix = (server_config.admin_listen or "").startswith("unix:")
+    access.install_local_only(app, by_name=not unix)
     probes.install(app, engine, _metrics(app, engine))
     admin.install(app, engine, shutdown)
     return app

@@ -125,9 +125,11 @@ def internal_error(error: BaseException) -> RequestError:
 
 
 def as_request_error(error: BaseException) -> RequestError:
-    """The error that a client is told; exception groups of one error count as that error."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
+    """The error that a client is told; a group of such errors counts as its first."""
+    if isinstance(error, BaseExceptionGroup):
+        others = error.subgroup(lambda leaf: not isinstance(leaf, RequestError | BaseExceptionGroup))
+        if others is None or len(error.exceptions) == 1:  # of several, the first tells as much as any
+            return as_request_error(error.exceptions[0])
     if isinstance(error, ActorLost | AskTimeout):
         return EngineNotReady("restarting a part of itself")
     return error if isinstance(error, RequestError) else internal_error(error)

@@ -169,7 +169,7 @@ class InferenceRequest(msgspec.Struct, kw_only=True):
     max_new_tokens: Int | None = None
 
 
-class SleepRequest(msgspec.Struct, kw_only=True):
+class SleepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """``POST /sleep``.
 
     Args:
@@ -181,7 +181,7 @@ class SleepRequest(msgspec.Struct, kw_only=True):
     mode: SleepMode | None = None
 
 
-class ShutdownRequest(msgspec.Struct, kw_only=True):
+class ShutdownRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """``POST /admin/shutdown``.
 
     Args:
@@ -191,14 +191,14 @@ class ShutdownRequest(msgspec.Struct, kw_only=True):
     timeout: Annotated[float, Meta(ge=0)] | None = None
 
 
-class ReloadRequest(msgspec.Struct, kw_only=True):
+class ReloadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """``POST /admin/reload``: the same model again, or another, or another revision."""
 
     model: Annotated[str, Meta(min_length=1)] | None = None
     revision: Annotated[str, Meta(min_length=1)] | None = None
 
 
-class FaultsRequest(msgspec.Struct, kw_only=True):
+class FaultsRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """``POST /admin/faults``: a plan as in docs/fault-injection.md."""
 
     plan: str

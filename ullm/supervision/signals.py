@@ -1,7 +1,8 @@
 """Signals that ask for a stop: the first drains, the second hurries, the third leaves now.
 
-Handlers only put into a queue (trio's signal receiver does that); the work is done in a task. What
-neither can bound, a blocked event loop or a thread that never returns, the `Watchdog` ends.
+Handlers put into a queue (trio's signal receiver does that), and the work is done in a task. What a task
+cannot bound, a blocked event loop or a thread that never returns, the `Watchdog` ends, which the handler
+itself arms.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from types import TracebackType
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Final
 
 import trio
 
-from ullm.logs import get_logger
+from ullm.logs import flush, get_logger
 from ullm.supervision.shutdown import EXIT_ABANDONED, EXIT_SIGNAL_BASE
 
 log = get_logger("ullm.supervision")
@@ -27,6 +29,11 @@ STOP_SIGNALS: Final = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)
 )
 """SIGTERM, SIGINT, and on Windows SIGBREAK."""
+
+FLUSH_SECONDS = 0.2
+"""For the log, when a signal forces the process to leave."""
+REPORT_SECONDS = 1.0
+"""For the stacks of what hangs, before the process is ended."""
 
 SignalAction = Callable[[signal.Signals], None]
 
@@ -38,7 +45,7 @@ def forced_exit_code(signum: int) -> int:
 
 def leave_now(signum: signal.Signals) -> None:
     """End this process at once, without any cleanup, with code 128 + ``signum``."""
-    sys.stderr.flush()
+    flush(FLUSH_SECONDS)
     os._exit(forced_exit_code(signum))
 
 
@@ -47,7 +54,8 @@ async def signal_ladder(
     hurry: SignalAction,
     kill: SignalAction = leave_now,
     *,
-    signals: Iterable[signal.Signals] = STOP_SIGNALS,
+    signals: Sequence[signal.Signals] = STOP_SIGNALS,
+    at_once: Callable[[signal.Signals, int], None] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer the first signal with ``drain``, the second with ``hurry``, any further one with ``kill``.
@@ -59,11 +67,12 @@ async def signal_ladder(
         drain: asks for an orderly stop.
         hurry: skips the rest of the drain.
         kill: ends everything by force, with code 128 + the signal's number.
+        at_once: called in the handler, with how many there have been; also where the event loop is stuck.
 
     Raises:
         RuntimeError: trio does not run in the main thread, the only one that can handle signals.
     """
-    with trio.open_signal_receiver(*signals) as received:
+    with trio.open_signal_receiver(*signals) as received, _calling(at_once, signals):
         task_status.started()
         count = 0
         async for number in received:
@@ -72,6 +81,30 @@ async def signal_ladder(
             signum = signal.Signals(number)
             log.info("signal received", signal=signum.name, count=count, action=action)
             step(signum)
+
+
+@contextmanager
+def _calling(
+    at_once: Callable[[signal.Signals, int], None] | None, signals: Sequence[signal.Signals]
+) -> Iterator[None]:
+    """Have the handlers that are installed preceded by ``at_once``."""
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in signals}
+    count = 0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        if at_once is not None:
+            at_once(signal.Signals(number), count)
+        previous[number](number, frame)
+
+    for number in signals:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, previous[number])
 
 
 class Watchdog:
@@ -131,7 +164,10 @@ class Watchdog:
             else:
                 return
             self._deadline = None
-        self._report()
+        # In another thread, because nobody may read what is written.
+        report = threading.Thread(target=self._report, daemon=True)
+        report.start()
+        report.join(REPORT_SECONDS)
         self._exit(self.exit_code)
 
     def _report(self) -> None:
