@@ -184,9 +184,16 @@ class Server:
         return [p for p in self.children() if not is_gone(p) and "ullm.actors.worker_main" in _command(p)]
 
     def worker(self, replica: int = 0) -> psutil.Process:
-        """The worker process of a replica."""
-        (pid,) = self.get("/health").json()["replicas"][replica]["worker_pids"]
-        return psutil.Process(pid)
+        """The worker process of a replica; the next one, if it has just been lost."""
+        found: list[psutil.Process] = []
+
+        def runs() -> bool:
+            pids = self.get("/health").json()["replicas"][replica]["worker_pids"]
+            found[:] = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+            return len(found) == 1 and not is_gone(found[0])
+
+        eventually(runs)
+        return found[0]
 
     def signal(self, number: int) -> None:
         """Send a signal to the server only."""

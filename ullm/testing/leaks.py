@@ -62,7 +62,8 @@ class LeakCheck:
         gc.collect()
         processes = self._processes()
         known = self._children | self._trackers()
-        found = [f"child process {pid} {name}" for pid, name in processes.items() if pid not in known]
+        new = [pid for pid in processes if pid not in known and not self._is_below_known(pid)]
+        found = [f"child process {pid} {processes[pid]}" for pid in new]
         own = {os.getpid(), *processes}
         found += [
             f"shared memory {name}"
@@ -93,6 +94,14 @@ class LeakCheck:
             with suppress(psutil.NoSuchProcess):  # it has ended since
                 found[process.pid] = process.name()
         return found
+
+    def _is_below_known(self, pid: int) -> bool:
+        """Whether a process that was there before has started it: what that one does is its own matter."""
+        psutil = import_psutil()
+        try:
+            return any(parent.pid in self._children for parent in psutil.Process(pid).parents())
+        except psutil.NoSuchProcess:  # it has ended since
+            return True
 
     def _trackers(self) -> set[int]:
         """Python's own help for shared memory: one process, and one pipe to it, until Python ends."""
