@@ -159,7 +159,8 @@ class PatientWriter(logging.Handler):
 def flush(seconds: float) -> None:
     """Wait until what was logged is written, so many seconds at most."""
     for handler in logging.getLogger("ullm").handlers:
-        handler.flush(seconds) if isinstance(handler, PatientWriter) else handler.flush()
+        if isinstance(handler, PatientWriter):  # any other writes at once
+            handler.flush(seconds)
 
 
 def _stderr_handler(*, as_json: bool) -> logging.Handler:
