@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import trio
@@ -82,9 +83,8 @@ async def run_server(
             await nursery.start(partial(answer_signals, engine, watchdog, drain))
             await nursery.start(answer_hangups, engine)
             try:
-                await engine.run(task_status=Announcement(engine, listener))
-            except StartCancelled:
-                pass  # asked to stop before it had started; the report says how that went
+                with suppress(StartCancelled):  # asked to stop before; the report says how that went
+                    await engine.run(task_status=Announcement(engine, listener))
             finally:
                 nursery.cancel_scope.cancel()
     for number in (*STOP_SIGNALS, *RELOAD_SIGNALS):
