@@ -215,6 +215,7 @@ class Engine:
             reloads_total=dict(lifecycle.reloads),
             admitted_tokens=router.admitted_tokens,
             draft_tokens_total=sum(s.draft_tokens for s in inside),
+            steps_total=sum(s.steps for s in inside),
             accepted_tokens_total=sum(s.accepted_tokens for s in inside),
         )
 

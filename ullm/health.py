@@ -93,6 +93,7 @@ class EngineStatistics(msgspec.Struct, frozen=True):
         admitted_tokens: prompt and possible output tokens of live requests.
         draft_tokens_total: tokens guessed by speculative decoding.
         accepted_tokens_total: of those, the right ones: steps saved.
+        steps_total: planned for the present workers since they started.
     """
 
     running: int
@@ -117,3 +118,4 @@ class EngineStatistics(msgspec.Struct, frozen=True):
     admitted_tokens: int = 0
     draft_tokens_total: int = 0
     accepted_tokens_total: int = 0
+    steps_total: int = 0

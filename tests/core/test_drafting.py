@@ -354,4 +354,4 @@ def test_fewer_steps_and_the_same_text(temperature: float) -> None:
         found.append(tokens)
     assert found[0] == found[1] == scripted_tokens([7, 8, 9], params, 120, ScriptedSettings(repeat=5))
     assert steps[1] < 0.6 * steps[0]
-    assert steps[1] == steps[0] - scheduler.statistics().accepted_tokens
+    assert steps[1] == steps[0] - scheduler.statistics().accepted_tokens == scheduler.statistics().steps

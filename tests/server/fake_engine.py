@@ -244,6 +244,7 @@ class FakeEngine:
             admitted_tokens=77,
             draft_tokens_total=40,
             accepted_tokens_total=25,
+            steps_total=12,
         )
 
 

@@ -271,6 +271,7 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
     assert samples[("ullm_admitted_tokens",)] == 77
     assert samples[("ullm_draft_tokens_total",)] == 40
     assert samples[("ullm_accepted_tokens_total",)] == 25
+    assert samples[("ullm_steps_total",)] == 12
     assert samples[("ullm_kv_cache_usage_ratio",)] == 0.25
     assert samples[("ullm_requests_total", ("finish_reason", "stop"))] == 2
     assert samples[("ullm_generation_tokens_total",)] == 30

@@ -288,6 +288,7 @@ class Scheduler:
             preemptions=self._preemptions,
             draft_tokens=self._speculation.drafted,
             accepted_tokens=self._speculation.accepted,
+            steps=self._steps,
         )
 
 

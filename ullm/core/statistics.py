@@ -15,6 +15,7 @@ class SchedulerStatistics:
         preemptions: since the start.
         draft_tokens: guessed since the start.
         accepted_tokens: of those, the right ones.
+        steps: planned for these workers since they started.
     """
 
     running: int
@@ -26,3 +27,4 @@ class SchedulerStatistics:
     preemptions: int
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    steps: int = 0

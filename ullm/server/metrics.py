@@ -162,6 +162,7 @@ class Metrics(Collector):
             ("prompt_tokens", "Prompt tokens processed.", found.prompt_tokens_total),
             ("generation_tokens", "Tokens generated.", found.generation_tokens_total),
             ("preemptions", "Sequences preempted for lack of KV blocks.", found.preemptions_total),
+            ("steps", "Steps planned for the present workers.", found.steps_total),
             ("draft_tokens", "Tokens guessed by speculative decoding.", found.draft_tokens_total),
             ("accepted_tokens", "Guessed tokens that were right.", found.accepted_tokens_total),
             ("worker_restarts", "Worker groups restarted.", found.worker_restarts_total),
