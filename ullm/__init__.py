@@ -1,6 +1,7 @@
 """ullm: an LLM inference engine and OpenAI-compatible server in which everything is supervised.
 
-Nothing heavy is imported here: `LLM`, `open_engine` and the rest load when they are first used.
+Nothing is imported here, so that an entry point is soon reached: `LLM`, `open_engine` and the rest load when
+they are first used.
 """
 
 from __future__ import annotations
@@ -8,19 +9,26 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ullm.config import EngineConfig, ServerConfig
-from ullm.sampling import SamplingParams
-
 if TYPE_CHECKING:
+    from ullm.config import EngineConfig as EngineConfig
+    from ullm.config import ServerConfig as ServerConfig
     from ullm.engine import Engine as Engine
     from ullm.engine import open_engine as open_engine
     from ullm.llm import LLM as LLM
+    from ullm.sampling import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "ServerConfig", "__version__", "open_engine"]
 
-_LAZY = {"LLM": "ullm.llm", "Engine": "ullm.engine", "open_engine": "ullm.engine"}
+_LAZY = {
+    "LLM": "ullm.llm",
+    "Engine": "ullm.engine",
+    "EngineConfig": "ullm.config",
+    "SamplingParams": "ullm.sampling",
+    "ServerConfig": "ullm.config",
+    "open_engine": "ullm.engine",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import sys
 
-from ullm.cli import main
+from ullm.early import main
 
 if __name__ == "__main__":
     sys.exit(main())

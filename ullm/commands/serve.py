@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -24,6 +24,7 @@ from ullm.supervision.signals import (
     Watchdog,
     forced_exit_code,
     leave_now,
+    remember_signals,
     signal_ladder,
 )
 
@@ -50,18 +51,27 @@ def serve(config: EngineConfig, server: ServerConfig) -> int:
         PortTaken: before anything is loaded.
         UllmError: the engine could not start, or failed.
     """
+    early = remember_signals()
     configure(config.log_level)
     with bind(server) as listener:
         if server.admin_listen is None:
-            return trio.run(run_server, config, server, listener, None)
+            return trio.run(run_server, config, server, listener, None, early)
         with open_admin_socket(server.admin_listen) as admin_listener:
-            return trio.run(run_server, config, server, listener, admin_listener)
+            return trio.run(run_server, config, server, listener, admin_listener, early)
 
 
 async def run_server(
-    config: EngineConfig, server: ServerConfig, listener: socket.socket, admin_listener: socket.socket | None
+    config: EngineConfig,
+    server: ServerConfig,
+    listener: socket.socket,
+    admin_listener: socket.socket | None,
+    early: Sequence[signal.Signals],
 ) -> int:
-    """The engine with the servers as its first children, and the signals that stop all."""
+    """The engine with the servers as its first children, and the signals that stop all.
+
+    Args:
+        early: signals that came before they could be answered.
+    """
 
     async def http(*, task_status: trio.TaskStatus[list[str]]) -> None:
         await serve_http(engine, server, sockets=[listener], shutdown=drain, task_status=task_status)
@@ -82,6 +92,8 @@ async def run_server(
         async with trio.open_nursery() as nursery:
             await nursery.start(partial(answer_signals, engine, watchdog, drain))
             await nursery.start(answer_hangups, engine)
+            for number in early:
+                signal.raise_signal(number)
             try:
                 with suppress(StartCancelled):  # asked to stop before; the report says how that went
                     await engine.run(task_status=Announcement(engine, listener))

@@ -49,6 +49,22 @@ def leave_now(signum: signal.Signals) -> None:
     os._exit(forced_exit_code(signum))
 
 
+def remember_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> list[signal.Signals]:
+    """Until other handlers are installed, remember what comes, in the list that this returns.
+
+    For the time in which a program makes what has to be cleaned up, and cannot answer signals yet; when it
+    can, `signal.raise_signal` says them again.
+    """
+    remembered: list[signal.Signals] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        remembered.append(signal.Signals(number))
+
+    for number in signals:
+        signal.signal(number, remember)
+    return remembered
+
+
 async def signal_ladder(
     drain: SignalAction,
     hurry: SignalAction,

@@ -26,4 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    from ullm.early import answer_signals
+
+    answer_signals(["serve"])
     sys.exit(main())
