@@ -253,6 +253,46 @@ def bench_events(
     return events(server or (), only or (), streams, start_up, output)
 
 
+@bench.command(name="soak")
+def bench_soak(
+    *,
+    model: Annotated[str, Parameter(help="scripted, tiny, or as ullm serve --model.")] = "scripted",
+    server: Annotated[str, Parameter(help="More options of ullm serve.", allow_leading_hyphen=True)] = "",
+    step_ms: Annotated[float, Parameter(help="Of the scripted model.")] = 20.0,
+    streams: Annotated[int, Parameter(help="Clients that ask one request after another.")] = 16,
+    seconds: Annotated[float, Parameter(help="How long at the least.")] = 1800.0,
+    requests: Annotated[int, Parameter(help="How many must be answered at the least.")] = 0,
+    interval: Annotated[float, Parameter(help="Seconds between two samples.")] = 10.0,
+    prompt_words: PromptWords = "8-64",
+    output_tokens: OutputTokens = "8-64",
+    seed: Seed = 0,
+    warm_up: Annotated[float, Parameter(help="Share of the run that is not judged.")] = 0.1,
+    max_time_growth: Annotated[float, Parameter(help="Of processor time per step, as a share.")] = 0.05,
+    max_memory_growth: Annotated[float, Parameter(help="As a share.")] = 0.03,
+    memory_slack: Annotated[float, Parameter(help="MiB beyond that.")] = 4.0,
+    max_slowdown: Annotated[float, Parameter(help="Of steps and tokens per second, as a share.")] = 0.1,
+    plot: Annotated[Literal["png", "svg", "none"], Parameter(help="The plot's format.")] = "png",
+    output: Annotated[Path, Parameter(help="Folder for soak.md, .json, the plot and the log.")] = Path(
+        "soak"
+    ),
+) -> int:
+    """Keep a server busy, and fail if its costs grow with time or with requests. Needs ullm[bench]."""
+    import shlex
+
+    from ullm.bench.soak.judge import Tolerance
+    from ullm.bench.soak.run import Plan
+    from ullm.bench.workload import Length
+    from ullm.commands.bench_soak import soak
+
+    words = Length.parse(prompt_words, "--prompt-words")
+    tokens = Length.parse(output_tokens, "--output-tokens")
+    tolerance = Tolerance(max_slowdown, max_time_growth, max_memory_growth, memory_slack)
+    arguments = tuple(shlex.split(server))
+    lasts = (streams, seconds, requests, interval)
+    plan = Plan(model, arguments, *lasts, words, tokens, seed, warm_up, tolerance)
+    return soak(plan, step_ms, output, "" if plot == "none" else plot)
+
+
 @app.command
 @with_options([option for option in engine_options() if option.name in ("model", "revision", "tokenizer")])
 def pull(name: Name = None, /, **given: Any) -> int:
