@@ -28,7 +28,7 @@ from ullm.commands.flags import (
 from ullm.config import DEFAULT_MODEL, EngineConfig, ServerConfig
 from ullm.errors import EngineDead, UllmError, UsageError
 from ullm.logs import flush
-from ullm.machine import lasting_imports
+from ullm.machine import collect_rarely, lasting_imports
 
 FAILED = 1
 USAGE = 2
@@ -79,7 +79,7 @@ def serve(name: Name = None, /, **given: Any) -> int:
     """Serve an OpenAI-compatible API."""
     with lasting_imports():
         from ullm.commands.serve import serve as run
-
+    collect_rarely()
     return run(build(EngineConfig, _named(name, given)), build(ServerConfig, given))
 
 
