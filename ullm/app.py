@@ -19,6 +19,7 @@ from ullm.bridge import Job, TrioThread
 from ullm.config import EngineConfig, ServerConfig, from_env
 from ullm.errors import EngineDead, EngineNotReady, RequestError
 from ullm.logs import configure, get_logger
+from ullm.machine import collect_rarely
 
 if TYPE_CHECKING:
     from ullm.engine import Engine
@@ -40,6 +41,7 @@ async def open_from_env() -> AsyncIterator[tuple[Engine, ServerConfig]]:
 
     config, server_config = from_env(EngineConfig), from_env(ServerConfig)
     configure(config.log_level)
+    collect_rarely()
     async with open_engine(config) as engine:
         yield engine, server_config
 
@@ -107,6 +109,9 @@ class App:
         """Serve one connection or lifespan, in whichever loop this is called."""
         native = trio.lowlevel.in_trio_task()
         if scope["type"] == "lifespan":
+            from ullm.hosting import survive_hangups
+
+            survive_hangups()
             await (self._trio_lifespan if native else self._asyncio_lifespan)(receive, send)
         elif self._hosted is None:
             await _refuse(scope, send, EngineNotReady("not started, or has stopped"))

@@ -107,7 +107,7 @@ class DrainFirst:
             previous = signal.getsignal(number)
             if previous is not signal.SIG_IGN and previous is not None:
                 self._handlers[number] = signal.signal(number, self._on_signal)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) in (signal.SIG_DFL, _no_reload):
             self._handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_hangup)
 
     def _on_hangup(self, number: int, frame: FrameType | None) -> None:
@@ -115,6 +115,19 @@ class DrainFirst:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled()
+
+
+def survive_hangups() -> None:
+    """In a process of Hypercorn's, until `DrainFirst` answers them: the model is being loaded already."""
+    if multiprocessing.parent_process() is None or "hypercorn" not in sys.modules:
+        return
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _no_reload)
+
+
+def _no_reload(number: int, frame: FrameType | None) -> None:
+    """Unlike SIG_IGN, this is not inherited by other programs."""
 
 
 async def _at_once() -> None:

@@ -22,7 +22,7 @@ Host = Callable[..., Server]
 def host(request: pytest.FixtureRequest, serve: Serve, scripted_model: Path) -> Host:
     """Starts Hypercorn with either worker class; options are ``ULLM_*`` variables."""
 
-    def start(**options: str) -> Server:
+    def start(*, wait: bool = True, **options: str) -> Server:
         variables = {"ULLM_MODEL": str(scripted_model), "ULLM_LOAD_FORMAT": "dummy"}
         variables["ULLM_RUNNER"] = "ullm.testing:ScriptedRunner"
         command = [
@@ -39,6 +39,7 @@ def host(request: pytest.FixtureRequest, serve: Serve, scripted_model: Path) -> 
             command=command,
             environ=variables | {f"ULLM_{name.upper()}": value for name, value in options.items()},
             ready=r"Running on (http://\S+)",
+            wait=wait,
         )
 
     return start
@@ -72,6 +73,15 @@ def test_a_signal_to_the_whole_group_drains_too(host: Host, number: int) -> None
     server.signal(signal.SIGTERM)
     texts(running)
     assert server.wait() == 0
+
+
+def test_a_hangup_while_it_loads_changes_nothing(host: Host) -> None:
+    server = host(wait=False, scripted_load_seconds="1")
+    eventually(lambda: server.workers())
+    (worker,) = server.workers()
+    worker.parent().send_signal(signal.SIGHUP)
+    server.wait_ready()
+    assert server.get("/live").status_code == 200
 
 
 def test_the_deadline_aborts_with_tokens_usage_and_done(host: Host) -> None:
