@@ -79,10 +79,11 @@ class Hosted:
         if self.server_config.admin_listen is None:
             yield
             return
-        from ullm.server import open_admin_socket, serve_admin
+        from ullm.server import file_remover, open_admin_socket, serve_admin
         from ullm.supervision import ChildSpec, open_supervisor
 
         with open_admin_socket(self.server_config.admin_listen) as sock:
+            self.watchdog.cleanup = file_remover(sock)
             serve = partial(serve_admin, self.engine, self.server_config, sock=sock, shutdown=self.shutdown)
             async with open_supervisor("admin", [ChildSpec("admin", serve)], intensity=3, period=60):
                 yield

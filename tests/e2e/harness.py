@@ -227,8 +227,8 @@ class Server:
         """No process, temporary file, listening socket, or sign of untidiness in the log."""
         assert not self._orphans, "processes are left"
         left = [str(path) for path in Path(self._temporary).iterdir()]
-        in_order = self.process.returncode in (0, 1, 70)
-        left += [self._socket] if in_order and Path(self._socket).exists() else []
+        killed = self.process.returncode < 0
+        left += [self._socket] if not killed and Path(self._socket).exists() else []
         assert not left, f"files are left: {left}"
         assert not (found := UNCLEAN.search(self._errors)), f"the log says {found}"
         if self.url.startswith("http"):

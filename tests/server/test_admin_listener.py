@@ -16,7 +16,7 @@ from fake_engine import FakeEngine
 
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError
-from ullm.server import open_admin_socket, serve_admin, urls
+from ullm.server import file_remover, open_admin_socket, serve_admin, urls
 
 unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets here")
 
@@ -121,6 +121,20 @@ def test_a_socket_that_took_our_place_stays(tmp_path: Path) -> None:
         with open_admin_socket(f"unix:{path}"):
             os.replace(other, path)
         assert path.exists()
+
+
+@unix
+def test_who_leaves_by_force_removes_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "admin"
+    with open_admin_socket(f"unix:{path}") as sock:
+        remove = file_remover(sock)
+        remove()
+        assert not path.exists()
+        path.write_text("of another server")
+        remove()
+        assert path.exists()
+    with open_admin_socket("127.0.0.1:0") as sock:
+        file_remover(sock)()
 
 
 @unix

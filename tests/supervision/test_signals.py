@@ -281,3 +281,27 @@ async def test_ladder_in_process() -> None:
         nursery.cancel_scope.cancel()
     assert calls == ["drain SIGINT", "hurry SIGINT", "kill SIGINT", "kill SIGINT"]
     assert signal.SIGTERM in STOP_SIGNALS
+
+
+def failing_cleanup() -> None:
+    raise OSError("the disk has gone")
+
+
+def test_a_watchdog_cleans_up_before_it_ends_the_process() -> None:
+    exit = Exit()
+    done: list[int | None] = []
+    with Watchdog(exit=exit) as watchdog:
+        watchdog.cleanup = lambda: done.append(exit.code)
+        watchdog.arm(0.0)
+        assert exit.called.wait(30)
+    assert done == [None]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_cleanup_that_fails_does_not_keep_the_process() -> None:
+    exit = Exit()
+    with Watchdog(exit=exit) as watchdog:
+        watchdog.cleanup = failing_cleanup
+        watchdog.arm(0.0)
+        assert exit.called.wait(30)
+    assert exit.code == 71

@@ -17,7 +17,7 @@ from ullm.engine import Engine
 from ullm.errors import StartCancelled
 from ullm.hub import LocalModel, resolve
 from ullm.logs import configure, get_logger
-from ullm.server import bind, open_admin_socket, serve_admin, serve_http, urls
+from ullm.server import bind, file_remover, open_admin_socket, serve_admin, serve_http, urls
 from ullm.supervision import ChildSpec
 from ullm.supervision.signals import (
     STOP_SIGNALS,
@@ -89,6 +89,8 @@ async def run_server(
         servers.append(ChildSpec("admin", admin, shutdown=HTTP_BUDGET))
     engine = Engine(config, first_children=servers, find_model=find_model)
     with Watchdog() as watchdog:
+        if admin_listener is not None:
+            watchdog.cleanup = file_remover(admin_listener)
         async with trio.open_nursery() as nursery:
             await nursery.start(partial(answer_signals, engine, watchdog, drain))
             await nursery.start(answer_hangups, engine)
@@ -125,7 +127,10 @@ async def answer_signals(
 
     def kill(number: signal.Signals) -> None:
         engine.kill(number)
-        leave_now(number)
+        try:
+            watchdog.cleanup()
+        finally:
+            leave_now(number)
 
     def at_once(number: signal.Signals, count: int) -> None:
         """In the handler itself: the event loop, which the rest of the ladder needs, may be stuck."""
@@ -139,8 +144,11 @@ async def answer_signals(
 
 
 async def answer_hangups(engine: Engine, *, task_status: trio.TaskStatus[None]) -> None:
-    """SIGHUP loads the model again, unless ``nohup`` has it ignored."""
+    """SIGHUP loads the model again, unless ``nohup`` has it ignored, or the system has none."""
     heard = [number for number in RELOAD_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    if not heard:  # trio would refuse to wait for none
+        task_status.started()
+        return
     with trio.open_signal_receiver(*heard) as received:
         task_status.started()
         async for number in received:

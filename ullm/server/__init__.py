@@ -1,6 +1,6 @@
 """The HTTP surface: OpenAI's API, probes, metrics and admin endpoints around an engine."""
 
-from ullm.server.admin_listener import open_admin_socket, serve_admin
+from ullm.server.admin_listener import file_remover, open_admin_socket, serve_admin
 from ullm.server.app import create_admin_app, create_app
 from ullm.server.http import bind, serve_http, urls
 
@@ -8,6 +8,7 @@ __all__ = [
     "bind",
     "create_admin_app",
     "create_app",
+    "file_remover",
     "open_admin_socket",
     "serve_admin",
     "serve_http",

@@ -11,8 +11,9 @@ import ipaddress
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import trio
 
@@ -57,6 +58,14 @@ def open_admin_socket(where: str) -> Iterator[socket.socket]:
     else:
         with _loopback_socket(where) as sock:
             yield sock
+
+
+def file_remover(sock: socket.socket) -> Callable[[], object]:
+    """What removes the file of a socket from `open_admin_socket`, for who leaves without closing it."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        return bool  # there is none
+    path = sock.getsockname()
+    return partial(_remove, path, os.stat(path).st_ino)
 
 
 def _loopback_socket(where: str) -> socket.socket:

@@ -133,10 +133,14 @@ class Watchdog:
     Args:
         exit_code: of the process.
         exit: ends it; replaced in tests.
+
+    Attributes:
+        cleanup: called before the exit, in a thread; for what would be left outside of the process.
     """
 
     def __init__(self, exit_code: int = EXIT_ABANDONED, exit: Callable[[int], object] = os._exit) -> None:
         self.exit_code = exit_code
+        self.cleanup: Callable[[], object] = bool
         self._exit = exit
         self._changed = threading.Condition()
         self._deadline: float | None = None
@@ -184,7 +188,10 @@ class Watchdog:
         report = threading.Thread(target=self._report, daemon=True)
         report.start()
         report.join(REPORT_SECONDS)
-        self._exit(self.exit_code)
+        try:
+            self.cleanup()
+        finally:
+            self._exit(self.exit_code)
 
     def _report(self) -> None:
         """To stderr, where the stacks show what hangs; the log may be what is stuck."""
