@@ -293,6 +293,28 @@ def bench_soak(
     return soak(plan, step_ms, output, "" if plot == "none" else plot)
 
 
+@bench.command(name="startup")
+def bench_startup(
+    *,
+    model: Annotated[str, Parameter(help="As ullm serve --model.")] = DEFAULT_MODEL,
+    server: Annotated[str, Parameter(help="More options of ullm serve.", allow_leading_hyphen=True)] = "",
+    contexts: Annotated[str, Parameter(help="Context lengths.")] = "512,2048,8192",
+    blocks: Annotated[str, Parameter(help="Numbers of KV blocks; default: as the server chooses.")] = "",
+    rounds: Annotated[int, Parameter(help="How often each is started.")] = 5,
+    max_growth: Annotated[
+        float, Parameter(help="Of processor time to the first token over the first one's, as a share.")
+    ] = 0.1,
+    output: Output = None,
+) -> int:
+    """See what a start costs against context length, in alternation. Needs ullm[bench]."""
+    import shlex
+
+    from ullm.commands.bench_startup import parse_numbers, startup
+
+    lengths, counts = parse_numbers(contexts, "--contexts"), parse_numbers(blocks, "--blocks")
+    return startup(model, shlex.split(server), lengths, counts, rounds, max_growth, output)
+
+
 @app.command
 @with_options([option for option in engine_options() if option.name in ("model", "revision", "tokenizer")])
 def pull(name: Name = None, /, **given: Any) -> int:

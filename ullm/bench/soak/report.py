@@ -74,8 +74,9 @@ class Soak(msgspec.Struct, frozen=True):
     def _explanation(self) -> str:
         return (
             f"First and last tenth after {self.warm_up:.0%} of warm-up, {self.compared} requests apart. "
-            "Rates and processor time: the better quartile of the intervals; memory and descriptors: the median. "
-            "Processor time has grown only if it also grew in relation to a fixed piece of work beside it."
+            "Rates and processor time: the better quartile of the intervals; memory and descriptors: the "
+            "median. Processor time has grown only if it also grew in relation to a fixed piece of work "
+            "beside it."
         )
 
     def _course(self) -> str:

