@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +62,15 @@ def test_a_hangup_reloads_and_stops_nothing(serve: Serve, scripted_model: Path) 
     eventually(lambda: server.metric('ullm_reloads_total{outcome="succeeded"}') == 1)
     assert server.worker().pid != first
     assert texts([Stream(server, 20)])
+
+
+@pytest.mark.skipif(shutil.which("nohup") is None, reason="needs nohup")
+def test_a_hangup_under_nohup_does_nothing(serve: Serve, scripted_model: Path) -> None:
+    ullm = [sys.executable, "-m", "ullm", "serve", "--port", "0"]
+    server = serve(command=["nohup", *ullm, "--model", str(scripted_model), *SCRIPTED])
+    server.signal(signal.SIGHUP)
+    assert texts([Stream(server, 20)])
+    assert server.metric('ullm_reloads_total{outcome="succeeded"}') == 0
 
 
 def test_faults_are_armed_in_a_running_server(serve: Serve, scripted_model: Path) -> None:
