@@ -20,6 +20,7 @@ from ullm.model.batch import Layout
 from ullm.model.cpu import build
 from ullm.model.cpu.kernels import NAMES, Kernels, load_kernels
 from ullm.model.cpu.ops import KernelAttention, tiles
+from ullm.model.ops import first_of_largest
 from ullm.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
@@ -81,10 +82,31 @@ def test_silu_and_mul(kernels: Kernels) -> None:
     )
 
 
+@pytest.mark.parametrize("size", [1, 63, 64, 1000])
+def test_argmax_is_the_first_of_the_largest(kernels: Kernels, size: int) -> None:
+    logits = torch.randint(-20, 3, (7, size + 5), generator=torch.Generator().manual_seed(size)).float()
+    logits = logits[:, :size]  # rows that do not follow each other at once
+    expected = [row.tolist().index(max(row.tolist())) for row in logits]
+    assert kernels.argmax(logits).tolist() == expected
+    assert first_of_largest(logits).tolist() == expected
+    assert kernels.argmax(torch.full((2, size), -torch.inf)).tolist() == [0, 0]
+
+
+def test_layers_have_the_same_outcome_in_one_call_and_in_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path, "llama")
+    model = LogitsModel(tmp_path, dtype="bfloat16")
+    model.add(0, random_tokens(9, 1), [0, 1, 2])
+    whole = model.step((0, 0, 9))[0]
+    monkeypatch.setattr("ullm.model.cpu.ops.CALL_OPERATIONS", 1)
+    assert torch.equal(model.step((0, 0, 9))[0], whole)
+
+
 def test_tiles_cover_each_query_once() -> None:
     lens = [1, 1, 7, 3, 12]
     layout = Layout(*(np.empty(0),) * 2, lens, lens, *(np.empty(0),) * 2, 2)  # type: ignore[arg-type]
-    starts = layout.starts()
+    starts = layout.starts
     covered = [
         (sequence, token)
         for sequence, first, count in tiles(layout, 4).tolist()

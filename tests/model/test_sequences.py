@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ullm.messages import NewSequence, Row, Step
-from ullm.model.sequences import GrowingArray, SequenceTable
+from ullm.model.sequences import BlockTables, SequenceTable
 from ullm.sampling import SamplingParams
 
 
@@ -52,8 +52,13 @@ def test_slots_are_reused() -> None:
     assert table.num_slots == 3
 
 
-def test_growing_array() -> None:
-    array = GrowingArray([])
-    for i in range(100):
-        array.extend([i, -i])
-    assert array.view.tolist() == [v for i in range(100) for v in (i, -i)]
+def test_block_tables_grow() -> None:
+    tables, expected = BlockTables(), [list[int]() for _ in range(20)]
+    for first in range(0, 100, 5):
+        for slot in range(20):
+            ids = [slot * 1000 + first + i for i in range(5)]
+            tables.put(slot, first, ids)
+            expected[slot] += ids
+    assert tables.rows(list(range(20)), 100).tolist() == expected
+    tables.put(3, 0, [7])
+    assert tables.rows([3, 1], 3).tolist() == [[7, 0, 0], expected[1][:3]]

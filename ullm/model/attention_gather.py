@@ -90,7 +90,7 @@ class GatherStep:
 
     def prefill_parts(self, layout: Layout) -> list[_Prefill]:
         """One for each sequence with more than one query."""
-        starts = layout.starts().tolist()
+        starts = layout.starts.tolist()
         sequences = range(layout.num_decodes, len(layout.seq_lens))
         return [_Prefill(self.backend, layout, i, starts[i]) for i in sequences]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -71,7 +72,7 @@ class Batch:
         seq_lens_host: ``seq_lens`` as Python numbers.
         num_decodes: leading sequences with one query token.
         attention: attention over this batch's sequences.
-        layer_done: called after each layer; a sign of life.
+        layer_done: called after each layer, or a few quick ones; a sign of life.
     """
 
     token_ids: Tensor
@@ -121,6 +122,9 @@ class CausalModel(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden_size]`` → ``[rows, vocab_size]`` of the whole vocabulary, on every rank."""
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        """``[rows, vocab_size]`` → ``[rows]`` int64, the first of the largest of each row."""
+
     def tensors(self) -> Iterable[Tensor]:
         """All that lies on the device for good, weights above all; what shares memory may come twice."""
 
@@ -131,7 +135,7 @@ class CausalModel(Protocol):
         """Bytes of weights that this rank holds."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Layout:
     """A batch as the runner plans it on the host: the same arrays as `Batch`, in numpy."""
 
@@ -143,8 +147,11 @@ class Layout:
     slot_mapping: npt.NDArray[np.int64]
     num_decodes: int
 
+    @cached_property
     def starts(self) -> npt.NDArray[np.int32]:
         """First token of each sequence, and the number of tokens."""
+        if self.num_decodes == len(self.query_lens):
+            return np.arange(len(self.query_lens) + 1, dtype=np.int32)
         return np.concatenate(([0], np.cumsum(self.query_lens))).astype(np.int32)
 
     def batch(self, attention: Attend, device: torch.device | str = "cpu") -> Batch:
@@ -156,7 +163,7 @@ class Layout:
         return Batch(
             token_ids=tensor(self.token_ids),
             positions=tensor(self.positions),
-            query_start=tensor(self.starts()),
+            query_start=tensor(self.starts),
             seq_lens=tensor(np.asarray(self.seq_lens, dtype=np.int32)),
             block_tables=tensor(self.block_tables),
             slot_mapping=tensor(self.slot_mapping),

@@ -256,15 +256,17 @@ class Decoder(nn.Module):
     def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
         """``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
         x = self.model.embed_tokens.forward(token_ids).to(self._residual_dtype)
-        step, delta = self.ops.begin(batch), None
-        for layer in self._layers:
-            delta = step.layer(layer, x, delta)
-            batch.layer_done()
+        step = self.ops.begin(batch)
+        delta = step.layers(self._layers, x, batch.layer_done)
         return step.add_norm(x, delta, self.model.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden_size]`` → ``[rows, vocab_size]``."""
         return self.lm_head.forward(hidden)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """See `CausalModel.argmax`."""
+        return self.ops.argmax(logits)
 
     def num_parameters(self) -> int:
         """Elements of the weights of the whole model, tied ones once."""

@@ -20,6 +20,7 @@ from ullm.config import ModelConfig
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
 from ullm.model.batch import Batch, KvShape
 from ullm.model.hf_check import compare, observe
+from ullm.model.ops import first_of_largest
 
 if TYPE_CHECKING:
     from ullm.model.registry import Checkpoint
@@ -94,6 +95,10 @@ class TransformersModel:
         """``[rows, hidden_size]`` → ``[rows, vocab_size]``, caps and scales of the model included."""
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """See `CausalModel.argmax`."""
+        return first_of_largest(logits)
 
     def tensors(self) -> Iterator[Tensor]:
         """See `CausalModel.tensors`."""

@@ -5,6 +5,7 @@ Chosen once per model. `TorchOps` is the reference for the others, and what runs
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -79,15 +80,22 @@ class LayerModule(Protocol):
         """Its MLP."""
 
     def forward(self, x: Tensor, delta: Tensor | None, step: StepOps) -> Tensor:
-        """See `StepOps.layer`."""
+        """Add ``delta``, what the layer before has left to add, and the attention to the residual stream
+        ``x [T, hidden_size]`` in place; returns what is to be added next."""
 
 
 class StepOps(Protocol):
-    """A whole layer, and the three things between its matrix products, for one step's batch. T tokens."""
+    """The layers, and the three things between its matrix products, for one step's batch. T tokens."""
 
-    def layer(self, module: LayerModule, x: Tensor, delta: Tensor | None) -> Tensor:
-        """Add ``delta``, what the layer before has left to add, and the attention to the residual stream
-        ``x [T, hidden_size]`` in place; returns what is to be added next."""
+    def layers(self, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
+        """All layers in succession; each adds to the residual stream ``x [T, hidden_size]`` in place.
+
+        Args:
+            done: called after each layer, or after several that take little time; a sign of life.
+
+        Returns:
+            what the last one has left to be added.
+        """
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
         """Add ``delta`` to the residual stream ``x [T, hidden_size]`` in place; returns its norm."""
@@ -106,11 +114,29 @@ class StepOps(Protocol):
         """
 
 
+def one_by_one(step: StepOps, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
+    """`StepOps.layers` for layers that call ``step`` for what is between their matrix products."""
+    delta: Tensor | None = None
+    for module in modules:
+        delta = module.forward(x, delta, step)
+        done()
+    assert delta is not None
+    return delta
+
+
 class LayerOps(Protocol):
     """One implementation of `StepOps`, for all steps of a model."""
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        """``[rows, vocab_size]`` → ``[rows]`` int64, the first of the largest of each row."""
+
     def begin(self, batch: Batch) -> StepOps:
         """Prepare what all layers of a step share."""
+
+
+def first_of_largest(logits: Tensor) -> Tensor:
+    """See `LayerOps.argmax`, which this is in PyTorch."""
+    return logits.max(dim=-1).indices  # argmax is slow in bfloat16 on CPUs
 
 
 class TorchOps:
@@ -122,6 +148,10 @@ class TorchOps:
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.tables = cos, sin
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """See `LayerOps`."""
+        return first_of_largest(logits)
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
@@ -135,9 +165,9 @@ class TorchStep:
     def __init__(self, batch: Batch, cos: Tensor, sin: Tensor) -> None:
         self._batch, self._cos, self._sin = batch, cos, sin
 
-    def layer(self, module: LayerModule, x: Tensor, delta: Tensor | None) -> Tensor:
+    def layers(self, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
         """See `StepOps`."""
-        return module.forward(x, delta, self)
+        return one_by_one(self, modules, x, done)
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
         """See `StepOps`."""

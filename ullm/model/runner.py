@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ullm.messages import ModelInfo, Prepare, Progress, Row, Sampled, Start, Step, StepResult, TokenLogprobs
 from ullm.model.drafts import Draws, draws_of
+from ullm.model.last_tokens import LastTokens
 from ullm.model.logprobs import PendingLogprobs
 from ullm.model.memory import let_go
 from ullm.model.rank import SIGN_OF_LIFE, Rank, open_rank
@@ -105,7 +106,7 @@ class ModelRunner:
         self._asleep: SleepingRank | None = None
         self._table = SequenceTable(1)
         self._sampler: Sampler | None = None
-        self._last_tokens = torch.zeros(0, dtype=torch.int64)
+        self._last_tokens = LastTokens(0, torch.device("cpu"))
 
     def prepare(self, prepare: Prepare, progress: Callable[[Progress], None]) -> None:
         """See `Runner.prepare`."""
@@ -129,8 +130,8 @@ class ModelRunner:
         self._rank = rank
         device, info = rank.site.device, rank.info
         self._table = SequenceTable(info.block_size)
-        self._sampler = Sampler(info.vocab_size, device, info.eos_token_ids)
-        self._last_tokens = torch.zeros(rank.site.config.max_bs, dtype=torch.int64, device=device)
+        self._sampler = Sampler(info.vocab_size, device, info.eos_token_ids, rank.model.argmax)
+        self._last_tokens = LastTokens(rank.site.config.max_bs, device)
         return info
 
     @torch.inference_mode()
@@ -205,7 +206,7 @@ class ModelRunner:
             torch.cuda.synchronize(rank.site.device)
         self._rank = self._sampler = None
         self._table = SequenceTable(1)
-        self._last_tokens = torch.zeros(0, dtype=torch.int64)
+        self._last_tokens = LastTokens(0, torch.device("cpu"))
         return rank
 
     def _loaded(self) -> tuple[Rank, Sampler]:
@@ -216,9 +217,8 @@ class ModelRunner:
     def _forward(self, rank: Rank, plan: Plan) -> Tensor:
         """The step's hidden states ``[T, hidden_size]``."""
         batch = rank.backend.prepare(plan.layout)
-        indices, slots = plan.fresh
-        if indices:
-            batch.token_ids[indices] = self._last_tokens[slots]
+        if plan.fresh[0]:
+            self._last_tokens.copy_to(batch.token_ids, *plan.fresh)
         if rank.graphs is not None and rank.graphs.covers(batch):
             return rank.graphs.run(batch)
         if self._pulse is not None:
@@ -265,10 +265,7 @@ class ModelRunner:
         return on_host
 
     def _keep(self, states: list[SequenceState], tokens: Tensor) -> None:
-        if self._table.num_slots > len(self._last_tokens):
-            more = torch.zeros(self._table.num_slots, dtype=torch.int64, device=tokens.device)
-            self._last_tokens = torch.cat((self._last_tokens, more))
-        self._last_tokens[[state.slot for state in states]] = tokens
+        self._last_tokens.put([state.slot for state in states], tokens)
         for state in states:
             state.num_sampled += 1
 

@@ -14,7 +14,7 @@ decide are float64.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from ullm.messages import TokenLogprobs
 from ullm.model.draws import draw_tokens, uniform
 from ullm.model.logprobs import PendingLogprobs, start_logprobs
+from ullm.model.ops import first_of_largest
 from ullm.model.penalties import PenaltyTable
 from ullm.sampling import SamplingParams
 
@@ -65,12 +66,20 @@ class Sampler:
         vocab_size: columns of the logits.
         device: where the logits are.
         eos_token_ids: tokens that ``min_tokens`` bans besides a request's own stop tokens.
+        argmax: ``[rows, vocab]`` → ``[rows]``, the first of the largest of each row.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device,
+        eos_token_ids: tuple[int, ...],
+        argmax: Callable[[Tensor], Tensor] = first_of_largest,
+    ) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._eos_token_ids = eos_token_ids
+        self._argmax = argmax
         self._sequences: dict[int, _Sequence] = {}
         self._penalties = PenaltyTable(vocab_size, device)
         self._adjusted: tuple[Tensor, dict[int, int]] | None = None
@@ -206,7 +215,7 @@ class Sampler:
         random = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
         if random and len(random) == len(sequences):
             return self._draw(logits, sequences)
-        tokens = logits.max(dim=-1).indices  # the first of equals; argmax is slow in bfloat16 on CPUs
+        tokens = self._argmax(logits)
         if random:
             tokens[random] = self._draw(logits[random], [sequences[row] for row in random])
         return tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -15,29 +16,31 @@ from ullm.model.batch import Layout
 Int32s = npt.NDArray[np.int32]
 
 
-class GrowingArray:
-    """An int32 array that is appended to; doubling keeps that cheap."""
+class BlockTables:
+    """The block ids of many sequences, each in the row of its slot; doubling keeps growing cheap."""
 
-    __slots__ = ("_data", "size")
+    def __init__(self) -> None:
+        self._ids = np.zeros((8, 32), dtype=np.int32)
 
-    def __init__(self, values: Sequence[int]) -> None:
-        self._data = np.array(values, dtype=np.int32)
-        self.size = len(values)
+    def put(self, slot: int, first: int, block_ids: Sequence[int]) -> None:
+        """``block_ids`` become those from ``first`` on of a sequence."""
+        end = first + len(block_ids)
+        self._make_room(0, slot + 1)
+        self._make_room(1, end)
+        self._ids[slot, first:end] = block_ids
+        if not first:
+            self._ids[slot, end:] = 0
 
-    def extend(self, values: Sequence[int]) -> None:
-        """Append ``values``."""
-        need = self.size + len(values)
-        if need > len(self._data):
-            grown = np.zeros(max(need, 2 * len(self._data), 8), dtype=np.int32)
-            grown[: self.size] = self._data[: self.size]
-            self._data = grown
-        self._data[self.size : need] = values
-        self.size = need
+    def _make_room(self, axis: int, need: int) -> None:
+        size = self._ids.shape[axis]
+        if need > size:
+            more = [(0, 0), (0, 0)]
+            more[axis] = (0, max(need - size, size))
+            self._ids = np.pad(self._ids, more)
 
-    @property
-    def view(self) -> Int32s:
-        """What is in it, not copied."""
-        return self._data[: self.size]
+    def rows(self, slots: list[int], width: int) -> Int32s:
+        """``[len(slots), width]``, copied and padded with 0."""
+        return self._ids[slots, :width]
 
 
 @dataclass(slots=True)
@@ -46,13 +49,14 @@ class SequenceState:
 
     Args:
         tokens: those that were sent; what this rank samples stays on the device.
-        slot: where its last sampled token is on the device.
+        num_blocks: how many it has.
+        slot: where its last sampled token is on the device, and its blocks in `BlockTables`.
         num_sampled: tokens sampled here since it was sent.
     """
 
     new: NewSequence
     tokens: Int32s
-    blocks: GrowingArray
+    num_blocks: int
     slot: int
     num_sampled: int = 0
 
@@ -85,6 +89,7 @@ class SequenceTable:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.sequences: dict[int, SequenceState] = {}
+        self._blocks = BlockTables()
         self._free_slots: list[int] = []
         self.num_slots = 0
 
@@ -109,7 +114,8 @@ class SequenceTable:
             self.num_slots += 1
         tokens = np.array(new.token_ids, dtype=np.int32)
         slot = self._free_slots.pop()
-        self.sequences[new.seq_id] = SequenceState(new, tokens, GrowingArray(new.block_ids), slot)
+        self._blocks.put(slot, 0, new.block_ids)
+        self.sequences[new.seq_id] = SequenceState(new, tokens, len(new.block_ids), slot)
 
     def plan(self, step: Step) -> Plan:
         """Append the rows' blocks and lay the step out.
@@ -125,7 +131,9 @@ class SequenceTable:
         state = self.sequences.get(row.seq_id)
         if state is None:
             raise ValueError(f"a step has a row of sequence {row.seq_id}, which is not known")
-        state.blocks.extend(row.new_block_ids)
+        if row.new_block_ids:
+            self._blocks.put(state.slot, state.num_blocks, row.new_block_ids)
+            state.num_blocks += len(row.new_block_ids)
         needed = row.start + row.count
         end = needed - len(row.draft)  # of what is known, not guessed
         if row.count <= len(row.draft) or row.start < 0 or end > state.num_tokens:
@@ -137,9 +145,9 @@ class SequenceTable:
             raise ValueError(
                 f"sequence {row.seq_id}: only the last token sampled here is kept, not those up to {end}"
             )
-        if needed > state.blocks.size * self.block_size:
+        if needed > state.num_blocks * self.block_size:
             raise ValueError(
-                f"sequence {row.seq_id} needs room for {needed} tokens, but has {state.blocks.size} blocks "
+                f"sequence {row.seq_id} needs room for {needed} tokens, but has {state.num_blocks} blocks "
                 f"of {self.block_size}"
             )
         if row.sample and end != state.num_tokens:
@@ -150,26 +158,21 @@ class SequenceTable:
 
     def _lay_out(self, pairs: list[tuple[Row, SequenceState]]) -> Plan:
         query_lens = [row.count for row, _ in pairs]
+        starts = [row.start for row, _ in pairs]
         seq_lens = [row.start + row.count for row, _ in pairs]
-        starts = np.array([row.start for row, _ in pairs], dtype=np.int64)
-        counts = np.array(query_lens, dtype=np.int64)
-        ends = np.cumsum(counts)
-        row_of_token = np.repeat(np.arange(len(pairs)), counts)
-        positions = np.arange(int(ends[-1])) - (ends - counts - starts)[row_of_token]
-        tables = self._tables(pairs, -(-max(seq_lens) // self.block_size))
-        blocks, offsets = np.divmod(positions, self.block_size)
-        slots = tables[row_of_token, blocks].astype(np.int64) * self.block_size + offsets
-        tokens, fresh = _tokens(pairs, ends.tolist())
+        ends = list(accumulate(query_lens))
         decodes = sum(count == 1 for count in query_lens)
+        tables = self._blocks.rows([state.slot for _, state in pairs], -(-max(seq_lens) // self.block_size))
+        positions, row_of_token = np.array(starts, dtype=np.int64), np.arange(len(pairs))
+        if decodes < len(pairs):
+            row_of_token = np.repeat(row_of_token, query_lens)
+            before = np.array(ends) - np.array(query_lens) - positions
+            positions = np.arange(ends[-1]) - before[row_of_token]
+        blocks, offsets = np.divmod(positions, self.block_size)
+        slots = tables[row_of_token, blocks] * np.int64(self.block_size) + offsets
+        tokens, fresh = _tokens(pairs, ends)
         layout = Layout(tokens, positions, query_lens, seq_lens, tables, slots, decodes)
-        return Plan(layout, pairs, ends.tolist(), fresh)
-
-    def _tables(self, pairs: list[tuple[Row, SequenceState]], width: int) -> Int32s:
-        tables = np.zeros((len(pairs), width), dtype=np.int32)
-        for i, (_, state) in enumerate(pairs):
-            used = state.blocks.view[:width]
-            tables[i, : len(used)] = used
-        return tables
+        return Plan(layout, pairs, ends, fresh)
 
 
 def _check_draft(row: Row, state: SequenceState) -> None:
@@ -194,10 +197,10 @@ def _tokens(
     indices: list[int] = []
     slots: list[int] = []
     for (row, state), end in zip(pairs, ends, strict=True):
-        known = state.tokens[row.start : row.start + row.count]
-        first = end - row.count
-        tokens[first : first + len(known)] = known
-        if len(known) + len(row.draft) < row.count:
+        known = min(row.start + row.count, len(state.tokens)) - row.start
+        if known > 0:
+            tokens[end - row.count : end - row.count + known] = state.tokens[row.start : row.start + known]
+        if max(known, 0) + len(row.draft) < row.count:
             indices.append(end - 1 - len(row.draft))
             slots.append(state.slot)
         if row.draft:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, byref, c_float, c_int64, c_void_p
+from ctypes import POINTER, Array, byref, c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Kernels:
         self._silu_and_mul = function("silu_and_mul", pointer, pointer, c_int64, c_int64)
         self._attend = function("attend", *structs, pointer, pointer, pointer)
         blocks = (POINTER(StepStruct), POINTER(BlockStruct))
-        self._decoder_layer = function("decoder_layer", *blocks, *(pointer,) * 4)
+        self._decoder_layers = function("decoder_layers", *blocks, c_int64, c_int64, *(pointer,) * 4)
 
     def use_threads(self, threads: int) -> None:
         """How many threads compute, the calling one included; for all kernels of this process."""
@@ -156,15 +156,31 @@ class Kernels:
         self._attend(byref(step), byref(layer), qkv.data_ptr(), pages.data_ptr(), out.data_ptr())
         return out
 
-    def decoder_layer(
-        self, step: StepStruct, block: BlockStruct, x: Tensor, delta: Tensor | None, pages: Tensor
+    def decoder_layers(
+        self,
+        step: StepStruct,
+        blocks: Array[BlockStruct],
+        layers: range,
+        x: Tensor,
+        delta: Tensor | None,
+        pages: Array[c_void_p],
     ) -> Tensor:
-        """See `ullm.model.ops.StepOps.layer`; what is returned is in the memory of ``delta``."""
+        """See `ullm.model.ops.StepOps.layers`; what is returned is in the memory of ``delta``."""
         out = torch.empty_like(x) if delta is None else delta
         source = None if delta is None else delta.data_ptr()
-        pointers = x.data_ptr(), source, pages.data_ptr(), out.data_ptr()
-        self._decoder_layer(byref(step), byref(block), *pointers)
+        pointers = x.data_ptr(), source, pages, out.data_ptr()
+        self._decoder_layers(byref(step), blocks, layers.start, layers.stop, *pointers)
         return out
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """``[rows, vocab_size]`` in float32 → ``[rows]``, the first of the largest of each."""
+        rows, size = logits.shape
+        found = torch.empty(rows, dtype=torch.int64)
+        stride = c_int64(logits.stride(0))
+        self._library.argmax(
+            c_void_p(logits.data_ptr()), c_int64(rows), c_int64(size), stride, c_void_p(found.data_ptr())
+        )
+        return found
 
 
 def load_kernels(dtype: torch.dtype) -> Kernels | None:

@@ -1,4 +1,4 @@
-// A decoder layer, and what happens in it between its linear layers.
+// Decoder layers, and what happens in them between their linear layers.
 //
 // Sums are taken in float32, in an order that depends neither on the batch, nor on how a prompt was cut
 // into chunks, nor on the number of threads; see linear.cpp.
@@ -101,6 +101,13 @@ void decoder_layer(const Step& step, const Block& block, float* x, const float* 
     multiply(block.down, activated.data(), inner, out, rows);
 }
 
+template <typename T>
+void decoder_layers(const Step& step, const Block* blocks, int64_t first, int64_t end, float* x,
+                    const float* delta, T* const* pages, float* out) {
+    for (int64_t i = first; i < end; ++i, delta = out)
+        decoder_layer(step, blocks[i], x, delta, pages[i], out);
+}
+
 }  // namespace
 
 extern "C" {
@@ -113,9 +120,9 @@ extern "C" {
     void silu_and_mul_##NAME(const float* gate_up, T* out, int64_t rows, int64_t size) {              \
         silu_and_mul(gate_up, out, rows, size);                                                       \
     }                                                                                                 \
-    void decoder_layer_##NAME(const Step* step, const Block* block, float* x, const float* delta,     \
-                              T* pages, float* out) {                                                 \
-        decoder_layer(*step, *block, x, delta, pages, out);                                           \
+    void decoder_layers_##NAME(const Step* step, const Block* blocks, int64_t first, int64_t end,     \
+                               float* x, const float* delta, T* const* pages, float* out) {           \
+        decoder_layers(*step, blocks, first, end, x, delta, pages, out);                              \
     }
 
 FOR_NUMBERS(float, float32)

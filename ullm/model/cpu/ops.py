@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from ctypes import Array, c_void_p
 from typing import cast
 
 import numpy as np
@@ -13,10 +15,20 @@ from ullm.model.batch import Batch, KvShape, Layout
 from ullm.model.cpu.kernels import BlockStruct, Kernels, LayerStruct, MatrixStruct, StepStruct
 from ullm.model.kv_pool import lazy_zeros
 from ullm.model.layers import RMSNorm
-from ullm.model.ops import AttentionModule, LayerModule, LinearModule, StepOps
+from ullm.model.ops import (
+    AttentionModule,
+    LayerModule,
+    LinearModule,
+    StepOps,
+    first_of_largest,
+    one_by_one,
+)
 
 TILE_ROWS = 12
 """Query vectors that are attended together: those of one KV head times neighbouring tokens of a prompt."""
+
+CALL_OPERATIONS = 10**10
+"""Of one call, between two signs of life: some 20 ms of one core, which weighs its 5 µs against nothing."""
 
 
 class KernelAttention:
@@ -29,6 +41,7 @@ class KernelAttention:
         self.tile_tokens = max(1, TILE_ROWS * shape.num_kv_heads // shape.num_query_heads)
         size = (num_blocks, 2 * shape.num_kv_heads * block_size * shape.head_dim)
         self.pages = [lazy_zeros(size, dtype) for _ in range(shape.num_layers)]
+        self.pointers = (c_void_p * shape.num_layers)(*(pages.data_ptr() for pages in self.pages))
 
     def prepare(self, layout: Layout) -> Batch:
         """See `AttentionBackend.prepare`."""
@@ -37,6 +50,7 @@ class KernelAttention:
     def release(self) -> None:
         """Free the pool."""
         self.pages.clear()
+        self.pointers = (c_void_p * 0)()
 
 
 class KernelAttend:
@@ -61,12 +75,26 @@ class KernelAttend:
 
 def tiles(layout: Layout, tokens: int) -> npt.NDArray[np.int32]:
     """``[n, 3]``: sequence, first token, tokens; at most ``tokens`` neighbouring ones of a sequence."""
-    starts = layout.starts()
+    starts = layout.starts
+    if layout.num_decodes == len(layout.query_lens):
+        return np.stack((starts[:-1], starts[:-1], np.ones_like(starts[:-1])), 1)
     counts = -(-np.asarray(layout.query_lens) // tokens)
     sequence = np.repeat(np.arange(len(counts)), counts)
     index = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
     first = starts[sequence] + index * tokens
     return np.stack((sequence, first, np.minimum(tokens, starts[sequence + 1] - first)), 1).astype(np.int32)
+
+
+def layers_at_once(module: LayerModule, tokens: int) -> int:
+    """How many layers one call may compute: those that take `CALL_OPERATIONS`, and one at least.
+
+    Args:
+        tokens: of the step.
+    """
+    parts = module.self_attn, module.mlp
+    matrices = parts[0].qkv_proj, parts[0].o_proj, parts[1].gate_up_proj, parts[1].down_proj
+    operations = 2 * tokens * sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
+    return max(1, CALL_OPERATIONS // operations)
 
 
 class KernelOps:
@@ -82,9 +110,13 @@ class KernelOps:
         self._cosines = cos[:, 0, half:].contiguous()
         self._sines = sin[:, 0, half:].contiguous()
         self._layers: dict[int, LayerStruct] = {}
-        self._blocks: dict[int, BlockStruct] = {}
+        self._blocks: Array[BlockStruct] | None = None
         self._biases: list[Tensor] = []
         self._weights: dict[RMSNorm, Tensor] = {}
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """See `LayerOps`."""
+        return self.kernels.argmax(logits) if logits.dtype == torch.float32 else first_of_largest(logits)
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
@@ -114,25 +146,29 @@ class KernelOps:
             )
         return self._layers[module.layer]
 
+    def blocks(self, modules: Sequence[LayerModule]) -> Array[BlockStruct]:
+        """The same for all layers, with their matrices and norms; made at the first step."""
+        if self._blocks is None:
+            self._blocks = (BlockStruct * len(modules))(*map(self.block, modules))
+        return self._blocks
+
     def block(self, module: LayerModule) -> BlockStruct:
         """The same for a layer with its matrices and norms."""
         attention, mlp = module.self_attn, module.mlp
-        if attention.layer not in self._blocks:
-            first, second = module.input_layernorm, module.post_attention_layernorm
-            self._blocks[attention.layer] = BlockStruct(
-                attention=self.layer(attention),
-                hidden=attention.o_proj.shape[0],
-                intermediate=mlp.down_proj.shape[1],
-                qkv=self.matrix(attention.qkv_proj),
-                output=self.matrix(attention.o_proj),
-                gate_up=self.matrix(mlp.gate_up_proj),
-                down=self.matrix(mlp.down_proj),
-                input_norm=self.weight(first).data_ptr(),
-                output_norm=self.weight(second).data_ptr(),
-                input_eps=first.eps,
-                output_eps=second.eps,
-            )
-        return self._blocks[attention.layer]
+        first, second = module.input_layernorm, module.post_attention_layernorm
+        return BlockStruct(
+            attention=self.layer(attention),
+            hidden=attention.o_proj.shape[0],
+            intermediate=mlp.down_proj.shape[1],
+            qkv=self.matrix(attention.qkv_proj),
+            output=self.matrix(attention.o_proj),
+            gate_up=self.matrix(mlp.gate_up_proj),
+            down=self.matrix(mlp.down_proj),
+            input_norm=self.weight(first).data_ptr(),
+            output_norm=self.weight(second).data_ptr(),
+            input_eps=first.eps,
+            output_eps=second.eps,
+        )
 
     def matrix(self, module: LinearModule) -> MatrixStruct:
         """A linear layer; the module keeps its weight, this its bias."""
@@ -151,7 +187,7 @@ class KernelStep:
     def __init__(self, ops: KernelOps, batch: Batch) -> None:
         attention = cast(KernelAttend, batch.attention)
         self._ops, self._kernels, self._batch = ops, ops.kernels, batch  # the batch owns the arrays
-        self._pages = attention.backend.pages
+        self._attention = attention.backend
         self._struct = StepStruct(
             tokens=len(batch.token_ids),
             num_tiles=len(attention.tiles),
@@ -163,12 +199,18 @@ class KernelStep:
             tiles=attention.tiles.ctypes.data,
         )
 
-    def layer(self, module: LayerModule, x: Tensor, delta: Tensor | None) -> Tensor:
+    def layers(self, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
         """See `StepOps`. With other ranks, their sums come in between."""
-        if module.world_size > 1:
-            return module.forward(x, delta, self)
-        pages = self._pages[module.self_attn.layer]
-        return self._kernels.decoder_layer(self._struct, self._ops.block(module), x, delta, pages)
+        if modules[0].world_size > 1:
+            return one_by_one(self, modules, x, done)
+        delta, blocks, pages = None, self._ops.blocks(modules), self._attention.pointers
+        each = layers_at_once(modules[0], len(x))
+        for first in range(0, len(modules), each):
+            part = range(first, min(first + each, len(modules)))
+            delta = self._kernels.decoder_layers(self._struct, blocks, part, x, delta, pages)
+            done()
+        assert delta is not None
+        return delta
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
         """See `StepOps`."""
@@ -180,4 +222,6 @@ class KernelStep:
 
     def attend(self, module: AttentionModule, qkv: Tensor) -> Tensor:
         """See `StepOps`."""
-        return self._kernels.attend(self._struct, self._ops.layer(module), qkv, self._pages[module.layer])
+        return self._kernels.attend(
+            self._struct, self._ops.layer(module), qkv, self._attention.pages[module.layer]
+        )
