@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import threading
@@ -105,8 +106,13 @@ def test_the_old_workers_serve_on_if_the_new_ones_do_not_come_up(
         assert "config.json" in refused.json()["error"]["message"]
         missing = server.admin("POST", "/admin/reload", {"model": str(tmp_path / "nothing")})
         assert missing.json()["error"]["code"] == "reload_failed"
+        (broken / "config.json").unlink()
+        os.mkfifo(broken / "config.json")
+        endless = server.admin("POST", "/admin/reload", {"model": str(broken)})
+        assert endless.json()["error"]["code"] == "reload_failed"
+        assert "config.json: is a named pipe" in endless.json()["error"]["message"]
     assert pids(server) == first
-    assert server.metric('ullm_reloads_total{outcome="failed"}') == 2
+    assert server.metric('ullm_reloads_total{outcome="failed"}') == 3
 
 
 @pytest.mark.parametrize("plan", ["worker.start:crash", "worker.start:oom", "engine.reload:raise"])

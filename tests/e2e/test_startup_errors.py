@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -57,9 +58,20 @@ def scramble(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\xff" * 4096)
 
 
+def pipe(name: str) -> Callable[[Path], None]:
+    def replace(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return replace
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
+        (pipe("config.json"), ["config.json", "named pipe"]),
+        (pipe("model.safetensors"), ["model.safetensors", "named pipe"]),
+        (pipe("tokenizer.json"), ["tokenizer.json", "named pipe"]),
         (truncate, ["model.safetensors", "truncated"]),
         (scramble, ["model.safetensors"]),
         (lambda folder: (folder / "model.safetensors").unlink(), ["safetensors"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,46 @@ def test_served_name_and_chat_template(folder: Path, tmp_path: Path) -> None:
     config = EngineConfig(model=str(folder), served_model_name="mine", chat_template=str(template))
     model = hub.resolve(config)
     assert (model.name, model.chat_template) == ("mine", "{{ messages }}")
+
+
+FILES = (
+    "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja "
+    "model.safetensors model.safetensors.index.json"
+).split()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_is_not_read(folder: Path, name: str) -> None:
+    """Where nobody writes into it, that would never end."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelFileBroken, match=rf"{name}: is a named pipe and not a file"):
+        hub.resolve(EngineConfig(model=str(folder)))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_no_option_takes_a_pipe(folder: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ModelNotFound, match="is a named pipe; --model takes a folder"):
+        hub.resolve(EngineConfig(model=str(pipe)))
+    with pytest.raises(ModelNotFound, match=r"--chat-template .* is a named pipe"):
+        hub.resolve(EngineConfig(model=str(folder), chat_template=str(pipe)))
+    other = tmp_path / "other"
+    tiny_tokenizer(other)
+    (other / "tokenizer_config.json").unlink(missing_ok=True)
+    os.mkfifo(other / "tokenizer_config.json")
+    with pytest.raises(ModelFileBroken, match="tokenizer_config"):
+        hub.resolve(EngineConfig(model=str(folder), tokenizer=str(other)))
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no devices")
+def test_a_device_is_not_read(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(ModelFileBroken, match="is a device"):
+        hub.resolve(EngineConfig(model=str(folder)))
 
 
 def test_tokenizer_from_elsewhere(folder: Path, tmp_path: Path) -> None:

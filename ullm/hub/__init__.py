@@ -19,7 +19,15 @@ from ullm.config import ModelConfig
 from ullm.errors import ModelNotFound
 from ullm.hub import embedded, huggingface
 from ullm.hub.convert import tokenizer_folder
-from ullm.hub.files import Progress, cache_dir, check_weights, read_json, silent
+from ullm.hub.files import (
+    Progress,
+    cache_dir,
+    check_readable,
+    check_weights,
+    read_json,
+    silent,
+    special_kind,
+)
 
 __all__ = ["LocalModel", "Progress", "cache_dir", "resolve"]
 
@@ -92,8 +100,13 @@ def locate(
         weights: False fetches the config and the tokenizer only.
     """
     path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+    if path.is_dir():
+        check_readable(path)
         return path.resolve()
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return path.resolve()
+    if kind := special_kind(path):
+        raise ModelNotFound(f"{model} {kind}; --model takes a folder, a .gguf file or a hub id")
     if path.is_file():
         raise ModelNotFound(
             f"{model} is a file, but not a .gguf file; --model takes a folder, a .gguf file or a hub id"
@@ -115,6 +128,8 @@ def locate(
 def _read_template(path: str | None) -> str | None:
     if path is None:
         return None
+    if kind := special_kind(Path(path).expanduser()):
+        raise ModelNotFound(f"--chat-template {path} {kind} and not a file; write the template to a file")
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:

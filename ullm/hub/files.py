@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import struct
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ Progress = Callable[[str, int, int | None], None]
 HEARTBEAT = 0.25
 """Seconds between calls of a progress function while nothing moves."""
 _PARTIAL = ".partial-"
+
+_READ = (".json", ".jinja", ".safetensors", ".gguf", ".model", ".txt", ".py")
+_SPECIAL: Mapping[str, Callable[[int], bool]] = {
+    "named pipe": stat.S_ISFIFO,
+    "socket": stat.S_ISSOCK,
+    "device": stat.S_ISCHR,
+    "block device": stat.S_ISBLK,
+}
 
 
 def silent(label: str, done: int, total: int | None) -> None:
@@ -59,6 +68,26 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelFileBroken(path, f"must hold a JSON object, holds a {type(content).__name__}")
     return content
+
+
+def check_readable(folder: Path) -> None:
+    """See that what ullm may read in a model's folder are files: reading a named pipe would never end.
+
+    Raises:
+        ModelFileBroken: names the first one that is something else.
+    """
+    for path in sorted((*folder.glob("*"), *folder.glob("*/*.jinja"))):
+        if path.suffix in _READ and (kind := special_kind(path)):
+            raise ModelFileBroken(path, f"{kind} and not a file; put a file there")
+
+
+def special_kind(path: Path) -> str:
+    """What there is if reading it might never end, as in "is a named pipe"; empty for all else."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return ""  # who reads it says why it cannot be read
+    return next((f"is a {name}" for name, test in _SPECIAL.items() if test(mode)), "")
 
 
 def shards(folder: Path) -> list[Path]:
