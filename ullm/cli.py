@@ -315,6 +315,23 @@ def bench_startup(
     return startup(model, shlex.split(server), lengths, counts, rounds, max_growth, output)
 
 
+@bench.command(name="pauses")
+def bench_pauses(
+    *,
+    model: Annotated[str, Parameter(help="As ullm serve --model.")] = DEFAULT_MODEL,
+    server: Annotated[str, Parameter(help="More options of ullm serve.", allow_leading_hyphen=True)] = "",
+    streams: Annotated[int, Parameter(help="In flight at each event.")] = 6,
+    rounds: Annotated[int, Parameter(help="How often each is measured.")] = 3,
+    output: Output = None,
+) -> int:
+    """See how long clients wait when a worker is lost, a server stops, or sleeps. Needs ullm[bench]."""
+    import shlex
+
+    from ullm.commands.bench_pauses import pauses
+
+    return pauses(model, shlex.split(server), streams, rounds, output)
+
+
 @app.command
 @with_options([option for option in engine_options() if option.name in ("model", "revision", "tokenizer")])
 def pull(name: Name = None, /, **given: Any) -> int:

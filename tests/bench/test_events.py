@@ -26,6 +26,7 @@ def candidate(tmp_path_factory: pytest.TempPathFactory) -> Candidate:
 
 
 EXPECTED: dict[str, dict[str, Any]] = {
+    "undisturbed": {"streams": {"length": 4}, "error": None},
     "SIGTERM, 30 s to drain": {
         "probes": {"/live": "200", "/ready": "503", "/health": "503"},
         "streams": {"length": 4},

@@ -183,6 +183,11 @@ class Scene:
 Event = Callable[[Scene], Awaitable[dict[str, Any]]]
 
 
+async def leave_alone(scene: Scene) -> dict[str, Any]:
+    """Nothing: what the silences of the other events have to be compared with."""
+    return await scene.outcomes()
+
+
 async def drain(scene: Scene) -> dict[str, Any]:
     """SIGTERM with a budget that suffices."""
     scene.server.process.send_signal(signal.SIGTERM)
@@ -257,6 +262,7 @@ async def _named_workers(server: ServerProcess) -> list[int]:
 
 
 PROGRAM: dict[str, tuple[Event, float | None, int]] = {
+    "undisturbed": (leave_alone, None, 256),
     "SIGTERM, 30 s to drain": (drain, 30.0, 256),
     "SIGTERM, 4 s to drain": (stop, 4.0, 1900),
     "SIGTERM, as by default": (stop, None, 1900),

@@ -1,0 +1,39 @@
+"""``ullm bench pauses``: how long clients wait at a loss, a stop, and a sleep."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from ullm.bench.pauses import run_pauses
+from ullm.bench.processes import psutil_module
+from ullm.commands.terminal import stderr
+from ullm.errors import UsageError
+
+SETTLE = 5.0
+"""Seconds after a start or a sleep, for the standby worker."""
+
+
+def pauses(model: str, arguments: Sequence[str], streams: int, rounds: int, output: Path | None) -> int:
+    """Measure, and show what was found.
+
+    Args:
+        output: also write the report there; .md for Markdown, else JSON.
+
+    Raises:
+        UsageError: nothing to measure.
+    """
+    if streams < 1 or rounds < 1:
+        raise UsageError("--streams and --rounds must be at least 1")
+    psutil_module()
+    command = [sys.executable, "-m", "ullm", "serve", "--model", model, "--port", "{port}", *arguments]
+    found = trio.run(
+        run_pauses, command, streams, rounds, SETTLE, lambda line: stderr().print(line, markup=False)
+    )
+    if output is not None:
+        output.write_text(found.markdown() if output.suffix == ".md" else found.json() + "\n", "utf-8")
+    sys.stdout.write(found.markdown())
+    return 0
