@@ -246,8 +246,8 @@ void linear(const T* x, const Header& header, const float* bias, float* out, int
     // Some 50 KB of weights at once, but not so many that a thread could have nothing to do.
     const int64_t together = std::max<int64_t>(1, std::min<int64_t>(48 / inputs.groups, all / 8));
     const int64_t pieces = (all + together - 1) / together, threads = pool().threads();
-    // Few rows are bound by memory anyway: there it would cost as much as a tenth.
-    const bool fetch = rows * 8 > 4 * header.parts()->bits;
+    // One row is bound by memory anyway: there it would cost as much as a tenth. With 2 to 4 it saves that.
+    const bool fetch = rows > 1;
     pool().run(chunks * pieces, [&](int64_t i) {
         const int64_t row = i / pieces * chunk, end = std::min(rows, row + chunk);
         const int64_t from = i % pieces * together, to = std::min(all, from + together);
