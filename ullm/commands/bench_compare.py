@@ -11,14 +11,7 @@ import trio
 
 from ullm.bench.compare import candidates as servers
 from ullm.bench.compare.candidates import Candidate
-from ullm.bench.compare.machine import (
-    Limits,
-    MachineUnknown,
-    ModelShape,
-    best_of,
-    measure_limits,
-    model_shape,
-)
+from ullm.bench.compare.machine import ModelShape, matrix_speed, model_shape
 from ullm.bench.compare.plot import draw
 from ullm.bench.compare.report import Comparison, compare
 from ullm.bench.compare.run import run_rounds
@@ -55,6 +48,7 @@ def bench_compare(
     Raises:
         UsageError: a peer or a scenario that cannot be.
         ModelError: the model cannot be found.
+        MachineUnknown: what this machine can do could not be measured.
     """
     from ullm.hub import resolve
 
@@ -68,20 +62,11 @@ def bench_compare(
     base = choose(baseline, who)
     output.mkdir(parents=True, exist_ok=True)
     console = stderr()
-    before = measure_limits()
+    arithmetic = matrix_speed()
     turns = trio.run(run_rounds, who, load, rounds, output, lambda line: console.print(line, markup=False))
-    found = compare(who, turns, load, base, shape, limits_again(before))
+    found = compare(who, turns, load, base, shape, arithmetic)
     publish(found, output, plot, load)
     return 1 if found.errors else 0
-
-
-def limits_again(before: Limits) -> Limits:
-    """The better of the limits before and after the rounds, which are not lost for want of the second."""
-    try:
-        return best_of(before, measure_limits())
-    except MachineUnknown as error:
-        stderr().print(str(error), markup=False)
-        return before
 
 
 def check(load: Load, rounds: int) -> None:

@@ -62,14 +62,9 @@ def model_shape(folder: Path) -> ModelShape:
     return ModelShape(sum(map(_elements, files)), 2 * 2 * shape["num_hidden_layers"] * heads * size)
 
 
-def measure_limits() -> Limits:
-    """Both, each the best of a few; takes seconds, and all cores."""
-    return Limits(read_bandwidth(_cores()), matrix_speed())
-
-
-def best_of(first: Limits, second: Limits) -> Limits:
-    """The better of two measurements: what else runs on a machine makes it slower, never faster."""
-    return Limits(max(first.bandwidth, second.bandwidth), max(first.arithmetic, second.arithmetic))
+def measure_bandwidth() -> float:
+    """Bytes per second that all cores read together; takes a second."""
+    return read_bandwidth(_cores())
 
 
 def roofline(streams: float, shape: ModelShape, limits: Limits, weight_bits: float, context: float) -> float:

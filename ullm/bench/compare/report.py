@@ -30,11 +30,13 @@ class Entry(msgspec.Struct, frozen=True):
     Args:
         values: one per round that it finished.
         ratio: against the baseline, over the rounds that both finished; None of the baseline itself.
+        share: of what the machine allowed it in the same round, their median; None without a roofline.
     """
 
     values: list[float]
     median: float
     ratio: Ratio | None
+    share: float | None
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -45,7 +47,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Competitor(msgspec.Struct, frozen=True):
-    """Who was compared. ``bounds``: streams → tokens per second that this machine allows it."""
+    """Who was compared. ``bounds``: streams → tokens per second that the machine's limits allow it."""
 
     name: str
     command: list[str]
@@ -57,12 +59,15 @@ class Comparison(msgspec.Struct, frozen=True):
     """A finished comparison.
 
     Args:
+        limits: with the median of ``bandwidths``.
+        bandwidths: bytes per second read from memory, measured before each candidate's turn.
         unequal: scenarios whose prompts had other numbers of tokens with some server.
     """
 
     when: str
     machine: dict[str, Any]
     limits: Limits
+    bandwidths: list[float]
     shape: ModelShape
     baseline: str
     rounds: int
@@ -92,28 +97,23 @@ class Comparison(msgspec.Struct, frozen=True):
         return "\n\n".join(parts) + "\n"
 
     def _heading(self) -> str:
-        on, limits = self.machine, self.limits
+        on, limits, read = self.machine, self.limits, [each / 1e9 for each in self.bandwidths]
         return (
             f"{self.when[:10]}, {on['cores']} cores ({on['processor']}), {on['platform']}; memory read at "
-            f"{limits.bandwidth / 1e9:.0f} GB/s, matrices multiplied at "
+            f"{limits.bandwidth / 1e9:.0f} GB/s ({min(read):.0f}–{max(read):.0f}), matrices multiplied at "
             f"{limits.arithmetic / 1e12:.2f} TFLOP/s. Medians of {self.rounds} rounds, one server at a time, "
             f"{self.output_tokens} new tokens a stream, over HTTP with server-sent events. "
-            "In brackets: share of the roofline for that server's weights."
+            "In brackets: share of the roofline for its weights, by the bandwidth measured just before."
         )
 
     def _commands(self) -> str:
         return "\n".join(f"- {c.name}: `{' '.join(c.command)}`" for c in self.competitors)
 
     def _figure(self, line: Line, name: str) -> str:
-        entry, bound = line.entries.get(name), self.bound(name, line.metric)
+        entry = line.entries.get(name)
         if entry is None:
             return "–"
-        return _number(entry.median) + (f" ({entry.median / bound:.0%})" if bound else "")
-
-    def bound(self, name: str, metric: Metric) -> float | None:
-        """What the machine allows a candidate, for decode metrics."""
-        bounds = next(c.bounds for c in self.competitors if c.name == name)
-        return next((value for streams, value in bounds.items() if decode_metric(streams) == metric), None)
+        return _number(entry.median) + (f" ({entry.share:.0%})" if entry.share is not None else "")
 
 
 def compare(
@@ -122,10 +122,23 @@ def compare(
     load: Load,
     baseline: str,
     shape: ModelShape,
-    limits: Limits,
+    arithmetic: float,
 ) -> Comparison:
-    """Condense the turns."""
+    """Condense the turns.
+
+    Args:
+        arithmetic: operations per second in matrix products.
+    """
     context = load.prompt_tokens + load.output_tokens / 2
+    bandwidths = [turn.bandwidth for turn in turns]
+    limits = Limits(statistics.median(bandwidths), arithmetic)
+    bits = {each.name: each.weight_bits for each in candidates}
+
+    def bound(turn: Turn, streams: int) -> float:
+        here = Limits(turn.bandwidth, arithmetic)
+        return roofline(streams, shape, here, bits[turn.candidate], context)
+
+    bounds = {decode_metric(n): (lambda turn, n=n: bound(turn, n)) for n in load.levels}
     competitors = [
         Competitor(
             each.name,
@@ -140,22 +153,29 @@ def compare(
         when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         machine=machine(),
         limits=limits,
+        bandwidths=bandwidths,
         shape=shape,
         baseline=baseline,
         rounds=1 + max((turn.round for turn in turns), default=-1),
         output_tokens=load.output_tokens,
         competitors=competitors,
-        lines=[_line(metric, turns, baseline) for metric in metrics],
+        lines=[_line(metric, turns, baseline, bounds.get(metric)) for metric in metrics],
         unequal=_unequal(turns),
         errors=[f"{turn.candidate}, round {turn.round + 1}: {turn.error}" for turn in turns if turn.error],
     )
 
 
-def _line(metric: Metric, turns: Sequence[Turn], baseline: str) -> Line:
+def _line(
+    metric: Metric, turns: Sequence[Turn], baseline: str, bound: Callable[[Turn], float] | None
+) -> Line:
     found: dict[str, dict[int, float]] = {}
+    shares: dict[str, list[float]] = {}
     for turn in turns:
         if turn.figures is not None and metric in turn.figures.values:
-            found.setdefault(turn.candidate, {})[turn.round] = turn.figures.values[metric]
+            value = turn.figures.values[metric]
+            found.setdefault(turn.candidate, {})[turn.round] = value
+            if bound is not None:
+                shares.setdefault(turn.candidate, []).append(value / bound(turn))
     base = found.get(baseline, {})
     return Line(
         metric,
@@ -164,6 +184,7 @@ def _line(metric: Metric, turns: Sequence[Turn], baseline: str) -> Line:
                 list(values.values()),
                 statistics.median(values.values()),
                 None if name == baseline else _ratio_of(metric, values, base),
+                statistics.median(shares[name]) if bound is not None else None,
             )
             for name, values in found.items()
         },

@@ -10,6 +10,7 @@ import trio
 
 from ullm.bench.compare import scenarios as named
 from ullm.bench.compare.candidates import Candidate
+from ullm.bench.compare.machine import measure_bandwidth
 from ullm.bench.compare.scenarios import Figures, Load, first_token, run_scenarios
 from ullm.bench.http import Endpoint
 from ullm.bench.processes import free_port, open_server, tree_memory
@@ -25,11 +26,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Turn:
-    """One candidate in one round; ``error`` instead of figures where it failed."""
+    """One candidate in one round; ``error`` instead of figures where it failed.
+
+    Args:
+        bandwidth: bytes per second that the machine read just before; on one that is shared it changes
+            by half within minutes.
+    """
 
     round: int
     candidate: str
     figures: Figures | None
+    bandwidth: float
     error: str = ""
 
 
@@ -40,18 +47,25 @@ def order(candidates: Sequence[Candidate], number: int) -> list[Candidate]:
 
 
 async def run_rounds(
-    candidates: Sequence[Candidate], load: Load, rounds: int, logs: Path, say: Say
+    candidates: Sequence[Candidate],
+    load: Load,
+    rounds: int,
+    logs: Path,
+    say: Say,
+    bandwidth: Callable[[], float] = measure_bandwidth,
 ) -> list[Turn]:
     """All rounds. A candidate that fails is said to have, and the others go on.
 
     Args:
         logs: folder for the servers' logs.
         say: told what happens.
+        bandwidth: measures the machine's, before each turn.
     """
     turns = []
     for number in range(rounds):
         for candidate in order(candidates, number):
-            turns.append(await _turn(candidate, replace(load, seed=load.seed + number), number, logs))
+            turn = Turn(number, candidate.name, None, await trio.to_thread.run_sync(bandwidth))
+            turns.append(await _take(turn, candidate, replace(load, seed=load.seed + number), logs))
             say(_line(turns[-1]))
             await trio.sleep(SETTLE)
     return turns
@@ -90,13 +104,13 @@ async def measure_candidate(candidate: Candidate, load: Load, log: Path) -> Figu
         return figures
 
 
-async def _turn(candidate: Candidate, load: Load, number: int, logs: Path) -> Turn:
+async def _take(turn: Turn, candidate: Candidate, load: Load, logs: Path) -> Turn:
     name = "".join(c if c.isalnum() else "-" for c in candidate.name)
     try:
-        figures = await measure_candidate(candidate, load, logs / f"{name}-{number + 1}.log")
-        return Turn(number, candidate.name, figures)
+        figures = await measure_candidate(candidate, load, logs / f"{name}-{turn.round + 1}.log")
+        return replace(turn, figures=figures)
     except UllmError as error:
-        return Turn(number, candidate.name, None, " ".join(str(error).split()))
+        return replace(turn, error=" ".join(str(error).split()))
 
 
 def _line(turn: Turn) -> str:
