@@ -17,7 +17,15 @@ from ullm.engine import Engine
 from ullm.errors import StartCancelled
 from ullm.hub import LocalModel, resolve
 from ullm.logs import configure, get_logger
-from ullm.server import bind, file_remover, open_admin_socket, serve_admin, serve_http, urls
+from ullm.server import (
+    bind,
+    file_remover,
+    open_admin_socket,
+    raise_limit,
+    serve_admin,
+    serve_http,
+    urls,
+)
 from ullm.supervision import ChildSpec
 from ullm.supervision.signals import (
     STOP_SIGNALS,
@@ -52,6 +60,7 @@ def serve(config: EngineConfig, server: ServerConfig) -> int:
         UllmError: the engine could not start, or failed.
     """
     early = remember_signals()
+    raise_limit()
     configure(config.log_level)
     with bind(server) as listener:
         if server.admin_listen is None:

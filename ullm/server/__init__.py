@@ -2,6 +2,7 @@
 
 from ullm.server.admin_listener import file_remover, open_admin_socket, serve_admin
 from ullm.server.app import create_admin_app, create_app
+from ullm.server.descriptors import raise_limit
 from ullm.server.http import bind, serve_http, urls
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "create_app",
     "file_remover",
     "open_admin_socket",
+    "raise_limit",
     "serve_admin",
     "serve_http",
     "urls",

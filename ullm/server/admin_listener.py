@@ -25,6 +25,8 @@ from ullm.server.types import Engine
 
 UNIX = "unix:"
 _MODE = 0o600
+MAX_CONNECTIONS = 16
+"""They come out of the reserve that the other server's connections leave."""
 
 
 async def serve_admin(
@@ -42,7 +44,9 @@ async def serve_admin(
         shutdown: see `ullm.server.app.create_app`.
     """
     app = create_admin_app(engine, server_config, shutdown=shutdown)
-    await serve_app(app, server_config, sockets=[sock], task_status=task_status)
+    await serve_app(
+        app, server_config, sockets=[sock], max_connections=MAX_CONNECTIONS, task_status=task_status
+    )
 
 
 @contextmanager

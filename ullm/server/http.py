@@ -15,6 +15,7 @@ from ullm.actors.base import current_lifetime
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError, PortTaken
 from ullm.server.app import Shutdown, create_app
+from ullm.server.descriptors import connection_limit
 from ullm.server.listener import Listener
 from ullm.server.types import Engine
 
@@ -121,6 +122,7 @@ async def serve_app(
     server_config: ServerConfig,
     *,
     sockets: Sequence[socket.socket],
+    max_connections: int | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve an app until cancelled; started with the URLs.
@@ -130,9 +132,11 @@ async def serve_app(
     still serves, so what is left then is for clients that do not read.
 
     Args:
+        max_connections: at a time; default: as many as the limit of descriptors allows.
         sockets: from `bind`. A stop closes them; a failure does not, so that a supervisor can restart this.
     """
-    listener = Listener(app, hypercorn_config(), server_config.stall_timeout)
+    limit = connection_limit() if max_connections is None else max_connections
+    listener = Listener(app, hypercorn_config(), server_config.stall_timeout, limit)
     ended = trio.Event()
     scope = trio.CancelScope(shield=True)
 

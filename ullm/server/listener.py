@@ -3,14 +3,18 @@
 Hypercorn's own server sends within a shield, without a limit, and does not say which connections it has:
 one client that stops reading would hold up its request, and the stop of the server, for good. Here every
 connection is known, a send that makes no progress for a while ends it, and all of them can be cut at once.
+There are never more of them than leave descriptors for the rest of the program; at that limit a connection
+without a request makes room for a new one.
 """
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import trio
@@ -28,6 +32,10 @@ log = get_logger(__name__)
 UNSENT_BYTES = 16 << 10
 """How much the kernel takes beyond what the network lets through; the rest waits as tokens, which are
 smaller, and become one large piece when the client reads again."""
+REQUEST_WITHIN = 20.0
+"""Seconds from a connection's beginning to the end of its first request's head."""
+UNDISTURBED = 1.0
+"""Seconds that a connection has for its next request although others wait for its place."""
 _RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 """SO_LINGER: forget what has not been sent, and tell the client with a reset."""
 
@@ -37,6 +45,9 @@ class ClientConnection(TCPServer):
 
     Args:
         stall_timeout: seconds without progress after which a send ends the connection.
+
+    Attributes:
+        idle_since: when its last request ended, or it began; None while it has one.
     """
 
     def __init__(
@@ -53,6 +64,8 @@ class ClientConnection(TCPServer):
         self._direct = socket.socket(sock.family, sock.type, sock.proto, sock.fileno())
         self._stall_timeout = stall_timeout
         self._client_left = False
+        self._has_asked = False
+        self.idle_since: float | None = trio.current_time()
 
     async def run(self) -> None:
         """Serve the connection until it ends."""
@@ -60,6 +73,8 @@ class ClientConnection(TCPServer):
             await super().run()
         finally:
             self._direct.detach()
+            # It refers to this: only a collection of garbage would free the two.
+            self.__dict__.pop("protocol", None)
 
     async def _read_data(self) -> None:
         # Hypercorn's own keeps the socket of a client that has left until its idle time is over.
@@ -74,6 +89,9 @@ class ClientConnection(TCPServer):
 
         A send cannot be cancelled: half a piece would spoil the pieces after it.
         """
+        if isinstance(event, Updated):
+            self._has_asked = True
+            self.idle_since = trio.current_time() if event.idle else None
         if not isinstance(event, RawData):
             if not (self._client_left and isinstance(event, Updated)):
                 await super().protocol_send(event)
@@ -85,6 +103,15 @@ class ClientConnection(TCPServer):
                     await self._send(rest)
         except (OSError, trio.ClosedResourceError):  # the client has gone, or was cut
             await self.protocol.handle(Closed())
+
+    async def _idle_timeout(self) -> None:
+        if self._has_asked:
+            await super()._idle_timeout()
+            return
+        with trio.move_on_after(REQUEST_WITHIN):
+            await self.context.terminated.wait()
+        with trio.CancelScope(shield=True):
+            await self._initiate_server_close()
 
     def _send_now(self, data: bytes) -> bytes | memoryview:
         """Send what the kernel takes at once; returns the rest."""
@@ -107,6 +134,15 @@ class ClientConnection(TCPServer):
             self.cut()
             raise trio.ClosedResourceError
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its socket is."""
+        return self._socket.fileno() != -1
+
+    def make_room(self) -> None:
+        """Close the connection, which has no request."""
+        self._socket.close()
+
     def cut(self) -> None:
         """Close the connection at once, and forget what has not been sent."""
         if self._socket.fileno() != -1:
@@ -119,14 +155,19 @@ class Listener:
 
     Args:
         stall_timeout: seconds that a client may leave what it was sent unread.
+        max_connections: how many there are at most; others wait until one of these ends.
     """
 
-    def __init__(self, app: Any, config: Config, stall_timeout: float) -> None:
+    def __init__(self, app: Any, config: Config, stall_timeout: float, max_connections: int) -> None:
         self._app = wrap_app(app, config.wsgi_max_body_size, "asgi")
         self._config = config
         self._stall_timeout = stall_timeout
         self._context = WorkerContext(None)
         self._connections: set[ClientConnection] = set()
+        self._max_connections = max_connections
+        self._taken = 0
+        self._one_ended = trio.Event()
+        self._was_full = False
         self._stop = trio.Event()
 
     @property
@@ -151,14 +192,14 @@ class Listener:
         """
         async with trio.open_nursery() as handlers:
             async with trio.open_nursery() as accepting:
-                listeners = [_listener(sock) for sock in sockets]
+                listeners = [Bounded(sock, self._has_room, self._take) for sock in sockets]
                 accepting.start_soon(self._accept, listeners, handlers)
                 task_status.started()
                 await self._stop.wait()
                 accepting.cancel_scope.cancel()
             await self._context.terminated.set()  # connections without a request end
 
-    async def _accept(self, listeners: list[trio.SocketListener], handlers: trio.Nursery) -> None:
+    async def _accept(self, listeners: list[Bounded], handlers: trio.Nursery) -> None:
         await trio.serve_listeners(self._handle, listeners, handler_nursery=handlers)
 
     async def _handle(self, stream: trio.SocketStream) -> None:
@@ -172,10 +213,64 @@ class Listener:
             connection.cut()
         finally:
             self._connections.discard(connection)
+            self._taken -= 1
+            self._one_ended.set()
+
+    async def _has_room(self, sock: trio.socket.SocketType) -> None:
+        """Wait until there may be one more. One that has had no request for the longest time gives way."""
+        while self._taken >= self._max_connections:
+            await trio.lowlevel.wait_readable(sock)  # nobody has to give way before somebody comes
+            self._say_full()
+            self._one_ended = trio.Event()
+            idle = min(self._idle(), key=itemgetter(0), default=(math.inf, None))
+            if idle[1] is not None and trio.current_time() - idle[0] >= UNDISTURBED:
+                idle[1].make_room()
+            with trio.move_on_after(UNDISTURBED):
+                await self._one_ended.wait()
+        self._was_full = self._was_full and self._taken > self._max_connections // 2
+
+    def _take(self) -> None:
+        self._taken += 1
+
+    def _idle(self) -> Iterator[tuple[float, ClientConnection]]:
+        for connection in self._connections:
+            if connection.idle_since is not None and connection.is_open:
+                yield connection.idle_since, connection
+
+    def _say_full(self) -> None:
+        """Once, until many have gone."""
+        if not self._was_full:
+            self._was_full = True
+            log.warning(
+                "as many connections as descriptors allow; those without a request give way, others wait. "
+                "Raise the limit of open files, as with ulimit -n",
+                connections=self._max_connections,
+            )
 
 
-def _listener(sock: socket.socket) -> trio.SocketListener:
-    return trio.SocketListener(trio.socket.from_stdlib_socket(sock.dup()))
+class Bounded(trio.abc.Listener[trio.SocketStream]):
+    """Accepts a connection only when there is room for it; until then it waits in the kernel's queue."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        has_room: Callable[[trio.socket.SocketType], Awaitable[None]],
+        take: Callable[[], None],
+    ) -> None:
+        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock.dup()))
+        self._has_room = has_room
+        self._take = take
+
+    async def accept(self) -> trio.SocketStream:
+        """The next connection."""
+        await self._has_room(self._listener.socket)
+        stream = await self._listener.accept()
+        self._take()
+        return stream
+
+    async def aclose(self) -> None:
+        """Stop listening; the socket that this was made of is still open."""
+        await self._listener.aclose()
 
 
 def _limit_kernel_buffer(sock: trio.socket.SocketType) -> None:

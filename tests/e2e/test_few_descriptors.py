@@ -1,0 +1,54 @@
+"""Few file descriptors, and clients that take one each and say nothing."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from harness import SCRIPTED, Server, eventually, streams, texts
+
+pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform == "win32", reason="has no ulimit")]
+
+Serve = Callable[..., Server]
+DESCRIPTORS = 96
+CLIENTS = 200
+
+
+@contextmanager
+def silent_clients(server: Server, count: int) -> Iterator[None]:
+    """Connections of which every other one sends half of a request."""
+    address = urlsplit(server.url)
+    with ExitStack() as stack:
+        for number in range(count):
+            sock = stack.enter_context(socket.create_connection((address.hostname, address.port)))
+            if number % 2:
+                sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-")
+        yield
+
+
+def test_a_lost_worker_is_replaced_and_clients_are_served(serve: Serve, scripted_model: Path) -> None:
+    own = f"{sys.executable} -m ullm serve --port 0 --model {scripted_model} {' '.join(SCRIPTED)}"
+    server = serve(command=["sh", "-c", f"ulimit -n {DESCRIPTORS}; exec {own} --standby-workers 0"])
+    undisturbed = texts(streams(server, 4, 300))
+    running = streams(server, 4, 300)
+    first = server.worker()
+    with silent_clients(server, CLIENTS):
+        server.hear("as many connections as descriptors allow")
+        first.kill()
+        assert texts(running) == undisturbed
+        eventually(lambda: server.worker().pid != first.pid)
+        assert texts(streams(server, 4, 20))
+    assert "Too many open files" not in server.errors()
+
+
+def test_the_soft_limit_is_raised(serve: Serve, scripted_model: Path) -> None:
+    own = f"{sys.executable} -m ullm serve --port 0 --model {scripted_model} {' '.join(SCRIPTED)}"
+    server = serve(command=["sh", "-c", f"ulimit -S -n {DESCRIPTORS}; exec {own}"])
+    with silent_clients(server, CLIENTS):
+        assert texts(streams(server, 4, 20))
+    assert "descriptors" not in server.errors()
