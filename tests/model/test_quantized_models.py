@@ -97,6 +97,34 @@ def test_asking_for_what_this_machine_cannot_do(tmp_path: Path, monkeypatch: pyt
     assert LogitsModel(path).model.weight_bytes() > 0  # as plain numbers, since nobody has asked
 
 
+@needs_compiler
+def test_a_cache_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is not what is missing."""
+    save_tiny(tmp_path, "llama")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "kernels").write_text("a file where a folder should be")
+    monkeypatch.setenv("ULLM_CACHE", str(cache))
+    with pytest.raises(ConfigError) as caught:
+        LogitsModel(tmp_path, quantization="int8")
+    said = str(caught.value)
+    assert f"cannot be kept in {cache / 'kernels'}: File exists" in said
+    assert "ULLM_CACHE" in said
+    assert "install" not in said
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path, "llama")
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho it hurts >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("ULLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(ConfigError, match=r"broken-c\+\+ could not compile them: it hurts; set CXX"):
+        LogitsModel(tmp_path, quantization="int8")
+
+
 # --- GGUF --------------------------------------------------------------------------------------
 
 

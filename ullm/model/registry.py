@@ -14,7 +14,7 @@ from ullm.config import EngineConfig, ModelConfig
 from ullm.errors import ConfigError, ModelError, ModelFileBroken, ModelUnsupported, OutOfMemory
 from ullm.machine import available_memory
 from ullm.model.batch import CausalModel
-from ullm.model.cpu.build import library_path
+from ullm.model.cpu.build import library_path, why_no_library
 from ullm.model.cpu.kernels import NAMES, Kernels, load_kernels
 from ullm.model.decoder import Decoder
 from ullm.model.kv_pool import mib
@@ -142,9 +142,13 @@ def choose_scheme(checkpoint: Checkpoint, config: EngineConfig, kernels: Kernels
     """
     wanted = config.quantization
     if wanted in ("int8", "int4") and kernels is None:
+        if config.cpu_kernels and checkpoint.architecture in NATIVE and (reason := why_no_library()):
+            raise ConfigError(
+                f"--quantization {wanted} needs compiled kernels, and {reason}; or use --quantization none"
+            )
         raise ConfigError(
             f"--quantization {wanted} needs ullm's own kernels, which run on CPUs, for {', '.join(NATIVE)}, "
-            "with --cpu-kernels and a C++ compiler; install g++ or clang, or use --quantization none"
+            "with --cpu-kernels; use --quantization none"
         )
     if wanted == "auto" and kernels is not None and checkpoint.path.suffix == ".gguf":
         from ullm.model.gguf import is_quantized  # its libraries take long to import

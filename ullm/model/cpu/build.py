@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -34,20 +35,49 @@ COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 120.0
 
 
+class NoLibrary(Exception):
+    """The kernels cannot be had; says why, and what helps."""
+
+
 def open_library() -> ctypes.CDLL | None:
     """The compiled kernels; None, with a line in the log that says why, where they cannot be had."""
+    try:
+        return _open_library()
+    except NoLibrary as error:
+        level = logging.INFO if find_compiler() is None else logging.WARNING
+        log.log(level, "decoding without fused kernels", reason=str(error))
+        return None
+
+
+def why_no_library() -> str:
+    """Why `open_library` has found none, and what helps; empty where it finds one."""
+    try:
+        _open_library()
+    except NoLibrary as error:
+        return str(error)
+    return ""
+
+
+def _open_library() -> ctypes.CDLL:
     compiler, path = find_compiler(), library_path()
     if compiler is None or path is None:
-        log.info("no C++ compiler: decoding without fused kernels", looked_for="CXX, " + ", ".join(COMPILERS))
-        return None
+        names = os.environ.get("CXX") or ", ".join(COMPILERS)
+        raise NoLibrary(f"there is no C++ compiler ({names}); install g++ or clang")
     try:
         if not path.exists():
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        log.warning("decoding without fused kernels", compiler=compiler, reason=str(reason)[-500:])
-        return None
+    except subprocess.SubprocessError as error:
+        said = " ".join(str(getattr(error, "stderr", None) or error).split())[-400:]
+        raise NoLibrary(
+            f"{compiler} could not compile them: {said}; set CXX to another compiler, g++ or clang++, and see "
+            "that its folder for temporary files, and ULLM_CACHE, have room"
+        ) from None
+    except OSError as error:
+        raise NoLibrary(
+            f"they cannot be kept in {path.parent}: {error.strerror or error}; make that a folder where this "
+            "user can write and run programs, or set ULLM_CACHE to another one"
+        ) from None
 
 
 def library_path() -> Path | None:
