@@ -193,6 +193,7 @@ class Engine:
         lifecycle = self._lifecycle
         inside = [found for r in self._fleet.replicas if (found := r.scheduler.statistics()) is not None]
         running = sum(s.running for s in inside)
+        spares = self._fleet.spares()
         return EngineStatistics(
             running=running,
             waiting=max(0, router.live - running),
@@ -217,6 +218,10 @@ class Engine:
             draft_tokens_total=sum(s.draft_tokens for s in inside),
             steps_total=sum(s.steps for s in inside),
             accepted_tokens_total=sum(s.accepted_tokens for s in inside),
+            standby_prepared=spares.prepared,
+            standby_preparing=spares.preparing,
+            standby_taken_total=spares.taken_total,
+            standby_lost_total=spares.lost_total,
         )
 
     def children(self) -> tuple[ChildInfo, ...]:

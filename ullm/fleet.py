@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from ullm.actors.router import Router
-from ullm.actors.standby import StandbyPool
+from ullm.actors.standby import StandbyPool, StandbyStatistics
 from ullm.actors.transports import OpenTransport
 from ullm.config import EngineConfig
 from ullm.errors import StartFailed, WorkerLost, first_cause
@@ -87,6 +87,10 @@ class Fleet:
             return
         need = replica.group.info.weight_bytes if replica.group.info.device == "cpu" else 0
         self._standby.prepare(replica.config, replica.group.model_path, need)
+
+    def spares(self) -> StandbyStatistics:
+        """Of the standby workers."""
+        return StandbyStatistics() if self._standby is None else self._standby.statistics()
 
     async def _drop_spares(self) -> None:
         """What they hold is to be given back, too."""

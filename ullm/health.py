@@ -94,6 +94,9 @@ class EngineStatistics(msgspec.Struct, frozen=True):
         draft_tokens_total: tokens guessed by speculative decoding.
         accepted_tokens_total: of those, the right ones: steps saved.
         steps_total: planned for the present workers since they started.
+        standby_prepared, standby_preparing: spare worker processes that could take over now, and soon.
+        standby_taken_total: spares that went into service.
+        standby_lost_total: spares that died.
     """
 
     running: int
@@ -119,3 +122,7 @@ class EngineStatistics(msgspec.Struct, frozen=True):
     draft_tokens_total: int = 0
     accepted_tokens_total: int = 0
     steps_total: int = 0
+    standby_prepared: int = 0
+    standby_preparing: int = 0
+    standby_taken_total: int = 0
+    standby_lost_total: int = 0

@@ -47,15 +47,20 @@ def test_a_spare_takes_the_place_of_a_killed_worker(serve: Serve, scripted_model
     assert texts(running) == undisturbed
     assert server.worker() == spare
     assert f"pid={spare.pid}" in server.hear("standby worker takes over .*")
+    assert server.metric("ullm_standby_taken_total") == 1
     eventually(lambda: [process for process in spares(server) if process != spare])
+    eventually(lambda: server.metric('ullm_standby_workers{state="prepared"}') == 1)
 
 
 def test_a_killed_spare_is_replaced_and_nobody_notices(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug")
     spare, worker = prepared(server), server.worker()
     running = streams(server, 2, TOKENS)
+    assert server.metric('ullm_standby_workers{state="prepared"}') == 1
     spare.kill()
     eventually(lambda: [process for process in spares(server) if process != spare])
+    assert server.metric("ullm_standby_lost_total") == 1
+    assert server.metric("ullm_standby_taken_total") == 0
     texts(running)
     assert server.worker() == worker
     assert server.metric("ullm_worker_restarts_total") == 0

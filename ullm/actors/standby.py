@@ -58,11 +58,11 @@ class StandbyStatistics:
         pids: of the spares that are processes.
     """
 
-    prepared: int
-    preparing: int
-    taken_total: int
-    lost_total: int
-    pids: tuple[int, ...]
+    prepared: int = 0
+    preparing: int = 0
+    taken_total: int = 0
+    lost_total: int = 0
+    pids: tuple[int, ...] = ()
 
 
 class StandbyPool:

@@ -172,8 +172,14 @@ class Metrics(Collector):
                 found.tokens_resubmitted_total,
             ),
             ("requests_resumed", "Submissions of interrupted requests.", found.requests_resumed_total),
+            ("standby_taken", "Standby workers that went into service.", found.standby_taken_total),
+            ("standby_lost", "Standby workers that died.", found.standby_lost_total),
         ):
             yield counter(f"ullm_{name}", help, value)
+        spares = gauge("ullm_standby_workers", "Spare worker processes.", labels=("state",))
+        spares.add_metric(("prepared",), found.standby_prepared)
+        spares.add_metric(("preparing",), found.standby_preparing)
+        yield spares
         finished = counter("ullm_requests", "Finished requests.", labels=("finish_reason",))
         for reason, count in found.requests_total.items():
             finished.add_metric((reason,), count)

@@ -70,8 +70,8 @@ def _open_library() -> ctypes.CDLL:
     except subprocess.SubprocessError as error:
         said = " ".join(str(getattr(error, "stderr", None) or error).split())[-400:]
         raise NoLibrary(
-            f"{compiler} could not compile them: {said}; set CXX to another compiler, g++ or clang++, and see "
-            "that its folder for temporary files, and ULLM_CACHE, have room"
+            f"{compiler} could not compile them: {said}; set CXX to another compiler, as g++ or clang++, and "
+            "see that its folder for temporary files, and ULLM_CACHE, have room"
         ) from None
     except OSError as error:
         raise NoLibrary(
