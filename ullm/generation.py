@@ -121,6 +121,8 @@ class Generation:
     ) -> None:
         self.abort()
         self._readers.leave()
+        for choice in self._choices:
+            choice.record.notify = _nobody_reads  # or it would take a collection of garbage to free them
 
     def abort(self) -> None:
         """End the request with what it has; its last outputs say ``finish_reason="abort"``."""
@@ -260,6 +262,10 @@ class Generation:
                 "max_tokens",
             )
         return length + self.params.max_tokens
+
+
+def _nobody_reads() -> None:
+    """The reader of a record has left."""
 
 
 def choice_seed(seed: int, index: int) -> int:

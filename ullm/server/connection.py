@@ -107,6 +107,8 @@ class Push(TrioResponse):
 class Connection(TrioASGIHTTPConnection):
     """One HTTP request; see the module."""
 
+    _request: Any = None
+
     async def __call__(self, receive: Any, send: Any) -> None:
         """Serve it."""
 
@@ -117,7 +119,10 @@ class Connection(TrioASGIHTTPConnection):
             else:
                 await send(message)
 
-        await super().__call__(receive, shielding)
+        try:
+            await super().__call__(receive, shielding)
+        finally:
+            self._request = None  # it refers to this: only a collection of garbage would free the two
 
     def _create_request_from_scope(self, send: Any) -> Any:
         if not self.scope["path"].startswith("/"):
