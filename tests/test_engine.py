@@ -516,7 +516,7 @@ async def test_states_only_go_forward_and_children_stop_in_reverse(clock: MockCl
 async def test_two_unlucky_losses_do_not_make_clients_wait_in_line(
     clock: MockClock, opened: Open, script: ScriptedSettings
 ) -> None:
-    """All are suspects after the second loss; each runs alone only until its first tokens clear it."""
+    """All are suspects after two losses in a row; each runs alone only until its first tokens clear it."""
     params = SamplingParams(temperature=0, max_tokens=100)
     results: list[list[int]] = []
 
@@ -526,8 +526,8 @@ async def test_two_unlucky_losses_do_not_make_clients_wait_in_line(
     async with opened() as (engine, workers), trio.open_nursery() as nursery:
         for number in range(6):
             nursery.start_soon(one, number)
-        for _ in range(2):
-            await trio.sleep(10.5)
+        for pause in (10.5, 2.5):
+            await trio.sleep(pause)
             workers.started[-1].die("was killed by SIGKILL")
         began = trio.current_time()
         nursery.start_soon(one, 6)

@@ -1,16 +1,19 @@
-"""A router that fails while requests wait, and goes on without losing or doubling one."""
+"""A router that fails while requests wait, and goes on; and whom it blames for lost workers."""
 
 from __future__ import annotations
+
+from collections.abc import AsyncIterator
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from ullm.actors.router import Router
-from ullm.actors.routing import ReplicaUp, Tokens
+from ullm.actors.router import CLEARED_AFTER, Router
+from ullm.actors.routing import ReplicaDown, ReplicaUp, RouterMessage, Tokens
 from ullm.config import EngineConfig
 from ullm.core.request import RequestRecord
-from ullm.errors import FaultInjected
+from ullm.core.sequence import TokenEvent
+from ullm.errors import FaultInjected, RequestPoisoned
 from ullm.faults import FaultInjector, FaultPlan
 from ullm.sampling import SamplingParams
 
@@ -47,3 +50,84 @@ async def test_each_waiting_request_is_submitted_once(nursery: trio.Nursery, cra
     assert router.finish_all("abort") == 2
     assert router.live == 0
     nursery.cancel_scope.cancel()
+
+
+class Replica:
+    """What a router gives to a replica, and what it hears of it."""
+
+    def __init__(self, router: Router) -> None:
+        self.running: dict[int, RequestRecord] = {}
+        self._router, self._epoch = router, 0
+
+    async def up(self) -> None:
+        self._epoch += 1
+        self.running.clear()
+        submit, abort = self._submit, lambda seq_id: self.running.pop(seq_id, None)
+        await self._tell(ReplicaUp(0, self._epoch, submit, abort))
+
+    async def down(self, in_step: set[int], *, crashed: bool = True) -> None:
+        await self._tell(ReplicaDown(0, self._epoch, frozenset(in_step), crashed))
+
+    async def tokens(self, count: int) -> None:
+        """For each that it runs."""
+        events = [
+            TokenEvent(record.seq_id, len(record.token_ids), [7] * count) for record in self.running.values()
+        ]
+        await self._tell(Tokens(0, self._epoch, events))
+
+    def _submit(self, record: RequestRecord) -> None:
+        self.running[record.seq_id] = record
+
+    async def _tell(self, message: RouterMessage) -> None:
+        self._router.mailbox.send_nowait(message)
+        await wait_all_tasks_blocked()
+
+
+@pytest.fixture
+async def router(nursery: trio.Nursery) -> AsyncIterator[Router]:
+    router = Router(EngineConfig())
+    await nursery.start(lambda task_status: router.run(task_status=task_status))
+    yield router
+    nursery.cancel_scope.cancel()
+
+
+async def test_who_makes_progress_is_not_blamed_for_losses_before(router: Router) -> None:
+    """Somebody kills the workers: the only request that they have goes on each time."""
+    replica, only = Replica(router), record(router)
+    router.submit(only)
+    for count in (CLEARED_AFTER, CLEARED_AFTER, 1):
+        await replica.up()
+        await replica.tokens(count)
+        await replica.down(set(replica.running))
+    assert only.error is None
+    assert only.crashes == 2
+
+
+async def test_a_neighbour_that_goes_on_is_never_a_suspect(router: Router) -> None:
+    """The guilty one is still in its prompt when it kills the worker; the others need not wait for it."""
+    replica, guilty, neighbour = Replica(router), record(router), record(router)
+    for each in (guilty, neighbour):
+        router.submit(each)
+    for _ in range(2):
+        await replica.up()
+        replica.running.pop(guilty.seq_id)
+        await replica.tokens(CLEARED_AFTER)
+        await replica.down({guilty.seq_id, neighbour.seq_id})
+    assert (guilty.crashes, neighbour.crashes) == (2, 1)
+    await replica.up()
+    assert list(replica.running.values()) == [guilty]
+    await replica.down({guilty.seq_id})
+    assert isinstance(guilty.error, RequestPoisoned)
+    await replica.up()
+    assert list(replica.running.values()) == [neighbour]
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+async def test_only_who_was_in_the_step_is_condemned(router: Router, crashed: bool) -> None:
+    """A step of requests that were taken back may still be running, and a scheduler may fail by itself."""
+    replica, suspect = Replica(router), record(router, crashes=3)
+    router.submit(suspect)
+    await replica.up()
+    assert replica.running
+    await replica.down({1000} if crashed else {suspect.seq_id}, crashed=crashed)
+    assert suspect.error is None

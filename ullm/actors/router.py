@@ -23,10 +23,10 @@ from ullm.logs import get_logger
 log = get_logger("ullm.router")
 
 SUSPECT_AFTER = 2
-"""Worker losses after which a request that was being computed each time runs alone."""
+"""Worker losses in a row after which a request that was being computed each time runs alone."""
 CLEARED_AFTER = 4
-"""Tokens after which a suspect that runs alone is cleared: what killed the worker would come again in the
-first step, because a resumed request goes on exactly where it was."""
+"""Tokens after which a request is no longer blamed for losses before them, and no longer runs alone: had it
+killed its worker, that would come again in the first step, because it goes on exactly where it was."""
 
 
 @dataclass(slots=True)
@@ -233,7 +233,7 @@ class Router:
 
     def _take_event(self, record: RequestRecord, event: TokenEvent, replica: _Replica) -> None:
         self._generated_tokens += record.take(event)
-        if record.crashes >= SUSPECT_AFTER and len(record.token_ids) >= record.resumed_at + CLEARED_AFTER:
+        if record.crashes and len(record.token_ids) >= record.resumed_at + CLEARED_AFTER:
             record.crashes = 0
         if event.finish_reason is not None:
             replica.assigned.discard(record.seq_id)
@@ -249,7 +249,7 @@ class Router:
             record.crashes += down.crashed and seq_id in down.in_step
             self._take_back(record)
             # Alone in its step, and the worker died again: it is the one.
-            if record.crashes > SUSPECT_AFTER and len(down.in_step) == 1:
+            if down.crashed and record.crashes > SUSPECT_AFTER and down.in_step == {seq_id}:
                 log.error("request poisoned", request=record.request_id, crashes=record.crashes)
                 self._fail(record, RequestPoisoned(record.request_id, record.crashes))
         say = log.warning if down.crashed else log.info

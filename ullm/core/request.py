@@ -25,7 +25,7 @@ class RequestRecord:
         max_total: tokens of prompt and output together at which it ends.
         order: (priority, arrival).
         notify: called after each change, for the reader.
-        crashes: worker losses while it was in a step.
+        crashes: worker losses while it was in a step, since it last made some progress.
         resumed_at: tokens that it had when it was last given to a replica.
         replica: the replica that runs it; None while it waits for one.
     """
