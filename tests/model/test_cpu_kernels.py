@@ -20,7 +20,7 @@ from ullm.model.batch import Layout
 from ullm.model.cpu import build
 from ullm.model.cpu.kernels import NAMES, Kernels, load_kernels
 from ullm.model.cpu.ops import KernelAttention, tiles
-from ullm.model.ops import first_of_largest
+from ullm.model.draws import choose_tokens
 from ullm.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
@@ -83,13 +83,15 @@ def test_silu_and_mul(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 1000])
-def test_argmax_is_the_first_of_the_largest(kernels: Kernels, size: int) -> None:
+def test_the_most_likely_token_is_the_first_of_the_largest(kernels: Kernels, size: int) -> None:
     logits = torch.randint(-20, 3, (7, size + 5), generator=torch.Generator().manual_seed(size)).float()
     logits = logits[:, :size]  # rows that do not follow each other at once
     expected = [row.tolist().index(max(row.tolist())) for row in logits]
-    assert kernels.argmax(logits).tolist() == expected
-    assert first_of_largest(logits).tolist() == expected
-    assert kernels.argmax(torch.full((2, size), -torch.inf)).tolist() == [0, 0]
+    greedy = [(0.0, 0, 1.0, 0.0)] * 7
+    assert kernels.choose_tokens(logits, greedy, [0.0] * 7).tolist() == expected
+    assert choose_tokens(logits, greedy, [0.0] * 7).tolist() == expected
+    nothing = torch.full((7, size), -torch.inf)
+    assert kernels.choose_tokens(nothing, greedy, [0.0] * 7).tolist() == [0] * 7
 
 
 def test_layers_have_the_same_outcome_in_one_call_and_in_several(

@@ -17,7 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ullm.model.draws import draw_tokens, splitmix64, uniform
+from ullm.model.cpu.kernels import load_kernels
+from ullm.model.draws import Choose, choose_tokens, splitmix64, uniform
 from ullm.model.sampler import Sampler
 from ullm.sampling import SamplingParams
 
@@ -25,13 +26,29 @@ VOCAB = 1000
 EOS = 7
 
 
-def sampler(vocab: int = VOCAB) -> Sampler:
-    return Sampler(vocab, torch.device("cpu"), (EOS,))
+@pytest.fixture(params=["torch", "kernels"])
+def draw(request: pytest.FixtureRequest) -> Choose:
+    """Each implementation."""
+    if request.param == "torch":
+        return choose_tokens
+    kernels = load_kernels(torch.float32)
+    if kernels is None:
+        pytest.skip("needs a C++ compiler")
+    return lambda logits, *how: kernels.choose_tokens(logits.float(), *how)
 
 
-def sample_one(logits: torch.Tensor, params: SamplingParams, tokens: tuple[int, ...] = (1,)) -> int:
+def sampler(vocab: int = VOCAB, choose: Choose = choose_tokens) -> Sampler:
+    return Sampler(vocab, torch.device("cpu"), (EOS,), choose)
+
+
+def sample_one(
+    logits: torch.Tensor,
+    params: SamplingParams,
+    tokens: tuple[int, ...] = (1,),
+    choose: Choose = choose_tokens,
+) -> int:
     """One token for a fresh sequence whose prompt is ``tokens``."""
-    fresh = sampler(len(logits))
+    fresh = sampler(len(logits), choose)
     fresh.add(0, params, list(tokens), len(tokens))
     return int(fresh.sample(logits[None], [0])[0])
 
@@ -75,44 +92,46 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_distributed_as_the_softmax(temperature: float) -> None:
+def test_tokens_are_distributed_as_the_softmax(draw: Choose, temperature: float) -> None:
     logits, size = logits_of(1, 200, scale=2.0), 20_000
-    tokens = draw_tokens(
+    tokens = draw(
         logits.expand(size, -1), [(temperature, 0, 1.0, 0.0)] * size, [uniform(5, i) for i in range(size)]
     )
     expected = torch.softmax(logits.double() / temperature, -1).numpy() * size
     assert chi_square(np.bincount(tokens.numpy(), minlength=200), expected) < 3
 
 
-def test_draw_inverts_the_cumulative_distribution() -> None:
+def test_draw_inverts_the_cumulative_distribution(draw: Choose) -> None:
     for vocab in (1, 5, 128, 129, 1000, 4096):
         logits = logits_of(vocab, vocab)
         draws = [0.0, *(uniform(vocab, index) for index in range(200)), 1 - 2**-53]
-        tokens = draw_tokens(logits.expand(len(draws), -1), [(1.0, 0, 1.0, 0.0)] * len(draws), draws)
+        tokens = draw(logits.expand(len(draws), -1), [(1.0, 0, 1.0, 0.0)] * len(draws), draws)
         cumulated = np.cumsum(torch.softmax(logits, -1).double().numpy())
         expected = np.searchsorted(cumulated, np.array(draws) * cumulated[-1], side="right")
         assert tokens.tolist() == expected.tolist()
 
 
-def test_tokens_without_probability_are_never_drawn() -> None:
+def test_tokens_without_probability_are_never_drawn(draw: Choose) -> None:
     logits = torch.full((300,), -math.inf)
     logits[[3, 140, 297]] = 0.0
     draws = [0.0, 0.3, 1 / 3, 0.5, 2 / 3, 0.9, 1 - 2**-53]
-    tokens = draw_tokens(logits.expand(len(draws), -1), [(1.0, 0, 1.0, 0.0)] * len(draws), draws)
+    tokens = draw(logits.expand(len(draws), -1), [(1.0, 0, 1.0, 0.0)] * len(draws), draws)
     assert set(tokens.tolist()) == {3, 140, 297}
 
 
 # --- filters -----------------------------------------------------------------------------------
 
 
-def kept(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
+def kept(
+    draw: Choose, logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> set[int]:
     """The tokens that can be drawn: a scan of the distribution fine enough to meet each of them."""
     scan = [step / 20_000 for step in range(20_000)]
     rows = 500
     filters = [(temperature, top_k, top_p, min_p)] * rows
     found: set[int] = set()
     for start in range(0, len(scan), rows):
-        tokens = draw_tokens(logits.expand(rows, -1), filters, scan[start : start + rows])
+        tokens = draw(logits.expand(rows, -1), filters, scan[start : start + rows])
         found.update(tokens.tolist())
     return found
 
@@ -152,15 +171,15 @@ def reference(logits: torch.Tensor, temperature: float, top_k: int, top_p: float
     ],
 )
 def test_filters_keep_what_the_reference_keeps(
-    temperature: float, top_k: int, top_p: float, min_p: float
+    draw: Choose, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     for seed in range(3):
         logits = logits_of(seed, 80, scale=1.5)
         expected = reference(logits, temperature, top_k, top_p, min_p)
-        assert kept(logits, temperature, top_k, top_p, min_p) == expected
+        assert kept(draw, logits, temperature, top_k, top_p, min_p) == expected
 
 
-def test_filters_keep_what_those_of_transformers_keep() -> None:
+def test_filters_keep_what_those_of_transformers_keep(draw: Choose) -> None:
     generator = random.Random(3)
     for seed in range(8):
         logits = logits_of(seed, 60, scale=1.5)
@@ -175,15 +194,15 @@ def test_filters_keep_what_those_of_transformers_keep() -> None:
         ):
             scores = warper(torch.tensor([[0]]), scores)
         expected = set(scores[0].isfinite().nonzero()[:, 0].tolist())
-        assert kept(logits, temperature, top_k, top_p, min_p) == expected
+        assert kept(draw, logits, temperature, top_k, top_p, min_p) == expected
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0, 4.0])
-def test_nucleus_of_any_size(scale: float) -> None:
+def test_nucleus_of_any_size(draw: Choose, scale: float) -> None:
     """Flat distributions need more candidates than are sorted first."""
     logits = logits_of(9, 6000, scale=scale)
     filters, draws = [(1.0, 0, 0.9, 0.0)] * 400, [index / 400 for index in range(400)]
-    tokens = draw_tokens(logits.expand(400, -1), filters, draws)
+    tokens = draw(logits.expand(400, -1), filters, draws)
     weights = torch.softmax(logits, -1).double()
     ranked, order = weights.sort(descending=True)
     count = int((ranked.cumsum(0) < 0.9).sum()) + 1
@@ -194,26 +213,38 @@ def test_nucleus_of_any_size(scale: float) -> None:
     assert count > {0.05: 4096, 1.0: 256, 4.0: 0}[scale]
 
 
-def test_ties_do_not_depend_on_the_order_of_a_sort() -> None:
+def test_ties_do_not_depend_on_the_order_of_a_sort(draw: Choose) -> None:
     logits = torch.zeros(512).bfloat16()
     logits[100:140] = 2.0
-    assert kept(logits, 1.0, 7, 1.0, 0.0) == set(range(100, 140))
-    assert kept(logits, 1.0, 0, 0.01, 0.0) == set(range(100, 140))
+    assert kept(draw, logits, 1.0, 7, 1.0, 0.0) == set(range(100, 140))
+    assert kept(draw, logits, 1.0, 0, 0.01, 0.0) == set(range(100, 140))
 
 
 # --- extremes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
-def test_very_cold_is_greedy(temperature: float) -> None:
+def test_very_cold_is_greedy(draw: Choose, temperature: float) -> None:
     for seed in range(20):
         logits = logits_of(seed)
-        token = sample_one(logits, SamplingParams(temperature=temperature, seed=seed))
+        token = sample_one(logits, SamplingParams(temperature=temperature, seed=seed), choose=draw)
         assert token == int(logits.argmax())
 
 
-def test_very_hot_is_uniform() -> None:
-    tokens = draw_tokens(
+def test_rows_have_filters_of_their_own(draw: Choose) -> None:
+    """Greedy ones among them; as each alone."""
+    logits = logits_of(5, 9, VOCAB)
+    filters = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 0, 0.9, 0.0), (2.0, 40, 1.0, 0.0)] * 2
+    filters.append((1.5, 200, 0.5, 0.01))
+    draws = [uniform(1, row) for row in range(9)]
+    together = draw(logits, filters, draws).tolist()
+    alone = [draw(logits[row : row + 1], filters[row : row + 1], draws[row : row + 1]) for row in range(9)]
+    assert together == [int(token) for token in alone]
+    assert [together[0], together[4]] == [int(logits[0].argmax()), int(logits[4].argmax())]
+
+
+def test_very_hot_is_uniform(draw: Choose) -> None:
+    tokens = draw(
         logits_of(4, 50).expand(5000, -1),
         [(100.0, 0, 1.0, 0.0)] * 5000,
         [uniform(1, i) for i in range(5000)],

@@ -23,6 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ullm.model.draws import Filter
+
 
 class Attend(Protocol):
     """Attention over the paged KV of one step."""
@@ -122,8 +124,8 @@ class CausalModel(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden_size]`` → ``[rows, vocab_size]`` of the whole vocabulary, on every rank."""
 
-    def argmax(self, logits: Tensor) -> Tensor:
-        """``[rows, vocab_size]`` → ``[rows]`` int64, the first of the largest of each row."""
+    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+        """One token per row of what `logits` returned; see `ullm.model.draws.choose_tokens`."""
 
     def tensors(self) -> Iterable[Tensor]:
         """All that lies on the device for good, weights above all; what shares memory may come twice."""

@@ -6,7 +6,7 @@ is called directly: hooks are not used, and at one row a step is made of small c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ullm.errors import ModelUnsupported
 from ullm.model.batch import Batch, KvShape
 from ullm.model.cpu.kernels import LANES, Kernels
 from ullm.model.cpu.ops import KernelOps
+from ullm.model.draws import Filter
 from ullm.model.layers import (
     ColumnParallelLinear,
     Loadable,
@@ -264,9 +265,9 @@ class Decoder(nn.Module):
         """``[rows, hidden_size]`` → ``[rows, vocab_size]``."""
         return self.lm_head.forward(hidden)
 
-    def argmax(self, logits: Tensor) -> Tensor:
-        """See `CausalModel.argmax`."""
-        return self.ops.argmax(logits)
+    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+        """See `CausalModel.choose`."""
+        return self.ops.choose(logits, filters, draws)
 
     def num_parameters(self) -> int:
         """Elements of the weights of the whole model, tied ones once."""

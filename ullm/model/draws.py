@@ -1,8 +1,8 @@
-"""Random draws from filtered distributions, each a pure function of (seed, token index) and its row."""
+"""One token per row of logits: the most likely one, or a draw by the row, its seed and the token's index."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,39 @@ COLDEST = 1e-30
 """A colder temperature would be 0 in float32."""
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+Filter = tuple[float, int, float, float]
+"""Temperature (0: no draw, but the most likely token), top_k (0: all), top_p and min_p of one row."""
+
+Choose = Callable[[Tensor, Sequence[Filter], Sequence[float]], Tensor]
+"""As `choose_tokens`."""
+
+
+def choose_tokens(logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    """One token per row; in PyTorch.
+
+    Args:
+        logits: ``[rows, vocab]`` in any float type; left as they are.
+        filters: one per row.
+        draws: a number in [0, 1) for each row; of no meaning at temperature 0.
+
+    Returns:
+        ``[rows]`` int64 on the logits' device; on CUDA nothing waits for it.
+    """
+    random = [row for row, (temperature, *_) in enumerate(filters) if temperature]
+    if random and len(random) == len(filters):
+        return draw_tokens(logits, filters, draws)
+    tokens = first_of_largest(logits)
+    if random:
+        chosen = [filters[row] for row in random], [draws[row] for row in random]
+        tokens[random] = draw_tokens(logits[random], *chosen)
+    return tokens
+
+
+def first_of_largest(logits: Tensor) -> Tensor:
+    """``[rows, vocab]`` → ``[rows]``, the first of the largest of each row."""
+    return logits.max(dim=-1).indices  # argmax is slow in bfloat16 on CPUs
 
 
 def uniform(seed: int, index: int) -> float:
@@ -36,19 +69,9 @@ def splitmix64(seed: int, index: int) -> int:
     return value ^ (value >> 31)
 
 
-def draw_tokens(
-    logits: Tensor, filters: Sequence[tuple[float, int, float, float]], draws: Sequence[float]
-) -> Tensor:
-    """One token per row, by inversion of its filtered distribution.
-
-    Args:
-        logits: ``[rows, vocab]`` in any float type; left as they are.
-        filters: temperature above 0, top_k (0: all, at most vocab), top_p and min_p of each row.
-        draws: a number in [0, 1) for each row.
-
-    Returns:
-        ``[rows]`` int64 on the logits' device; on CUDA nothing waits for it.
-    """
+def draw_tokens(logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    """One token per row, by inversion of its filtered distribution; as `choose_tokens`, with temperatures
+    above 0."""
     numbers = torch.tensor(
         [(*row, draw) for row, draw in zip(filters, draws, strict=True)], dtype=torch.float64
     )
@@ -62,7 +85,7 @@ def draw_tokens(
 
 def _floor(
     weights: Tensor,
-    filters: Sequence[tuple[float, int, float, float]],
+    filters: Sequence[Filter],
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,

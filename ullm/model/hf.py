@@ -9,7 +9,7 @@ the model is loaded (`ullm.model.hf_check`), so that one that does is refused, n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ullm.config import ModelConfig
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
 from ullm.model.batch import Batch, KvShape
+from ullm.model.draws import Filter, choose_tokens
 from ullm.model.hf_check import compare, observe
-from ullm.model.ops import first_of_largest
 
 if TYPE_CHECKING:
     from ullm.model.registry import Checkpoint
@@ -96,9 +96,9 @@ class TransformersModel:
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
 
-    def argmax(self, logits: Tensor) -> Tensor:
-        """See `CausalModel.argmax`."""
-        return first_of_largest(logits)
+    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+        """See `CausalModel.choose`."""
+        return choose_tokens(logits, filters, draws)
 
     def tensors(self) -> Iterator[Tensor]:
         """See `CausalModel.tensors`."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ullm.model.batch import Batch
+from ullm.model.draws import Filter, choose_tokens
 from ullm.model.layers import RMSNorm
 from ullm.model.rope import rotate
 
@@ -127,16 +128,11 @@ def one_by_one(step: StepOps, modules: Sequence[LayerModule], x: Tensor, done: C
 class LayerOps(Protocol):
     """One implementation of `StepOps`, for all steps of a model."""
 
-    def argmax(self, logits: Tensor) -> Tensor:
-        """``[rows, vocab_size]`` → ``[rows]`` int64, the first of the largest of each row."""
+    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+        """See `ullm.model.draws.choose_tokens`."""
 
     def begin(self, batch: Batch) -> StepOps:
         """Prepare what all layers of a step share."""
-
-
-def first_of_largest(logits: Tensor) -> Tensor:
-    """See `LayerOps.argmax`, which this is in PyTorch."""
-    return logits.max(dim=-1).indices  # argmax is slow in bfloat16 on CPUs
 
 
 class TorchOps:
@@ -149,9 +145,9 @@ class TorchOps:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.tables = cos, sin
 
-    def argmax(self, logits: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
         """See `LayerOps`."""
-        return first_of_largest(logits)
+        return choose_tokens(logits, filters, draws)
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""

@@ -130,7 +130,7 @@ class ModelRunner:
         self._rank = rank
         device, info = rank.site.device, rank.info
         self._table = SequenceTable(info.block_size)
-        self._sampler = Sampler(info.vocab_size, device, info.eos_token_ids, rank.model.argmax)
+        self._sampler = Sampler(info.vocab_size, device, info.eos_token_ids, rank.model.choose)
         self._last_tokens = LastTokens(rank.site.config.max_bs, device)
         return info
 

@@ -14,16 +14,15 @@ decide are float64.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ullm.messages import TokenLogprobs
-from ullm.model.draws import draw_tokens, uniform
+from ullm.model.draws import Choose, choose_tokens, uniform
 from ullm.model.logprobs import PendingLogprobs, start_logprobs
-from ullm.model.ops import first_of_largest
 from ullm.model.penalties import PenaltyTable
 from ullm.sampling import SamplingParams
 
@@ -66,7 +65,7 @@ class Sampler:
         vocab_size: columns of the logits.
         device: where the logits are.
         eos_token_ids: tokens that ``min_tokens`` bans besides a request's own stop tokens.
-        argmax: ``[rows, vocab]`` → ``[rows]``, the first of the largest of each row.
+        choose: one token per row of logits; see `ullm.model.draws.choose_tokens`.
     """
 
     def __init__(
@@ -74,12 +73,12 @@ class Sampler:
         vocab_size: int,
         device: torch.device,
         eos_token_ids: tuple[int, ...],
-        argmax: Callable[[Tensor], Tensor] = first_of_largest,
+        choose: Choose = choose_tokens,
     ) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._eos_token_ids = eos_token_ids
-        self._argmax = argmax
+        self._choose = choose
         self._sequences: dict[int, _Sequence] = {}
         self._penalties = PenaltyTable(vocab_size, device)
         self._adjusted: tuple[Tensor, dict[int, int]] | None = None
@@ -134,7 +133,9 @@ class Sampler:
             sequences = [replace(s, index=s.index + more) if more else s for s, more in pairs]
         adjusted = self._adjust(logits, sequences)
         self._adjusted = None if adjusted is logits else (adjusted, _positions(seq_ids))
-        tokens = self._choose(adjusted, sequences)
+        filters = [(s.params.temperature, s.top_k, s.params.top_p, s.params.min_p) for s in sequences]
+        draws = [0.0 if s.params.greedy else uniform(s.seed, s.index) for s in sequences]
+        tokens = self._choose(adjusted, filters, draws)
         penalised = [row for row, sequence in enumerate(sequences) if sequence.slot is not None]
         if penalised:
             self._penalties.record(_slots(sequences), tokens[penalised])
@@ -210,21 +211,6 @@ class Sampler:
 
     def _upload(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).to(self._device, non_blocking=True)
-
-    def _choose(self, logits: Tensor, sequences: list[_Sequence]) -> Tensor:
-        random = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
-        if random and len(random) == len(sequences):
-            return self._draw(logits, sequences)
-        tokens = self._argmax(logits)
-        if random:
-            tokens[random] = self._draw(logits[random], [sequences[row] for row in random])
-        return tokens
-
-    def _draw(self, logits: Tensor, sequences: list[_Sequence]) -> Tensor:
-        """One random token per row."""
-        filters = [(s.params.temperature, s.top_k, s.params.top_p, s.params.min_p) for s in sequences]
-        draws = [uniform(s.seed, s.index) for s in sequences]
-        return draw_tokens(logits, filters, draws)
 
 
 def _positions(seq_ids: list[int]) -> dict[int, int]:

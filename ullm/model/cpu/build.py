@@ -24,7 +24,7 @@ from ullm.logs import get_logger
 log = get_logger("ullm.kernels")
 
 FOLDER = Path(__file__).parent
-SOURCES = ("quantized.cpp", "attention.cpp", "linear.cpp", "layer.cpp", "argmax.cpp")
+SOURCES = ("quantized.cpp", "attention.cpp", "linear.cpp", "layer.cpp", "choose.cpp")
 HEADERS = ("common.h", "layer.h", "pool.h")
 FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++20", "-pthread", "-fPIC"),

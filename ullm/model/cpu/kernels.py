@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, Array, byref, c_float, c_int64, c_void_p
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ullm.model.cpu.build import open_library
+from ullm.model.draws import Filter
 from ullm.model.linear_kernels import Linear
 from ullm.model.quantization import QuantizedWeight, num_groups
 
@@ -85,6 +88,9 @@ class Kernels:
         self._add_rms_norm = function("add_rms_norm", *(pointer,) * 4, c_int64, c_int64, c_float)
         self._silu_and_mul = function("silu_and_mul", pointer, pointer, c_int64, c_int64)
         self._attend = function("attend", *structs, pointer, pointer, pointer)
+        self._choose_tokens = library["choose_tokens"]
+        self._choose_tokens.argtypes = pointer, *(c_int64,) * 3, pointer, pointer
+        self._choose_tokens.restype = None
         blocks = (POINTER(StepStruct), POINTER(BlockStruct))
         self._decoder_layers = function("decoder_layers", *blocks, c_int64, c_int64, *(pointer,) * 4)
 
@@ -172,13 +178,13 @@ class Kernels:
         self._decoder_layers(byref(step), blocks, layers.start, layers.stop, *pointers)
         return out
 
-    def argmax(self, logits: Tensor) -> Tensor:
-        """``[rows, vocab_size]`` in float32 → ``[rows]``, the first of the largest of each."""
+    def choose_tokens(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+        """See `ullm.model.draws.choose_tokens`, for logits in float32."""
         rows, size = logits.shape
+        numbers = np.array([(*row, draw) for row, draw in zip(filters, draws, strict=True)])
         found = torch.empty(rows, dtype=torch.int64)
-        stride = c_int64(logits.stride(0))
-        self._library.argmax(
-            c_void_p(logits.data_ptr()), c_int64(rows), c_int64(size), stride, c_void_p(found.data_ptr())
+        self._choose_tokens(
+            logits.data_ptr(), rows, size, logits.stride(0), numbers.ctypes.data, found.data_ptr()
         )
         return found
 

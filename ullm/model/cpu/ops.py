@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ullm.model.batch import Batch, KvShape, Layout
 from ullm.model.cpu.kernels import BlockStruct, Kernels, LayerStruct, MatrixStruct, StepStruct
+from ullm.model.draws import Filter, choose_tokens
 from ullm.model.kv_pool import lazy_zeros
 from ullm.model.layers import RMSNorm
 from ullm.model.ops import (
@@ -20,7 +21,6 @@ from ullm.model.ops import (
     LayerModule,
     LinearModule,
     StepOps,
-    first_of_largest,
     one_by_one,
 )
 
@@ -114,9 +114,10 @@ class KernelOps:
         self._biases: list[Tensor] = []
         self._weights: dict[RMSNorm, Tensor] = {}
 
-    def argmax(self, logits: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
         """See `LayerOps`."""
-        return self.kernels.argmax(logits) if logits.dtype == torch.float32 else first_of_largest(logits)
+        kernel = self.kernels.choose_tokens if logits.dtype == torch.float32 else choose_tokens
+        return kernel(logits, filters, draws)
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
