@@ -93,6 +93,15 @@ def test_a_batch_without_any_loop(llm: LLM, model: Path) -> None:
     assert first[0].finish_reason == "length"
 
 
+def test_a_batch_with_parameters_of_its_own_for_each(llm: LLM) -> None:
+    lengths = [3, 1, 5]
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in lengths]
+    answers = llm.generate_sync([PROMPT] * 3, params)
+    assert [len(choice.token_ids) for (choice,) in answers] == lengths
+    with pytest.raises(ValueError, match="3 prompts need as many"):
+        llm.generate_sync([PROMPT] * 3, params[:2])
+
+
 def test_a_batch_has_all_choices(llm: LLM) -> None:
     (choices,) = llm.generate_sync("The supervisor", SamplingParams(n=3, seed=5, max_tokens=6))
     assert len({choice.text for choice in choices}) == 3

@@ -135,18 +135,26 @@ class LLM:
         return TokenStream(self, prompts, params or SamplingParams(), sequence_id)
 
     def generate_sync(
-        self, prompts: Sequence[Prompt] | str, params: SamplingParams | None = None
+        self, prompts: Sequence[Prompt] | str, params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[list[Completion]]:
         """Generate for all prompts at once, and block until all are done; for scripts.
+
+        Args:
+            params: for all prompts, or one for each.
 
         Returns:
             For each prompt, in order, its ``n`` choices.
 
         Raises:
             RequestError: a prompt or parameter that cannot be used.
+            ValueError: not as many parameters as prompts.
         """
         batch: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
-        return self._thread.call(self._host.generate_all, batch, params or SamplingParams())
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(batch)
+        if len(params) != len(batch):
+            raise ValueError(f"{len(batch)} prompts need as many parameters, or one for all; got {len(params)}")
+        return self._thread.call(self._host.generate_all, batch, params)
 
     def abort(self, sequence_id: str) -> None:
         """End a request with what it has; its last output says ``finish_reason="abort"``."""
@@ -298,14 +306,16 @@ class _Host:
         async with engine.generate(ready_prompt, params, request_id=sequence_id) as generation:
             yield (_to_generate_output(output) async for output in generation)
 
-    async def generate_all(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+    async def generate_all(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
         """The whole answers to all prompts."""
         results: list[list[Completion]] = [[] for _ in prompts]
         engine = await self.wait_ready()
         try:
             async with trio.open_nursery() as nursery:
-                for index, prompt in enumerate(prompts):
-                    nursery.start_soon(_complete, engine, prompt, params, results[index])
+                for prompt, own, into in zip(prompts, params, results, strict=True):
+                    nursery.start_soon(_complete, engine, prompt, own, into)
         except BaseExceptionGroup as group:
             raise first_cause(group) from None
         return results
