@@ -59,6 +59,8 @@ PromptWords = Annotated[str, Parameter(help="Words per prompt: a number or a ran
 OutputTokens = Annotated[str, Parameter(help="Tokens to generate: a number or a range.", group=load)]
 SharedPrefix = Annotated[int, Parameter(help="Words that all prompts begin with.", group=load)]
 Seed = Annotated[int, Parameter(help="The same seed asks the same.", group=load)]
+LoadTemperature = Annotated[float, Parameter(name="--temperature", help="0: greedy.", group=load)]
+LoadTopP = Annotated[float, Parameter(name="--top-p", help="At a temperature above 0.", group=load)]
 Json = Annotated[bool, Parameter(help="Print JSON instead of a table.", negative="")]
 Output = Annotated[Path | None, Parameter(help="Also write the report there; .md for Markdown, else JSON.")]
 
@@ -131,6 +133,8 @@ def bench_serve(
     output_tokens: OutputTokens = "128",
     shared_prefix: SharedPrefix = 0,
     seed: Seed = 0,
+    temperature: LoadTemperature = 0.0,
+    top_p: LoadTopP = 1.0,
     json: Json = False,
     output: Output = None,
 ) -> int:
@@ -138,7 +142,7 @@ def bench_serve(
     from ullm.bench.http import Endpoint
     from ullm.commands import bench as run
 
-    workload = run.make_workload(prompt_words, output_tokens, shared_prefix, seed)
+    workload = run.make_workload(prompt_words, output_tokens, shared_prefix, seed, temperature, top_p)
     levels = run.parse_concurrency(concurrency)
     report = run.bench_server(Endpoint.parse(url, api_key), model, workload, levels, requests, chat=chat)
     return run.publish(report, output, as_json=json)
@@ -154,6 +158,8 @@ def bench_engine(
     output_tokens: OutputTokens = "128",
     shared_prefix: SharedPrefix = 0,
     seed: Seed = 0,
+    temperature: LoadTemperature = 0.0,
+    top_p: LoadTopP = 1.0,
     json: Json = False,
     output: Output = None,
     **given: Any,
@@ -161,7 +167,7 @@ def bench_engine(
     """Measure an engine in this process, without HTTP."""
     from ullm.commands import bench as run
 
-    workload = run.make_workload(prompt_words, output_tokens, shared_prefix, seed)
+    workload = run.make_workload(prompt_words, output_tokens, shared_prefix, seed, temperature, top_p)
     report = run.bench_engine(_quiet(given), workload, run.parse_concurrency(concurrency), requests)
     return run.publish(report, output, as_json=json)
 
@@ -181,7 +187,7 @@ def bench_compare(
     gguf: Annotated[Path | None, Parameter(help="The weights for --llama-server.")] = None,
     transformers: Annotated[str, Parameter(help="A Python that has transformers; static batches.")] = "",
     concurrency: Annotated[str, Parameter(help="Streams at once.")] = "1,4,16,32",
-    scenarios: Annotated[str, Parameter(help="Of decode, prefill, prefix.")] = "decode,prefill,prefix",
+    scenarios: Annotated[str, Parameter(help="Some of these.")] = "decode,sampled,prefill,prefix",
     output_tokens: Annotated[int, Parameter(help="New tokens per stream.")] = 128,
     rounds: Annotated[int, Parameter(help="How often each is started and measured.")] = 3,
     baseline: Annotated[str | None, Parameter(help="Whom to compare with; default: the first peer.")] = None,

@@ -169,10 +169,18 @@ async def test_a_server_is_started_measured_and_stopped(tmp_path: Path) -> None:
     values = found.values
     assert values[scenarios.START_LIVE] <= values[scenarios.START_READY] <= values[scenarios.START_FIRST]
     assert values[scenarios.START_READY] >= 0.3
-    assert {decode_metric(1), decode_metric(3), scenarios.PREFILL, scenarios.STOP} <= set(values)
+    assert {decode_metric(1), decode_metric(3), scenarios.SAMPLED, scenarios.PREFILL, scenarios.STOP} <= set(
+        values
+    )
     assert values[scenarios.PREFIX_COLD] > values[scenarios.PREFIX_WARM]
     assert 1 < values[scenarios.MEMORY] < 1000
-    assert found.prompt_tokens == {"decode 1": 64, "decode 3": 96, "prefill": 6000, "prefix": 16 * 1016}
+    assert found.prompt_tokens == {
+        "decode 1": 64,
+        "decode 3": 96,
+        "sampled": 16 * 32,
+        "prefill": 6000,
+        "prefix": 16 * 1016,
+    }
 
 
 @pytest.mark.process

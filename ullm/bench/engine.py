@@ -28,7 +28,12 @@ class EngineTarget:
 
     async def run(self, request: Request, record: Record) -> None:
         """One request; see `ullm.bench.load.Target`."""
-        params = SamplingParams(temperature=0, max_tokens=request.max_tokens, ignore_eos=True)
+        params = SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            max_tokens=request.max_tokens,
+            ignore_eos=True,
+        )
         try:
             async with self._engine.generate(request.prompt, params) as generation:
                 async for output in generation:

@@ -59,6 +59,8 @@ class Report(msgspec.Struct, frozen=True):
             "output_tokens": str(workload.output_tokens),
             "shared_prefix": workload.shared_prefix,
             "seed": workload.seed,
+            "temperature": workload.temperature,
+            "top_p": workload.top_p,
         }
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return cls(target, model, when, machine(), asked, list(runs))

@@ -106,7 +106,8 @@ class ServerTarget:
         return {
             "model": self.model,
             "max_tokens": request.max_tokens,
-            "temperature": 0,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
             **options,
             **ask,
         }

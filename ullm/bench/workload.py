@@ -62,6 +62,8 @@ class Request:
 
     prompt: str
     max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,15 @@ class Workload:
         output_tokens: tokens to generate.
         shared_prefix: words that all prompts begin with, for measuring the prefix cache.
         seed: the same seed gives the same requests, whatever the target.
+        temperature, top_p: of each request.
     """
 
     prompt_words: Length = Length(32, 32)
     output_tokens: Length = Length(128, 128)
     shared_prefix: int = 0
     seed: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
 
     def requests(self, stream: int = 0) -> Iterator[Request]:
         """Endless, and different for each ``stream``, so that no run profits from an earlier one's cache."""
@@ -86,7 +91,8 @@ class Workload:
         source = random.Random(f"requests {self.seed} {stream}")
         while True:
             words = prefix + _words(source, self.prompt_words.draw(source))
-            yield Request(" ".join(words), self.output_tokens.draw(source))
+            tokens = self.output_tokens.draw(source)
+            yield Request(" ".join(words), tokens, self.temperature, self.top_p)
 
 
 def _words(source: random.Random, count: int) -> list[str]:

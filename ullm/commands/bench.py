@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,16 +37,28 @@ def parse_concurrency(text: str) -> list[int]:
     return levels
 
 
-def make_workload(prompt_words: str, output_tokens: str, shared_prefix: int, seed: int) -> Workload:
+def make_workload(
+    prompt_words: str,
+    output_tokens: str,
+    shared_prefix: int,
+    seed: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> Workload:
     """From what the command line says.
 
     Raises:
-        UsageError: a length that is none; names the flag.
+        UsageError: a length that is none, or a number out of its range; names the flag.
     """
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"--temperature must be at least 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"--top-p must be above 0 and at most 1, got {top_p}")
     if shared_prefix < 0:
         raise UsageError(f"--shared-prefix must be at least 0, got {shared_prefix}")
     prompt = Length.parse(prompt_words, "--prompt-words")
-    return Workload(prompt, Length.parse(output_tokens, "--output-tokens"), shared_prefix, seed)
+    output = Length.parse(output_tokens, "--output-tokens")
+    return Workload(prompt, output, shared_prefix, seed, temperature, top_p)
 
 
 async def run_levels(

@@ -85,11 +85,11 @@ class Comparison(msgspec.Struct, frozen=True):
         """Two tables: figures, and ratios to the baseline."""
         names = [competitor.name for competitor in self.competitors]
         others = [name for name in names if name != self.baseline]
-        parts = [self._heading(), _table(names, self.lines, self._figure)]
+        parts = [self._heading(), table_of(names, self.lines, figure_cell)]
         if others:
             parts += [
                 f"Against {self.baseline}, round by round: median (least–most); above 1 is better.",
-                _table(others, self.lines, _ratio_cell),
+                table_of(others, self.lines, ratio_cell),
             ]
         parts += [self._commands(), *(f"Not measured: {error}" for error in self.errors)]
         if self.unequal:
@@ -108,12 +108,6 @@ class Comparison(msgspec.Struct, frozen=True):
 
     def _commands(self) -> str:
         return "\n".join(f"- {c.name}: `{' '.join(c.command)}`" for c in self.competitors)
-
-    def _figure(self, line: Line, name: str) -> str:
-        entry = line.entries.get(name)
-        if entry is None:
-            return "–"
-        return _number(entry.median) + (f" ({entry.share:.0%})" if entry.share is not None else "")
 
 
 def compare(
@@ -159,15 +153,20 @@ def compare(
         rounds=1 + max((turn.round for turn in turns), default=-1),
         output_tokens=load.output_tokens,
         competitors=competitors,
-        lines=[_line(metric, turns, baseline, bounds.get(metric)) for metric in metrics],
+        lines=[line_of(metric, turns, baseline, bounds.get(metric)) for metric in metrics],
         unequal=_unequal(turns),
         errors=[f"{turn.candidate}, round {turn.round + 1}: {turn.error}" for turn in turns if turn.error],
     )
 
 
-def _line(
+def line_of(
     metric: Metric, turns: Sequence[Turn], baseline: str, bound: Callable[[Turn], float] | None
 ) -> Line:
+    """One metric over all turns.
+
+    Args:
+        bound: what the machine allowed in a turn; None for a metric without a roofline.
+    """
     found: dict[str, dict[int, float]] = {}
     shares: dict[str, list[float]] = {}
     for turn in turns:
@@ -205,18 +204,29 @@ def _unequal(turns: Sequence[Turn]) -> list[str]:
     return sorted({scenario for (_, scenario), found in counts.items() if len(found) > 1})
 
 
-def _number(value: float) -> str:
+def shown(value: float) -> str:
+    """Three digits are enough."""
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
-def _ratio_cell(line: Line, name: str) -> str:
+def figure_cell(line: Line, name: str) -> str:
+    """A candidate's median, and in brackets its share of the roofline."""
+    entry = line.entries.get(name)
+    if entry is None:
+        return "–"
+    return shown(entry.median) + (f" ({entry.share:.0%})" if entry.share is not None else "")
+
+
+def ratio_cell(line: Line, name: str) -> str:
+    """How a candidate compares with the baseline."""
     entry = line.entries.get(name)
     if entry is None or entry.ratio is None:
         return "–"
     return f"{entry.ratio.median:.2f} ({entry.ratio.min:.2f}–{entry.ratio.max:.2f})"
 
 
-def _table(names: Sequence[str], lines: Sequence[Line], cell: Callable[[Line, str], str]) -> str:
+def table_of(names: Sequence[str], lines: Sequence[Line], cell: Callable[[Line, str], str]) -> str:
+    """Markdown: a row per metric, a column per candidate."""
     rows = [["", *names], ["---", *["---:"] * len(names)]]
     for line in lines:
         rows.append([f"{line.metric.name}, {line.metric.unit}", *(cell(line, name) for name in names)])

@@ -20,7 +20,9 @@ PREFILL_TOKENS = 1500
 PREFILL_REQUESTS = 4
 LEAST_REQUESTS = 2
 """Per level, so that one stream is more than one answer."""
-SCENARIOS = ("decode", "prefill", "prefix")
+SAMPLED_STREAMS = 16
+SAMPLED_TEMPERATURE, SAMPLED_TOP_P = 0.8, 0.95
+SCENARIOS = ("decode", "sampled", "prefill", "prefix")
 
 
 class Metric(msgspec.Struct, frozen=True):
@@ -48,6 +50,9 @@ START_FIRST = Metric("start to first token", "s", "lower")
 MEMORY = Metric("memory after the most streams", "MiB", "lower")
 STOP = Metric("SIGTERM to exit, idle", "s", "lower")
 PREFILL = Metric(f"prefill, {PREFILL_TOKENS}-token prompts", "prompt tok/s")
+SAMPLED = Metric(
+    f"decode, {SAMPLED_STREAMS} streams, temperature {SAMPLED_TEMPERATURE}, top_p {SAMPLED_TOP_P}", "tok/s"
+)
 PREFIX_COLD = Metric(
     f"{PREFIX_REQUESTS} new {PREFIX_TOKENS}-token prompts, time to first token", "ms", "lower"
 )
@@ -66,7 +71,7 @@ class Load:
     Args:
         levels: concurrencies of the decode scenario.
         scenarios: some of `SCENARIOS`.
-        prompt_tokens, output_tokens: of the decode scenario.
+        prompt_tokens, output_tokens: of the scenarios decode and sampled.
         seed: of the prompts; differs between rounds.
     """
 
@@ -101,6 +106,8 @@ async def run_scenarios(target: Target, load: Load, after_decode: Callable[[], A
     if "decode" in load.scenarios:
         await _decode(target, load, figures)
     await after_decode()
+    if "sampled" in load.scenarios:
+        await _sampled(target, load, figures)
     if "prefill" in load.scenarios:
         await _prefill(target, load, figures)
     if "prefix" in load.scenarios:
@@ -125,6 +132,17 @@ async def _decode(target: Target, load: Load, figures: Figures) -> None:
         summary, _ = await _measured(target, workload, level, max(level, LEAST_REQUESTS), stream)
         figures.values[decode_metric(level)] = summary.tokens_per_second
         figures.prompt_tokens[f"decode {level}"] = summary.prompt_tokens
+
+
+async def _sampled(target: Target, load: Load, figures: Figures) -> None:
+    words, output = (
+        Length(load.prompt_tokens, load.prompt_tokens),
+        Length(load.output_tokens, load.output_tokens),
+    )
+    workload = Workload(words, output, seed=load.seed, temperature=SAMPLED_TEMPERATURE, top_p=SAMPLED_TOP_P)
+    summary, _ = await _measured(target, workload, SAMPLED_STREAMS, SAMPLED_STREAMS, 300)
+    figures.values[SAMPLED] = summary.tokens_per_second
+    figures.prompt_tokens["sampled"] = summary.prompt_tokens
 
 
 async def _prefill(target: Target, load: Load, figures: Figures) -> None:
