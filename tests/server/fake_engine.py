@@ -12,6 +12,7 @@ import tokenizers
 import trio
 from tokenizers import decoders, models, pre_tokenizers
 
+from ullm.actors.decoding import ByteLevelDecoder, IncrementalDecoder, TokenBytes
 from ullm.config import EngineConfig, ServerConfig, SleepMode
 from ullm.errors import (
     ConfigError,
@@ -72,6 +73,12 @@ class ByteTokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def detokenizer(
+        self, *, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> IncrementalDecoder:
+        skip = frozenset((0, 1)) if skip_special_tokens else frozenset[int]()
+        return ByteLevelDecoder(TokenBytes(self._tokenizer), skip, prompt_token_ids)
 
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id], skip_special_tokens=False)

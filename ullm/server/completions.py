@@ -16,7 +16,7 @@ from ullm.messages import ModelInfo
 from ullm.sampling import SamplingParams
 from ullm.server import requests, sse
 from ullm.server.connection import Writer
-from ullm.server.logprobs import completion_logprobs, extend, prompt_logprobs
+from ullm.server.logprobs import Offsets, completion_logprobs, extend, prompt_logprobs
 from ullm.server.metrics import Metrics
 from ullm.server.outputs import Job
 from ullm.server.pacing import Pacer
@@ -34,10 +34,15 @@ MAX_PROMPTS = 1024
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as tokens, and as the text that ``echo`` repeats."""
+    """A prompt as tokens, and as the text that ``echo`` repeats.
+
+    Args:
+        is_text: it was given as a text, in which there are no special tokens.
+    """
 
     token_ids: list[int]
     text: str
+    is_text: bool
 
 
 def install(app: QuartTrio, engine: Engine, metrics: Metrics, pacer: Pacer, keep_alive: float) -> None:
@@ -102,7 +107,7 @@ async def _prompt(
         )
     if not token_ids:
         raise InvalidParameter("prompt is empty; it must have at least one token", "prompt")
-    return Prompt(token_ids, text)
+    return Prompt(token_ids, text, isinstance(entry, str))
 
 
 def _params(request: CompletionRequest, info: ModelInfo, prompts: list[Prompt]) -> SamplingParams:
@@ -138,7 +143,8 @@ class _Answer:
         self._keep_alive = keep_alive
         self._created = int(time.time())
         self._only_echo = bool(request.echo) and request.max_tokens == 0
-        self._offsets: dict[int, int] = {}
+        self._opened: set[int] = set()
+        self._offsets: dict[int, Offsets] = {}
 
     async def whole(self) -> Completion:
         """Wait for everything."""
@@ -175,19 +181,31 @@ class _Answer:
     def _delta(self, prompt: int, output: Output) -> CompletionChoice:
         """What an output adds; the first one of a choice brings the prompt's echo and scores."""
         number = prompt * self._job.params.n + output.index
-        first = number not in self._offsets
-        offset = self._offsets.setdefault(number, 0)
+        first = number not in self._opened
+        self._opened.add(number)
         delta = CompletionChoice(index=number, text="" if self._only_echo else output.text)
         delta.finish_reason = output.finish_reason
         delta.stop_reason = output.stop_reason
         if self._only_echo and output.finish_reason == "stop":
             delta.finish_reason, delta.stop_reason = "length", None
         if output.logprobs is not None and not self._only_echo:
-            delta.logprobs = completion_logprobs(output.token_ids, output.logprobs, self._tokenizer, offset)
+            offsets = self._offsets.get(number) or self._offsets_of(number, prompt)
+            delta.logprobs = completion_logprobs(output.token_ids, output.logprobs, self._tokenizer, offsets)
         if first:
             self._open(delta, prompt)
-        self._offsets[number] = offset + len(delta.text)
         return delta
+
+    def _offsets_of(self, number: int, prompt: int) -> Offsets:
+        """A choice's, in the text that it is part of."""
+        given = self._prompts[prompt]
+        start = len(given.text) if self._request.echo else 0
+        self._offsets[number] = found = Offsets(
+            self._tokenizer,
+            start,
+            prompt_token_ids=given.token_ids,
+            skip_special_tokens=self._job.params.skip_special_tokens,
+        )
+        return found
 
     def _open(self, delta: CompletionChoice, prompt: int) -> None:
         generation, request = self._job.generations[prompt], self._request
@@ -195,14 +213,14 @@ class _Answer:
             delta.prompt_logprobs = prompt_logprobs(generation.prompt_logprobs, self._tokenizer)
         if not request.echo:
             return
-        text = self._prompts[prompt].text
-        delta.text = text + delta.text
+        given = self._prompts[prompt]
+        delta.text = given.text + delta.text
         if request.logprobs is not None and generation.prompt_logprobs is not None:
+            offsets = Offsets(self._tokenizer, skip_special_tokens=given.is_text)
             scores = completion_logprobs(
-                generation.prompt_token_ids, generation.prompt_logprobs, self._tokenizer, 0
+                generation.prompt_token_ids, generation.prompt_logprobs, self._tokenizer, offsets
             )
             if delta.logprobs is not None:
-                delta.logprobs.text_offset = [offset + len(text) for offset in delta.logprobs.text_offset]
                 extend(scores, delta.logprobs)
             delta.logprobs = scores
 

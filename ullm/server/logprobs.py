@@ -24,22 +24,51 @@ def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
-def completion_logprobs(
-    token_ids: Sequence[int], scores: Sequence[TokenLogprobs | None], tokenizer: Tokenizer, offset: int
-) -> CompletionLogprobs:
-    """One entry per token; a token without a score, such as a prompt's first, has null.
+class Offsets:
+    """Where each token of a text begins: a function of the tokens, in whatever portions they come.
+
+    Tokens that a character is spread over begin where it does. Neither a stop string, which is held back,
+    nor the portion's end changes anything.
 
     Args:
-        offset: characters of text before the first token.
+        start: characters before the first token.
+        prompt_token_ids: what the tokens continue.
     """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        start: int = 0,
+        *,
+        prompt_token_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._decoder = tokenizer.detokenizer(
+            prompt_token_ids=prompt_token_ids, skip_special_tokens=skip_special_tokens
+        )
+        self._offset = start
+
+    def next(self, token_id: int) -> int:
+        """Of one token after the other."""
+        offset = self._offset
+        self._offset += len(self._decoder.push(token_id))
+        return offset
+
+
+def completion_logprobs(
+    token_ids: Sequence[int],
+    scores: Sequence[TokenLogprobs | None],
+    tokenizer: Tokenizer,
+    offsets: Offsets,
+) -> CompletionLogprobs:
+    """One entry per token; a token without a score, such as a prompt's first, has null."""
     found = CompletionLogprobs([], [], [], [])
     for token_id, score in zip(token_ids, scores, strict=True):
         text = tokenizer.token_text(token_id)
         found.tokens.append(text)
-        found.text_offset.append(offset)
+        found.text_offset.append(offsets.next(token_id))
         found.token_logprobs.append(None if score is None else finite(score.logprob))
         found.top_logprobs.append(None if score is None else _top(text, score, tokenizer))
-        offset += len(text)
     return found
 
 

@@ -11,6 +11,7 @@ from ullm.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from ullm.core.detokenize import IncrementalDecoder
     from ullm.health import EngineStatistics, Health, ReloadReport, SleepHealth
     from ullm.output import Output
     from ullm.supervision import ChildInfo
@@ -42,6 +43,11 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of tokens."""
+
+    def detokenizer(
+        self, *, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> IncrementalDecoder:
+        """A decoder for a sequence that continues ``prompt_token_ids``."""
 
     def token_text(self, token_id: int) -> str:
         """One token as text, for log probabilities."""
