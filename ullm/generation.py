@@ -88,10 +88,10 @@ class Generation:
         self._info = info
         self._prompt = prompt
         self._choices: list[Choice] = []
-        self._changed: dict[int, None] = {}
+        self._turn = 0
         self._wake: trio.Event | None = None
-        self._waiting = trio.CancelScope()
-        self._held_until = self._held_at_most = 0.0
+        self._held_until = 0.0
+        self._held_at_most = math.inf
         self._deadline = math.inf
 
     @property
@@ -147,21 +147,31 @@ class Generation:
         if not self._choices:
             raise RuntimeError("enter the generation first: async with engine.generate(…) as generation")
         while True:
-            while self._changed and (self._held_until == 0.0 or self._may_be_read()):
-                output = self._advance(self._choices[next(iter(self._changed))])
+            while (choice := self._changed()) is not None:
+                output = self._advance(choice)
                 if output is not None:
-                    if self.pace is not None and not self._changed:
-                        self._hold(self.pace())
+                    self._hold()
                     return output
             if all(choice.finished for choice in self._choices):
                 raise StopAsyncIteration
             if await self._wait(deadline) and trio.current_time() >= deadline:
                 return None
 
+    def _changed(self) -> Choice | None:
+        """A choice that has something to read now; they take turns."""
+        count = len(self._choices)
+        for number in range(self._turn, self._turn + count):
+            choice = self._choices[number % count]
+            if choice.has_news and (choice.record.done or not self._held()):
+                self._turn = (number + 1) % count
+                return choice
+        return None
+
+    def _held(self) -> bool:
+        """Whether tokens still wait for others."""
+        return self._held_until > 0.0 and trio.current_time() < self._held_until
+
     def _advance(self, choice: Choice) -> Output | None:
-        del self._changed[choice.index]
-        if choice.finished:
-            return None
         if choice.record.error is not None:
             choice.finished = True
             raise choice.record.error
@@ -170,28 +180,30 @@ class Generation:
             self._router.finish(choice.record.seq_id, "stop")
         return output
 
-    def _hold(self, seconds: float) -> None:
-        if seconds > 0 and not self.params.stop_strings:
-            self._held_until = trio.current_time() + seconds
-            self._held_at_most = self._held_until + seconds
-
-    def _may_be_read(self) -> bool:
-        """Whether the time is over for which tokens wait, or something does not wait."""
-        if self._held_until <= trio.current_time():
-            self._held_until = 0.0
-            return True
-        return any(self._choices[index].record.done for index in self._changed)
+    def _hold(self) -> None:
+        """What comes from now on waits a while, unless something else can be read already."""
+        if self.pace is None or self.params.stop_strings or self._changed() is not None:
+            return
+        seconds = self.pace()
+        if seconds > 0:
+            now = trio.current_time()
+            self._held_until, self._held_at_most = now + seconds, now + 2 * seconds
+            for choice in self._choices:
+                choice.record.quiet_until = self._held_until
 
     async def _wait(self, deadline: float) -> bool:
         """Wait for something to read; whether a time was over first, the reader's or the request's."""
         self._wake = wake = trio.Event()
-        until = min(deadline, self._deadline, self._held_at_most if self._changed else math.inf)
-        with trio.CancelScope(deadline=until) as self._waiting:
+        until = min(deadline, self._deadline, self._held_at_most)
+        with trio.CancelScope(deadline=until) as waiting:
             await wake.wait()
         self._wake = None
-        if not self._waiting.cancelled_caught:
+        if not waiting.cancelled_caught:
             return False
-        if trio.current_time() >= self._deadline:
+        now = trio.current_time()
+        if now >= self._held_at_most:  # no further token has come since
+            self._held_at_most = math.inf
+        if now >= self._deadline:
             self._deadline = math.inf
             for choice in self._choices:
                 self._router.finish(choice.record.seq_id, "timeout")
@@ -210,7 +222,7 @@ class Generation:
             params=params,
             max_total=max_total,
             order=(params.priority, arrival),
-            notify=lambda: self._notify(index),
+            notify=self._notify,
         )
         decoder = self._tokenizer.detokenizer(
             prompt_token_ids=self.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
@@ -224,14 +236,9 @@ class Generation:
         self._router.submit(record)
         return Choice(index, record, text)
 
-    def _notify(self, index: int) -> None:
-        self._changed[index] = None
-        if self._wake is None:
-            return
-        if self._held_until == 0.0 or self._may_be_read():
+    def _notify(self) -> None:
+        if self._wake is not None:
             self._wake.set()
-        elif self._waiting.deadline > self._held_at_most:
-            self._waiting.deadline = self._held_at_most  # should no further token come
 
     def _check_tokens(self) -> None:
         vocab_size = self._info.vocab_size

@@ -14,8 +14,11 @@ from ullm.config import EngineConfig
 from ullm.sampling import SamplingParams
 
 
-class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Base of everything that crosses a worker's pipe."""
+class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Base of everything that crosses a worker's pipe.
+
+    Frozen values make no cycles, so the collector of garbage need not look at them; each step has thousands.
+    """
 
 
 # --- to a worker -------------------------------------------------------------------------------

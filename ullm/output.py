@@ -9,7 +9,7 @@ from ullm.core.request import RequestRecord
 from ullm.messages import TokenLogprobs
 
 
-class Output(msgspec.Struct, frozen=True):
+class Output(msgspec.Struct, frozen=True, gc=False):
     """What is new in one choice since its last output.
 
     Args:
@@ -42,6 +42,11 @@ class Choice:
         self.text = text
         self.read = 0
         self.finished = False
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `next` has something, or the choice has failed."""
+        return not self.finished and (self.record.done or len(self.record.token_ids) > self.read)
 
     def next(self) -> tuple[Output | None, str | None]:
         """What is new, if anything, and the stop string that ended it, if one did."""

@@ -65,7 +65,7 @@ def word_piece():
 
 
 def pieces(decoder, token_ids):
-    return [*map(decoder.push, token_ids), decoder.flush()]
+    return [*(decoder.push([token_id]) for token_id in token_ids), decoder.flush()]
 
 
 def ids_up_to(limit):
@@ -102,17 +102,29 @@ def test_byte_level_goes_on_in_the_middle(byte_level, token_ids, data):
     cut = data.draw(st.integers(0, len(token_ids)))
     token_bytes = TokenBytes(byte_level)
     first = ByteLevelDecoder(token_bytes, SPECIAL, ())
-    begun = "".join(map(first.push, token_ids[:cut]))
+    begun = first.push(token_ids[:cut])
     second = ByteLevelDecoder(token_bytes, SPECIAL, token_ids[:cut])
     assert begun + "".join(pieces(second, token_ids[cut:])) == byte_level.decode(token_ids)
+
+
+@given(token_ids=ids_up_to(520), size=st.integers(1, 7))
+def test_tokens_may_come_several_at_a_time(byte_level, byte_fallback, token_ids, size):
+    batches = [token_ids[start : start + size] for start in range(0, len(token_ids), size)]
+    for make in (
+        lambda: ByteLevelDecoder(TokenBytes(byte_level), SPECIAL, ()),
+        lambda: WindowDecoder(byte_fallback, SPECIAL, ()),
+    ):
+        decoder = make()
+        text = "".join(map(decoder.push, batches)) + decoder.flush()
+        assert text == "".join(pieces(make(), token_ids))
 
 
 def test_byte_level_token_bytes(byte_level):
     token_bytes = TokenBytes(byte_level)
     ids = byte_level.encode("naïve 東京 😀", add_special_tokens=False).ids
-    assert b"".join(map(token_bytes, ids)).decode() == "naïve 東京 😀"
-    assert token_bytes(1) == b"<|im_start|>"
-    assert token_bytes(10**6) == b""
+    assert b"".join(map(token_bytes.__getitem__, ids)).decode() == "naïve 東京 😀"
+    assert token_bytes[1] == b"<|im_start|>"
+    assert token_bytes[10**6] == b""
 
 
 def test_added_tokens_with_foreign_letters_stand_for_themselves(byte_level):
@@ -120,7 +132,7 @@ def test_added_tokens_with_foreign_letters_stand_for_themselves(byte_level):
     backend.add_tokens(["two words", "▁東"])
     token_bytes = TokenBytes(backend)
     ids = [backend.token_to_id("two words"), backend.token_to_id("▁東")]
-    assert [token_bytes(token_id).decode() for token_id in ids] == ["two words", "▁東"]
+    assert [token_bytes[token_id].decode() for token_id in ids] == ["two words", "▁東"]
     assert "".join(pieces(ByteLevelDecoder(token_bytes, SPECIAL, ()), ids)) == backend.decode(ids)
 
 
@@ -174,15 +186,15 @@ def test_unfinished_character_comes_out_at_the_end(byte_fallback):
 def test_endless_broken_bytes_are_not_held_for_ever(byte_fallback):
     bad = byte_fallback.token_to_id("<0xFF>")
     decoder = WindowDecoder(byte_fallback, SPECIAL, ())
-    parts = [decoder.push(bad) for _ in range(10 * HELD_TOKENS)]
+    parts = [decoder.push([bad]) for _ in range(10 * HELD_TOKENS)]
     assert "".join(parts) == REPLACEMENT * 10 * HELD_TOKENS
 
 
 def test_byte_fallback_token_bytes(byte_fallback):
     token_bytes = TokenBytes(byte_fallback)
-    assert token_bytes(byte_fallback.token_to_id("<0xFF>")) == b"\xff"
+    assert token_bytes[byte_fallback.token_to_id("<0xFF>")] == b"\xff"
     ids = byte_fallback.encode("the 😀").ids
-    assert b"".join(map(token_bytes, ids)).decode() == " the 😀"
+    assert b"".join(map(token_bytes.__getitem__, ids)).decode() == " the 😀"
 
 
 # --- others ---
@@ -201,4 +213,4 @@ def test_words_are_separated(word_piece, token_ids, data):
 def test_tokenizer_without_a_decoder():
     backend = Backend(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     assert "".join(pieces(WindowDecoder(backend, frozenset(), ()), [0, 1, 0])) == backend.decode([0, 1, 0])
-    assert TokenBytes(backend)(1) == b"b"
+    assert TokenBytes(backend)[1] == b"b"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,8 +17,8 @@ class Pieces:
     def __init__(self, pieces: list[str], held: str = "") -> None:
         self.pieces, self.held = pieces, held
 
-    def push(self, token_id: int) -> str:
-        return self.pieces[token_id]
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join(self.pieces[token_id] for token_id in token_ids)
 
     def flush(self) -> str:
         return self.held

@@ -28,8 +28,8 @@ most four bytes, so these are not going to make one."""
 class IncrementalDecoder(Protocol):
     """Decodes a growing sequence."""
 
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; may be empty."""
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete; may be empty."""
 
     def flush(self) -> str:
         """What is still held back, as U+FFFD; the sequence is over."""
@@ -46,21 +46,28 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-class TokenBytes:
-    """What each token stands for, in bytes."""
+class TokenBytes(dict[int, bytes]):
+    """What each token stands for, in bytes; empty for an id that is not in the vocabulary.
+
+    Models may have more ids than tokens. What a token stands for is looked up once.
+    """
 
     def __init__(self, backend: Backend) -> None:
+        super().__init__()
         kinds = set(_decoder_kinds(json.loads(backend.to_str())["decoder"]))
         self._backend = backend
         self._alphabet = byte_alphabet()
         self.byte_level = "ByteLevel" in kinds
         self._byte_fallback = "ByteFallback" in kinds
 
-    def __call__(self, token_id: int) -> bytes:
-        """Empty for an id that is not in the vocabulary; models may have more ids than tokens."""
+    def __missing__(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
         if token is None:
-            return b""
+            return b""  # and not remembered: there may be any number of them
+        found = self[token_id] = self._bytes_of(token)
+        return found
+
+    def _bytes_of(self, token: str) -> bytes:
         if self.byte_level:
             try:
                 return bytes(self._alphabet[character] for character in token)
@@ -78,12 +85,12 @@ class ByteLevelDecoder:
         self._bytes = token_bytes
         self._skip = skip
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        for token_id in _last(context, skip):
-            self.push(token_id)
+        self.push(_last(context, skip))
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         """See `IncrementalDecoder`."""
-        return "" if token_id in self._skip else self._utf8.decode(self._bytes(token_id))
+        bytes_of, skip = self._bytes, self._skip
+        return self._utf8.decode(b"".join([bytes_of[one] for one in token_ids if one not in skip]))
 
     def flush(self) -> str:
         """See `IncrementalDecoder`."""
@@ -104,8 +111,11 @@ class WindowDecoder:
         self._shown = len(self._window)
         self._shown_text = self._decode(self._window)
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         """See `IncrementalDecoder`."""
+        return "".join(map(self._push_one, token_ids))
+
+    def _push_one(self, token_id: int) -> str:
         if token_id in self._skip:
             return ""
         self._window.append(token_id)

@@ -225,14 +225,15 @@ class Router:
         replica = self._replicas.get(tokens.replica)
         if replica is None or replica.up.epoch != tokens.epoch:
             return  # a dead incarnation speaks late
+        now = trio.current_time()
         for event in tokens.events:
             record = self._records.get(event.seq_id)
             if record is not None and record.replica == tokens.replica:
-                self._take_event(record, event, replica)
+                self._take_event(record, event, replica, now)
         self._assign()
 
-    def _take_event(self, record: RequestRecord, event: TokenEvent, replica: _Replica) -> None:
-        self._generated_tokens += record.take(event)
+    def _take_event(self, record: RequestRecord, event: TokenEvent, replica: _Replica, now: float) -> None:
+        self._generated_tokens += record.take(event, now)
         if record.crashes and len(record.token_ids) >= record.resumed_at + CLEARED_AFTER:
             record.crashes = 0
         if event.finish_reason is not None:

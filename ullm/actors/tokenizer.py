@@ -212,11 +212,11 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; empty for an id that is none."""
-        return self._bytes(token_id)
+        return self._bytes[token_id]
 
     def token_text(self, token_id: int) -> str:
         """A token as text; incomplete characters become U+FFFD."""
-        return self._bytes(token_id).decode("utf-8", "replace")
+        return self._bytes[token_id].decode("utf-8", "replace")
 
     # --- inside ---
 

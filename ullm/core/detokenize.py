@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 
 class IncrementalDecoder(Protocol):
     """Decodes a growing sequence; holds back bytes that do not yet make a character."""
 
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; may be empty."""
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete; may be empty."""
 
     def flush(self) -> str:
         """What is still held back, undecodable bytes as U+FFFD."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, frozen=True):
     """What some tokens added.
 
     Args:
@@ -58,14 +58,12 @@ class TextAssembler:
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Add tokens; what comes after a stop string is dropped."""
+        if not self._stop:
+            return TextDelta(self._decoder.push(token_ids), len(token_ids))
         shown: list[str] = []
         for count, token_id in enumerate(token_ids, 1):
             self._num_tokens += 1
-            piece = self._decoder.push(token_id)
-            if not self._stop:
-                shown.append(piece)
-                continue
-            text, stop = self._search(piece)
+            text, stop = self._search(self._decoder.push((token_id,)))
             shown.append(text)
             if stop is not None:
                 return TextDelta("".join(shown), count, stop)

@@ -24,7 +24,8 @@ class RequestRecord:
         params: with ``seed`` set and ``n`` 1.
         max_total: tokens of prompt and output together at which it ends.
         order: (priority, arrival).
-        notify: called after each change, for the reader.
+        notify: called after changes, for the reader.
+        quiet_until: before this time new tokens are not worth a call; an end always is.
         crashes: worker losses while it was in a step, since it last made some progress.
         resumed_at: tokens that it had when it was last given to a replica.
         replica: the replica that runs it; None while it waits for one.
@@ -47,14 +48,15 @@ class RequestRecord:
     replica: int | None = None
     crashes: int = 0
     resumed_at: int = 0
+    quiet_until: float = 0.0
 
     @property
     def done(self) -> bool:
         """Whether nothing more will come."""
         return self.finish_reason is not None or self.error is not None
 
-    def take(self, event: TokenEvent) -> int:
-        """Add what is new in ``event``; returns how many tokens were.
+    def take(self, event: TokenEvent, now: float) -> int:
+        """Add what is new in ``event``, at the time ``now``; returns how many tokens were.
 
         Tokens that are known already (a resumed run repeats none, a late or doubled frame may) are
         dropped by their index.
@@ -65,7 +67,7 @@ class RequestRecord:
         known = len(self.token_ids) - event.index
         if known < 0:
             raise ValueError(f"tokens {len(self.token_ids)} to {event.index - 1} are missing")
-        new = event.token_ids[known:]
+        new = event.token_ids[known:] if known else event.token_ids
         self.token_ids += new
         if event.logprobs is not None:
             self.logprobs += event.logprobs[known:]
@@ -75,7 +77,8 @@ class RequestRecord:
             self.num_cached_tokens = event.num_cached_tokens
         if event.finish_reason is not None:
             self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
-        self.notify()
+        if now >= self.quiet_until or event.finish_reason is not None:
+            self.notify()
         return len(new)
 
     def finish(self, reason: FinishReason) -> None:

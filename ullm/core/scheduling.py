@@ -13,7 +13,9 @@ after a known one (`ullm.core.drafting`); until the guesses are verified its seq
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Iterable
+from operator import attrgetter
 
 from ullm.config import SchedulerConfig
 from ullm.core.blocks import ROOT_HASH, BlockPool, block_hash
@@ -21,6 +23,8 @@ from ullm.core.sequence import Sequence, TokenEvent
 from ullm.core.speculation import Speculation
 from ullm.core.statistics import SchedulerStatistics
 from ullm.messages import NewSequence, Row, Sampled, Step, StepResult
+
+_by_order = attrgetter("order")
 
 
 class Scheduler:
@@ -63,6 +67,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. The caller has checked that it fits the context and the pool."""
         self._speculation.begin(sequence)
+        sequence.know_endings(self._eos)
         self._sequences[sequence.seq_id] = sequence
         heapq.heappush(self._waiting, (sequence.order, sequence))
 
@@ -81,30 +86,22 @@ class Scheduler:
         sequence = self._sequences.get(sampled.seq_id)
         if sequence is None:
             return None
-        sequence.num_pending -= 1 if sampled.token_ids else 0
+        token_ids, logprobs, reason = sampled.token_ids, sampled.logprobs, None
+        sequence.num_pending -= 1 if token_ids else 0
         index = sequence.num_output_tokens
-        taken: list[int] = []
-        reason = None
-        for token_id in sampled.token_ids:
+        for count, token_id in enumerate(token_ids, 1):
             sequence.token_ids.append(token_id)
-            taken.append(token_id)
-            if reason := sequence.finish_reason(token_id, self._eos):
+            if reason := sequence.finish_reason(token_id):
+                token_ids, logprobs = token_ids[:count], logprobs and logprobs[:count]
                 break
         self._speculation.observe(sequence, len(sampled.token_ids))
-        if len(taken) > 1:
+        if len(token_ids) > 1:
             self._publish(sequence)
         if reason:
             self._finish(sequence)
-        return TokenEvent(
-            seq_id=sequence.seq_id,
-            index=index,
-            token_ids=taken,
-            logprobs=sampled.logprobs[: len(taken)] if sampled.logprobs is not None else None,
-            prompt_logprobs=sampled.prompt_logprobs,
-            finish_reason=reason,
-            stop_reason=taken[-1] if reason == "stop" and taken[-1] not in self._eos else None,
-            num_cached_tokens=sequence.num_cached_tokens,
-        )
+        stop = token_ids[-1] if reason == "stop" and token_ids[-1] not in self._eos else None
+        scores, cached = sampled.prompt_logprobs, sequence.num_cached_tokens
+        return TokenEvent(sequence.seq_id, index, token_ids, logprobs, scores, reason, stop, cached)
 
     # --- what goes out ---------------------------------------------------------------------------
 
@@ -133,17 +130,21 @@ class Scheduler:
     def _continue_running(self, rows: list[Row], budget: int) -> int:
         # Guesses take at most half of what the running sequences themselves leave.
         spare = (budget - len(self._running)) // 2 if self._config.speculate else 0
-        # Decodes before prefill chunks, so that a long prompt does not hold up others' next tokens.
-        for sequence in sorted(
-            self._running, key=lambda running: (running.num_to_compute > 1, running.order)
-        ):
-            count = min(sequence.num_to_compute, budget)
+        for sequence, needed in self._in_turn():
+            count = min(needed, budget)
             if count > 0 and sequence.running and self._make_room(sequence, count):
                 draft = self._draft(sequence, spare) if spare > 0 else []
                 rows.append(self._plan(sequence, count, draft))
                 budget -= count + len(draft)
                 spare -= len(draft)
         return budget
+
+    def _in_turn(self) -> list[tuple[Sequence, int]]:
+        """Running sequences, and how many positions each could compute."""
+        needs = [(s, needed) for s in self._running if (needed := s.num_to_compute) > 0]
+        # Decodes before prefill chunks, so that a long prompt does not hold up others' next tokens.
+        prefills = [need for need in needs if need[1] > 1]
+        return [need for need in needs if need[1] == 1] + prefills if prefills else needs
 
     def _admit_waiting(self, rows: list[Row], budget: int) -> list[NewSequence]:
         new: list[NewSequence] = []
@@ -156,7 +157,7 @@ class Scheduler:
             if sequence.num_pending or not self._reserve(sequence):
                 break
             heapq.heappop(self._waiting)
-            self._running.append(sequence)
+            insort(self._running, sequence, key=_by_order)
             sequence.running = True
             count = min(sequence.num_to_compute, budget)
             self._make_room(sequence, count)
@@ -221,6 +222,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Give ``sequence`` the blocks for ``count`` more positions; preempt others if need be."""
         missing = self._blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
+        if missing <= 0:
+            return True
         while missing > self._pool.num_free:
             # A sequence that this step already computes cannot lose its blocks to another row of it.
             idle = (running for running in self._running if running.planned_in != self._steps)
@@ -228,8 +231,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        if missing > 0:
-            sequence.block_ids += self._pool.allocate(missing)
+        sequence.block_ids += self._pool.allocate(missing)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -238,7 +240,8 @@ class Scheduler:
         heapq.heappush(self._waiting, (sequence.order, sequence))
 
     def _leave(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
+        place = bisect_left(self._running, sequence.order, key=_by_order)
+        del self._running[self._running.index(sequence, place)]
         sequence.running = False
         self._forget.append(sequence.seq_id)
         self._pool.release(sequence.block_ids)
@@ -253,6 +256,8 @@ class Scheduler:
         if not self._prefix_cache or not sequence.running:
             return
         full = min(sequence.num_computed, len(sequence.token_ids)) // self._block_size
+        if full == sequence.num_published:
+            return
         self._extend_hashes(sequence, full)
         for position in range(sequence.num_published, full):
             self._pool.publish(sequence.block_ids[position], sequence.block_hashes[position])

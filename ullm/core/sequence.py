@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from ullm.core.drafting import Drafter
 from ullm.messages import TokenLogprobs
 from ullm.sampling import SamplingParams
@@ -12,8 +14,7 @@ from ullm.sampling import SamplingParams
 FinishReason = Literal["stop", "length", "abort", "timeout"]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct, frozen=True, gc=False):
     """New tokens of one sequence, or its end, or both.
 
     Args:
@@ -51,6 +52,7 @@ class Sequence:
         num_drafted: guesses in the planned step; until it is known which were right, nothing can follow.
         drafter: guesses further tokens; None: they are computed one by one.
         planned_in: number of the last step that it has a row in.
+        endings: tokens that end it.
     """
 
     seq_id: int
@@ -71,6 +73,7 @@ class Sequence:
     running: bool = False
     finished: bool = False
     planned_in: int = 0
+    endings: frozenset[int] = frozenset()
 
     @property
     def num_output_tokens(self) -> int:
@@ -83,15 +86,17 @@ class Sequence:
         planned = len(self.token_ids) + self.num_pending
         return 0 if planned >= self.max_total or self.num_drafted else planned - self.num_computed
 
-    def finish_reason(self, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+    def know_endings(self, eos_token_ids: frozenset[int]) -> None:
+        """Gather the tokens that end it: end-of-sequence tokens, unless ignored, and its own."""
+        eos = frozenset() if self.params.ignore_eos else eos_token_ids
+        self.endings = eos.union(self.params.stop_token_ids) if self.params.stop_token_ids else eos
+
+    def finish_reason(self, token_id: int) -> FinishReason | None:
         """Whether ``token_id``, just appended, ends the sequence.
 
         Below ``min_tokens`` the sampler makes ending tokens impossible, but a grammar or a logit
         bias could still force one, so it is checked here too.
         """
-        if self.num_output_tokens > self.params.min_tokens:
-            if token_id in self.params.stop_token_ids:
-                return "stop"
-            if token_id in eos_token_ids and not self.params.ignore_eos:
-                return "stop"
+        if token_id in self.endings and self.num_output_tokens > self.params.min_tokens:
+            return "stop"
         return "length" if len(self.token_ids) >= self.max_total else None
