@@ -51,7 +51,7 @@ class Offsets:
     def next(self, token_id: int) -> int:
         """Of one token after the other."""
         offset = self._offset
-        self._offset += len(self._decoder.push(token_id))
+        self._offset += len(self._decoder.push((token_id,)))
         return offset
 
 
