@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import trio
+from gguf.constants import GGMLQuantizationType as Kind
+from gguf.quants import quantize
 
 from ullm.bench.compare import machine, run, scenarios
 from ullm.bench.compare.candidates import (
     Candidate,
-    bits_of,
     llama_candidate,
     transformers_candidate,
     ullm_candidate,
@@ -25,8 +28,9 @@ from ullm.bench.compare.plot import draw
 from ullm.bench.compare.report import Comparison, compare
 from ullm.bench.compare.run import Turn, measure_candidate, order, run_rounds
 from ullm.bench.compare.scenarios import Figures, Load, Metric, decode_metric
+from ullm.bench.compare.weights import bits_of
 from ullm.commands.bench_compare import Peers, candidates, check, choose
-from ullm.errors import UsageError
+from ullm.errors import ModelFileBroken, UsageError
 from ullm.testing import write_tiny_model
 
 SHAPE = ModelShape(parameters=1_000_000, kv_bytes=100)
@@ -44,12 +48,13 @@ def peer(name: str, *options: str) -> Candidate:
 
 def test_how_ullm_is_started() -> None:
     found = ullm_candidate("int8=--quantization int8 --max-bs 32", "m")
-    assert (found.name, found.weight_bits) == ("ullm int8", 8.0)
+    assert (found.name, found.weight_bits) == ("ullm int8", 8.5)
     assert found.command(81)[1:] == [
         *("-m", "ullm", "serve", "--model", "m", "--port", "81"),
         *("--quantization", "int8", "--max-bs", "32"),
     ]
-    assert ullm_candidate("q=--model other.gguf", "m").command(1).count("--model") == 1
+    assert ullm_candidate("q=--model other", "m").command(1).count("--model") == 1
+    assert "m" not in ullm_candidate("q=--model=other", "m").command(1)[3:]
     assert ullm_candidate("bf16=", "m").weight_bits == 16.0
 
 
@@ -59,9 +64,59 @@ def test_specs_without_a_name(spec: str) -> None:
         ullm_candidate(spec, "m")
 
 
+def write_gguf(path: Path, kind: Kind) -> Path:
+    """Matrices of a kind, and beside them more metadata than weights."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("tokenizer.ggml.tokens", [f"token {number}" for number in range(1000)])
+    values = np.ones((4, 64), np.float32)
+    for name in ("a.weight", "b.weight"):
+        plain = kind in (Kind.F32, Kind.F16)
+        data = values.astype(np.float16 if kind == Kind.F16 else np.float32)
+        writer.add_tensor(name, data if plain else quantize(values, kind), raw_dtype=None if plain else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "bits"),
+    [
+        (Kind.Q4_1, "", 5.0),
+        (Kind.Q8_0, "", 8.5),
+        (Kind.Q4_0, "--dtype float32", 4.5),
+        (Kind.Q4_1, "--quantization none", 16.0),
+        (Kind.Q4_1, "--quantization none --dtype float32", 32.0),
+        (Kind.Q4_1, "--quantization int8", 8.5),
+        (Kind.F32, "", 16.0),
+        (Kind.F16, "", 16.0),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--model {}", "--model={}"])
+def test_the_weights_of_a_gguf_file_are_as_they_are(
+    tmp_path: Path, kind: Kind, options: str, bits: float, flag: str
+) -> None:
+    path = write_gguf(tmp_path / "w.gguf", kind)
+    found = ullm_candidate(f"q={flag.format(path)} {options}", "m")
+    assert found.weight_bits == bits
+    assert ullm_candidate(f"q={options}", str(path)).weight_bits == bits
+
+
+def test_a_head_of_eight_bits() -> None:
+    assert ullm_candidate("q=--quantization int4", "m", head_share=0.0).weight_bits == 5.0
+    assert ullm_candidate("q=--quantization int4", "m", head_share=0.5).weight_bits == 6.75
+
+
+def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "w.gguf"
+    path.write_bytes(bytes(1000))
+    with pytest.raises(ModelFileBroken, match="not a GGUF file"):
+        ullm_candidate(f"q=--model {path}", "m")
+
+
 def test_how_peers_are_started(tmp_path: Path) -> None:
-    gguf = tmp_path / "w.gguf"
-    gguf.write_bytes(bytes(1000))
+    weights = write_gguf(tmp_path / "w.gguf", Kind.Q4_1)
     vllm = vllm_candidate("/v/bin/vllm", tmp_path, "--gpu-memory-utilization 0.3")
     assert vllm.command(7)[:3] == ["/v/bin/vllm", "serve", str(tmp_path)]
     assert vllm.command(7)[-4:] == ["--port", "7", "--gpu-memory-utilization", "0.3"]
@@ -69,10 +124,10 @@ def test_how_peers_are_started(tmp_path: Path) -> None:
         "-m",
         "vllm.entrypoints.cli.main",
     ]
-    llama = llama_candidate("/l/llama-server", gguf, "-t 2", 1600)
-    assert llama.command(7)[:5] == ["/l/llama-server", "-m", str(gguf), "--port", "7"]
+    llama = llama_candidate("/l/llama-server", weights, "-t 2")
+    assert llama.command(7)[:5] == ["/l/llama-server", "-m", str(weights), "--port", "7"]
     assert (llama.weight_bits, llama.command(7)[-2:]) == (5.0, ["-c", "65536"])
-    assert llama_candidate("l", gguf, "-c 100", 1600).command(7).count("-c") == 1
+    assert llama_candidate("l", weights, "-c 100").command(7).count("-c") == 1
     transformers = transformers_candidate("/t/python", tmp_path)
     assert transformers.command(7)[0] == "/t/python"
     assert Path(transformers.command(7)[1]).is_file()
@@ -132,6 +187,7 @@ def test_shapes_are_read_from_a_model(tmp_path: Path) -> None:
     shape = model_shape(tmp_path)
     assert shape.kv_bytes == 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * 16
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert shape.head == config["vocab_size"] * config["hidden_size"]
     assert shape.parameters == pytest.approx(size / 4, rel=0.1)  # float32, and a header
     with pytest.raises(UsageError, match=r"config\.json"):
         model_shape(tmp_path / "none")

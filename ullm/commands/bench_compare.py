@@ -80,14 +80,14 @@ def check(load: Load, rounds: int) -> None:
 
 def candidates(model: str, folder: Path, peers: Peers, shape: ModelShape) -> list[Candidate]:
     """Who takes part, in the order of the first round."""
-    found = [servers.ullm_candidate(spec, model) for spec in peers.ullm or ("default=",)]
+    head_share = shape.head / shape.parameters
+    found = [servers.ullm_candidate(spec, model, head_share) for spec in peers.ullm or ("default=",)]
     if peers.vllm:
         found.append(servers.vllm_candidate(peers.vllm, folder, peers.vllm_options))
     if peers.llama_server:
         if peers.gguf is None or not peers.gguf.is_file():
             raise UsageError("--llama-server needs --gguf FILE, the weights that it serves")
-        options = peers.llama_options
-        found.append(servers.llama_candidate(peers.llama_server, peers.gguf, options, shape.parameters))
+        found.append(servers.llama_candidate(peers.llama_server, peers.gguf, peers.llama_options))
     if peers.transformers:
         found.append(servers.transformers_candidate(peers.transformers, folder))
     names = [each.name for each in found]

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ullm.bench import scripts
 from ullm.bench.compare.scenarios import SCENARIOS
+from ullm.bench.compare.weights import bits_of as bits_of
+from ullm.bench.compare.weights import gguf_bits, option, ullm_bits
 from ullm.errors import UsageError
 
 MODEL_LENGTH = 2048
 """Most tokens per sequence, where a server wants to be told."""
 SLOTS = 32
 """Sequences at once, where a server wants to be told."""
-BITS = {"int8": 8.0, "int4": 4.5, "fp8": 8.0}
-"""Per weight with its scales, by the name of a quantization."""
-DTYPE_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "auto": 16.0}
 
 
 @dataclass(frozen=True)
@@ -47,19 +45,24 @@ class Candidate:
         return [part.replace("{port}", str(port)) for part in self.arguments]
 
 
-def ullm_candidate(spec: str, model: str) -> Candidate:
+def ullm_candidate(spec: str, model: str, head_share: float = 0.0) -> Candidate:
     """``NAME=OPTIONS of ullm serve``; ``model`` unless they name another.
+
+    Args:
+        head_share: of the model's weights, those of its head.
 
     Raises:
         UsageError: not of that form.
+        ModelError: a GGUF file that cannot be found or read.
     """
     name, found, options = spec.partition("=")
     if not found or not name.strip() or name.strip().startswith("-"):
         raise UsageError(f"--ullm {spec}: expected NAME=OPTIONS, as in 'int8=--quantization int8' or 'bf16='")
     given = shlex.split(options)
-    chosen = [] if "--model" in given else ["--model", model]
+    chosen = [] if option(given, "--model") else ["--model", model]
     command = (sys.executable, "-m", "ullm", "serve", *chosen, "--port", "{port}", *given)
-    return Candidate(f"ullm {name.strip()}", command, "/live", "/ready", weight_bits=bits_of(given))
+    bits = ullm_bits([*chosen, *given], head_share)
+    return Candidate(f"ullm {name.strip()}", command, "/live", "/ready", weight_bits=bits)
 
 
 def vllm_candidate(command: str, model: Path, options: str) -> Candidate:
@@ -73,17 +76,17 @@ def vllm_candidate(command: str, model: Path, options: str) -> Candidate:
     return Candidate("vLLM", (*program, *arguments), "/health", "/health", 300.0, bits_of(given))
 
 
-def llama_candidate(program: str, gguf: Path, options: str, parameters: int) -> Candidate:
+def llama_candidate(program: str, gguf: Path, options: str) -> Candidate:
     """llama.cpp's server with a GGUF file.
 
-    Args:
-        parameters: of the model, to know the file's bits per weight.
+    Raises:
+        ModelError: the file cannot be read.
     """
     arguments = ["-m", str(gguf), "--port", "{port}", "-np", str(SLOTS), *shlex.split(options)]
     if "-c" not in arguments and "--ctx-size" not in arguments:
         arguments += ["-c", str(SLOTS * MODEL_LENGTH)]
-    bits = gguf.stat().st_size * 8 / parameters
-    return Candidate("llama.cpp", (*shlex.split(program), *arguments), "/health", "/health", weight_bits=bits)
+    command = (*shlex.split(program), *arguments)
+    return Candidate("llama.cpp", command, "/health", "/health", weight_bits=gguf_bits(gguf))
 
 
 def transformers_candidate(python: str, model: Path) -> Candidate:
@@ -94,12 +97,3 @@ def transformers_candidate(python: str, model: Path) -> Candidate:
     script = Path(scripts.__file__).with_name("transformers_batch.py")
     command = (*shlex.split(python), str(script), str(model), "{port}", "bfloat16")
     return Candidate("transformers", command, "/health", "/health", scenarios=("decode",))
-
-
-def bits_of(options: Sequence[str]) -> float:
-    """Bits per weight that a server's options ask for; 16 where they say nothing."""
-    words = [word for option in options for word in option.split("=")]
-    for flag, table in (("--quantization", BITS), ("--dtype", DTYPE_BITS)):
-        if flag in words[:-1]:
-            return table.get(words[words.index(flag) + 1], 16.0)
-    return 16.0

@@ -33,10 +33,16 @@ class MachineUnknown(UllmError):
 
 
 class ModelShape(msgspec.Struct, frozen=True):
-    """What the roofline needs to know of a model. ``kv_bytes`` per token, two bytes a number."""
+    """What the roofline needs to know of a model.
+
+    Args:
+        kv_bytes: per token, two bytes a number.
+        head: weights of the last layer, which makes logits; they may be the embedding's.
+    """
 
     parameters: int
     kv_bytes: int
+    head: int = 0
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -59,7 +65,8 @@ def model_shape(folder: Path) -> ModelShape:
     shape = json.loads(config.read_text("utf-8"))
     heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
     size = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
-    return ModelShape(sum(map(_elements, files)), 2 * 2 * shape["num_hidden_layers"] * heads * size)
+    kv_bytes = 2 * 2 * shape["num_hidden_layers"] * heads * size
+    return ModelShape(sum(map(_elements, files)), kv_bytes, shape["vocab_size"] * shape["hidden_size"])
 
 
 def measure_bandwidth() -> float:
