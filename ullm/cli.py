@@ -61,6 +61,7 @@ SharedPrefix = Annotated[int, Parameter(help="Words that all prompts begin with.
 Seed = Annotated[int, Parameter(help="The same seed asks the same.", group=load)]
 LoadTemperature = Annotated[float, Parameter(name="--temperature", help="0: greedy.", group=load)]
 LoadTopP = Annotated[float, Parameter(name="--top-p", help="At a temperature above 0.", group=load)]
+JsonObject = Annotated[str, Parameter(help="Its own options, as a JSON object.", allow_leading_hyphen=True)]
 Json = Annotated[bool, Parameter(help="Print JSON instead of a table.", negative="")]
 Output = Annotated[Path | None, Parameter(help="Also write the report there; .md for Markdown, else JSON.")]
 
@@ -208,6 +209,56 @@ def bench_compare(
     levels = tuple(parse_concurrency(concurrency))
     load = Load(levels, chosen, output_tokens=output_tokens, seed=seed)
     return run(model, peers, load, rounds, baseline, output, "" if plot == "none" else plot)
+
+
+@bench.command(name="batch")
+def bench_batch(
+    *,
+    model: Annotated[str, Parameter(help="Hub id or folder that all engines load.")] = DEFAULT_MODEL,
+    shape: Annotated[
+        Literal["", "qwen3-0.6b", "tiny"],
+        Parameter(help="Instead of --model: random bfloat16 weights of this shape, written below --output."),
+    ] = "",
+    ullm: Annotated[
+        list[str] | None,
+        Parameter(help="NAME=OPTIONS of ullm serve, as in 'eager=--enforce-eager'; may be repeated."),
+    ] = None,
+    transformers: Annotated[str, Parameter(help="A Python that has transformers 5 (generate_batch).")] = "",
+    transformers_options: JsonObject = "",
+    nano_vllm: Annotated[str, Parameter(help="A Python that has nano-vllm.")] = "",
+    nano_vllm_options: JsonObject = "",
+    vllm: Annotated[str, Parameter(help="A Python that has vLLM.")] = "",
+    vllm_options: JsonObject = "",
+    requests: Annotated[int, Parameter(help="At once.", group=load)] = 256,
+    prompt_tokens: Annotated[
+        str, Parameter(help="Of a prompt: a number or a range.", group=load)
+    ] = "100-1024",
+    output_tokens: OutputTokens = "100-1024",
+    single_tokens: Annotated[int, Parameter(help="Of one request alone.", group=load)] = 256,
+    temperature: LoadTemperature = 0.6,
+    seed: Seed = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="For those that can be told.")] = "auto",
+    rounds: Annotated[int, Parameter(help="How often each is loaded and measured.")] = 3,
+    baseline: Annotated[str | None, Parameter(help="Whom to compare with; default: the first peer.")] = None,
+    output: Annotated[Path, Parameter(help="Folder for batch.md, .json and logs.")] = Path("batch"),
+) -> int:
+    """Give many requests to each engine at once, offline, in rounds. Needs ullm[bench]."""
+    from ullm.bench.batch.load import BatchLoad
+    from ullm.bench.workload import Length
+    from ullm.commands.bench_batch import Peers
+    from ullm.commands.bench_batch import bench_batch as run
+
+    prompt = Length.parse(prompt_tokens, "--prompt-tokens")
+    out = Length.parse(output_tokens, "--output-tokens")
+    pythons = (("transformers", transformers), ("nano-vllm", nano_vllm), ("vllm", vllm))
+    options = (
+        ("transformers", transformers_options),
+        ("nano-vllm", nano_vllm_options),
+        ("vllm", vllm_options),
+    )
+    peers = Peers(tuple(ullm or ()), pythons, options)
+    asked = BatchLoad(requests, prompt, out, single_tokens, temperature, seed)
+    return run(model, shape, peers, asked, device, rounds, baseline, output)
 
 
 @bench.command(name="chaos")

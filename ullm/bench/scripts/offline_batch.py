@@ -1,0 +1,225 @@
+"""One engine's turn of ``ullm bench batch``, run as ``PYTHON offline_batch.py ENGINE MODEL JOB RESULT``.
+
+It runs in the engine's own Python, so it needs nothing but that engine. JOB is a JSON file with ``requests``,
+``single`` and ``warm_up`` (lists of ``prompt``, ``max_tokens``), ``temperature``, ``longest``, ``device`` and
+``options``, which are the engine's own. RESULT is written when all is measured. Exit status 3: the
+engine is not there, and the last line says why.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+MISSING = 3
+
+Ask = dict[str, Any]
+
+
+class Engine(Protocol):
+    """A loaded engine."""
+
+    version: str
+    device: str
+
+    def run(self, asks: Sequence[Ask]) -> int:
+        """Generate for all requests at once; the number of tokens."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+class Ullm:
+    """ullm's `LLM`; ``options`` are the fields of its ``EngineConfig``."""
+
+    def __init__(self, model: str, job: dict[str, Any]) -> None:
+        import asyncio
+
+        import msgspec
+
+        import ullm
+        from ullm.config import EngineConfig
+
+        self.version = ullm.__version__
+        self._temperature = job["temperature"]
+        self._make = ullm.SamplingParams
+        self._llm = ullm.LLM(msgspec.convert(job["options"], EngineConfig))
+        asyncio.run(self._llm.ready())
+        self.device: str = self._llm.config.device
+
+    def run(self, asks: Sequence[Ask]) -> int:
+        params = [
+            self._make(temperature=self._temperature, max_tokens=ask["max_tokens"], ignore_eos=True)
+            for ask in asks
+        ]
+        answers = self._llm.generate_sync([ask["prompt"] for ask in asks], params)
+        return sum(len(choice.token_ids) for choices in answers for choice in choices)
+
+    def close(self) -> None:
+        self._llm.shutdown()
+
+
+class Vllm:
+    """vLLM's offline ``LLM``; ``options`` are its keyword arguments."""
+
+    def __init__(self, model: str, job: dict[str, Any]) -> None:
+        import vllm
+
+        self.version, self.device = vllm.__version__, "its own choice"
+        self._temperature, self._params = job["temperature"], vllm.SamplingParams
+        wanted = {
+            "dtype": "bfloat16",
+            "max_model_len": job["longest"],
+            "max_num_seqs": len(job["requests"]),
+            **job["options"],
+        }
+        self._llm: Any = vllm.LLM(model=model, **wanted)
+
+    def run(self, asks: Sequence[Ask]) -> int:
+        params = [
+            self._params(
+                temperature=self._temperature, max_tokens=ask["max_tokens"], ignore_eos=True, detokenize=False
+            )
+            for ask in asks
+        ]
+        prompts = [{"prompt_token_ids": ask["prompt"]} for ask in asks]
+        answers = self._llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(answer.outputs[0].token_ids) for answer in answers)
+
+    def close(self) -> None:
+        del self._llm
+
+
+class NanoVllm:
+    """nano-vllm's ``LLM``; ``options`` are its keyword arguments. It has no greedy decoding."""
+
+    def __init__(self, model: str, job: dict[str, Any]) -> None:
+        from importlib import metadata
+
+        import nanovllm
+
+        self.version, self.device = metadata.version("nano-vllm"), "cuda"
+        self._temperature, self._params = max(job["temperature"], 1e-5), nanovllm.SamplingParams
+        wanted = {
+            "max_model_len": job["longest"],
+            "max_num_seqs": max(len(job["requests"]), 1),
+            "max_num_batched_tokens": max(16384, job["longest"]),
+            **job["options"],
+        }
+        self._llm: Any = nanovllm.LLM(model, **wanted)
+
+    def run(self, asks: Sequence[Ask]) -> int:
+        params = [
+            self._params(temperature=self._temperature, max_tokens=ask["max_tokens"], ignore_eos=True)
+            for ask in asks
+        ]
+        answers = self._llm.generate([ask["prompt"] for ask in asks], params, use_tqdm=False)
+        return sum(len(answer["token_ids"]) for answer in answers)
+
+    def close(self) -> None:
+        del self._llm  # it ends its workers when the interpreter does
+
+
+class Transformers:
+    """transformers' continuous batching, as ``generate_batch`` uses it, with a length for each request.
+
+    ``options`` are of its ``ContinuousBatchingConfig``; besides, ``attn_implementation`` of the model's.
+    """
+
+    def __init__(self, model: str, job: dict[str, Any]) -> None:
+        import torch
+        import transformers
+
+        self.version = transformers.__version__
+        self.device = job["device"]
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        options = dict(job["options"])
+        loaded = {"attn_implementation": options.pop("attn_implementation", None)}
+        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.bfloat16, **{key: value for key, value in loaded.items() if value}
+        ).to(self.device)
+        sampling = {"do_sample": True, "temperature": job["temperature"]} if job["temperature"] else {}
+        settings = {"eos_token_id": -1, "max_new_tokens": job["longest"], **sampling}
+        generation: Any = transformers.GenerationConfig.from_dict(settings)
+        batching = transformers.ContinuousBatchingConfig(
+            **{"max_requests_per_batch": len(job["requests"]), **options}
+        )
+        self._manager: Any = self._model.init_continuous_batching(
+            generation_config=generation, continuous_batching_config=batching
+        )
+        self._manager.warmup()
+        self._manager.start()
+
+    def run(self, asks: Sequence[Ask]) -> int:
+        for ask in asks:
+            self._manager.add_request(ask["prompt"], max_new_tokens=ask["max_tokens"])
+        tokens, waiting = 0, len(asks)
+        while waiting:
+            answer = self._manager.get_result(timeout=1)
+            if answer is None and not self._manager.is_running():
+                raise RuntimeError("the thread of transformers' continuous batching has ended")
+            if answer is not None and answer.is_finished():
+                waiting -= 1
+                tokens += len(answer.generated_tokens)
+        return tokens
+
+    def close(self) -> None:
+        self._manager.stop(block=True)
+
+
+ENGINES: dict[str, Callable[[str, dict[str, Any]], Engine]] = {
+    "ullm": Ullm,
+    "vllm": Vllm,
+    "nano-vllm": NanoVllm,
+    "transformers": Transformers,
+}
+
+
+def main(name: str, model: str, job_file: str, result_file: str) -> int:
+    """Load, warm up, measure, write the result."""
+    job = json.loads(Path(job_file).read_text("utf-8"))
+    began = time.perf_counter()
+    try:
+        engine = ENGINES[name](model, job)
+    except ImportError as error:
+        sys.stderr.write(f"{sys.executable} cannot import {name}: {error}\n")
+        return MISSING
+    loaded = time.perf_counter() - began
+    try:
+        checked(engine, job["warm_up"])
+        seconds = checked(engine, job["requests"])
+        first, whole = job["single"]
+        alone = [checked(engine, [ask]) for ask in (first, whole)]
+    finally:
+        engine.close()
+    found = {
+        "version": engine.version,
+        "device": engine.device,
+        "load_seconds": loaded,
+        "seconds": seconds,
+        "single_tokens": whole["max_tokens"] - first["max_tokens"],
+        "single_seconds": alone[1] - alone[0],
+        "first_seconds": alone[0],
+    }
+    Path(result_file).write_text(json.dumps(found), "utf-8")
+    return 0
+
+
+def checked(engine: Engine, asks: Sequence[Ask]) -> float:
+    """Seconds that the requests took; an engine that makes other numbers of tokens is not comparable."""
+    began = time.perf_counter()
+    tokens = engine.run(asks)
+    seconds = time.perf_counter() - began
+    expected = sum(ask["max_tokens"] for ask in asks)
+    if tokens != expected:
+        raise RuntimeError(f"{tokens} tokens were generated, {expected} were asked for")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:5]))
