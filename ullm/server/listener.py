@@ -89,10 +89,10 @@ class ClientConnection(TCPServer):
 
         A send cannot be cancelled: half a piece would spoil the pieces after it.
         """
-        if isinstance(event, Updated):
-            self._has_asked = True
-            self.idle_since = trio.current_time() if event.idle else None
         if not isinstance(event, RawData):
+            if isinstance(event, Updated):
+                self._has_asked = True
+                self.idle_since = trio.current_time() if event.idle else None
             if not (self._client_left and isinstance(event, Updated)):
                 await super().protocol_send(event)
             return
