@@ -323,7 +323,9 @@ def bench_soak(
     prompt_words: PromptWords = "8-64",
     output_tokens: OutputTokens = "8-64",
     seed: Seed = 0,
-    warm_up: Annotated[float, Parameter(help="Share of the run that is not judged.")] = 0.1,
+    warm_up: Annotated[
+        float, Parameter(help="Share of the run that is not judged; the KV cache fills.")
+    ] = 0.1,
     max_time_growth: Annotated[float, Parameter(help="Of processor time per step, as a share.")] = 0.05,
     max_memory_growth: Annotated[float, Parameter(help="As a share.")] = 0.03,
     memory_slack: Annotated[float, Parameter(help="MiB beyond that.")] = 4.0,

@@ -166,7 +166,7 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (tmp_path / "soak.md").read_text("utf-8")
     assert capsys.readouterr().out == text
     assert "| processor time per step, front end, ms | 2." in text
-    assert "**grew**" in text
+    assert "**worse**" in text
     assert "100 answered, 3 refused" in text
     assert len(json.loads((tmp_path / "soak.json").read_text("utf-8"))["samples"]) == 40
     assert b"processor ms per step" in (tmp_path / "soak.svg").read_bytes()

@@ -67,7 +67,7 @@ class Soak(msgspec.Struct, frozen=True):
             name = f"{each.name}, {each.unit}" if each.unit else each.name
             beside = "" if each.beside is None else f"{each.beside:+.1%}"
             numbers = [number(value) for value in (each.first, each.last)]
-            last = [number(each.allowed), "flat" if each.good else "**grew**"]
+            last = [number(each.allowed), "flat" if each.good else "**worse**"]
             rows.append([name, *numbers, f"{each.change:+.1%}", beside, *last])
         return table(rows)
 

@@ -43,7 +43,8 @@ class Plan:
         streams: clients that ask one request after another.
         seconds, requests: it lasts until so much time has passed and so many requests have been answered.
         interval: seconds between two looks.
-        warm_up: share of the run that is not judged.
+        warm_up: share of the run that is not judged. A server's memory grows until its prefix cache has
+            filled the KV blocks, and its caches are full.
     """
 
     model: str

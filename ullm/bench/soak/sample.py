@@ -13,8 +13,10 @@ import trio
 from ullm.bench.http import Connection
 from ullm.bench.processes import ServerProcess, at_root, descendants, psutil_module
 
-YARDSTICK_TIMES = 3
-YARDSTICK_LENGTH = 20_000
+YARDSTICK_PIECES = 30
+YARDSTICK_PAUSE = 0.003
+"""Seconds between two pieces of the fixed work, in which others use the caches, as between two steps."""
+YARDSTICK_OBJECTS = 30_000
 STEPS, TOKENS, RESTARTS = "ullm_steps_total", "ullm_generation_tokens_total", "ullm_worker_restarts_total"
 IN_FLIGHT = ("ullm_num_requests_running", "ullm_num_requests_waiting", "ullm_kv_cache_usage_ratio")
 _LINE = re.compile(r"^(\w+) (\S+)$", re.MULTILINE)
@@ -148,17 +150,16 @@ def taken(process: Any) -> Taken:
 
 
 def yardstick() -> float:
-    """Processor seconds of a fixed piece of Python: the least of a few, some milliseconds.
+    """Processor seconds of a fixed piece of Python, some milliseconds, in small pieces with pauses.
 
     On a machine that others use, the same work costs more time while they are busy, because they share
     caches, memory and the clock's limits. What grows no more than this has not grown.
     """
-    return min(_fixed_work() for _ in range(YARDSTICK_TIMES))
-
-
-def _fixed_work() -> float:
-    began = time.thread_time()
-    found: dict[int, str] = {}
-    for number in range(YARDSTICK_LENGTH):
-        found[number * 7919 % 4099] = str(number)
-    return time.thread_time() - began
+    objects = {number * 7919 % YARDSTICK_OBJECTS: str(number) for number in range(YARDSTICK_OBJECTS)}
+    spent = 0.0
+    for piece in range(YARDSTICK_PIECES):
+        time.sleep(YARDSTICK_PAUSE)
+        began = time.thread_time()
+        sum(len(objects[number]) for number in range(piece, YARDSTICK_OBJECTS, YARDSTICK_PIECES))
+        spent += time.thread_time() - began
+    return spent
