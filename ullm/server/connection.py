@@ -24,6 +24,11 @@ LINGER_SECONDS = 5.0
 LINGER_BYTES = 256 << 20
 """How much of an unwanted body is thrown away before the connection is closed on it."""
 
+CHUNKS = "ullm.chunks"
+"""An extension in the scope of a request (ASGI 3, extensions): ``async (bytes) -> None``, which sends a piece
+of a body whose length is not known, after the response's start and in place of ``http.response.body``. The
+server may leave it out. It is for many small pieces, which cost half as much this way."""
+
 Send = Callable[[Any], Awaitable[None]]
 
 
@@ -63,11 +68,21 @@ class BoundedRequest(TrioRequest):
 
 
 class Writer:
-    """Sends pieces of a body; the status and the headers go with the first one."""
+    """Sends pieces of a body; the status and the headers go with the first one.
 
-    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+    Args:
+        send_chunk: see `CHUNKS`.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        headers: list[tuple[bytes, bytes]],
+        send_chunk: Callable[[bytes], Awaitable[None]] | None = None,
+    ) -> None:
         self._send = send
         self._headers = headers
+        self._send_chunk = send_chunk or self._send_body
         self.started = False
         self.silent_since = trio.current_time()
 
@@ -81,8 +96,11 @@ class Writer:
         """Send a piece of the body of a server-sent event stream."""
         if not self.started:
             await self.start(200, {"content-type": "text/event-stream", "cache-control": "no-cache"})
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._send_chunk(data)
         self.silent_since = trio.current_time()
+
+    async def _send_body(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 class Push(TrioResponse):
@@ -141,7 +159,8 @@ class Connection(TrioASGIHTTPConnection):
 
     async def _push(self, send: Send, response: Push) -> None:
         headers = [(name.lower().encode(), value.encode()) for name, value in response.headers]
-        writer = Writer(send, headers)
+        extensions: Any = self.scope.get("extensions") or {}
+        writer = Writer(send, headers, extensions.get(CHUNKS))
         try:
             await response.produce(writer)
             self._count(200)

@@ -13,9 +13,9 @@ import math
 import socket
 import struct
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import trio
 from hypercorn.config import Config
@@ -26,6 +26,8 @@ from hypercorn.typing import AppWrapper, LifespanState
 from hypercorn.utils import wrap_app
 
 from ullm.logs import get_logger
+from ullm.server.accepting import Bounded
+from ullm.server.connection import CHUNKS
 
 log = get_logger(__name__)
 
@@ -62,6 +64,8 @@ class ClientConnection(TCPServer):
         self._socket = sock = stream.socket
         # The same descriptor, to send without a turn of the event loop where the kernel has room.
         self._direct = socket.socket(sock.family, sock.type, sock.proto, sock.fileno())
+        self.app = cast(AppWrapper, self._call_app)  # Hypercorn calls this one instead
+        self._app = app
         self._stall_timeout = stall_timeout
         self._client_left = False
         self._has_asked = False
@@ -73,8 +77,23 @@ class ClientConnection(TCPServer):
             await super().run()
         finally:
             self._direct.detach()
-            # It refers to this: only a collection of garbage would free the two.
+            # They refer to this: only a collection of garbage would free them.
             self.__dict__.pop("protocol", None)
+            self.__dict__.pop("app", None)
+
+    async def _call_app(self, scope: Any, *others: Any) -> None:
+        """Have the app know of `send_chunk`."""
+        if scope["type"] == "http" and scope["http_version"] == "1.1":
+            scope["extensions"][CHUNKS] = self.send_chunk
+        await self._app(scope, *others)
+
+    async def send_chunk(self, data: bytes) -> None:
+        """Send a piece of a body in chunked encoding (RFC 9112, 7.1).
+
+        In HTTP/1.1 that is how h11 sends a body without a length. Through Hypercorn's and h11's events, which
+        take no note of pieces, the same would cost more than the sending itself.
+        """
+        await self._send_bytes(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def _read_data(self) -> None:
         # Hypercorn's own keeps the socket of a client that has left until its idle time is over.
@@ -96,8 +115,11 @@ class ClientConnection(TCPServer):
             if not (self._client_left and isinstance(event, Updated)):
                 await super().protocol_send(event)
             return
+        await self._send_bytes(event.data)
+
+    async def _send_bytes(self, data: bytes) -> None:
         try:
-            rest = event.data if self.send_lock.locked() else self._send_now(event.data)
+            rest = data if self.send_lock.locked() else self._send_now(data)
             if rest:
                 async with self.send_lock:
                     await self._send(rest)
@@ -192,7 +214,7 @@ class Listener:
         """
         async with trio.open_nursery() as handlers:
             async with trio.open_nursery() as accepting:
-                listeners = [Bounded(sock, self._has_room, self._take) for sock in sockets]
+                listeners = [Bounded(sock, self) for sock in sockets]
                 accepting.start_soon(self._accept, listeners, handlers)
                 task_status.started()
                 await self._stop.wait()
@@ -216,9 +238,14 @@ class Listener:
             self._taken -= 1
             self._one_ended.set()
 
-    async def _has_room(self, sock: trio.socket.SocketType) -> None:
+    @property
+    def has_room(self) -> bool:
+        """Whether there may be one more connection."""
+        return self._taken < self._max_connections
+
+    async def make_room(self, sock: trio.socket.SocketType) -> None:
         """Wait until there may be one more. One that has had no request for the longest time gives way."""
-        while self._taken >= self._max_connections:
+        while not self.has_room:
             await trio.lowlevel.wait_readable(sock)  # nobody has to give way before somebody comes
             self._say_full()
             self._one_ended = trio.Event()
@@ -229,7 +256,8 @@ class Listener:
                 await self._one_ended.wait()
         self._was_full = self._was_full and self._taken > self._max_connections // 2
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """There is one more."""
         self._taken += 1
 
     def _idle(self) -> Iterator[tuple[float, ClientConnection]]:
@@ -246,31 +274,6 @@ class Listener:
                 "Raise the limit of open files, as with ulimit -n",
                 connections=self._max_connections,
             )
-
-
-class Bounded(trio.abc.Listener[trio.SocketStream]):
-    """Accepts a connection only when there is room for it; until then it waits in the kernel's queue."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        has_room: Callable[[trio.socket.SocketType], Awaitable[None]],
-        take: Callable[[], None],
-    ) -> None:
-        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock.dup()))
-        self._has_room = has_room
-        self._take = take
-
-    async def accept(self) -> trio.SocketStream:
-        """The next connection."""
-        await self._has_room(self._listener.socket)
-        stream = await self._listener.accept()
-        self._take()
-        return stream
-
-    async def aclose(self) -> None:
-        """Stop listening; the socket that this was made of is still open."""
-        await self._listener.aclose()
 
 
 def _limit_kernel_buffer(sock: trio.socket.SocketType) -> None:
