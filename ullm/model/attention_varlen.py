@@ -1,17 +1,23 @@
-"""Paged attention on CUDA: Flash Attention inside PyTorch, through ``varlen_attn`` with block tables."""
+"""Paged attention on CUDA: Flash Attention inside PyTorch, with block tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ullm.errors import ModelUnsupported
 from ullm.model.batch import Batch, KvShape, Layout
+from ullm.model.upload import upload
+
+FULL, CAUSAL = (-1, -1), (-1, 0)
+"""Windows of keys, to the left and to the right of a query; -1: without end."""
+
+Kernel = Callable[..., Tensor]
+"""As `paged_attention`."""
 
 
 class VarlenAttention:
@@ -25,9 +31,7 @@ class VarlenAttention:
         self, shape: KvShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.shape, self.num_blocks, self.block_size, self.device = shape, num_blocks, block_size, device
-        from torch.nn.attention.varlen import varlen_attn  # 1.5 s and 80 MB that a CPU can do without
-
-        self.varlen_attn: Callable[..., Any] = varlen_attn
+        self.kernel: Kernel = paged_attention
         size = (2, num_blocks + 1, block_size, shape.num_kv_heads, shape.head_dim)
         self.pools = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
 
@@ -37,50 +41,90 @@ class VarlenAttention:
         return self.num_blocks
 
     def prepare(self, layout: Layout) -> Batch:
-        """See `AttentionBackend.prepare`; the copies do not wait for the device."""
-        starts = np.concatenate(([0], np.cumsum(layout.query_lens))).astype(np.int32)
-        batch = Batch(
-            token_ids=self.to_device(layout.token_ids),
-            positions=self.to_device(layout.positions),
-            query_start=self.to_device(starts),
-            seq_lens=self.to_device(np.asarray(layout.seq_lens, dtype=np.int32)),
-            block_tables=self.to_device(layout.block_tables),
-            slot_mapping=self.to_device(layout.slot_mapping),
+        """See `AttentionBackend.prepare`; nothing waits for the device.
+
+        Sequences that decode are attended for apart from the others: for one query per sequence the kernel
+        reads keys and values once for all query heads that share them.
+        """
+        decodes, count = layout.num_decodes, len(layout.query_lens)
+        starts, seq_lens = layout.starts, np.asarray(layout.seq_lens, dtype=np.int32)
+        rest = starts[decodes:] - starts[decodes]
+        arrays = (layout.token_ids, layout.positions, layout.slot_mapping, starts, seq_lens, rest)
+        *numbers, block_tables = upload(self.device, *arrays, layout.block_tables)
+        token_ids, positions, slot_mapping, query_start, lens, rest_start = numbers
+        parts = []
+        if decodes:
+            most = max(layout.seq_lens[:decodes])
+            parts.append(
+                Part(query_start[: decodes + 1], lens[:decodes], block_tables[:decodes], decodes, 1, most)
+            )
+        if decodes < count:
+            longest, most = max(layout.query_lens[decodes:]), max(layout.seq_lens[decodes:])
+            tokens = len(layout.token_ids) - decodes
+            parts.append(Part(rest_start, lens[decodes:], block_tables[decodes:], tokens, longest, most))
+        return Batch(
+            token_ids=token_ids,
+            positions=positions,
+            query_start=query_start,
+            seq_lens=lens,
+            block_tables=block_tables,
+            slot_mapping=slot_mapping,
             query_lens_host=layout.query_lens,
             seq_lens_host=layout.seq_lens,
-            num_decodes=layout.num_decodes,
-            attention=self.unprepared,
+            num_decodes=decodes,
+            attention=VarlenStep(self, slot_mapping, parts),
         )
-        batch.attention = VarlenStep(self, batch, max(layout.query_lens), max(layout.seq_lens))
-        return batch
-
-    def to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
-        """The array as a tensor on the device, copied from pinned memory."""
-        host = torch.from_numpy(array)
-        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
 
     def release(self) -> None:
         """Free the pool."""
         self.pools.clear()
 
-    def unprepared(self, *_: object, **__: object) -> Tensor:
-        """Stands in a batch until its attention, which needs the batch, is made."""
-        raise RuntimeError("the batch's attention was called before it was prepared")
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Neighbouring sequences of a batch that one call of the kernel attends for. N sequences.
+
+    Args:
+        query_start: ``[N + 1]`` int32, first query of each sequence, from 0, and their number.
+        seq_lens: ``[N]`` int32, KV length of each.
+        block_tables: ``[N, W]`` int32.
+        tokens: their number of queries.
+        max_query_len: of any of the sequences.
+        max_seq_len: of any of the sequences, or more. With few sequences the kernel splits each into
+            as many pieces as would keep the GPU busy at this length, so it should not be much more.
+    """
+
+    query_start: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    tokens: int
+    max_query_len: int
+    max_seq_len: int
+
+    def window(self, sliding_window: int | None) -> tuple[int, int]:
+        """What the kernel calls a window.
+
+        A single query is the last one, so it sees all keys, causal or not. To the kernel that is not the
+        same: it takes query heads that share a KV head together only where there is no window at all
+        (``seqlenq_ngroups_swapped`` in PyTorch's flash_api.cpp), and otherwise reads the keys once for each.
+        """
+        if sliding_window is not None and sliding_window < self.max_seq_len:
+            return sliding_window - 1, 0
+        return FULL if self.max_query_len == 1 else CAUSAL
 
 
 class VarlenStep:
-    """Attention of one step; implements `ullm.model.batch.Attend`. Reads the batch's tensors when called,
-    so that a CUDA graph sees what is in them at replay.
+    """Attention of one step; implements `ullm.model.batch.Attend`. Reads its tensors when called, so that
+    a CUDA graph sees what is in them at replay.
 
     Args:
-        max_query_len: of any sequence in the batch.
-        max_seq_len: of any sequence in the batch, or more; for a graph the context length.
+        slot_mapping: ``[T]`` int64, where each token's KV goes.
+        parts: of the batch, in its order.
     """
 
-    def __init__(self, backend: VarlenAttention, batch: Batch, max_query_len: int, max_seq_len: int) -> None:
-        self.backend, self.batch = backend, batch
-        self.max_query_len, self.max_seq_len = max_query_len, max_seq_len
-        self.key_start = torch.zeros_like(batch.query_start)
+    def __init__(self, backend: VarlenAttention, slot_mapping: Tensor, parts: list[Part]) -> None:
+        self.backend, self.slot_mapping, self.parts = backend, slot_mapping, parts
+        self._key_starts = [torch.zeros_like(part.query_start) for part in parts]
 
     def __call__(
         self,
@@ -99,23 +143,75 @@ class VarlenStep:
         """
         if softcap is not None:
             raise ModelUnsupported("soft-capped attention scores are not supported on CUDA; use --device cpu")
-        batch, (keys, values) = self.batch, self.backend.pools[layer]
-        if layer == 0:  # the kernel insists on it beside seqused_k; here, so that a graph recomputes it
-            torch.cumsum(batch.seq_lens, 0, dtype=torch.int32, out=self.key_start[1:])
-        keys.view(-1, *keys.shape[2:]).index_copy_(0, batch.slot_mapping, k)
-        values.view(-1, *values.shape[2:]).index_copy_(0, batch.slot_mapping, v)
-        out: Tensor = self.backend.varlen_attn(
-            q.contiguous(),
-            keys,
-            values,
-            batch.query_start,
-            self.key_start,
-            self.max_query_len,
-            self.max_seq_len,
+        keys, values = self.backend.pools[layer]
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, self.slot_mapping, k)
+        values.view(-1, *values.shape[2:]).index_copy_(0, self.slot_mapping, v)
+        return self.attend(layer, q, scale, sliding_window)
+
+    def attend(self, layer: int, q: Tensor, scale: float, sliding_window: int | None) -> Tensor:
+        """Attend to keys and values that are in the pool already."""
+        if layer == 0:  # the kernel insists on them beside seqused_k; here, so that a graph recomputes them
+            for part, key_start in zip(self.parts, self._key_starts, strict=True):
+                torch.cumsum(part.seq_lens, 0, dtype=torch.int32, out=key_start[1:])
+        found, end = [], 0
+        for part, key_start in zip(self.parts, self._key_starts, strict=True):
+            start, end = end, end + part.tokens
+            found.append(
+                self._call(self.backend.pools[layer], part, key_start, q[start:end], scale, sliding_window)
+            )
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _call(
+        self, pool: Tensor, part: Part, key_start: Tensor, q: Tensor, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        return self.backend.kernel(
+            q,
+            pool[0],
+            pool[1],
+            part.query_start,
+            key_start,
+            part.max_query_len,
+            part.max_seq_len,
             scale=scale,
-            window_size=(-1, 0) if sliding_window is None else (sliding_window - 1, 0),
-            enable_gqa=q.shape[1] != keys.shape[2],
-            seqused_k=batch.seq_lens,
-            block_table=batch.block_tables,
+            window=part.window(sliding_window),
+            seq_lens=part.seq_lens,
+            block_tables=part.block_tables,
         )
-        return out
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_start: Tensor,
+    key_start: Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+    *,
+    scale: float,
+    window: tuple[int, int],
+    seq_lens: Tensor,
+    block_tables: Tensor,
+) -> Tensor:
+    """What ``torch.nn.attention.varlen.varlen_attn`` calls, without what it adds: a compiler's import when
+    first called, 1.5 s, and with each call a kernel that fills the state of a random generator.
+    """
+    causal = window == CAUSAL
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        keys,
+        values,
+        query_start,
+        key_start,
+        max_query_len,
+        max_seq_len,
+        0.0,
+        causal,
+        False,
+        scale=scale,
+        window_size_left=window[0],
+        window_size_right=window[1],
+        seqused_k=seq_lens,
+        block_table=block_tables,
+    )
+    return out  # type: ignore[no-any-return]

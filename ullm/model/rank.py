@@ -22,12 +22,15 @@ from ullm.model.cpu.ops import KernelAttention, KernelOps
 from ullm.model.decoder import Decoder
 from ullm.model.graphs import DecodeGraphs
 from ullm.model.kv_pool import check_fits, count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
+from ullm.model.last_tokens import LastTokens
 from ullm.model.memory import let_go
 from ullm.model.parallel import ParallelContext, open_parallel
 from ullm.model.registry import NATIVE, Checkpoint, choose_device, load_model, read_checkpoint
 
 SIGN_OF_LIFE = 1.0
 """Seconds between signs of life while weights load."""
+SPARE_SLOTS = 2
+"""Slots of last tokens for each sequence that runs at once; more than are ever used."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,14 @@ class Rank:
     """Everything that one rank holds.
 
     Args:
+        last_tokens: what was sampled last, by slot.
         graphs: captured decode steps; None on CPUs and with ``enforce_eager``.
     """
 
     site: Site
     model: CausalModel
     backend: AttentionBackend
+    last_tokens: LastTokens
     graphs: DecodeGraphs | None
     info: ModelInfo
 
@@ -127,12 +132,16 @@ def furnish(
     progress(Progress("warmup"))
     vocab_size = trial_run(model, backend, tokens=1).shape[-1]
     info = describe(site, model, backend, vocab_size)
+    last_tokens = LastTokens(SPARE_SLOTS * site.config.max_bs, site.device)
     graphs = None
     if isinstance(backend, VarlenAttention) and not site.config.enforce_eager:
-        graphs = DecodeGraphs(model, backend, site.config.max_bs, info.context_len)
+        processors = torch.cuda.get_device_properties(site.device).multi_processor_count
         with torch.inference_mode():
+            graphs = DecodeGraphs(
+                model, backend, last_tokens, site.config.max_bs, info.context_len, processors
+            )
             graphs.capture(throttled("capture", progress))
-    return Rank(site, model, backend, graphs, info)
+    return Rank(site, model, backend, last_tokens, graphs, info)
 
 
 def open_pool(site: Site, model: CausalModel, num_blocks: int | None) -> AttentionBackend:

@@ -131,7 +131,7 @@ class ModelRunner:
         device, info = rank.site.device, rank.info
         self._table = SequenceTable(info.block_size)
         self._sampler = Sampler(info.vocab_size, device, info.eos_token_ids, rank.model.choose)
-        self._last_tokens = LastTokens(rank.site.config.max_bs, device)
+        self._last_tokens = rank.last_tokens
         return info
 
     @torch.inference_mode()
@@ -216,11 +216,11 @@ class ModelRunner:
 
     def _forward(self, rank: Rank, plan: Plan) -> Tensor:
         """The step's hidden states ``[T, hidden_size]``."""
+        if rank.graphs is not None and rank.graphs.covers(plan.layout, self._last_tokens):
+            return rank.graphs.run(plan.layout, plan.fresh)
         batch = rank.backend.prepare(plan.layout)
         if plan.fresh[0]:
             self._last_tokens.copy_to(batch.token_ids, *plan.fresh)
-        if rank.graphs is not None and rank.graphs.covers(batch):
-            return rank.graphs.run(batch)
         if self._pulse is not None:
             self._pulse.begin()
             batch.layer_done = self._pulse

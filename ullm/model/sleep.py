@@ -40,7 +40,7 @@ class SleepingRank:
         self._model: CausalModel | None = rank.model
         self._host: HostCopy | None = None
         self._held: int | None = None
-        del rank.graphs, rank.backend, rank.model  # so that nothing else keeps them
+        del rank.graphs, rank.last_tokens, rank.backend, rank.model  # so that nothing else keeps them
 
     def sleep(self, level: int) -> dict[str, int]:
         """See `ullm.core.runner.Runner.sleep`."""

@@ -1,0 +1,142 @@
+"""What runs only on CUDA, on a CPU: the paged kernel in plain PyTorch, and graphs that compute anew.
+
+The kernel insists on what Flash Attention's insists on, and wastes as it does: what lies beyond the length
+that it is told is not looked at.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from model_fixtures import load_runner
+from torch import Tensor
+
+from ullm.model.attention_varlen import CAUSAL, FULL, VarlenAttention
+from ullm.model.graphs import Captured, DecodeGraphs
+from ullm.model.runner import ModelRunner
+
+
+class Calls:
+    """A kernel that remembers how it was called.
+
+    Attributes:
+        calls: (sequences, longest query, longest sequence, window).
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int, int, tuple[int, int]]] = []
+
+    def __call__(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        query_start: Tensor,
+        key_start: Tensor,
+        max_query_len: int,
+        max_seq_len: int,
+        *,
+        scale: float,
+        window: tuple[int, int],
+        seq_lens: Tensor,
+        block_tables: Tensor,
+    ) -> Tensor:
+        count = len(seq_lens)
+        self.calls.append((count, max_query_len, max_seq_len, window))
+        for numbers in (query_start, key_start, seq_lens, block_tables):
+            assert numbers.dtype == torch.int32
+        assert query_start.shape == key_start.shape == (count + 1,)
+        assert query_start.is_contiguous()
+        assert seq_lens.is_contiguous()
+        assert key_start.tolist() == [0, *torch.cumsum(seq_lens, 0).tolist()]
+        assert query_start[-1] == len(q)
+        assert block_tables.shape[0] == count
+        assert block_tables.stride(1) == q.stride(-1) == 1
+        assert int(seq_lens.max()) <= max_seq_len <= block_tables.shape[1] * keys.shape[1]
+        out = torch.empty(q.shape, dtype=q.dtype)
+        for i, (start, end) in enumerate(zip(query_start.tolist(), query_start.tolist()[1:], strict=False)):
+            assert end - start <= max_query_len
+            length = min(int(seq_lens[i]), max_seq_len)
+            k, v = (pool[block_tables[i].long()].flatten(0, 1)[:length] for pool in (keys, values))
+            out[start:end] = attend(q[start:end], k, v, scale, window)
+        return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: tuple[int, int]) -> Tensor:
+    """One sequence; the last query is at the last key."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    distance = torch.arange(len(k)) - torch.arange(len(k) - len(q), len(k))[:, None]
+    left, right = window
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    seen &= distance <= right if right >= 0 else seen
+    seen &= distance >= -left if left >= 0 else seen
+    assert window in (FULL, CAUSAL) or (left >= 0 and right == 0)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+class Anew:
+    """Stands for a CUDA graph: computes the same step from what its inputs hold now."""
+
+    def __init__(self, graphs: DecodeGraphs, size: int, reach: int) -> None:
+        self.graphs, self.size, self.reach = graphs, size, reach
+        self.hidden = torch.empty(0)
+        self.replays = 0
+
+    def replay(self) -> None:
+        """As a replay: the result is where it always is."""
+        self.replays += 1
+        self.hidden.copy_(self.graphs._step(self.size, self.reach))
+
+    def reset(self) -> None:
+        """Nothing is held."""
+
+
+@torch.inference_mode()
+def fake_graphs(graphs: DecodeGraphs) -> dict[tuple[int, int], Anew]:
+    """In place of `DecodeGraphs.capture`."""
+    found = {}
+    for size in graphs.sizes:
+        for reach in graphs.reaches[size]:
+            graphs._write(size, reach, None, ([], []))
+            fake = Anew(graphs, size, reach)
+            fake.hidden = graphs._step(size, reach).clone()
+            graphs.graphs[size, reach] = Captured(fake, fake.hidden)
+            found[size, reach] = fake
+    return found
+
+
+class FakeCuda:
+    """A runner whose rank computes as on CUDA, with a model in float32 on the CPU.
+
+    Args:
+        graphs: whether decodes are "captured".
+        processors: of the GPU that there is not.
+    """
+
+    def __init__(self, path: Path, *, graphs: bool, processors: int = 132, **options: Any) -> None:
+        self.runner: ModelRunner = load_runner(path, cpu_kernels=False, **options)
+        rank = self.runner._rank
+        assert rank is not None
+        old, model, config = rank.backend, rank.model, rank.site.config
+        cpu = torch.device("cpu")
+        backend = VarlenAttention(model.kv_shape, old.num_blocks, old.block_size, model.dtype, cpu)
+        self.kernel = backend.kernel = Calls()
+        rank.backend = backend
+        self.graphs: dict[tuple[int, int], Anew] = {}
+        if graphs:
+            with torch.inference_mode():
+                rank.graphs = DecodeGraphs(
+                    model, backend, rank.last_tokens, config.max_bs, rank.info.context_len, processors
+                )
+            self.graphs = fake_graphs(rank.graphs)
+        self.kernel.calls.clear()
+
+    @property
+    def replays(self) -> dict[tuple[int, int], int]:
+        """(size, reach) → how often that graph ran."""
+        return {key: graph.replays for key, graph in self.graphs.items() if graph.replays}
