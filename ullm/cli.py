@@ -352,6 +352,28 @@ def bench_soak(
     return soak(plan, step_ms, output, "" if plot == "none" else plot)
 
 
+@bench.command(name="front-end")
+def bench_front_end(
+    *,
+    streams: Annotated[int, Parameter(help="At once.")] = 1000,
+    output_tokens: Annotated[int, Parameter(help="New tokens per stream.")] = 128,
+    step_ms: Annotated[float, Parameter(help="Of the scripted model.")] = 40.0,
+    rounds: Annotated[int, Parameter(help="How often, with one server.")] = 3,
+    server: Annotated[str, Parameter(help="More options of ullm serve.", allow_leading_hyphen=True)] = "",
+    json: Json = False,
+    output: Output = None,
+    log: Annotated[Path, Parameter(help="Keep the server's log there.")] = Path("front-end.log"),
+) -> int:
+    """Measure the front end alone: many streams of a model that only takes time. Needs ullm[bench]."""
+    import shlex
+
+    from ullm.bench.front_end import Load
+    from ullm.commands.bench_front_end import front_end
+
+    load = Load(streams, output_tokens, step_ms / 1000, rounds, tuple(shlex.split(server)))
+    return front_end(load, output, log, as_json=json)
+
+
 @bench.command(name="startup")
 def bench_startup(
     *,

@@ -291,7 +291,8 @@ class Router:
         return replica
 
     def _has_suspect(self, replica: _Replica) -> bool:
-        return any(self._records[seq_id].crashes >= SUSPECT_AFTER for seq_id in replica.assigned)
+        assigned = replica.assigned  # a suspect runs alone
+        return len(assigned) == 1 and self._records[next(iter(assigned))].crashes >= SUSPECT_AFTER
 
     def _give(self, record: RequestRecord, replica: _Replica) -> None:
         if record.token_ids or record.crashes:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 UNPACED_STREAMS = 32
 """As many streams get every token at once."""
-EVENTS_PER_SECOND = 4000
-"""Events that all streams together get beyond that; a third of what a front end can write."""
+EVENTS_PER_SECOND = 6000
+"""Events that all streams together get beyond that; a quarter of what a front end can write."""
 
 
 def unhurried() -> float:

@@ -1,0 +1,130 @@
+"""A crowd of streams, read with as little work as possible: what is measured has to share the cores with it.
+
+All requests are sent at once over connections of their own, and only bytes are looked at until a stream ends.
+"""
+
+from __future__ import annotations
+
+import re
+import selectors
+import socket
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ullm.errors import ServerUnreachable, UllmError
+
+READ_BYTES = 1 << 18
+TAIL_BYTES = 2048
+"""Of each stream, in which its last events are."""
+SHOWN_BYTES = 200
+"""Of that, in an error."""
+PROMPTS = 100
+"""Different ones."""
+SILENCE = 60.0
+"""Seconds without a byte of any stream after which the server has failed."""
+_USAGE = re.compile(rb'"completion_tokens":(\d+)')
+
+
+class StreamBroken(UllmError):
+    """A stream did not end as it should; shows its end."""
+
+    def __init__(self, tail: bytes) -> None:
+        end = tail[-SHOWN_BYTES:].decode(errors="replace")
+        super().__init__(f"a stream ended without its tokens, usage and [DONE]: {end!r}")
+
+
+@dataclass
+class Heard:
+    """What a crowd has heard; times are seconds.
+
+    Args:
+        first: from the first request to each stream's first bytes.
+        gaps: between one piece of a stream and its next.
+        events: server-sent events with text.
+    """
+
+    seconds: float = 0.0
+    tokens: int = 0
+    events: int = 0
+    first: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+
+class _Stream:
+    """One stream: when it was last heard, and its end."""
+
+    def __init__(self) -> None:
+        self.heard: float | None = None
+        self.tail = b""
+
+
+def listen(host: str, port: int, model: str, streams: int, tokens: int) -> Heard:
+    """Ask for so many streams of so many tokens at once, and read them all to their ends. Blocks.
+
+    Raises:
+        StreamBroken: one has not the tokens that it should have.
+        ServerUnreachable: it refuses connections, or falls silent.
+    """
+    heard, began = Heard(), time.monotonic()
+    with selectors.DefaultSelector() as selector, ExitStack() as sockets:
+        for number in range(streams):
+            sock = sockets.enter_context(_connect(host, port))
+            sock.sendall(_request(host, port, model, number, tokens))
+            sock.setblocking(False)
+            selector.register(sock, selectors.EVENT_READ, _Stream())
+        while selector.get_map():
+            ready = selector.select(SILENCE)
+            if not ready:
+                raise ServerUnreachable(f"http://{host}:{port}", f"it was silent for {SILENCE:g} s")
+            for key, _ in ready:
+                assert isinstance(key.fileobj, socket.socket)  # what was registered above
+                if not _read(key.fileobj, key.data, heard, began):
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+                    heard.tokens += _tokens(key.data.tail, tokens)
+    heard.seconds = time.monotonic() - began
+    heard.events -= 2 * streams  # the usage, and [DONE]
+    return heard
+
+
+def _connect(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_connection((host, port))
+    except OSError as error:
+        raise ServerUnreachable(f"http://{host}:{port}", error.strerror or str(error)) from None
+
+
+def _request(host: str, port: int, model: str, number: int, tokens: int) -> bytes:
+    body = {"model": model, "prompt": f"{number % PROMPTS}", "max_tokens": tokens, "temperature": 0}
+    options = {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    content = msgspec.json.encode(body | options)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+def _read(sock: socket.socket, stream: _Stream, heard: Heard, began: float) -> bool:
+    """Take what has come; False at the stream's end."""
+    try:
+        data = sock.recv(READ_BYTES)
+    except ConnectionResetError:
+        return False
+    now = time.monotonic()
+    if data and stream.heard is None:
+        heard.first.append(now - began)
+    elif data and stream.heard is not None:
+        heard.gaps.append(now - stream.heard)
+    stream.heard = now
+    stream.tail = (stream.tail + data)[-TAIL_BYTES:]
+    heard.events += data.count(b"data: ")
+    return bool(data)
+
+
+def _tokens(tail: bytes, expected: int) -> int:
+    found = _USAGE.findall(tail)
+    if not found or int(found[-1]) != expected or b"data: [DONE]" not in tail:
+        raise StreamBroken(tail)
+    return expected
