@@ -11,6 +11,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+from fake_cuda import Calls
 from model_fixtures import (
     GREEDY,
     MODELS,
@@ -24,7 +25,9 @@ from model_fixtures import (
 )
 
 from ullm.messages import NewSequence, RankSpec, Row, Start, Step
+from ullm.model.attention_varlen import VarlenAttention
 from ullm.model.runner import ModelRunner
+from ullm.sampling import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,6 +53,83 @@ def test_graphs_equal_eager(name: str, tmp_path: Path) -> None:
         runner = load_runner(tmp_path, **ON_GPU, dtype="bfloat16", enforce_eager=eager)
         found.append({count: decode(runner, prompts[:count]) for count in (1, 3, 8)})
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_no_step_waits_for_the_device(eager: bool, tmp_path: Path) -> None:
+    """Whatever is sampled, and however prompts mix with decodes: PyTorch raises where the host would wait."""
+    save_tiny(tmp_path, "qwen3")
+    runner = load_runner(tmp_path, **ON_GPU, dtype="bfloat16", enforce_eager=eager)
+    params = [
+        SamplingParams(temperature=0, ignore_eos=True),
+        SamplingParams(temperature=0.8, seed=1, ignore_eos=True),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=2, ignore_eos=True),
+        SamplingParams(temperature=0.8, top_k=20, min_p=0.01, seed=3, ignore_eos=True),
+        SamplingParams(temperature=0, repetition_penalty=1.2, frequency_penalty=0.1, ignore_eos=True),
+        SamplingParams(temperature=0, logit_bias={5: 1.0}, min_tokens=3),
+        SamplingParams(temperature=0, logprobs=3, ignore_eos=True),
+    ]
+    found = []
+    for mode in ("default", "error"):  # what is done once may wait
+        pending = []
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for number in range(12):
+                pending.append(runner.submit(arriving(number, params)))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append([each.result().sampled for each in pending])
+    assert found[0] == found[1]
+
+
+def arriving(number: int, params: list[SamplingParams]) -> Step:
+    """One prompt of 6 tokens begins with each step, in chunks of 4, beside those that decode by now."""
+    rows, new = [], []
+    for i, each in enumerate(params[: number + 1]):
+        start = (0, 4)[number - i] if number - i < 2 else 6 + number - i - 2
+        if number == i:
+            prompt = random_tokens(6, seed=i)
+            new.append(NewSequence(i, prompt, len(prompt), each, [2 * i, 2 * i + 1]))
+        count = (4, 2)[number - i] if number - i < 2 else 1
+        rows.append(Row(i, start, count, number > i))
+    return Step(number, rows, new, forget=list(range(len(params))) if number == 0 else [])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_the_kernel_is_what_its_stand_in_is(name: str, tmp_path: Path) -> None:
+    """Without a window for one query, for decodes beside chunks, and for sequences that a graph splits."""
+    save_tiny(tmp_path, name)
+    runner = load_runner(tmp_path, **ON_GPU, dtype="bfloat16")
+    rank = runner._rank
+    assert rank is not None
+    assert isinstance(rank.backend, VarlenAttention)
+    real, fake, pairs = rank.backend.kernel, Calls(), []
+
+    def both(*args: Any, **options: Any) -> torch.Tensor:
+        out = real(*args, **options)
+        on_cpu = {
+            key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in options.items()
+        }
+        expected = fake(
+            *(arg.cpu().float() if arg.is_floating_point() else arg.cpu() for arg in args[:5]),
+            *args[5:],
+            **on_cpu,
+        )
+        pairs.append((out.float().cpu(), expected))
+        return out
+
+    rank.backend.kernel, rank.graphs = both, None
+    new = [
+        NewSequence(i, random_tokens(200 + i, seed=i), 200 + i, GREEDY, [2 * i, 2 * i + 1]) for i in range(3)
+    ]
+    runner.submit(Step(0, [Row(0, 0, 200, True), Row(1, 0, 200, False)], new[:2])).result()
+    runner.submit(
+        Step(1, [Row(0, 200, 1, True), Row(1, 200, 1, True), Row(2, 0, 150, False)], new[2:])
+    ).result()
+    runner.submit(Step(2, [Row(0, 201, 1, True), Row(1, 201, 1, True)])).result()
+    assert {call[1] for call in fake.calls} == {1, 150, 200}
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
 
 
 def test_bfloat16_is_near_the_cpu(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ullm.model.upload import pick, upload_list
 
 NUCLEUS_CANDIDATES = (256, 4096)
 """Most likely tokens sorted for top_p on a CPU, where sorting all is slow: first so many, then more."""
@@ -41,7 +44,8 @@ def choose_tokens(logits: Tensor, filters: Sequence[Filter], draws: Sequence[flo
     tokens = first_of_largest(logits)
     if random:
         chosen = [filters[row] for row in random], [draws[row] for row in random]
-        tokens[random] = draw_tokens(logits[random], *chosen)
+        where = upload_list(logits.device, random)
+        tokens.index_copy_(0, where, draw_tokens(logits.index_select(0, where), *chosen))
     return tokens
 
 
@@ -72,11 +76,9 @@ def splitmix64(seed: int, index: int) -> int:
 def draw_tokens(logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
     """One token per row, by inversion of its filtered distribution; as `choose_tokens`, with temperatures
     above 0."""
-    numbers = torch.tensor(
-        [(*row, draw) for row, draw in zip(filters, draws, strict=True)], dtype=torch.float64
-    )
-    temperature, *limits, draw = numbers.to(logits.device, non_blocking=True).unsqueeze(2).unbind(1)
-    scaled = logits.float() - logits.amax(dim=-1, keepdim=True).float()  # no overflow, however cold
+    columns = (*zip(*filters, strict=True), draws)
+    temperature, *limits, draw = upload_list(logits.device, columns, np.float64).unsqueeze(2)
+    scaled = logits - logits.amax(dim=-1, keepdim=True).float()  # no overflow, however cold
     weights = torch.softmax(scaled.div_(temperature.float().clamp(min=COLDEST)), dim=-1)
     if any(top_k or top_p < 1 or min_p for _, top_k, top_p, min_p in filters):
         weights.masked_fill_(weights < _floor(weights, filters, *limits), 0)
@@ -95,13 +97,21 @@ def _floor(
     limited = [row for row, (_, k, _, _) in enumerate(filters) if k]
     if limited:
         most = max(k for _, k, _, _ in filters)
-        lowest, _ = _lowest_kept(_pick(weights, limited), most, top_p[limited], top_k[limited].long())
-        floor[limited] = torch.maximum(floor[limited], lowest)
+        chosen = (pick(column, limited) for column in (weights, top_p, top_k.long()))
+        floor = _raised(floor, limited, _lowest_kept(next(chosen), most, *chosen)[0])
     nucleus = [row for row, (_, k, p, _) in enumerate(filters) if not k and p < 1]
     if nucleus:
-        lowest = _nucleus_floor(_pick(weights, nucleus), top_p[nucleus])
-        floor[nucleus] = torch.maximum(floor[nucleus], lowest)
+        lowest = _nucleus_floor(pick(weights, nucleus), pick(top_p, nucleus))
+        floor = _raised(floor, nucleus, lowest)
     return floor
+
+
+def _raised(floor: Tensor, rows: list[int], least: Tensor) -> Tensor:
+    """``floor`` with at least ``least`` in these rows."""
+    if len(rows) == len(floor):
+        return torch.maximum(floor, least)
+    where = upload_list(floor.device, rows)
+    return floor.index_copy(0, where, torch.maximum(floor.index_select(0, where), least))
 
 
 def _nucleus_floor(weights: Tensor, top_p: Tensor) -> Tensor:
@@ -150,7 +160,8 @@ def _invert(weights: Tensor, draw: Tensor) -> Tensor:
         weights: ``[rows, vocab]`` float32, not normalised; one of weight 0 is never drawn.
         draw: ``[rows, 1]`` float64 in [0, 1).
     """
-    spans = F.pad(weights, (0, -weights.shape[1] % SPAN)).view(len(weights), -1, SPAN)
+    missing = -weights.shape[1] % SPAN
+    spans = (F.pad(weights, (0, missing)) if missing else weights).view(len(weights), -1, SPAN)
     ends = spans.sum(-1, dtype=torch.float64).cumsum(-1)
     target = draw * ends[:, -1:]
     span = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)
@@ -159,8 +170,3 @@ def _invert(weights: Tensor, draw: Tensor) -> Tensor:
     last = torch.nextafter(within[:, -1:], torch.zeros_like(start))  # rounding must not lead past the span
     offset = torch.searchsorted(within, torch.minimum(target - start, last), right=True)
     return (span * SPAN + offset)[:, 0].clamp_(max=weights.shape[1] - 1)
-
-
-def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
-    """These rows, which ascend; without a copy where they are all."""
-    return tensor if len(rows) == len(tensor) else tensor[rows]

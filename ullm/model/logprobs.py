@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ullm.messages import TokenLogprobs
+from ullm.model.fetch import Fetched
 from ullm.sampling import MAX_LOGPROBS
 
 CHUNK = 64
@@ -17,33 +18,27 @@ CHUNK = 64
 
 @dataclass(slots=True)
 class PendingLogprobs:
-    """Log probabilities of some rows, still on the device.
+    """Log probabilities of some rows, on their way to the host.
 
     Args:
         rows: which rows of the step these are.
         num_rows: of the step.
         counts: how many alternatives each of ``rows`` reports.
-        tokens: ``[rows]`` the tokens themselves.
-        chosen: ``[rows]`` their log probabilities.
-        ranks: ``[rows]`` 1 is the most likely.
-        top: ``[rows, MAX_LOGPROBS]`` log probabilities of the most likely tokens.
-        top_ids: which tokens those are.
+        columns: ``[rows]`` the tokens themselves, their log probabilities, and their ranks, 1 for the most
+            likely; ``[rows, MAX_LOGPROBS]`` log probabilities of the most likely tokens, and which those are.
     """
 
     rows: list[int]
     num_rows: int
     counts: list[int]
-    tokens: Tensor
-    chosen: Tensor
-    ranks: Tensor
-    top: Tensor
-    top_ids: Tensor
+    columns: Fetched
 
     def result(self) -> list[TokenLogprobs | None]:
         """Wait for them; one entry per row of the step, None for rows that are not in ``rows``."""
         found: list[TokenLogprobs | None] = [None] * self.num_rows
-        columns = (self.rows, self.counts, self.tokens.tolist(), self.chosen.tolist(), self.ranks.tolist())
-        alternatives = zip(self.top_ids.tolist(), self.top.tolist(), strict=True)
+        tokens, chosen, ranks, top, top_ids = (column.tolist() for column in self.columns.wait())
+        columns = (self.rows, self.counts, tokens, chosen, ranks)
+        alternatives = zip(top_ids, top, strict=True)
         for (row, count, token, logprob, rank), (ids, values) in zip(
             zip(*columns, strict=True), alternatives, strict=True
         ):
@@ -66,7 +61,7 @@ def start_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> Pen
     pieces = [_logprobs(logits[start : start + CHUNK], tokens[start : start + CHUNK]) for start in starts]
     chosen, ranks, top, top_ids = (torch.cat(columns) for columns in zip(*pieces, strict=True))
     return PendingLogprobs(
-        list(range(len(tokens))), len(tokens), list(counts), tokens, chosen, ranks, top, top_ids
+        list(range(len(tokens))), len(tokens), list(counts), Fetched(tokens, chosen, ranks, top, top_ids)
     )
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ullm.model.upload import pick, upload, upload_list
 
 MIN_SLOTS = 8
 MIN_CAPACITY = 256
@@ -38,12 +41,13 @@ class PenaltyTable:
         output = [token for token in output_ids if token < self._vocab_size]
         slot = self._take_slot()
         self._reserve(len(prompt) + len(output) + 1)
-        tokens = torch.tensor(prompt + output, dtype=torch.int64).to(self._device)
+        counts = np.bincount(np.array(output, dtype=np.int64), minlength=self._vocab_size).astype(np.int32)
+        tokens, generated = upload(self._device, np.array(prompt + output, dtype=np.int64), counts)
         self._lengths[slot] = len(tokens)
         if len(tokens):
             self._history[slot] = tokens[0]  # padding repeats a real entry, so that it changes nothing
             self._history[slot, : len(tokens)] = tokens
-        self._counts[slot] = torch.bincount(tokens[len(prompt) :], minlength=self._vocab_size)
+        self._counts[slot] = generated
         return slot
 
     def release(self, slot: int) -> None:
@@ -71,7 +75,7 @@ class PenaltyTable:
         longest = max(self._lengths[slots[index]] for index in filled)
         tokens = self._history[where[:, 0], :longest]
         counts = self._counts[where, tokens]
-        repetition, presence, frequency = factors[filled].float().unsqueeze(2).unbind(1)
+        repetition, presence, frequency = pick(factors, filled).float().unsqueeze(2).unbind(1)
         values = logits[row, tokens]
         values = torch.where(values > 0, values / repetition, values * repetition)
         logits[row, tokens] = values - frequency * counts - presence * (counts > 0)
@@ -88,13 +92,14 @@ class PenaltyTable:
         ends = self._index([self._lengths[slot] for slot in slots])
         first = [slot for slot in slots if not self._lengths[slot]]
         if first:
-            self._history[self._index(first)] = tokens[[slot in first for slot in slots], None]
+            begun = [index for index, slot in enumerate(slots) if slot in first]
+            self._history[self._index(first)] = pick(tokens, begun)[:, None]
         self._history[where, ends] = tokens
         for slot in slots:
             self._lengths[slot] += 1
 
     def _index(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64).to(self._device, non_blocking=True)
+        return upload_list(self._device, numbers)
 
     def _take_slot(self) -> int:
         if not self._free:

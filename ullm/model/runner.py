@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ullm.messages import ModelInfo, Prepare, Progress, Row, Sampled, Start, Step, StepResult, TokenLogprobs
 from ullm.model.drafts import Draws, draws_of
+from ullm.model.fetch import Fetched
 from ullm.model.last_tokens import LastTokens
 from ullm.model.logprobs import PendingLogprobs
 from ullm.model.memory import let_go
@@ -25,6 +26,7 @@ from ullm.model.sampler import Sampler
 from ullm.model.sequences import Plan, SequenceState, SequenceTable
 from ullm.model.sleep import SleepingRank
 from ullm.model.standby import PreparedModel, prepare_model
+from ullm.model.upload import pick
 
 PROMPT_LOGPROBS_CHUNK = 128
 """Positions whose logits are held at once for prompt logprobs."""
@@ -35,7 +37,7 @@ class Pending:
     """A submitted step; implements `ullm.core.runner.PendingStep`.
 
     Args:
-        tokens: sampled tokens, on the host once ``event`` has happened.
+        tokens: sampled tokens, on their way to the host.
         sampled: sequence → index in ``tokens``.
         accepted: sequence → right guesses, whose successors follow in ``tokens``.
         prompt_logprobs: sequence → its part, where it was asked for.
@@ -43,8 +45,7 @@ class Pending:
 
     step_id: int
     began: float
-    tokens: Tensor | None = None
-    event: torch.cuda.Event | None = None
+    tokens: Fetched | None = None
     sampled: dict[int, int] = field(default_factory=dict)
     accepted: dict[int, int] = field(default_factory=dict)
     logprobs: PendingLogprobs | None = None
@@ -53,13 +54,11 @@ class Pending:
 
     def done(self) -> bool:
         """Whether `result` would return at once."""
-        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+        return self.tokens is None or self.tokens.done()
 
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled."""
-        if self.event is not None:
-            self.event.synchronize()
-        tokens = [] if self.tokens is None else self.tokens.tolist()
+        tokens = [] if self.tokens is None else self.tokens.wait()[0].tolist()
         logprobs = None if self.logprobs is None else self.logprobs.result()
         found = []
         for seq_id in self.order:
@@ -236,7 +235,7 @@ class ModelRunner:
         if not draws.rows:
             return
         rows, seq_ids = draws.positions, draws.seq_ids
-        logits = rank.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+        logits = rank.model.logits(pick(hidden, rows))
         tokens = sampler.sample(logits, seq_ids, draws.ahead if draws.drafted else None)
         if any(state.new.params.logprobs is not None for _, state in draws.rows):
             pending.logprobs = sampler.start_logprobs(logits, seq_ids, tokens)
@@ -245,7 +244,7 @@ class ModelRunner:
             tokens = self._accept(draws, tokens, pending)
         else:
             self._keep([state for _, state in draws.rows], tokens)
-        pending.tokens, pending.event = _to_host(tokens)
+        pending.tokens = Fetched(tokens)
 
     def _accept(self, draws: Draws, tokens: Tensor, pending: Pending) -> Tensor:
         """Verify drafts and keep what is right; returns the tokens on the host.
@@ -256,7 +255,7 @@ class ModelRunner:
         on_host = tokens.cpu()
         accepted = draws.count_accepted(on_host.tolist())
         last = [first + count for first, count in zip(draws.first, accepted, strict=True)]
-        self._keep([state for _, state in draws.rows], tokens[last])
+        self._keep([state for _, state in draws.rows], pick(tokens, last))
         for (row, state), count in zip(draws.rows, accepted, strict=True):
             if count:
                 sampler.advance(row.seq_id, count)
@@ -282,14 +281,3 @@ class ModelRunner:
             part = slice(first, min(first + PROMPT_LOGPROBS_CHUNK, count))
             found += sampler.prompt_logprobs(rank.model.logits(hidden[part]), following[part], k)
         pending.prompt_logprobs[row.seq_id] = found
-
-
-def _to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy on the host, and the event after which it is complete."""
-    if tokens.device.type == "cpu":
-        return tokens, None
-    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    host.copy_(tokens, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return host, event

@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from ullm.messages import TokenLogprobs
 from ullm.model.draws import Choose, choose_tokens, uniform
 from ullm.model.logprobs import PendingLogprobs, start_logprobs
 from ullm.model.penalties import PenaltyTable
+from ullm.model.upload import pick, upload_list
 from ullm.sampling import SamplingParams
 
 
@@ -138,7 +140,7 @@ class Sampler:
         tokens = self._choose(adjusted, filters, draws)
         penalised = [row for row, sequence in enumerate(sequences) if sequence.slot is not None]
         if penalised:
-            self._penalties.record(_slots(sequences), tokens[penalised])
+            self._penalties.record(_slots(sequences), pick(tokens, penalised))
         for sequence in sequences:
             sequence.index += 1
         return tokens
@@ -159,8 +161,8 @@ class Sampler:
         wanted = [self._sequences[seq_id].params.logprobs for seq_id in seq_ids]
         rows = [row for row, count in enumerate(wanted) if count is not None]
         source, positions = self._adjusted or (logits, _positions(seq_ids))
-        chosen = source[[positions[seq_ids[row]] for row in rows]]
-        pending = start_logprobs(chosen, tokens[rows], [count for count in wanted if count is not None])
+        chosen = pick(source, [positions[seq_ids[row]] for row in rows])
+        pending = start_logprobs(chosen, pick(tokens, rows), [count for count in wanted if count is not None])
         pending.rows, pending.num_rows = rows, len(seq_ids)
         return pending
 
@@ -169,9 +171,7 @@ class Sampler:
         return self.start_logprobs(logits, seq_ids, tokens).result()
 
     @torch.inference_mode()
-    def prompt_logprobs(
-        self, logits: Tensor, next_token_ids: Sequence[int] | Tensor, k: int
-    ) -> list[TokenLogprobs]:
+    def prompt_logprobs(self, logits: Tensor, next_token_ids: Sequence[int], k: int) -> list[TokenLogprobs]:
         """Log probabilities of the prompt's own tokens, without penalties or bias.
 
         Args:
@@ -179,7 +179,7 @@ class Sampler:
             next_token_ids: ``[positions]``, the token that follows each position.
             k: alternatives to report.
         """
-        tokens = torch.as_tensor(next_token_ids, dtype=torch.int64).to(self._device)
+        tokens = upload_list(self._device, next_token_ids)
         found = start_logprobs(logits, tokens, [k] * len(logits)).result()
         return [entry for entry in found if entry is not None]
 
@@ -206,11 +206,11 @@ class Sampler:
     def _entries(self, ids_of_rows: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor]:
         """Row and column indices of the given token ids of each row."""
         pairs = [(row, token) for row, ids in ids_of_rows for token in ids]
-        rows, columns = torch.tensor(pairs, dtype=torch.int64).to(self._device, non_blocking=True).unbind(1)
+        rows, columns = upload_list(self._device, pairs).unbind(1)
         return rows, columns
 
     def _upload(self, values: Sequence[object]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).to(self._device, non_blocking=True)
+        return upload_list(self._device, values, np.float64)
 
 
 def _positions(seq_ids: list[int]) -> dict[int, int]:

@@ -32,6 +32,13 @@ def upload_list(device: torch.device, values: Sequence[object], dtype: npt.DType
     return upload(device, np.array(values, dtype=dtype))[0]
 
 
+def pick(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """``tensor[rows]``, rows that ascend; without a copy where they are all."""
+    if len(rows) == len(tensor):
+        return tensor
+    return tensor.index_select(0, upload_list(tensor.device, rows))
+
+
 def move(device: torch.device, arrays: Sequence[Array], *, pinned: bool) -> list[Tensor]:
     """Pack the arrays, copy them at once, and take them apart.
 
