@@ -59,6 +59,9 @@ class ModelConfig:
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
     enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
     cpu_kernels: bool = option(True, "On CPUs, compile fused kernels where a C++ compiler is found.")
+    gpu_kernels: bool = option(
+        True, "On CUDA, compile fused kernels where Triton works and agrees with PyTorch."
+    )
     runner: str = option(
         "ullm.model.runner:ModelRunner", "What workers run, as module:class; for tests and experiments."
     )

@@ -153,7 +153,9 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(batch)
         if len(params) != len(batch):
-            raise ValueError(f"{len(batch)} prompts need as many parameters, or one for all; got {len(params)}")
+            raise ValueError(
+                f"{len(batch)} prompts need as many parameters, or one for all; got {len(params)}"
+            )
         return self._thread.call(self._host.generate_all, batch, params)
 
     def abort(self, sequence_id: str) -> None:

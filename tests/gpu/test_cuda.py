@@ -26,6 +26,8 @@ from model_fixtures import (
 
 from ullm.messages import NewSequence, RankSpec, Row, Start, Step
 from ullm.model.attention_varlen import VarlenAttention
+from ullm.model.cuda.ops import FusedOps
+from ullm.model.decoder import Decoder
 from ullm.model.runner import ModelRunner
 from ullm.sampling import SamplingParams
 
@@ -80,6 +82,22 @@ def test_no_step_waits_for_the_device(eager: bool, tmp_path: Path) -> None:
             torch.cuda.set_sync_debug_mode("default")
         found.append([each.result().sampled for each in pending])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "llama-head-dim", "qwen3"])
+def test_fused_kernels_work_here(name: str, tmp_path: Path) -> None:
+    """Compiled, found to agree with PyTorch, and as near the CPU as PyTorch is."""
+    save_tiny(tmp_path, name)
+    prompts = [random_tokens(9, seed=i) for i in range(8)]
+    cpu = decode(load_runner(tmp_path, block_size=256, num_blocks=16), prompts, steps=1)
+    for fused in (True, False):
+        runner = load_runner(tmp_path, **ON_GPU, dtype="bfloat16", gpu_kernels=fused)
+        assert runner._rank is not None
+        model = runner._rank.model
+        assert isinstance(model, Decoder)
+        assert isinstance(model.ops, FusedOps) == fused
+        found = decode(runner, prompts, steps=1)
+        assert sum(a == b for a, b in zip(found, cpu, strict=True)) >= 6, (fused, found, cpu)
 
 
 def arriving(number: int, params: list[SamplingParams]) -> Step:

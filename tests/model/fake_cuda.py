@@ -96,7 +96,6 @@ class Anew:
         """Nothing is held."""
 
 
-@torch.inference_mode()
 def fake_graphs(graphs: DecodeGraphs) -> dict[tuple[int, int], Anew]:
     """In place of `DecodeGraphs.capture`."""
     found = {}
@@ -122,18 +121,30 @@ class FakeCuda:
         self.runner: ModelRunner = load_runner(path, cpu_kernels=False, **options)
         rank = self.runner._rank
         assert rank is not None
-        old, model, config = rank.backend, rank.model, rank.site.config
+        old, model = rank.backend, rank.model
         cpu = torch.device("cpu")
         backend = VarlenAttention(model.kv_shape, old.num_blocks, old.block_size, model.dtype, cpu)
         self.kernel = backend.kernel = Calls()
         rank.backend = backend
+        self.rank, self._processors = rank, processors
         self.graphs: dict[tuple[int, int], Anew] = {}
         if graphs:
-            with torch.inference_mode():
-                rank.graphs = DecodeGraphs(
-                    model, backend, rank.last_tokens, config.max_bs, rank.info.context_len, processors
-                )
-            self.graphs = fake_graphs(rank.graphs)
+            self.capture()
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Make graphs of what the model computes now."""
+        rank, backend = self.rank, self.rank.backend
+        assert isinstance(backend, VarlenAttention)
+        rank.graphs = DecodeGraphs(
+            rank.model,
+            backend,
+            rank.last_tokens,
+            rank.site.config.max_bs,
+            rank.info.context_len,
+            self._processors,
+        )
+        self.graphs = fake_graphs(rank.graphs)
         self.kernel.calls.clear()
 
     @property

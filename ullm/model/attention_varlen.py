@@ -148,6 +148,10 @@ class VarlenStep:
         values.view(-1, *values.shape[2:]).index_copy_(0, self.slot_mapping, v)
         return self.attend(layer, q, scale, sliding_window)
 
+    def pool(self, layer: int) -> Tensor:
+        """Where a layer's keys and values are; see `VarlenAttention`."""
+        return self.backend.pools[layer]
+
     def attend(self, layer: int, q: Tensor, scale: float, sliding_window: int | None) -> Tensor:
         """Attend to keys and values that are in the pool already."""
         if layer == 0:  # the kernel insists on them beside seqused_k; here, so that a graph recomputes them

@@ -17,6 +17,7 @@ from ullm.errors import ModelUnsupported
 from ullm.model.batch import Batch, KvShape
 from ullm.model.cpu.kernels import LANES, Kernels
 from ullm.model.cpu.ops import KernelOps
+from ullm.model.cuda.ops import choose_ops
 from ullm.model.draws import Filter
 from ullm.model.layers import (
     ColumnParallelLinear,
@@ -191,18 +192,19 @@ class Decoder(nn.Module):
             quantized(module, bits, as_stored=scheme == "stored")
 
     @torch.no_grad()
-    def prepare(self, device: torch.device, kernels: Kernels | None = None) -> None:
+    def prepare(self, device: torch.device, kernels: Kernels | None = None, *, fuse: bool = True) -> None:
         """Called once when the weights are loaded: tie and pack them, and get ready to compute.
 
         Args:
             kernels: what computes the layers on a CPU, instead of PyTorch.
+            fuse: on CUDA, use fused kernels between the matrix products where they work.
         """
         if self.config.tie_word_embeddings and self.lm_head.weight is None:
             self.lm_head.weight = self.model.embed_tokens.weight
         kernel = kernels or choose_linear_kernel(device, self._dtype)
         for _, module in self._packing():
             module.pack(kernel)
-        self._bind(device, kernel)
+        self._bind(device, kernel, fuse=fuse)
 
     def packed_weights(self) -> dict[str, Tensor]:
         """All that `prepare` has left of the weights, for `restore`."""
@@ -233,7 +235,7 @@ class Decoder(nn.Module):
             if isinstance(module, ParallelLinear | VocabParallelHead):
                 yield name, module
 
-    def _bind(self, device: torch.device, kernel: LinearKernel) -> None:
+    def _bind(self, device: torch.device, kernel: LinearKernel, *, fuse: bool = False) -> None:
         """Let ``kernel`` compute with the packed weights, and compute the rotary tables."""
         if self.config.tie_word_embeddings and device.type == "cpu" and not isinstance(kernel, Kernels):
             # In float32 the logits need no sharpening; on CUDA it would cost more than it is worth.
@@ -246,8 +248,15 @@ class Decoder(nn.Module):
         self._residual_dtype = torch.float32 if device.type == "cpu" else self._dtype
         if isinstance(kernel, Kernels):
             self.ops = KernelOps(kernel, cos, sin)
+            return
+        tables = cos.to(device, self._dtype), sin.to(device, self._dtype)
+        if fuse and device.type == "cuda" and self._dtype != torch.float32:
+            first = self._layers[0]
+            self.ops = choose_ops(
+                *tables, first.self_attn, self.config.hidden_size, first.mlp.down_proj.local
+            )
         else:
-            self.ops = TorchOps(cos.to(device, self._dtype), sin.to(device, self._dtype))
+            self.ops = TorchOps(*tables)
 
     def suits_kernels(self) -> bool:
         """Whether the CPU's kernels can compute this rank's share: they work on vectors of sixteen."""

@@ -44,7 +44,7 @@ NATIVE: dict[str, type[Decoder]] = {
 NOT_IN_WEIGHTS = frozenset(
     {
         *("model", "revision", "tokenizer", "served_model_name", "chat_template"),
-        *("context_len", "enforce_eager", "runner"),
+        *("context_len", "enforce_eager", "gpu_kernels", "runner"),
     }
 )
 """Options of a model that leave its packed weights as they are."""
@@ -125,7 +125,7 @@ def load_model(
         fill_dummy(model, seed=parallel.rank)
     else:
         load_weights(model, checkpoint.path, progress)
-    model.prepare(device, kernels)
+    model.prepare(device, kernels, fuse=config.gpu_kernels)
     if packed is not None and packed.write(model.packed_weights(), progress):
         restore(model, packed, checkpoint.dtype)  # what is mapped is shared, and need not stay in memory
     return model
