@@ -103,8 +103,7 @@ class DecodeGraphs:
         for size in reversed(self.sizes):
             for reach in reversed(self.reaches[size]):
                 self._write(size, reach, None, ([], []))
-                if reach == self.max_seq_len:
-                    self._step(size, reach)  # libraries get ready for the size
+                self._step(size, reach)  # so that nothing is compiled or loaded while it is recorded
                 torch.cuda.synchronize(self.backend.device)
                 graph = torch.cuda.CUDAGraph()
                 with recording(graph, pool):

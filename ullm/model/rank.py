@@ -29,6 +29,8 @@ from ullm.model.registry import NATIVE, Checkpoint, choose_device, load_model, r
 
 SIGN_OF_LIFE = 1.0
 """Seconds between signs of life while weights load."""
+THRIFTLESS = (1.0, 0, 0.5, 0.0)
+"""How to choose a token such that most memory is needed: of all temperatures and filters, top_p sorts."""
 SPARE_SLOTS = 2
 """Slots of last tokens for each sequence that runs at once; more than are ever used."""
 
@@ -225,10 +227,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @torch.inference_mode()
-def trial_run(model: CausalModel, backend: AttentionBackend, tokens: int) -> Tensor:
-    """Prefill ``tokens`` zeros in block 0, as sequences of at most one block; returns the last ones' logits.
+def trial_run(model: CausalModel, backend: AttentionBackend, tokens: int, rows: int = 1) -> Tensor:
+    """Prefill ``tokens`` zeros in block 0, as sequences of at most one block.
 
     What it leaves in the pool is overwritten before it is read.
+
+    Returns:
+        the logits of the last ``rows`` tokens.
     """
     size = backend.block_size
     lens = [size] * (tokens // size) + [tokens % size] * (tokens % size > 0)
@@ -244,14 +249,18 @@ def trial_run(model: CausalModel, backend: AttentionBackend, tokens: int) -> Ten
     )
     batch = backend.prepare(layout)
     hidden = model.forward(batch.token_ids, batch)
-    return model.logits(hidden[-len(lens) :])
+    return model.logits(hidden[-rows:])
 
 
+@torch.inference_mode()
 def cuda_budget(model: CausalModel, config: EngineConfig, backend: AttentionBackend) -> int:
     """Bytes for the KV pool: the GPU's share of memory, less what the largest step was seen to need."""
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.reset_peak_memory_stats(device)
-    trial_run(model, backend, config.max_num_batched_tokens)
+    logits = trial_run(model, backend, config.max_num_batched_tokens, config.max_bs)
+    rows = len(logits)
+    model.choose(logits, [THRIFTLESS] * rows, [0.0] * rows)
+    del logits
     torch.cuda.synchronize(device)
     backend.release()
     peak = torch.cuda.max_memory_allocated(device)
