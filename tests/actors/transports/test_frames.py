@@ -1,5 +1,6 @@
 """Frames: any message, cut anywhere, comes out whole; anything else is refused."""
 
+import gc
 import struct
 
 import msgspec
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from ullm.actors.transports import frames
 from ullm.actors.transports.frames import FrameReader, encode
 from ullm.config import EngineConfig
+from ullm.core.sequence import TokenEvent
 from ullm.errors import FrameBroken
 from ullm.messages import (
     Asleep,
@@ -149,3 +151,15 @@ def test_any_bytes_give_messages_or_are_broken(data):
             assert isinstance(message, FromWorker)
     except FrameBroken:
         pass
+
+
+def test_values_of_a_step_are_unknown_to_the_collector_of_garbage():
+    """There are thousands in each step; it would look through them all, and go on to everything else."""
+    result = StepResult(1, [Sampled(number, [number]) for number in range(3)])
+    reader: FrameReader[FromWorker] = FrameReader(FromWorker)
+    reader.feed(encode(result))
+    found = reader.next()
+    assert found == result
+    step = Step(1, [Row(1, 0, 1, sample=True)])
+    assert not any(map(gc.is_tracked, [found, *found.sampled, step, *step.rows]))
+    assert not gc.is_tracked(TokenEvent(1, 0, [5]))
