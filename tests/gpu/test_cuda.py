@@ -25,7 +25,9 @@ from model_fixtures import (
 )
 
 from ullm.messages import NewSequence, RankSpec, Row, Start, Step
-from ullm.model.attention_varlen import VarlenAttention
+from ullm.model.attention_varlen import VarlenAttention, VarlenStep
+from ullm.model.batch import KvShape
+from ullm.model.cuda.choice import SplitDecode, trial
 from ullm.model.cuda.ops import FusedOps
 from ullm.model.decoder import Decoder
 from ullm.model.runner import ModelRunner
@@ -45,14 +47,18 @@ def test_float32_equals_transformers(name: str, tmp_path: Path) -> None:
     assert generate(runner, prompt, 20, chunk=5) == reference_greedy(reference, prompt, 20)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-windows", "qwen3"])
-def test_graphs_equal_eager(name: str, tmp_path: Path) -> None:
+def test_graphs_equal_eager(name: str, fused: bool, tmp_path: Path) -> None:
     """bfloat16 goes through varlen attention; decode steps of 1, 3 and 8 sequences through padded graphs."""
     save_tiny(tmp_path, name)
     prompts = [random_tokens(5 + i, seed=i) for i in range(8)]
     found = []
     for eager in (True, False):
-        runner = load_runner(tmp_path, **ON_GPU, dtype="bfloat16", enforce_eager=eager)
+        options = ON_GPU | {"dtype": "bfloat16", "gpu_kernels": fused}
+        runner = load_runner(tmp_path, **options, enforce_eager=eager)
+        if fused:  # the same one, however close the measurements were
+            fix_attention(runner)
         found.append({count: decode(runner, prompts[:count]) for count in (1, 3, 8)})
     assert found[0] == found[1]
 
@@ -100,6 +106,50 @@ def test_fused_kernels_work_here(name: str, tmp_path: Path) -> None:
         assert sum(a == b for a, b in zip(found, cpu, strict=True)) >= 6, (fused, found, cpu)
 
 
+@pytest.mark.parametrize("shape", [KvShape(1, 8, 128, 16), KvShape(1, 3, 64, 9), KvShape(1, 1, 80, 8)])
+@pytest.mark.parametrize("window", [None, 100])
+def test_attention_of_decodes_is_flash_attention(shape: KvShape, window: int | None) -> None:
+    """With every tiling, few sequences that are split and many that are not."""
+    from ullm.model.cuda import decode as kernels
+
+    device = torch.device("cuda")
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    backend = VarlenAttention(shape, 40, 256, torch.bfloat16, device)
+    for count in (1, 3, 300):
+        part = trial(backend, count)
+        q = torch.randn(count, shape.num_query_heads, shape.head_dim, device=device).bfloat16()
+        expected = VarlenStep(backend, part.query_start, [part]).attend(0, q, 0.1, window)
+        for tiling in kernels.TILINGS:
+            found = SplitDecode(kernels, tiling, processors)(q, backend.pools[0], part, 0.1, window)
+            torch.testing.assert_close(found, expected, atol=0.01, rtol=0.02)
+
+
+def test_the_fastest_attention_is_chosen_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whichever it is, it is measured, and none disagrees."""
+    save_tiny(tmp_path, "qwen3")
+    with caplog.at_level("INFO"):
+        load_runner(tmp_path, **ON_GPU, dtype="bfloat16")
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("attention for decodes" in line for line in said) == 2
+    assert not any("disagree" in line or "Flash Attention" in line for line in said)
+
+
+def fix_attention(runner: ModelRunner) -> None:
+    """Let the first tiling attend for all decodes, and capture again."""
+    from ullm.model.cuda import decode as kernels
+
+    rank = runner._rank
+    assert rank is not None
+    assert isinstance(rank.backend, VarlenAttention)
+    processors = torch.cuda.get_device_properties(rank.site.device).multi_processor_count
+    first = SplitDecode(kernels, kernels.TILINGS[0], processors)
+    rank.backend.choose_decode = lambda count: first
+    if rank.graphs is not None:
+        rank.graphs.release()
+        with torch.inference_mode():
+            rank.graphs.capture(lambda: None)
+
+
 def arriving(number: int, params: list[SamplingParams]) -> Step:
     """One prompt of 6 tokens begins with each step, in chunks of 4, beside those that decode by now."""
     rows, new = [], []
@@ -136,7 +186,7 @@ def test_the_kernel_is_what_its_stand_in_is(name: str, tmp_path: Path) -> None:
         pairs.append((out.float().cpu(), expected))
         return out
 
-    rank.backend.kernel, rank.graphs = both, None
+    rank.backend.kernel, rank.backend.choose_decode, rank.graphs = both, None, None
     new = [
         NewSequence(i, random_tokens(200 + i, seed=i), 200 + i, GREEDY, [2 * i, 2 * i + 1]) for i in range(3)
     ]

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_cuda import FakeCuda
+from fake_cuda import Calls, FakeCuda, attend
 from model_fixtures import random_tokens, reference_greedy, save_tiny
 from test_graphs import step_by_step
 from torch import Tensor
 
+from ullm.model.attention_varlen import FULL, VarlenAttention
+from ullm.model.batch import KvShape
 from ullm.model.cuda.check import disagreements
+from ullm.model.cuda.choice import Choice, SplitDecode, choose_decode
 from ullm.model.cuda.ops import FusedOps, choose_ops
 from ullm.model.decoder import Decoder
 from ullm.model.layers import RMSNorm
@@ -31,6 +35,8 @@ import itertools
 import torch
 from test_cuda_ops import attention, tables
 from ullm.model.cuda import kernels
+from ullm.model.attention_varlen import FULL, VarlenAttention
+from ullm.model.batch import KvShape
 from ullm.model.cuda.check import disagreements
 from ullm.model.cuda.ops import FusedOps
 from ullm.model.ops import TorchOps
@@ -40,6 +46,12 @@ for (heads, kv_heads, size, norm), dtype in itertools.product(shapes, (torch.flo
     pair, module = tables(size, dtype), attention(heads, kv_heads, size, norm, dtype)
     found = disagreements(FusedOps(*pair, kernels), TorchOps(*pair), module, 80, 1100)
     assert not found, (heads, kv_heads, size, norm, dtype, found)
+from test_cuda_ops import check_decode
+from ullm.model.cuda import decode
+for shape in ((2, 2, 16, 32), (1, 3, 24, 16), (2, 1, 8, 16), (1, 5, 80, 32)):
+    for dtype in (torch.float32, torch.float16):  # the interpreter does not multiply bfloat16
+        for window, splits in itertools.product((0, 20), (1, 4)):
+            check_decode(decode, decode.Tiling(16, 4, 2), *shape, dtype, window, splits)
 print("agreed")
 """
 
@@ -71,6 +83,49 @@ class PlainKernels:
         for target, new in zip(pool, (k, v), strict=True):
             target.view(-1, kv_heads, size)[slots] = new.to(pool.dtype)
         return q.to(qkv.dtype)
+
+
+class PlainDecode:
+    """As `ullm.model.cuda.decode`, whose pieces do not matter to the result."""
+
+    TILINGS = (SimpleNamespace(keys=64), SimpleNamespace(keys=128))
+
+    def __init__(self) -> None:
+        self.splits: list[int] = []
+
+    def choose_splits(self, count: int, kv_heads: int, processors: int, longest: int, tile: int) -> int:
+        return 1
+
+    def decode_attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, seq_lens: Tensor, block_tables: Tensor, *,
+        scale: float, window: int, splits: int, tiling: Any,
+    ) -> Tensor:  # fmt: skip
+        self.splits.append(splits)
+        out = torch.empty_like(q)
+        for i, length in enumerate(seq_lens.tolist()):
+            k, v = (pool[block_tables[i].long()].flatten(0, 1)[:length].float() for pool in (keys, values))
+            sides = (window - 1, 0) if window else FULL
+            out[i] = attend(q[i, None].float(), k, v, scale, sides)[0].to(q.dtype)
+        return out
+
+
+def check_decode(
+    kernels: Any, tiling: Any, kv_heads: int, group: int, size: int, page: int, dtype: torch.dtype,
+    window: int, splits: int,
+) -> None:  # fmt: skip
+    """A kernel against the one above: sequences of several lengths, of queries that are part of something."""
+    torch.manual_seed(0)
+    lens = torch.tensor([1, 17, 40, 64, 5], dtype=torch.int32)
+    width = -(-64 // page)
+    pool = torch.randn(2, 24, page, kv_heads, size).to(dtype)
+    block_tables = torch.randint(24, (len(lens), width), dtype=torch.int32)
+    q = torch.randn(len(lens), kv_heads * group + 2, size).to(dtype)[:, : kv_heads * group]
+    asked = (q, pool[0], pool[1], lens, block_tables)
+    options: dict[str, Any] = {"scale": size**-0.5, "window": window, "splits": splits, "tiling": tiling}
+    found = kernels.decode_attention(*asked, **options)
+    expected = PlainDecode().decode_attention(*asked, **options)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.01
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
 def tables(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -164,6 +219,90 @@ def test_only_kernels_that_agree_are_used(
     monkeypatch.setattr("ullm.model.cuda.ops.import_module", lambda _: kernels)
     assert type(choose_ops(*tables(16), attention(4, 2, 16, True), 64, 96)) is kind
     assert bool(caplog.records) == (kind is TorchOps)
+
+
+# --- attention for decodes ---------------------------------------------------------------------------------
+
+
+def backend_of(kv_heads: int = 2) -> VarlenAttention:
+    """A pool of its own."""
+    shape = KvShape(num_layers=1, num_kv_heads=kv_heads, head_dim=16, num_query_heads=4)
+    backend = VarlenAttention(shape, 6, 8, torch.float32, torch.device("cpu"))
+    backend.kernel = Calls()
+    return backend
+
+
+def timed(*seconds: float) -> Callable[[Callable[[], Tensor]], float]:
+    """Says these, one after the other."""
+    left = iter(seconds)
+
+    def measure(work: Callable[[], Tensor]) -> float:
+        work()
+        return next(left)
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("seconds", "few", "many"),
+    [
+        ((1.0, 0.5, 0.4, 1.0, 2.0, 2.0), 128, None),
+        ((1.0, 0.5, 0.49, 1.0, 0.9, 0.5), 64, 128),  # the second is not worth a change
+        ((1.0, 0.96, 2.0, 1.0, 0.97, 0.96), None, None),
+    ],
+)
+def test_the_fastest_attention_is_taken(
+    seconds: tuple[float, ...],
+    few: int | None,
+    many: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("ullm.model.cuda.choice.import_module", lambda _: PlainDecode())
+    backend, ticks = backend_of(), []
+    with caplog.at_level("INFO"):
+        choice = choose_decode(backend, 40, 10, lambda: ticks.append(1), timed(*seconds))
+    found = [getattr(choice(count) if choice else None, "tiling", None) for count in (1, 9, 10, 40)]
+    assert [each and each.keys for each in found] == [few, few, many, many]
+    assert len(ticks) == 4
+    assert ["attention for decodes" in record.getMessage() for record in caplog.records] == [True, True]
+
+
+@pytest.mark.parametrize("wrong", [1.1, torch.nan])
+def test_attention_that_is_wrong_is_not_taken(
+    wrong: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels: Any = PlainDecode()
+    right = kernels.decode_attention
+    kernels.decode_attention = lambda *args, **options: right(*args, **options) * wrong
+    monkeypatch.setattr("ullm.model.cuda.choice.import_module", lambda _: kernels)
+    assert choose_decode(backend_of(), 40, 10, lambda: None, timed(1.0, 1.0)) is None
+    assert "disagrees" in caplog.records[0].getMessage()
+
+
+def test_attention_that_cannot_be_compiled_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels: Any = PlainDecode()
+    monkeypatch.setattr(kernels, "decode_attention", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("ullm.model.cuda.choice.import_module", lambda _: kernels)
+    assert choose_decode(backend_of(), 40, 10, lambda: None, timed(1.0, 1.0)) is None
+    assert "Flash Attention" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+def test_tokens_are_transformers_with_another_attention(name: str, tmp_path: Path) -> None:
+    reference, kernels = save_tiny(tmp_path, name), PlainDecode()
+    cuda = FakeCuda(tmp_path, graphs=False)
+    assert isinstance(cuda.rank.backend, VarlenAttention)
+    other = SplitDecode(kernels, kernels.TILINGS[0], 10)
+    cuda.rank.backend.choose_decode = Choice(other, None, 3)
+    cuda.capture()
+    prompts = [random_tokens(length, seed=length) for length in (5, 1, 9)]
+    found = step_by_step(cuda.runner, prompts, 12)
+    assert found == [reference_greedy(reference, p, len(f)) for p, f in zip(prompts, found, strict=True)]
+    assert kernels.splits
+    assert {call[0] for call in cuda.kernel.calls if call[1] == 1} == {4}  # three, padded
 
 
 @pytest.mark.process

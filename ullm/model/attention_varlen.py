@@ -18,10 +18,17 @@ FULL, CAUSAL = (-1, -1), (-1, 0)
 
 Kernel = Callable[..., Tensor]
 """As `paged_attention`."""
+Decode = Callable[[Tensor, Tensor, "Part", float, int | None], Tensor]
+"""Attention of one query per sequence: queries ``[N, heads, head_dim]``, a layer's pool, the sequences,
+scale, sliding window → as queries."""
 
 
 class VarlenAttention:
     """Implements `ullm.model.batch.AttentionBackend`.
+
+    Attributes:
+        kernel: what attends.
+        choose_decode: number of sequences → what attends in its place, with one query per sequence.
 
     The pool of each layer is ``[keys or values, num_blocks + 1, block_size, KV heads, head_dim]``. The
     extra block is for padding: rows that fill a CUDA graph's batch write and read there.
@@ -32,6 +39,7 @@ class VarlenAttention:
     ) -> None:
         self.shape, self.num_blocks, self.block_size, self.device = shape, num_blocks, block_size, device
         self.kernel: Kernel = paged_attention
+        self.choose_decode: Callable[[int], Decode | None] | None = None
         size = (2, num_blocks + 1, block_size, shape.num_kv_heads, shape.head_dim)
         self.pools = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
 
@@ -168,6 +176,10 @@ class VarlenStep:
     def _call(
         self, pool: Tensor, part: Part, key_start: Tensor, q: Tensor, scale: float, sliding_window: int | None
     ) -> Tensor:
+        if part.max_query_len == 1 and self.backend.choose_decode is not None:
+            decode = self.backend.choose_decode(part.tokens)
+            if decode is not None:
+                return decode(q, pool, part, scale, sliding_window)
         return self.backend.kernel(
             q,
             pool[0],

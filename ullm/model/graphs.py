@@ -13,8 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ullm.config import EngineConfig
 from ullm.model.attention_varlen import Part, VarlenAttention, VarlenStep
 from ullm.model.batch import Batch, CausalModel, Layout
+from ullm.model.cuda.choice import choose_decode
 from ullm.model.last_tokens import LastTokens
 
 Int32s = npt.NDArray[np.int32]
@@ -185,6 +187,26 @@ class DecodeGraphs:
             num_decodes=size,
             attention=VarlenStep(self.backend, slot_mapping, [part]),
         )
+
+
+@torch.inference_mode()
+def make_graphs(
+    config: EngineConfig,
+    model: CausalModel,
+    backend: VarlenAttention,
+    last_tokens: LastTokens,
+    max_seq_len: int,
+    progress: Callable[[], None],
+) -> DecodeGraphs | None:
+    """Choose what attends for decodes, and capture them; None where graphs are not wanted."""
+    processors = torch.cuda.get_device_properties(backend.device).multi_processor_count
+    if config.gpu_kernels:
+        backend.choose_decode = choose_decode(backend, config.max_bs, processors, progress)
+    if config.enforce_eager:
+        return None
+    graphs = DecodeGraphs(model, backend, last_tokens, config.max_bs, max_seq_len, processors)
+    graphs.capture(progress)
+    return graphs
 
 
 def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ from ullm.model.attention_varlen import VarlenAttention
 from ullm.model.batch import AttentionBackend, CausalModel, Layout
 from ullm.model.cpu.ops import KernelAttention, KernelOps
 from ullm.model.decoder import Decoder
-from ullm.model.graphs import DecodeGraphs
+from ullm.model.graphs import DecodeGraphs, make_graphs
 from ullm.model.kv_pool import check_fits, count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
 from ullm.model.last_tokens import LastTokens
 from ullm.model.memory import let_go
@@ -136,13 +136,9 @@ def furnish(
     info = describe(site, model, backend, vocab_size)
     last_tokens = LastTokens(SPARE_SLOTS * site.config.max_bs, site.device)
     graphs = None
-    if isinstance(backend, VarlenAttention) and not site.config.enforce_eager:
-        processors = torch.cuda.get_device_properties(site.device).multi_processor_count
-        with torch.inference_mode():
-            graphs = DecodeGraphs(
-                model, backend, last_tokens, site.config.max_bs, info.context_len, processors
-            )
-            graphs.capture(throttled("capture", progress))
+    if isinstance(backend, VarlenAttention):
+        tick = throttled("capture", progress)
+        graphs = make_graphs(site.config, model, backend, last_tokens, info.context_len, tick)
     return Rank(site, model, backend, last_tokens, graphs, info)
 
 

@@ -1,0 +1,181 @@
+"""Paged attention of one query per sequence, in Triton; importing this module needs it.
+
+Flash Attention 2 multiplies tiles of 64 queries, of which a decode has as many as query heads share a KV
+head: two for Qwen3-0.6B. On an H200, by the numbers of operations, the other 62 take about as long as
+reading the KV does. Here a tile has 16, the least that tensor cores take. Sequences are split into pieces by
+their own lengths, not by the longest that there could be (T. Dao et al., Flash-Decoding, 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LEAST_ROWS = 16
+"""Queries that tensor cores multiply at least."""
+LOG2_E = 1.4426950408889634
+MOST_SPLITS = 64
+BLOCKS_PER_PROCESSOR = 4
+"""Blocks of threads that a processor should have at least, so that their reads hide each other's waiting."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernel is compiled.
+
+    Args:
+        keys: of a tile; divides the pool's block size.
+        stages: of the loop's pipeline; one is the block table's, which says where the keys are.
+    """
+
+    keys: int
+    warps: int
+    stages: int
+
+
+TILINGS = (Tiling(64, 4, 3), Tiling(64, 4, 4), Tiling(128, 8, 3))
+
+
+@triton.jit
+def _decode(
+    q, keys, values, tables, seq_lens, out, partial, weights, q_stride, table_stride, SCALE: tl.constexpr,
+    WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program per sequence, KV head and piece."""
+    sequence = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    piece = tl.program_id(2)
+    length = tl.load(seq_lens + sequence)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0)
+    tiles = tl.cdiv(length, TILE) - first // TILE
+    per_piece = tl.cdiv(tiles, SPLITS)
+    begin = (first // TILE + piece * per_piece) * TILE
+    end = tl.minimum(begin + per_piece * TILE, length)
+
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    head = kv_head * GROUP + row
+    inside = (row[:, None] < GROUP) & (column[None, :] < SIZE)
+    query = tl.load(
+        q + sequence.to(tl.int64) * q_stride + head[:, None] * SIZE + column[None, :], mask=inside, other=0.0
+    )
+    key_index = tl.arange(0, TILE)
+    most = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(begin, end, TILE):
+        page = tl.load(tables + sequence.to(tl.int64) * table_stride + start // PAGE)
+        slot = page.to(tl.int64) * PAGE + start % PAGE + key_index
+        at = (slot[:, None] * KV_HEADS + kv_head) * SIZE + column[None, :]
+        position = start + key_index
+        seen = (position >= first) & (position < end)
+        some = seen[:, None] & (column[None, :] < SIZE)
+        key = tl.load(keys + at, mask=some, other=0.0)
+        scores = tl.dot(query, tl.trans(key)) * SCALE
+        scores = tl.where(seen[None, :], scores, -1e30)
+        new_most = tl.maximum(most, tl.max(scores, 1))
+        weight = tl.exp2(scores - new_most[:, None])
+        weight = tl.where(seen[None, :], weight, 0.0)
+        shrink = tl.exp2(most - new_most)
+        value = tl.load(values + at, mask=some, other=0.0)
+        sums = sums * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
+        total = total * shrink + tl.sum(weight, 1)
+        most = new_most
+
+    mean = sums / tl.maximum(total, 1e-30)[:, None]
+    heads = KV_HEADS * GROUP
+    if SPLITS == 1:
+        target = out + (sequence.to(tl.int64) * heads + head[:, None]) * SIZE + column[None, :]
+        tl.store(target, mean.to(out.dtype.element_ty), mask=inside)
+    else:
+        where = (sequence.to(tl.int64) * heads + head) * SPLITS + piece
+        tl.store(partial + where[:, None] * SIZE + column[None, :], mean, mask=inside)
+        weight_of_piece = tl.where(total > 0.0, most + tl.log2(tl.maximum(total, 1e-30)), -1e30)
+        tl.store(weights + where, weight_of_piece, mask=row < GROUP)
+
+
+@triton.jit
+def _combine(
+    partial, weights, out, SIZE: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr
+) -> None:  # fmt: skip
+    """One program per sequence and head: the mean of its pieces."""
+    at = tl.program_id(0).to(tl.int64)
+    piece = tl.arange(0, SPLITS)
+    column = tl.arange(0, COLUMNS)
+    inside = column < SIZE
+    weight = tl.load(weights + at * SPLITS + piece)
+    weight = tl.exp2(weight - tl.max(weight, 0))
+    source = partial + (at * SPLITS + piece[:, None]) * SIZE + column[None, :]
+    means = tl.load(source, mask=inside[None, :], other=0.0)
+    mean = tl.sum(means * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + at * SIZE + column, mean.to(out.dtype.element_ty), mask=inside)
+
+
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    scale: float,
+    window: int,
+    splits: int,
+    tiling: Tiling,
+) -> Tensor:
+    """Attend for one query per sequence.
+
+    Args:
+        q: ``[N, query heads, head_dim]``; heads and dimensions side by side.
+        keys, values: ``[blocks, block size, KV heads, head_dim]``, contiguous.
+        seq_lens: ``[N]`` int32, the query's own position included.
+        block_tables: ``[N, W]`` int32.
+        window: keys that a query sees; 0: all.
+        splits: pieces of each sequence, a power of two.
+
+    Returns:
+        ``[N, query heads, head_dim]``.
+    """
+    count, heads, size = q.shape
+    page, kv_heads = keys.shape[1:3]
+    group, columns = heads // kv_heads, max(16, triton.next_power_of_2(size))
+    out = q.new_empty(q.shape)
+    partial = weights = out
+    if splits > 1:
+        partial = q.new_empty((count, heads, splits, size), dtype=torch.float32)
+        weights = q.new_empty((count, heads, splits), dtype=torch.float32)
+    _decode[(count, kv_heads, splits)](
+        *(
+            q,
+            keys,
+            values,
+            block_tables,
+            seq_lens,
+            out,
+            partial,
+            weights,
+            q.stride(0),
+            block_tables.stride(0),
+        ),
+        *(scale * LOG2_E, window, kv_heads, group, size, page),
+        *(max(LEAST_ROWS, triton.next_power_of_2(group)), columns, min(tiling.keys, page), splits),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+    if splits > 1:
+        _combine[(count * heads,)](partial, weights, out, size, columns, splits, num_warps=1)
+    return out
+
+
+def choose_splits(count: int, kv_heads: int, processors: int, longest: int, tile: int) -> int:
+    """Pieces such that there are enough blocks of threads, of no less than a tile each; a power of two."""
+    wanted = BLOCKS_PER_PROCESSOR * processors // (count * kv_heads)
+    most = min(MOST_SPLITS, wanted, -(-longest // tile))
+    return 1 << max(most, 1).bit_length() - 1
