@@ -221,13 +221,14 @@ async def test_a_run_that_stays_flat(tmp_path: Path) -> None:
         requests=20,
         output_tokens=Length(4, 12),
     )
-    tolerance = Tolerance(rate=0.9, time=1.0, memory=0.3, slack=20)
+    tolerance = Tolerance(rate=0.99, time=4.0, memory=0.3, slack=20)
     plan = dataclasses.replace(with_model(plan, tmp_path / "model", 0.005), tolerance=tolerance)
     said: list[str] = []
     with trio.fail_after(60):
         found = await run_soak(plan, tmp_path / "log", said.append)
     assert found.complaints == []
-    assert found.good, found.markdown()
+    worse = [finding for finding in found.findings if not finding.good]
+    assert worse == []
     assert found.counts["answered"] >= 20
     assert set(found.counts) == {"answered", "left", "refused"}
     assert found.samples[-1].worker.cpu > 0

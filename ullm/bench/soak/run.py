@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ullm.bench.soak.mix import Mix, Unexpected, run_ask
 from ullm.bench.soak.report import Soak
 from ullm.bench.soak.sample import Sample, Sampler
 from ullm.bench.workload import Length
-from ullm.errors import ServerUnreachable
+from ullm.errors import ServerRefused, ServerUnreachable
 
 START_SECONDS = 120.0
 SETTLE_SECONDS = 20.0
@@ -124,18 +125,20 @@ async def run_soak(plan: Plan, log: Path, say: Say) -> Soak:
 async def _watch(plan: Plan, load: Load, sampler: Sampler, say: Say) -> list[Sample]:
     """Look at each interval until the run is over; then have the clients stop."""
     samples: list[Sample] = []
-    said = 0
+    looks = said = 0
     try:
         while not load.stopping.is_set():
-            samples.append(await sampler.take(load.counts.total()))
-            passed, answered = samples[-1].seconds, load.counts["answered"]
+            with suppress(ServerRefused):  # no worker is up now; that one was lost will be seen
+                samples.append(await sampler.take(load.counts.total()))
+            looks += 1
+            passed, answered = trio.current_time() - sampler.began, load.counts["answered"]
             if passed >= plan.seconds and answered >= plan.requests:
                 break
             share = min(passed / plan.seconds, answered / plan.requests if plan.requests else 1.0)
             if share * SAID >= said:
                 say(f"{passed:.0f} s, {load.counts.total()} requests")
                 said += 1
-            with trio.move_on_at(sampler.began + len(samples) * plan.interval):
+            with trio.move_on_at(sampler.began + looks * plan.interval):
                 await load.stopping.wait()
     except ServerUnreachable as error:
         load.failures.append(str(error))
