@@ -23,6 +23,7 @@ from model_fixtures import (
     reference_greedy,
     save_tiny,
 )
+from test_cuda_ops import check_choice
 
 from ullm.messages import NewSequence, RankSpec, Row, Start, Step
 from ullm.model.attention_varlen import VarlenAttention, VarlenStep
@@ -132,6 +133,13 @@ def test_the_fastest_attention_is_chosen_here(tmp_path: Path, caplog: pytest.Log
     said = [record.getMessage() for record in caplog.records]
     assert sum("attention for decodes" in line for line in said) == 2
     assert not any("disagree" in line or "Flash Attention" in line for line in said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_chosen_as_by_pytorch(dtype: torch.dtype) -> None:
+    from ullm.model.cuda import choose
+
+    check_choice(lambda logits, *rest: choose.choose_tokens(logits.cuda(), *rest).cpu(), dtype)
 
 
 def fix_attention(runner: ModelRunner) -> None:

@@ -26,6 +26,7 @@ from ullm.model.cuda.check import disagreements
 from ullm.model.cuda.choice import Choice, SplitDecode, choose_decode
 from ullm.model.cuda.ops import FusedOps, choose_ops
 from ullm.model.decoder import Decoder
+from ullm.model.draws import choose_tokens, uniform
 from ullm.model.layers import RMSNorm
 from ullm.model.ops import TorchOps
 from ullm.model.rope import rope_cache
@@ -33,25 +34,25 @@ from ullm.model.rope import rope_cache
 INTERPRETED = """
 import itertools
 import torch
-from test_cuda_ops import attention, tables
-from ullm.model.cuda import kernels
-from ullm.model.attention_varlen import FULL, VarlenAttention
-from ullm.model.batch import KvShape
+from test_cuda_ops import attention, check_choice, check_decode, tables
+from ullm.model.cuda import check, choose, decode, kernels
 from ullm.model.cuda.check import disagreements
 from ullm.model.cuda.ops import FusedOps
 from ullm.model.ops import TorchOps
 
+choose.CHUNK, check.VOCAB, check.CHOICES = 128, 300, 1  # the interpreter is slow
+dtypes = torch.float32, torch.bfloat16
 shapes = [(4, 2, 16, True), (3, 1, 24, True), (2, 2, 8, False), (16, 8, 128, True)]
-for (heads, kv_heads, size, norm), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
+for (heads, kv_heads, size, norm), dtype in zip(shapes, dtypes * 2):
     pair, module = tables(size, dtype), attention(heads, kv_heads, size, norm, dtype)
-    found = disagreements(FusedOps(*pair, kernels), TorchOps(*pair), module, 80, 1100)
+    found = disagreements(FusedOps(*pair, kernels, choose.choose_tokens), TorchOps(*pair), module, 80, 1100)
     assert not found, (heads, kv_heads, size, norm, dtype, found)
-from test_cuda_ops import check_decode
-from ullm.model.cuda import decode
 for shape in ((2, 2, 16, 32), (1, 3, 24, 16), (2, 1, 8, 16), (1, 5, 80, 32)):
     for dtype in (torch.float32, torch.float16):  # the interpreter does not multiply bfloat16
-        for window, splits in itertools.product((0, 20), (1, 4)):
+        for window, splits in itertools.product((0, 20), (1, 3)):
             check_decode(decode, decode.Tiling(16, 4, 2), *shape, dtype, window, splits)
+for dtype in dtypes:
+    check_choice(choose.choose_tokens, dtype)
 print("agreed")
 """
 
@@ -128,6 +129,25 @@ def check_decode(
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
+def check_choice(choose: Any, dtype: torch.dtype) -> None:
+    """Tokens against PyTorch's: every kind of filter, impossible and equally likely tokens, extreme draws."""
+    filters = [
+        *((0, 0, 1, 0), (0.6, 0, 1, 0), (1, 0, 0.9, 0), (1, 20, 1, 0), (1.3, 50, 0.5, 0)),
+        *((0.8, 0, 1, 0.05), (0.7, 5, 0.95, 0.02), (1e-20, 0, 1, 0), (5, 0, 0.3, 0), (0, 3, 0.5, 0)),
+    ]
+    torch.manual_seed(0)
+    for case in range(4):
+        logits = (3 * torch.randn(len(filters), 300)).to(dtype)
+        draws = [uniform(case, row) for row in range(len(filters))]
+        if case == 1:
+            logits[:, 5:150] = -torch.inf
+        if case == 2:
+            logits[:] = 1
+        if case == 3:
+            draws = [1 - 2**-53] * len(filters)
+        assert torch.equal(choose(logits, filters, draws), choose_tokens(logits, filters, draws)), case
+
+
 def tables(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Of a rotary embedding for 64 positions."""
     cos, sin = rope_cache({"rope_type": "default", "rope_theta": 10000.0}, size, 64)
@@ -155,7 +175,7 @@ def test_tokens_are_transformers(name: str, graphs: bool, tmp_path: Path) -> Non
     model = cuda.rank.model
     assert isinstance(model, Decoder)
     assert isinstance(model.ops, TorchOps)
-    model.ops = FusedOps(*model.ops.tables, PlainKernels())
+    model.ops = FusedOps(*model.ops.tables, PlainKernels(), choose_tokens)
     if graphs:
         cuda.capture()
     prompts = [random_tokens(length, seed=length) for length in (5, 1, 9)]
@@ -168,7 +188,7 @@ def test_tokens_are_transformers(name: str, graphs: bool, tmp_path: Path) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_agrees(dtype: torch.dtype, norm: bool) -> None:
     pair = tables(16, dtype)
-    fused, plain = FusedOps(*pair, PlainKernels()), TorchOps(*pair)
+    fused, plain = FusedOps(*pair, PlainKernels(), choose_tokens), TorchOps(*pair)
     assert disagreements(fused, plain, attention(4, 2, 16, norm, dtype), 64, 96) == []
 
 
@@ -185,16 +205,33 @@ def test_what_does_not_agree_is_named(name: str, where: set[str]) -> None:
     right = getattr(kernels, name)
     setattr(kernels, name, lambda *args: right(*args) * 1.1)
     found = disagreements(
-        FusedOps(*tables(16), kernels), TorchOps(*tables(16)), attention(4, 2, 16, True), 64, 96
+        FusedOps(*tables(16), kernels, choose_tokens),
+        TorchOps(*tables(16)),
+        attention(4, 2, 16, True),
+        64,
+        96,
     )
     assert {line.partition(" of ")[0] for line in found} == where
+
+
+def test_other_tokens_do_not_agree() -> None:
+    def other(logits: Tensor, *args: Any) -> Tensor:
+        return (choose_tokens(logits, *args) + 1) % logits.shape[1]
+
+    fused = FusedOps(*tables(16), PlainKernels(), other)
+    found = disagreements(fused, TorchOps(*tables(16)), attention(4, 2, 16, True), 64, 96)
+    assert set(found) == {"tokens in torch.float32"}
 
 
 def test_nan_does_not_agree() -> None:
     kernels: Any = PlainKernels()
     kernels.silu_and_mul = lambda gate_up: gate_up[:, ::2] * torch.nan
     found = disagreements(
-        FusedOps(*tables(16), kernels), TorchOps(*tables(16)), attention(4, 2, 16, True), 64, 96
+        FusedOps(*tables(16), kernels, choose_tokens),
+        TorchOps(*tables(16)),
+        attention(4, 2, 16, True),
+        64,
+        96,
     )
     assert found == ["gate of 1 rows by nan", "gate of 5 rows by nan"]
 
@@ -216,6 +253,7 @@ def test_only_kernels_that_agree_are_used(
     kernels: Any = PlainKernels()
     right = kernels.silu_and_mul
     kernels.silu_and_mul = lambda gate_up: right(gate_up) * factor
+    kernels.choose_tokens = choose_tokens
     monkeypatch.setattr("ullm.model.cuda.ops.import_module", lambda _: kernels)
     assert type(choose_ops(*tables(16), attention(4, 2, 16, True), 64, 96)) is kind
     assert bool(caplog.records) == (kind is TorchOps)

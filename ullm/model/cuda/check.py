@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 from ullm.model.batch import Batch
+from ullm.model.draws import Filter
 from ullm.model.layers import RMSNorm
 from ullm.model.ops import AttentionModule, TorchOps
 
 ROWS = (1, 5)
 BLOCKS, BLOCK_SIZE = 2, 8
+VOCAB, CHOICES = 5000, 4
+FILTERS: tuple[Filter, ...] = (
+    (0, 0, 1, 0),
+    (0.7, 0, 1, 0),
+    (1, 0, 0.9, 0),
+    (0.9, 20, 0.95, 0),
+    (1.2, 0, 1, 0.05),
+)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Of numbers near 1: a few roundings."""
 
@@ -59,7 +68,24 @@ def disagreements(
             difference = (mine.float() - asked[plain][name].float()).abs().max().item()
             if not difference <= TOLERANCE[cos.dtype]:
                 found.append(f"{name} of {rows} rows by {difference:.3g}")
-    return found
+    return found + [
+        f"tokens in {dtype}"
+        for dtype in (cos.dtype, torch.float32)
+        if not _same_tokens(fused, plain, cos, dtype)
+    ]
+
+
+def _same_tokens(fused: TorchOps, plain: TorchOps, like: Tensor, dtype: torch.dtype) -> bool:
+    """Whether both choose the same, without filters and with, but for draws between two tokens."""
+    source = torch.Generator().manual_seed(0)
+    differ = 0
+    for filters in (FILTERS[:2], FILTERS):
+        asked = [*filters] * CHOICES
+        logits = (3 * torch.randn(len(asked), VOCAB, generator=source)).to(like.device, dtype)
+        draws = torch.rand(len(asked), generator=source).tolist()
+        tokens = (ops.choose(logits, asked, draws).tolist() for ops in (fused, plain))
+        differ += sum(a != b for a, b in zip(*tokens, strict=True))
+    return differ <= 1
 
 
 def _results(

@@ -37,14 +37,15 @@ class Tiling:
     stages: int
 
 
-TILINGS = (Tiling(64, 4, 3), Tiling(64, 4, 4), Tiling(128, 8, 3))
+TILINGS = (Tiling(64, 4, 3), Tiling(64, 2, 3), Tiling(128, 8, 3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "splits"])  # no compiling for each number of them
 def _decode(
-    q, keys, values, tables, seq_lens, out, partial, weights, q_stride, table_stride, SCALE: tl.constexpr,
-    WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    q, keys, values, tables, seq_lens, out, partial, weights, q_stride, table_stride, splits,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per sequence, KV head and piece."""
     sequence = tl.program_id(0)
@@ -55,7 +56,7 @@ def _decode(
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
     tiles = tl.cdiv(length, TILE) - first // TILE
-    per_piece = tl.cdiv(tiles, SPLITS)
+    per_piece = tl.cdiv(tiles, splits)
     begin = (first // TILE + piece * per_piece) * TILE
     end = tl.minimum(begin + per_piece * TILE, length)
 
@@ -91,31 +92,33 @@ def _decode(
 
     mean = sums / tl.maximum(total, 1e-30)[:, None]
     heads = KV_HEADS * GROUP
-    if SPLITS == 1:
+    if not SPLIT:
         target = out + (sequence.to(tl.int64) * heads + head[:, None]) * SIZE + column[None, :]
         tl.store(target, mean.to(out.dtype.element_ty), mask=inside)
     else:
-        where = (sequence.to(tl.int64) * heads + head) * SPLITS + piece
+        where = (sequence.to(tl.int64) * heads + head) * splits + piece
         tl.store(partial + where[:, None] * SIZE + column[None, :], mean, mask=inside)
         weight_of_piece = tl.where(total > 0.0, most + tl.log2(tl.maximum(total, 1e-30)), -1e30)
         tl.store(weights + where, weight_of_piece, mask=row < GROUP)
 
 
-@triton.jit
-def _combine(
-    partial, weights, out, SIZE: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr
-) -> None:  # fmt: skip
+@triton.jit(do_not_specialize=["splits"])
+def _combine(partial, weights, out, splits, SIZE: tl.constexpr, COLUMNS: tl.constexpr) -> None:
     """One program per sequence and head: the mean of its pieces."""
     at = tl.program_id(0).to(tl.int64)
-    piece = tl.arange(0, SPLITS)
     column = tl.arange(0, COLUMNS)
     inside = column < SIZE
-    weight = tl.load(weights + at * SPLITS + piece)
-    weight = tl.exp2(weight - tl.max(weight, 0))
-    source = partial + (at * SPLITS + piece[:, None]) * SIZE + column[None, :]
-    means = tl.load(source, mask=inside[None, :], other=0.0)
-    mean = tl.sum(means * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out + at * SIZE + column, mean.to(out.dtype.element_ty), mask=inside)
+    most = tl.load(weights + at * splits)
+    for piece in range(1, splits):
+        most = tl.maximum(most, tl.load(weights + at * splits + piece))
+    total = 0.0
+    mean = tl.zeros([COLUMNS], tl.float32)
+    for piece in range(splits):
+        weight = tl.exp2(tl.load(weights + at * splits + piece) - most)
+        source = partial + (at * splits + piece) * SIZE + column
+        mean += tl.load(source, mask=inside, other=0.0) * weight
+        total += weight
+    tl.store(out + at * SIZE + column, (mean / total).to(out.dtype.element_ty), mask=inside)
 
 
 def decode_attention(
@@ -138,7 +141,7 @@ def decode_attention(
         seq_lens: ``[N]`` int32, the query's own position included.
         block_tables: ``[N, W]`` int32.
         window: keys that a query sees; 0: all.
-        splits: pieces of each sequence, a power of two.
+        splits: pieces of each sequence.
 
     Returns:
         ``[N, query heads, head_dim]``.
@@ -152,30 +155,19 @@ def decode_attention(
         partial = q.new_empty((count, heads, splits, size), dtype=torch.float32)
         weights = q.new_empty((count, heads, splits), dtype=torch.float32)
     _decode[(count, kv_heads, splits)](
-        *(
-            q,
-            keys,
-            values,
-            block_tables,
-            seq_lens,
-            out,
-            partial,
-            weights,
-            q.stride(0),
-            block_tables.stride(0),
-        ),
+        *(q, keys, values, block_tables, seq_lens, out, partial, weights),
+        *(q.stride(0), block_tables.stride(0), splits),
         *(scale * LOG2_E, window, kv_heads, group, size, page),
-        *(max(LEAST_ROWS, triton.next_power_of_2(group)), columns, min(tiling.keys, page), splits),
+        *(max(LEAST_ROWS, triton.next_power_of_2(group)), columns, min(tiling.keys, page), splits > 1),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
     if splits > 1:
-        _combine[(count * heads,)](partial, weights, out, size, columns, splits, num_warps=1)
+        _combine[(count * heads,)](partial, weights, out, splits, size, columns, num_warps=1)
     return out
 
 
 def choose_splits(count: int, kv_heads: int, processors: int, longest: int, tile: int) -> int:
-    """Pieces such that there are enough blocks of threads, of no less than a tile each; a power of two."""
+    """Pieces such that there are enough blocks of threads, of no less than a tile each."""
     wanted = BLOCKS_PER_PROCESSOR * processors // (count * kv_heads)
-    most = min(MOST_SPLITS, wanted, -(-longest // tile))
-    return 1 << max(most, 1).bit_length() - 1
+    return max(1, min(MOST_SPLITS, wanted, -(-longest // tile)))

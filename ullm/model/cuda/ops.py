@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from ullm.logs import get_logger
 from ullm.model.batch import Batch
 from ullm.model.cuda.check import disagreements
+from ullm.model.draws import Choose, Filter
 from ullm.model.layers import RMSNorm
 from ullm.model.ops import AttentionModule, StepOps, TorchOps, TorchStep
 
@@ -38,11 +39,21 @@ class Fused(Protocol):
 
 
 class FusedOps(TorchOps):
-    """Implements `LayerOps` for batches of `VarlenAttention`."""
+    """Implements `LayerOps` for batches of `VarlenAttention`.
 
-    def __init__(self, cos: Tensor, sin: Tensor, kernels: Fused) -> None:
+    Args:
+        cos, sin: see `TorchOps`.
+        kernels: of the layers.
+        choose_kernel: see `ullm.model.draws.choose_tokens`.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor, kernels: Fused, choose_kernel: Choose) -> None:
         super().__init__(cos, sin)
-        self.kernels = kernels
+        self.kernels, self._choose = kernels, choose_kernel
+
+    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+        """See `LayerOps`."""
+        return self._choose(logits, filters, draws)
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
@@ -87,7 +98,8 @@ def choose_ops(cos: Tensor, sin: Tensor, module: AttentionModule, hidden: int, i
     plain = TorchOps(cos, sin)
     try:
         kernels = cast(Fused, import_module("ullm.model.cuda.kernels"))
-        fused = FusedOps(cos, sin, kernels)
+        choose = cast(Choose, import_module("ullm.model.cuda.choose").choose_tokens)
+        fused = FusedOps(cos, sin, kernels, choose)
         found = disagreements(fused, plain, module, hidden, inner)
     except Exception as error:  # no Triton, no C compiler, or whatever its compiler raises
         log.warning("layers are computed without fused kernels", reason=_first_line(error))
