@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import trio
 from rich.console import Console
 
 from ullm.bench.http import Endpoint
@@ -15,6 +14,7 @@ from ullm.bench.load import Target, measure
 from ullm.bench.report import Report
 from ullm.bench.stats import Summary
 from ullm.bench.workload import Length, Workload
+from ullm.commands.interrupts import run_to_end
 from ullm.commands.terminal import stderr
 from ullm.config import EngineConfig
 from ullm.errors import UsageError
@@ -108,7 +108,7 @@ def bench_server(
             await target.aclose()
         return Report.of(target.name, name, workload, runs)
 
-    return trio.run(main)
+    return run_to_end(main)
 
 
 def bench_engine(
@@ -128,7 +128,7 @@ def bench_engine(
             runs = await run_levels(target, workload, levels, requests_per_level, stderr())
             return Report.of(target.name, engine.model_name, workload, runs)
 
-    return trio.run(main)
+    return run_to_end(main)
 
 
 def publish(report: Report, output: Path | None, *, as_json: bool) -> int:

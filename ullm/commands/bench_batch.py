@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import trio
-
 from ullm.bench.batch.engines import PEERS, Contender, peer_contender, ullm_contender
 from ullm.bench.batch.load import BatchLoad
 from ullm.bench.batch.report import BatchReport, report
@@ -16,6 +14,7 @@ from ullm.bench.batch.run import Bench, run_rounds
 from ullm.bench.batch.shapes import write_shape
 from ullm.bench.compare.machine import ModelShape, model_shape
 from ullm.bench.processes import psutil_module
+from ullm.commands.interrupts import run_to_end
 from ullm.commands.terminal import stderr
 from ullm.config import DEFAULT_MODEL, ModelConfig
 from ullm.errors import UsageError
@@ -72,7 +71,7 @@ def bench_batch(
     if baseline is not None:
         choose(baseline, who)
     bench = Bench(folder, load, device, output)
-    turns, asked = trio.run(run_rounds, who, bench, rounds, lambda line: console.print(line, markup=False))
+    turns, asked = run_to_end(run_rounds, who, bench, rounds, lambda line: console.print(line, markup=False))
     done = {turn.candidate for turn in turns if turn.figures is not None}
     base = choose(baseline, who if baseline else [each for each in who if each.name in done] or who)
     found = report(who, turns, asked, load, shape or model, size, base)

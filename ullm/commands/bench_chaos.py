@@ -8,11 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import trio
 from rich.console import Console
 
 from ullm.bench.chaos.report import ChaosReport
 from ullm.bench.chaos.run import Plan, chosen_kinds, run_chaos
+from ullm.commands.interrupts import run_to_end
 from ullm.commands.terminal import stderr
 from ullm.errors import UsageError
 
@@ -37,7 +37,7 @@ def chaos(plan: Plan, output: Path | None, log: Path | None, *, as_json: bool) -
     folder = Path(tempfile.mkdtemp(prefix="ullm-chaos-"))
     report: ChaosReport | None = None
     try:
-        report = trio.run(run_chaos, with_model(plan, folder / "model"), folder)
+        report = run_to_end(run_chaos, with_model(plan, folder / "model"), folder)
     finally:
         if log is not None:
             shutil.copyfile(folder / "server.log", log)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import trio
-
 from ullm.bench.compare import candidates as servers
 from ullm.bench.compare.candidates import Candidate
 from ullm.bench.compare.machine import ModelShape, matrix_speed, model_shape
@@ -17,6 +15,7 @@ from ullm.bench.compare.report import Comparison, compare
 from ullm.bench.compare.run import run_rounds
 from ullm.bench.compare.scenarios import SCENARIOS, Load
 from ullm.bench.processes import matplotlib_module, psutil_module
+from ullm.commands.interrupts import run_to_end
 from ullm.commands.terminal import stderr
 from ullm.config import ModelConfig
 from ullm.errors import UsageError
@@ -63,7 +62,7 @@ def bench_compare(
     output.mkdir(parents=True, exist_ok=True)
     console = stderr()
     arithmetic = matrix_speed()
-    turns = trio.run(run_rounds, who, load, rounds, output, lambda line: console.print(line, markup=False))
+    turns = run_to_end(run_rounds, who, load, rounds, output, lambda line: console.print(line, markup=False))
     found = compare(who, turns, load, base, shape, arithmetic)
     publish(found, output, plot, load)
     return 1 if found.errors else 0

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import trio
 from rich.console import Console
 from rich.table import Table
 
 from ullm.bench.events import PROGRAM, START_UP, Candidate, Found, run_event, run_start_up
+from ullm.commands.interrupts import run_to_end
 from ullm.commands.terminal import stderr
 from ullm.errors import UsageError
 
@@ -52,7 +52,7 @@ def events(
     unknown = [name for name in only if name not in names]
     if unknown:
         raise UsageError(f"--only {unknown[0]!r}: the events are {', '.join(map(repr, names))}")
-    found = trio.run(run_all, candidates, only or names, streams, start_up)
+    found = run_to_end(run_all, candidates, only or names, streams, start_up)
     if output is not None:
         listed = {name: [{"event": one.event, **one.values} for one in each] for name, each in found.items()}
         output.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import trio
-
 from ullm.bench.front_end import Load, run_front_end
 from ullm.bench.processes import psutil_module
+from ullm.commands.interrupts import run_to_end
 from ullm.commands.terminal import stderr
 from ullm.errors import UsageError
 from ullm.server.descriptors import connection_limit, raise_limit
@@ -26,7 +25,7 @@ def front_end(load: Load, output: Path | None, log: Path, *, as_json: bool) -> i
     """
     check(load)
     psutil_module()
-    found = trio.run(run_front_end, load, log, lambda line: stderr().print(line, markup=False))
+    found = run_to_end(run_front_end, load, log, lambda line: stderr().print(line, markup=False))
     if output is not None:
         text = found.markdown() if output.suffix == ".md" else found.json() + "\n"
         output.write_text(text, encoding="utf-8")

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import trio
-
 from ullm.bench.pauses import run_pauses
 from ullm.bench.processes import psutil_module
+from ullm.commands.interrupts import run_to_end
 from ullm.commands.terminal import stderr
 from ullm.errors import UsageError
 
@@ -30,7 +29,7 @@ def pauses(model: str, arguments: Sequence[str], streams: int, rounds: int, outp
         raise UsageError("--streams and --rounds must be at least 1")
     psutil_module()
     command = [sys.executable, "-m", "ullm", "serve", "--model", model, "--port", "{port}", *arguments]
-    found = trio.run(
+    found = run_to_end(
         run_pauses, command, streams, rounds, SETTLE, lambda line: stderr().print(line, markup=False)
     )
     if output is not None:

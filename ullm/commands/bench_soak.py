@@ -7,13 +7,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import trio
-
 from ullm.bench.processes import matplotlib_module, psutil_module
 from ullm.bench.soak.judge import LEAST
 from ullm.bench.soak.plot import draw
 from ullm.bench.soak.report import Soak
 from ullm.bench.soak.run import Plan, run_soak
+from ullm.commands.interrupts import run_to_end
 from ullm.commands.terminal import stderr
 from ullm.errors import UsageError
 
@@ -40,7 +39,7 @@ def soak(plan: Plan, step_ms: float, output: Path, plot: str) -> int:
     with tempfile.TemporaryDirectory(prefix="ullm-soak-") as folder:
         chosen = with_model(plan, Path(folder) / "model", step_ms / 1000)
         log = output / "server.log"
-        found = trio.run(run_soak, chosen, log, lambda line: stderr().print(line, markup=False))
+        found = run_to_end(run_soak, chosen, log, lambda line: stderr().print(line, markup=False))
     publish(found, output, plot)
     return 0 if found.good else 1
 

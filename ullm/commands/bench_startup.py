@@ -7,10 +7,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import trio
-
 from ullm.bench.processes import psutil_module
 from ullm.bench.startup import run_startup, variants
+from ullm.commands.interrupts import run_to_end
 from ullm.commands.terminal import stderr
 from ullm.errors import UsageError
 
@@ -51,7 +50,7 @@ def startup(
         raise UsageError("--contexts needs at least one number, and --rounds must be at least 1")
     psutil_module()
     with tempfile.TemporaryDirectory(prefix="ullm-startup-") as logs:
-        found = trio.run(
+        found = run_to_end(
             run_startup,
             model,
             arguments,

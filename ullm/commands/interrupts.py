@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import trio
 
 from ullm.errors import StartCancelled
 
+T = TypeVar("T")
+
 FORCED = 128
 """Added to a signal's number for the exit status, as shells do."""
+
+
+def run_to_end(work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """``trio.run(work, *arguments)``; SIGINT or SIGTERM cancels it, so that nothing that it started is left.
+
+    Raises:
+        SystemExit: then, with 128 + the signal's number.
+    """
+    found: list[T] = []
+
+    async def main() -> int:
+        found.append(await work(*arguments))
+        return 0
+
+    status = run_interruptibly(main)
+    if status:
+        raise SystemExit(status)
+    return found[0]
 
 
 def run_interruptibly(work: Callable[[], Awaitable[int]]) -> int:
