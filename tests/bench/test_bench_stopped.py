@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,11 +19,8 @@ async def test_a_signal_ends_the_servers_too(tmp_path: Path, number: signal.Sign
     command = [sys.executable, "-m", "ullm", "bench", "front-end", "--log", str(tmp_path / "log")]
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            process = await nursery.start(
-                lambda task_status: trio.run_process(
-                    command, capture_stderr=True, check=False, task_status=task_status
-                )
-            )
+            run = partial(trio.run_process, command, capture_stderr=True, check=False)
+            process = await nursery.start(run)
             servers: list[psutil.Process] = []
             while not servers:
                 servers = psutil.Process(process.pid).children(recursive=True)
