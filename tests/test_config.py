@@ -27,7 +27,7 @@ def test_round_trip_through_a_frame() -> None:
     ("options", "says"),
     [
         ({"block_size": 0}, "--block-size must be at least 1, got 0"),
-        ({"max_bs": 0}, "--max-bs must be at least 1"),
+        ({"max_bs": -1}, "--max-bs must be at least 0"),
         ({"tp_size": 0}, "--tp-size must be at least 1"),
         ({"context_len": 0}, "--context-len must be at least 1"),
         ({"num_blocks": 0}, "--num-blocks must be at least 1"),
@@ -107,5 +107,23 @@ def test_from_env_names_the_variable(cls: type[EngineConfig], name: str, text: s
 
 
 def test_a_variable_out_of_range_names_the_option() -> None:
-    with pytest.raises(ConfigError, match="--max-bs must be at least 1"):
-        from_env(EngineConfig, {"ULLM_MAX_BS": "0"})
+    with pytest.raises(ConfigError, match="--max-bs must be at least 0"):
+        from_env(EngineConfig, {"ULLM_MAX_BS": "-1"})
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "expected"),
+    [
+        ({}, "cpu", (64, 512)),
+        ({}, "cuda:1", (256, 8192)),
+        ({"max_bs": 5}, "cuda", (5, 8192)),
+        ({"max_bs": 1000}, "cpu", (1000, 1000)),
+        ({"max_num_batched_tokens": 16}, "cpu", (16, 16)),
+        ({"max_bs": 7, "max_num_batched_tokens": 9}, "none", (7, 9)),
+    ],
+)
+def test_batch_limits_follow_the_device(
+    given: dict[str, int], device: str, expected: tuple[int, int]
+) -> None:
+    config = EngineConfig(**given).on_device(device)  # type: ignore[arg-type]
+    assert (config.max_bs, config.max_num_batched_tokens) == expected

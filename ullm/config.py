@@ -87,8 +87,12 @@ class CacheConfig:
 class SchedulerConfig:
     """Continuous batching."""
 
-    max_bs: int = option(64, "Most sequences that run at once.")
-    max_num_batched_tokens: int = option(512, "Most tokens per step, prefill chunks and decodes together.")
+    max_bs: int = option(0, "Most sequences that run at once; 0: 64 on a CPU, 256 on a GPU.")
+    max_num_batched_tokens: int = option(
+        0,
+        "Most tokens per step, prefill chunks and decodes together; 0: 512 on a CPU, 8192 on a GPU, but not "
+        "less than --max-bs.",
+    )
     max_queue: int = option(1024, "Most requests waiting to run; further ones are refused with 429.")
     max_admitted_tokens: int | None = option(
         None, "Most tokens, prompts and possible outputs together, of all admitted requests; then 429."
@@ -162,8 +166,6 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
     def __post_init__(self) -> None:
         for name in (
             "block_size",
-            "max_bs",
-            "max_num_batched_tokens",
             "max_queue",
             "tp_size",
             "pp_size",
@@ -175,12 +177,31 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
                 _at_least(self, name, 1)
         if self.cpu_threads is not None and self.cpu_threads > MAX_THREADS:
             raise ConfigError(f"--cpu-threads must be at most {MAX_THREADS}, got {self.cpu_threads}")
-        for name in ("shutdown_timeout", "max_restarts", "steps_ahead", "speculate", "sleep_level"):
+        for name in (
+            "max_bs",
+            "max_num_batched_tokens",
+            "shutdown_timeout",
+            "max_restarts",
+            "steps_ahead",
+            "speculate",
+            "sleep_level",
+        ):
             _at_least(self, name, 0)
         for name in ("restart_period", "start_timeout", "step_timeout", "health_interval", "sleep_after"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{_flag(name)} must be above 0 seconds, got {getattr(self, name)}")
         self._check_combinations()
+
+    def on_device(self, device: str) -> EngineConfig:
+        """The same with what depends on the device decided.
+
+        Args:
+            device: as in `ullm.messages.ModelInfo`: ``cpu``, ``cuda:0``.
+        """
+        usual_bs, usual_tokens = (256, 8192) if device.startswith("cuda") else (64, 512)
+        max_bs = self.max_bs or min(usual_bs, self.max_num_batched_tokens or usual_bs)
+        tokens = self.max_num_batched_tokens or max(usual_tokens, max_bs)
+        return dataclasses.replace(self, max_bs=max_bs, max_num_batched_tokens=tokens)
 
     @property
     def worker_transport(self) -> Literal["process", "thread", "ray", "fake"]:
@@ -210,7 +231,7 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
             )
         if self.steps_ahead > 1:
             raise ConfigError(f"--steps-ahead must be 0 or 1, got {self.steps_ahead}")
-        if self.max_num_batched_tokens < self.max_bs:
+        if 0 < self.max_num_batched_tokens < self.max_bs:
             raise ConfigError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-bs "
                 f"{self.max_bs}: a step could not decode one token for each running sequence; "

@@ -42,7 +42,7 @@ async def test_each_waiting_request_is_submitted_once(nursery: trio.Nursery, cra
         await fail_once(router)
     await nursery.start(lambda task_status: router.run(task_status=task_status))
     submitted: list[RequestRecord] = []
-    router.mailbox.send_nowait(ReplicaUp(0, 1, submitted.append, lambda seq_id: None))
+    router.mailbox.send_nowait(ReplicaUp(0, 1, 64, submitted.append, lambda seq_id: None))
     await wait_all_tasks_blocked()
     # A suspect runs alone, and first.
     assert submitted == (records[:1] if crashes else records)
@@ -63,7 +63,7 @@ class Replica:
         self._epoch += 1
         self.running.clear()
         submit, abort = self._submit, lambda seq_id: self.running.pop(seq_id, None)
-        await self._tell(ReplicaUp(0, self._epoch, submit, abort))
+        await self._tell(ReplicaUp(0, self._epoch, 64, submit, abort))
 
     async def down(self, in_step: set[int], *, crashed: bool = True) -> None:
         await self._tell(ReplicaDown(0, self._epoch, frozenset(in_step), crashed))

@@ -150,7 +150,7 @@ def test_specs_that_cannot_be(spec: str, tiny: Path) -> None:
     with pytest.raises(UsageError, match="--ullm"):
         ullm_contender(spec, tiny, 0.0, LOAD, "cpu")
     with pytest.raises(ConfigError, match="--max-bs"):
-        ullm_contender("x=--max-bs 0", tiny, 0.0, LOAD, "cpu")
+        ullm_contender("x=--max-bs -1", tiny, 0.0, LOAD, "cpu")
 
 
 def test_how_peers_are_run(tmp_path: Path) -> None:

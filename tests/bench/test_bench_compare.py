@@ -231,8 +231,8 @@ async def test_a_server_is_started_measured_and_stopped(tmp_path: Path) -> None:
     assert values[scenarios.PREFIX_COLD] > values[scenarios.PREFIX_WARM]
     assert 1 < values[scenarios.MEMORY] < 1000
     assert found.prompt_tokens == {
-        "decode 1": 64,
-        "decode 3": 96,
+        "decode 1": 12 * 32,
+        "decode 3": 12 * 32,
         "sampled": 16 * 32,
         "prefill": 6000,
         "prefix": 16 * 1016,
@@ -333,4 +333,4 @@ async def test_transformers_in_static_batches_speaks_the_dialect(tmp_path: Path)
     assert all(math.isfinite(value) and value > 0 for value in found.values.values())
     assert set(found.prompt_tokens) == {"decode 1", "decode 3"}
     counts: Any = found.prompt_tokens
-    assert counts["decode 3"] > counts["decode 1"] > 0
+    assert min(counts.values()) > 0

@@ -48,7 +48,8 @@ class Router:
     def __init__(self, config: EngineConfig, faults: FaultInjector | None = None) -> None:
         self.mailbox: Mailbox[RouterMessage] = Mailbox(float("inf"), "router")
         self._faults = faults or FaultInjector()
-        self._capacity = config.max_bs * config.replicas
+        self._num_replicas = config.replicas
+        self._capacity = config.max_bs * config.replicas  # 0: known when the first one is up
         self._max_queue = config.max_queue
         self._records: dict[int, RequestRecord] = {}
         self._unassigned: dict[int, RequestRecord] = {}
@@ -215,6 +216,7 @@ class Router:
                     self._take_tokens(message)
                 case ReplicaUp():
                     self._replicas[message.replica] = _Replica(message)
+                    self._capacity = message.max_bs * self._num_replicas
                     self._assign()
                     self.announce_change()
                 case ReplicaDown():

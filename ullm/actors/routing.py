@@ -16,11 +16,13 @@ class ReplicaUp:
     """A scheduler is ready for requests.
 
     Args:
+        max_bs: most sequences that it runs at once.
         submit: give it a request; abort: take one away by ``seq_id``.
     """
 
     replica: int
     epoch: int
+    max_bs: int
     submit: Callable[[RequestRecord], None]
     abort: Callable[[int], None]
 

@@ -128,7 +128,8 @@ class SchedulerActor:
         group, mailbox = self._group, self._mailbox
         assert group.info is not None, "the group is started before its scheduler"
         assert mailbox is not None, "results are attached before they can come"
-        core = self._core = new_scheduler(self._config, group.info, last_step)
+        config = self._config.on_device(group.info.device)
+        core = self._core = new_scheduler(config, group.info, last_step)
         # Unique over restarts of either: a scheduler may restart while its group lives on.
         self._incarnation += 1
         epoch = self._incarnation
@@ -136,6 +137,7 @@ class SchedulerActor:
             ReplicaUp(
                 group.replica,
                 epoch,
+                config.max_bs,
                 submit=lambda record: mailbox.send_nowait(Submit(record)),
                 abort=lambda seq_id: mailbox.send_nowait(Abort(seq_id)),
             )
@@ -205,7 +207,11 @@ class SchedulerActor:
 
 
 def new_scheduler(config: EngineConfig, info: ModelInfo, last_step: int = 0) -> Scheduler:
-    """A scheduler over the KV blocks that the workers have."""
+    """A scheduler over the KV blocks that the workers have.
+
+    Args:
+        config: with limits that are decided, see `EngineConfig.on_device`.
+    """
     return Scheduler(
         config,
         BlockPool(info.num_blocks),

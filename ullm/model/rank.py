@@ -98,6 +98,7 @@ def open_site(start: Start) -> Site:
         torch.set_num_threads(config.cpu_threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    config = config.on_device(device.type)
     return Site(checkpoint, config, device, open_parallel(start.rank, device), torch.get_num_threads())
 
 
