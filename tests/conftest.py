@@ -9,16 +9,6 @@ import pytest
 from ullm.testing.leaks import LeakCheck
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist's ``--dist loadgroup``, tests that start processes run one after the other.
-
-    They wait most of the time, beside the others that compute.
-    """
-    for item in items:
-        if item.get_closest_marker("process") is not None:
-            item.add_marker(pytest.mark.xdist_group("process"))
-
-
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """No process, shared memory, listening socket or descriptor more than before the test.
