@@ -21,6 +21,7 @@ pytestmark = pytest.mark.process
 resource = pytest.importorskip("resource")
 ROOM = 3
 ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+HALF = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nha"
 Connect = Callable[[], Awaitable[trio.SocketStream]]
 
 
@@ -36,6 +37,24 @@ class Held:
         await self.release.wait()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok", "more_body": False})
+
+
+class Reading(Held):
+    """An app that reads the whole request first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.release.set()
+        self.waiting = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.waiting += 1
+        while message := await receive():
+            if message["type"] == "http.disconnect":
+                return
+            if not message["more_body"]:
+                await super().__call__(scope, receive, send)
+                return
 
 
 @asynccontextmanager
@@ -118,6 +137,22 @@ async def test_the_silent_give_way_one_by_one(
                 assert await has_ended(first)
                 assert listener.connections == ROOM
     assert caplog.text.count("as many connections as descriptors allow") == 1
+
+
+async def test_half_a_body_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "UNDISTURBED", 0.05)
+    app = Reading()
+    async with served(app) as (listener, connect):
+        halves = [await connect() for _ in range(ROOM)]
+        for connection in halves:
+            await connection.send_all(HALF)
+        await until(lambda: app.waiting == ROOM)
+        for first in halves:
+            asking = await connect()
+            await asking.send_all(HALF + b"lf")
+            assert await answered(asking)
+            assert await has_ended(first)
+        assert listener.connections == ROOM
 
 
 async def test_those_that_are_served_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ Hypercorn's own server sends within a shield, without a limit, and does not say 
 one client that stops reading would hold up its request, and the stop of the server, for good. Here every
 connection is known, a send that makes no progress for a while ends it, and all of them can be cut at once.
 There are never more of them than leave descriptors for the rest of the program; at that limit a connection
-without a request makes room for a new one.
+without a whole request makes room for a new one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import socket
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, cast
 
@@ -49,7 +49,8 @@ class ClientConnection(TCPServer):
         stall_timeout: seconds without progress after which a send ends the connection.
 
     Attributes:
-        idle_since: when its last request ended, or it began; None while it has one.
+        idle_since: when its last request ended, or it began, or a part of a request's body came; None while
+            it has a whole request.
     """
 
     def __init__(
@@ -81,11 +82,20 @@ class ClientConnection(TCPServer):
             self.__dict__.pop("protocol", None)
             self.__dict__.pop("app", None)
 
-    async def _call_app(self, scope: Any, *others: Any) -> None:
-        """Have the app know of `send_chunk`."""
+    async def _call_app(self, scope: Any, receive: Any, *others: Any) -> None:
+        """Have the app know of `send_chunk`, and take note of a body that is still to come."""
         if scope["type"] == "http" and scope["http_version"] == "1.1":
             scope["extensions"][CHUNKS] = self.send_chunk
-        await self._app(scope, *others)
+
+        async def noting() -> Any:
+            message = await receive()
+            if message["type"] == "http.request":
+                self.idle_since = trio.current_time() if message.get("more_body") else None
+            return message
+
+        if scope["type"] == "http" and _has_body(scope["headers"]):
+            self.idle_since = trio.current_time()
+        await self._app(scope, noting, *others)
 
     async def send_chunk(self, data: bytes) -> None:
         """Send a piece of a body in chunked encoding (RFC 9112, 7.1).
@@ -162,7 +172,7 @@ class ClientConnection(TCPServer):
         return self._socket.fileno() != -1
 
     def make_room(self) -> None:
-        """Close the connection, which has no request."""
+        """Close the connection, which has no whole request."""
         self._socket.close()
 
     def cut(self) -> None:
@@ -244,7 +254,8 @@ class Listener:
         return self._taken < self._max_connections
 
     async def make_room(self, sock: trio.socket.SocketType) -> None:
-        """Wait until there may be one more. One that has had no request for the longest time gives way."""
+        """Wait until there may be one more. The one gives way that has kept us waiting for a request, or for
+        more of it, for the longest time."""
         while not self.has_room:
             await trio.lowlevel.wait_readable(sock)  # nobody has to give way before somebody comes
             self._say_full()
@@ -274,6 +285,14 @@ class Listener:
                 "Raise the limit of open files, as with ulimit -n",
                 connections=self._max_connections,
             )
+
+
+def _has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a request's body follows its head (RFC 9112, 6.3)."""
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+        for name, value in headers
+    )
 
 
 def _limit_kernel_buffer(sock: trio.socket.SocketType) -> None:
