@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from ullm.config import EngineConfig
 from ullm.errors import UsageError
 
 WARM_UP = Length(8, 8)
+MAX_TEMPERATURE = 100
+"""What servers take; OpenAI's own takes 2."""
 
 
 def parse_concurrency(text: str) -> list[int]:
@@ -50,8 +51,8 @@ def make_workload(
     Raises:
         UsageError: a length that is none, or a number out of its range; names the flag.
     """
-    if not 0 <= temperature < math.inf:
-        raise UsageError(f"--temperature must be at least 0, got {temperature}")
+    if not 0 <= temperature <= MAX_TEMPERATURE:
+        raise UsageError(f"--temperature must be between 0 and {MAX_TEMPERATURE}, got {temperature:g}")
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p must be above 0 and at most 1, got {top_p}")
     if shared_prefix < 0:

@@ -58,7 +58,8 @@ def check(plan: Plan) -> None:
     if plan.seconds * (1 - plan.warm_up) < (2 * LEAST + 1) * plan.interval:
         raise UsageError(
             f"--interval {plan.interval:g} is too long for --seconds {plan.seconds:g}: "
-            f"a beginning and an end of {LEAST} intervals each are compared"
+            f"a beginning and an end of {LEAST} intervals each are compared; at most "
+            f"{plan.seconds * (1 - plan.warm_up) / (2 * LEAST + 1):.2g} would do"
         )
 
 

@@ -108,6 +108,9 @@ def measure_device(device: str) -> Device:
             timeout=PROBE_SECONDS,
             check=True,
         )
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or [f"status {error.returncode}"]
+        raise MachineUnknown(f"--device {device} cannot be measured: {lines[-1]}") from None
     except subprocess.SubprocessError as error:
         raise MachineUnknown(f"{script}: {error}") from None
     found = json.loads(done.stdout.splitlines()[-1])
