@@ -107,7 +107,7 @@ def config(path: Path, **options: Any) -> EngineConfig:
         "num_blocks": 64,
         "max_bs": 8,
     }
-    return EngineConfig(model=str(path), **(defaults | options))
+    return EngineConfig(model=str(path), **(defaults | options)).on_device("cpu")
 
 
 class LogitsModel:
