@@ -236,7 +236,7 @@ def test_nan_does_not_agree() -> None:
     assert found == ["gate of 1 rows by nan", "gate of 5 rows by nan"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="shows what is done where Triton is missing")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="what is done without Triton")
 def test_without_triton_layers_are_pytorch_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert type(choose_ops(*tables(16), attention(4, 2, 16, True), 64, 96)) is TorchOps
     (record,) = caplog.records
