@@ -2,7 +2,7 @@
 
 import sys
 
-from ullm.early import main
+from ullm.cli.early import main
 
 if __name__ == "__main__":
     sys.exit(main())

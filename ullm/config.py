@@ -63,7 +63,8 @@ class ModelConfig:
         True, "On CUDA, compile fused kernels where Triton works and agrees with PyTorch."
     )
     runner: str = option(
-        "ullm.model.runner:ModelRunner", "What workers run, as module:class; for tests and experiments."
+        "ullm.model.execution.runner:ModelRunner",
+        "What workers run, as module:class; for tests and experiments.",
     )
 
     @property
@@ -196,7 +197,7 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
         """The same with what depends on the device decided.
 
         Args:
-            device: as in `ullm.messages.ModelInfo`: ``cpu``, ``cuda:0``.
+            device: as in `ullm.protocol.messages.ModelInfo`: ``cpu``, ``cuda:0``.
         """
         usual_bs, usual_tokens = (256, 8192) if device.startswith("cuda") else (64, 512)
         max_bs = self.max_bs or min(usual_bs, self.max_num_batched_tokens or usual_bs)

@@ -15,12 +15,12 @@ from typing import Any
 import msgspec
 import trio
 
-from ullm.bridge import Stream, TrioThread
 from ullm.config import DEFAULT_MODEL, EngineConfig, SleepMode
 from ullm.engine import Engine, open_engine
+from ullm.engine.output import Output
+from ullm.engine.status import Health, ReloadReport, SleepHealth
 from ullm.errors import EngineDead, first_cause
-from ullm.health import Health, ReloadReport, SleepHealth
-from ullm.output import Output
+from ullm.hosting.bridge import Stream, TrioThread
 from ullm.sampling import SamplingParams
 from ullm.supervision import ShutdownReport
 

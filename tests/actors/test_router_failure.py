@@ -9,13 +9,13 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from ullm.actors.router import CLEARED_AFTER, Router
-from ullm.actors.routing import ReplicaDown, ReplicaUp, RouterMessage, Tokens
+from ullm.actors.router_messages import ReplicaDown, ReplicaUp, RouterMessage, Tokens
 from ullm.config import EngineConfig
-from ullm.core.request import RequestRecord
-from ullm.core.sequence import TokenEvent
 from ullm.errors import FaultInjected, RequestPoisoned
 from ullm.faults import FaultInjector, FaultPlan
 from ullm.sampling import SamplingParams
+from ullm.scheduling.request import RequestRecord
+from ullm.scheduling.sequence import TokenEvent
 
 
 def record(router: Router, crashes: int = 0) -> RequestRecord:

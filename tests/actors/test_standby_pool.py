@@ -11,13 +11,13 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from ullm.actors import standby
-from ullm.actors.standby import StandbyPool, StandbyStatistics
+from ullm.actors import standby_pool as standby
+from ullm.actors.standby_pool import StandbyPool, StandbyStatistics
 from ullm.actors.transports import Transport, WorkerSpec
 from ullm.actors.transports.fake import FakeBehaviour, FakeWorker, FakeWorkers
 from ullm.config import GIB, EngineConfig
 from ullm.errors import WorkerLost
-from ullm.messages import Ping, Pong, Prepare, Prepared, RankSpec, Ready, Start, Stop, Stopped
+from ullm.protocol.messages import Ping, Pong, Prepare, Prepared, RankSpec, Ready, Start, Stop, Stopped
 
 SCRIPTED = "ullm.testing:ScriptedRunner"
 MODEL = "scripted:"

@@ -8,10 +8,10 @@ import pytest
 import trio
 import trio.testing
 
-from ullm.actors.base import Lifetime
 from ullm.actors.tokenizer import Tokenizer
 from ullm.errors import FaultInjected, InvalidParameter, ModelFileBroken, PromptTooLong
 from ullm.faults import FaultInjector
+from ullm.supervision.actor import Lifetime
 from ullm.testing import local_model, write_scripted_model
 from ullm.testing.models import IM_END
 

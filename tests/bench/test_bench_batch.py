@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ullm.bench.batch import run
-from ullm.bench.batch.engines import Contender, engine_config, peer_contender, ullm_contender
-from ullm.bench.batch.load import BatchLoad, Job, least_seconds, vocab_size
-from ullm.bench.batch.report import report
-from ullm.bench.batch.run import SINGLE, THROUGHPUT, Bench, Device, EngineFailed, run_rounds, take_turn
-from ullm.bench.batch.shapes import SHAPES, tensors_of, write_shape
-from ullm.bench.compare.machine import Limits, ModelShape, model_shape
+from tests.benchmarks.batch import run
+from tests.benchmarks.batch.engines import Contender, engine_config, peer_contender, ullm_contender
+from tests.benchmarks.batch.load import BatchLoad, Job, least_seconds, vocab_size
+from tests.benchmarks.batch.report import report
+from tests.benchmarks.batch.run import SINGLE, THROUGHPUT, Bench, Device, EngineFailed, run_rounds, take_turn
+from tests.benchmarks.batch.shapes import SHAPES, tensors_of, write_shape
+from tests.benchmarks.commands.batch import Peers, choose, contenders
+from tests.benchmarks.compare.machine import Limits, ModelShape, model_shape
 from ullm.bench.workload import Length
-from ullm.cli import main
-from ullm.commands.bench_batch import Peers, choose, contenders
+from ullm.cli.app import main
 from ullm.errors import ConfigError, UsageError
 
 LIMITS = Limits(bandwidth=1e9, arithmetic=1e12)
@@ -186,7 +186,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Engines that only say how fast they were."""
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
-    monkeypatch.setattr("ullm.bench.batch.engines.SCRIPT", script)
+    monkeypatch.setattr("tests.benchmarks.batch.engines.SCRIPT", script)
     return tmp_path
 
 
@@ -275,7 +275,7 @@ def test_ullm_beside_transformers(
 
 def test_other_numbers_of_tokens_are_not_compared(tmp_path: Path) -> None:
     """The script checks what an engine returns."""
-    from ullm.bench.scripts import offline_batch
+    from tests.benchmarks.scripts import offline_batch
 
     class Short:
         version = device = "paper"

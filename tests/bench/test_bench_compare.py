@@ -15,21 +15,21 @@ import trio
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
-from ullm.bench.compare import machine, run, scenarios
-from ullm.bench.compare.candidates import (
+from tests.benchmarks.commands.compare import Peers, candidates, check, choose
+from tests.benchmarks.compare import machine, run, scenarios
+from tests.benchmarks.compare.candidates import (
     Candidate,
     llama_candidate,
     transformers_candidate,
     ullm_candidate,
     vllm_candidate,
 )
-from ullm.bench.compare.machine import Limits, MachineUnknown, ModelShape, model_shape, roofline
-from ullm.bench.compare.plot import draw
-from ullm.bench.compare.report import Comparison, compare
-from ullm.bench.compare.run import Turn, measure_candidate, order, run_rounds
-from ullm.bench.compare.scenarios import Figures, Load, Metric, decode_metric
-from ullm.bench.compare.weights import bits_of
-from ullm.commands.bench_compare import Peers, candidates, check, choose
+from tests.benchmarks.compare.machine import Limits, MachineUnknown, ModelShape, model_shape, roofline
+from tests.benchmarks.compare.plot import draw
+from tests.benchmarks.compare.report import Comparison, compare
+from tests.benchmarks.compare.run import Turn, measure_candidate, order, run_rounds
+from tests.benchmarks.compare.scenarios import Figures, Load, Metric, decode_metric
+from tests.benchmarks.compare.weights import bits_of
 from ullm.errors import ModelFileBroken, UsageError
 from ullm.testing import write_tiny_model
 

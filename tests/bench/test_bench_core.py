@@ -16,7 +16,7 @@ from ullm.bench.load import measure
 from ullm.bench.report import COLUMNS, Report
 from ullm.bench.stats import Record, Spread, percentile, summarise
 from ullm.bench.workload import Length, Request, Workload
-from ullm.commands import bench as command
+from ullm.cli import bench as command
 from ullm.errors import UsageError
 
 

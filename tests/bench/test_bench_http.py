@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import trio
 
-from ullm.bench.http import Connection, Endpoint
-from ullm.bench.server import ServerTarget, first_model
 from ullm.bench.stats import Record
 from ullm.bench.workload import Request
-from ullm.commands.backend import ServerBackend, request_fields
+from ullm.cli.backend import ServerBackend, request_fields
+from ullm.client.completions import ServerTarget, first_model
+from ullm.client.http import Connection, Endpoint
 from ullm.errors import ServerRefused, ServerUnreachable, UsageError
 from ullm.sampling import SamplingParams
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from ullm.bench.startup import Start, Startup, Variant, run_startup, variants
-from ullm.commands.bench_startup import parse_numbers
+from tests.benchmarks.commands.startup import parse_numbers
+from tests.benchmarks.startup import Start, Startup, Variant, run_startup, variants
 from ullm.errors import UsageError
 from ullm.testing import write_scripted_model
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ullm.bench.events import START_UP, Candidate, run_event, run_start_up
-from ullm.commands.bench_events import as_table, parse_candidate
+from tests.benchmarks.commands.events import as_table, parse_candidate
+from tests.benchmarks.events import START_UP, Candidate, run_event, run_start_up
 from ullm.errors import UsageError
 from ullm.testing import write_scripted_model
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from ullm.bench.crowd import StreamBroken, listen
-from ullm.bench.front_end import COLUMNS, Load, run_front_end
-from ullm.cli import main
-from ullm.commands.bench_front_end import check
+from tests.benchmarks.commands.front_end import check
+from tests.benchmarks.crowd import StreamBroken, listen
+from tests.benchmarks.front_end import COLUMNS, Load, run_front_end
+from ullm.cli.app import main
 from ullm.errors import ServerUnreachable, UsageError
 
 pytestmark = pytest.mark.process

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from ullm.bench.pauses import EVENTS, Nap, Pauses, run_pauses
+from tests.benchmarks.pauses import EVENTS, Nap, Pauses, run_pauses
 from ullm.testing import write_scripted_model
 
 

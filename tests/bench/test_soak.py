@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import trio
 
-from ullm.bench.http import Connection, Endpoint
-from ullm.bench.soak.judge import MIB, Finding, Tolerance, TooShort, ends, judge, readings
-from ullm.bench.soak.mix import WEIGHTS, Ask, Mix, Unexpected, run_ask
-from ullm.bench.soak.plot import draw
-from ullm.bench.soak.report import Soak, split
-from ullm.bench.soak.run import Plan, condense, run_soak
-from ullm.bench.soak.sample import Sample, Taken, yardstick
+from tests.benchmarks.commands.soak import check, publish, with_model
+from tests.benchmarks.soak.judge import MIB, Finding, Tolerance, TooShort, ends, judge, readings
+from tests.benchmarks.soak.mix import WEIGHTS, Ask, Mix, Unexpected, run_ask
+from tests.benchmarks.soak.plot import draw
+from tests.benchmarks.soak.report import Soak, split
+from tests.benchmarks.soak.run import Plan, condense, run_soak
+from tests.benchmarks.soak.sample import Sample, Taken, yardstick
 from ullm.bench.workload import Length
-from ullm.commands.bench_soak import check, publish, with_model
+from ullm.client.http import Connection, Endpoint
 from ullm.errors import UsageError
 
 DEFAULT = Tolerance()

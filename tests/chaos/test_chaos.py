@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ullm.bench.chaos.report import ChaosReport
-from ullm.bench.chaos.run import Plan, all_kinds, run_chaos
-from ullm.commands.bench_chaos import with_model
+from ullm.chaos.report import ChaosReport
+from ullm.chaos.run import Plan, all_kinds, run_chaos
+from ullm.cli.chaos import with_model
 
 pytestmark = [
     pytest.mark.process,

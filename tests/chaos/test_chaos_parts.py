@@ -10,14 +10,14 @@ from typing import Any, cast
 import pytest
 import trio
 
-from ullm.bench.chaos.catalogue import FORMS, Ask, catalogue
-from ullm.bench.chaos.client import Answer, Outcome, ask_server
-from ullm.bench.chaos.report import ChaosReport
-from ullm.bench.chaos.run import Plan, chosen_kinds, one_fault
-from ullm.bench.chaos.verify import Verdict, log_verdict
-from ullm.bench.chaos.world import MAX_CRASHES, NOTHING, Fault, World
-from ullm.bench.http import Endpoint
-from ullm.commands.bench_chaos import check
+from ullm.chaos.catalogue import FORMS, Ask, catalogue
+from ullm.chaos.client import Answer, Outcome, ask_server
+from ullm.chaos.report import ChaosReport
+from ullm.chaos.run import Plan, chosen_kinds, one_fault
+from ullm.chaos.verify import Verdict, log_verdict
+from ullm.chaos.world import MAX_CRASHES, NOTHING, Fault, World
+from ullm.cli.chaos import check
+from ullm.client.http import Endpoint
 from ullm.errors import UsageError
 
 STREAM = Ask(7, "/completions", {"stream": True}, 1)

@@ -181,7 +181,7 @@ class Server:
 
     def workers(self) -> list[psutil.Process]:
         """Its worker processes, in service or standing by."""
-        return [p for p in self.children() if not is_gone(p) and "ullm.actors.worker_main" in _command(p)]
+        return [p for p in self.children() if not is_gone(p) and "ullm.worker.main" in _command(p)]
 
     def worker(self, replica: int = 0) -> psutil.Process:
         """The worker process of a replica; the next one, if it has just been lost."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from ullm.messages import Step
+from ullm.protocol.messages import Step
 from ullm.testing import ScriptedRunner
 from ullm.testing.scripted import ScriptedStep
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from ullm.logs import get_logger
-from ullm.messages import Prepare, Progress
+from ullm.protocol.messages import Prepare, Progress
 from ullm.testing import ScriptedRunner
 
 log = get_logger("ullm.tests")

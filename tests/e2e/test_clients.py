@@ -14,7 +14,7 @@ import trio
 from conftest import servers_looked_after
 from harness import SCRIPTED, Server, Stream, eventually, streams, texts
 
-from ullm.bench.http import Connection, Endpoint
+from ullm.client.http import Connection, Endpoint
 
 pytestmark = pytest.mark.process
 

@@ -11,7 +11,7 @@ import pytest
 from harness import SCRIPTED, Server, Stream, eventually, is_gone, streams, texts
 from misbehaving import POISON
 
-from ullm.model.cpu.build import find_compiler
+from ullm.model.kernels.cpu.build import find_compiler
 
 pytestmark = pytest.mark.process
 

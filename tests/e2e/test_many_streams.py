@@ -11,7 +11,7 @@ import pytest
 import trio
 from harness import SCRIPTED, Server
 
-from ullm.bench.http import Connection, Endpoint
+from ullm.client.http import Connection, Endpoint
 from ullm.testing import write_scripted_model
 
 pytestmark = pytest.mark.process

@@ -16,7 +16,7 @@ from ullm.actors.transports import Transport, WorkerSpec
 from ullm.actors.transports.process import open_process
 from ullm.config import EngineConfig
 from ullm.errors import WorkerLost
-from ullm.messages import (
+from ullm.protocol.messages import (
     Asleep,
     Awake,
     Failed,

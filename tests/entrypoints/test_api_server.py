@@ -23,10 +23,10 @@ def test_translate() -> None:
 
 
 def test_known_flags_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ullm.commands.serve
+    import ullm.cli.serve
 
     served: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(ullm.commands.serve, "serve", lambda *args: served.append(args) or 0)
+    monkeypatch.setattr(ullm.cli.serve, "serve", lambda *args: served.append(args) or 0)
     assert api_server.main(KNOWN) == 0
     engine = EngineConfig(
         model="m", tp_size=2, gpu_memory_utilization=0.5, max_bs=8, context_len=512, device_ids=(0, 1),
@@ -36,10 +36,10 @@ def test_known_flags_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_use_threading(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ullm.commands.serve
+    import ullm.cli.serve
 
     served: list[Any] = []
-    monkeypatch.setattr(ullm.commands.serve, "serve", lambda engine, server: served.append(engine) or 0)
+    monkeypatch.setattr(ullm.cli.serve, "serve", lambda engine, server: served.append(engine) or 0)
     assert api_server.main(["--use-threading"]) == 0
     assert served[0].transport == "thread"
 

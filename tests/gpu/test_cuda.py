@@ -25,13 +25,13 @@ from model_fixtures import (
 )
 from test_cuda_ops import check_choice
 
-from ullm.messages import NewSequence, RankSpec, Row, Start, Step
-from ullm.model.attention_varlen import VarlenAttention, VarlenStep
-from ullm.model.batch import KvShape
-from ullm.model.cuda.choice import SplitDecode, trial
-from ullm.model.cuda.ops import FusedOps
-from ullm.model.decoder import Decoder
-from ullm.model.runner import ModelRunner
+from ullm.model.architectures.decoder import Decoder
+from ullm.model.attention.varlen import VarlenAttention, VarlenStep
+from ullm.model.execution.runner import ModelRunner
+from ullm.model.kernels.cuda.choice import SplitDecode, trial
+from ullm.model.kernels.cuda.ops import FusedOps
+from ullm.model.memory.kv_pool import KvShape
+from ullm.protocol.messages import NewSequence, RankSpec, Row, Start, Step
 from ullm.sampling import SamplingParams
 
 pytestmark = [
@@ -111,7 +111,7 @@ def test_fused_kernels_work_here(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("window", [None, 100])
 def test_attention_of_decodes_is_flash_attention(shape: KvShape, window: int | None) -> None:
     """With every tiling, few sequences that are split and many that are not."""
-    from ullm.model.cuda import decode as kernels
+    from ullm.model.kernels.cuda import decode as kernels
 
     device = torch.device("cuda")
     processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -137,14 +137,14 @@ def test_the_fastest_attention_is_chosen_here(tmp_path: Path, caplog: pytest.Log
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_are_chosen_as_by_pytorch(dtype: torch.dtype) -> None:
-    from ullm.model.cuda import choose
+    from ullm.model.kernels.cuda import choose
 
     check_choice(lambda logits, *rest: choose.choose_tokens(logits.cuda(), *rest).cpu(), dtype)
 
 
 def fix_attention(runner: ModelRunner) -> None:
     """Let the first tiling attend for all decodes, and capture again."""
-    from ullm.model.cuda import decode as kernels
+    from ullm.model.kernels.cuda import decode as kernels
 
     rank = runner._rank
     assert rank is not None

@@ -20,8 +20,8 @@ PROGRAM = """
 import sys
 import torch
 from ullm.config import EngineConfig
-from ullm.messages import Prepare, RankSpec
-from ullm.model.runner import ModelRunner
+from ullm.protocol.messages import Prepare, RankSpec
+from ullm.model.execution.runner import ModelRunner
 
 path = sys.argv[1]
 runner = ModelRunner()

@@ -13,9 +13,9 @@ import torch
 from model_fixtures import load_runner
 from torch import Tensor
 
-from ullm.model.attention_varlen import CAUSAL, FULL, VarlenAttention
-from ullm.model.graphs import Captured, DecodeGraphs
-from ullm.model.runner import ModelRunner
+from ullm.model.attention.varlen import CAUSAL, FULL, VarlenAttention
+from ullm.model.execution.graphs import Captured, DecodeGraphs
+from ullm.model.execution.runner import ModelRunner
 
 
 class Calls:

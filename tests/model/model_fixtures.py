@@ -11,12 +11,13 @@ import transformers
 from torch import Tensor
 
 from ullm.config import EngineConfig
-from ullm.messages import NewSequence, RankSpec, Row, Start, Step
-from ullm.model.parallel import ParallelContext
-from ullm.model.rank import choose_gather
-from ullm.model.registry import load_model, read_checkpoint
-from ullm.model.runner import ModelRunner
-from ullm.model.sequences import SequenceTable
+from ullm.model.architectures.registry import load_model
+from ullm.model.execution.rank import choose_gather
+from ullm.model.execution.runner import ModelRunner
+from ullm.model.execution.sequences import SequenceTable
+from ullm.model.layers.parallel import ParallelContext
+from ullm.model.loading.checkpoint import read_checkpoint
+from ullm.protocol.messages import NewSequence, RankSpec, Row, Start, Step
 from ullm.sampling import SamplingParams
 
 VOCAB = 120

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ullm.messages import NewSequence, Row, Step
-from ullm.model.attention_gather import GatherAttention, length_groups
-from ullm.model.batch import KvShape
-from ullm.model.sequences import SequenceTable
+from ullm.model.attention.gather import GatherAttention, length_groups
+from ullm.model.execution.sequences import SequenceTable
+from ullm.model.memory.kv_pool import KvShape
+from ullm.protocol.messages import NewSequence, Row, Step
 from ullm.sampling import SamplingParams
 
 SHAPE = KvShape(num_layers=2, num_kv_heads=2, head_dim=8, num_query_heads=6)

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from model_fixtures import MODELS, LogitsModel, load_runner, random_tokens, save_tiny
 from torch import Tensor
 
-from ullm.messages import NewSequence, Row, Step
-from ullm.model.attention_gather import GatherAttention
-from ullm.model.batch import Layout
-from ullm.model.cpu import build
-from ullm.model.cpu.kernels import NAMES, Kernels, load_kernels
-from ullm.model.cpu.ops import KernelAttention, tiles
-from ullm.model.draws import choose_tokens
+from ullm.model.attention.batch import Layout
+from ullm.model.attention.gather import GatherAttention
+from ullm.model.kernels.cpu import build
+from ullm.model.kernels.cpu.kernels import NAMES, Kernels, load_kernels
+from ullm.model.kernels.cpu.ops import KernelAttention, tiles
+from ullm.model.sampling.choose import choose_tokens
+from ullm.protocol.messages import NewSequence, Row, Step
 from ullm.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
@@ -101,7 +101,7 @@ def test_layers_have_the_same_outcome_in_one_call_and_in_several(
     model = LogitsModel(tmp_path, dtype="bfloat16")
     model.add(0, random_tokens(9, 1), [0, 1, 2])
     whole = model.step((0, 0, 9))[0]
-    monkeypatch.setattr("ullm.model.cpu.ops.CALL_OPERATIONS", 1)
+    monkeypatch.setattr("ullm.model.kernels.cpu.ops.CALL_OPERATIONS", 1)
     assert torch.equal(model.step((0, 0, 9))[0], whole)
 
 

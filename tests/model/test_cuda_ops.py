@@ -20,25 +20,25 @@ from model_fixtures import random_tokens, reference_greedy, save_tiny
 from test_graphs import step_by_step
 from torch import Tensor
 
-from ullm.model.attention_varlen import FULL, VarlenAttention
-from ullm.model.batch import KvShape
-from ullm.model.cuda.check import disagreements
-from ullm.model.cuda.choice import Choice, SplitDecode, choose_decode
-from ullm.model.cuda.ops import FusedOps, choose_ops
-from ullm.model.decoder import Decoder
-from ullm.model.draws import choose_tokens, uniform
-from ullm.model.layers import RMSNorm
-from ullm.model.ops import TorchOps
-from ullm.model.rope import rope_cache
+from ullm.model.architectures.decoder import Decoder
+from ullm.model.attention.varlen import FULL, VarlenAttention
+from ullm.model.kernels.cuda.check import disagreements
+from ullm.model.kernels.cuda.choice import Choice, SplitDecode, choose_decode
+from ullm.model.kernels.cuda.ops import FusedOps, choose_ops
+from ullm.model.layers.layer_ops import TorchOps
+from ullm.model.layers.linear import RMSNorm
+from ullm.model.layers.rope import rope_cache
+from ullm.model.memory.kv_pool import KvShape
+from ullm.model.sampling.choose import choose_tokens, uniform
 
 INTERPRETED = """
 import itertools
 import torch
 from test_cuda_ops import attention, check_choice, check_decode, tables
-from ullm.model.cuda import check, choose, decode, kernels
-from ullm.model.cuda.check import disagreements
-from ullm.model.cuda.ops import FusedOps
-from ullm.model.ops import TorchOps
+from ullm.model.kernels.cuda import check, choose, decode, kernels
+from ullm.model.kernels.cuda.check import disagreements
+from ullm.model.kernels.cuda.ops import FusedOps
+from ullm.model.layers.layer_ops import TorchOps
 
 choose.CHUNK, check.VOCAB, check.CHOICES = 128, 300, 1  # the interpreter is slow
 dtypes = torch.float32, torch.bfloat16
@@ -87,7 +87,7 @@ class PlainKernels:
 
 
 class PlainDecode:
-    """As `ullm.model.cuda.decode`, whose pieces do not matter to the result."""
+    """As `ullm.model.kernels.cuda.decode`, whose pieces do not matter to the result."""
 
     TILINGS = (SimpleNamespace(keys=64), SimpleNamespace(keys=128))
 
@@ -254,7 +254,7 @@ def test_only_kernels_that_agree_are_used(
     right = kernels.silu_and_mul
     kernels.silu_and_mul = lambda gate_up: right(gate_up) * factor
     kernels.choose_tokens = choose_tokens
-    monkeypatch.setattr("ullm.model.cuda.ops.import_module", lambda _: kernels)
+    monkeypatch.setattr("ullm.model.kernels.cuda.ops.import_module", lambda _: kernels)
     assert type(choose_ops(*tables(16), attention(4, 2, 16, True), 64, 96)) is kind
     assert bool(caplog.records) == (kind is TorchOps)
 
@@ -296,7 +296,7 @@ def test_the_fastest_attention_is_taken(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("ullm.model.cuda.choice.import_module", lambda _: PlainDecode())
+    monkeypatch.setattr("ullm.model.kernels.cuda.choice.import_module", lambda _: PlainDecode())
     backend, ticks = backend_of(), []
     with caplog.at_level("INFO"):
         choice = choose_decode(backend, 40, 10, lambda: ticks.append(1), timed(*seconds))
@@ -313,7 +313,7 @@ def test_attention_that_is_wrong_is_not_taken(
     kernels: Any = PlainDecode()
     right = kernels.decode_attention
     kernels.decode_attention = lambda *args, **options: right(*args, **options) * wrong
-    monkeypatch.setattr("ullm.model.cuda.choice.import_module", lambda _: kernels)
+    monkeypatch.setattr("ullm.model.kernels.cuda.choice.import_module", lambda _: kernels)
     assert choose_decode(backend_of(), 40, 10, lambda: None, timed(1.0, 1.0)) is None
     assert "disagrees" in caplog.records[0].getMessage()
 
@@ -323,7 +323,7 @@ def test_attention_that_cannot_be_compiled_is_not_taken(
 ) -> None:
     kernels: Any = PlainDecode()
     monkeypatch.setattr(kernels, "decode_attention", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr("ullm.model.cuda.choice.import_module", lambda _: kernels)
+    monkeypatch.setattr("ullm.model.kernels.cuda.choice.import_module", lambda _: kernels)
     assert choose_decode(backend_of(), 40, 10, lambda: None, timed(1.0, 1.0)) is None
     assert "Flash Attention" in caplog.records[0].getMessage()
 

@@ -11,7 +11,7 @@ from model_fixtures import MODELS, LogitsModel, random_tokens, reference_logits,
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ullm.errors import ModelUnsupported
-from ullm.model.rope import rope_cache
+from ullm.model.layers.rope import rope_cache
 
 TOLERANCE = 1e-4
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from model_fixtures import GREEDY, SHAPE, config, generate, load_runner, random_tokens, save_tiny
 
-from ullm.core.blocks import BlockPool
-from ullm.core.scheduling import Scheduler
-from ullm.core.sequence import Sequence
-from ullm.core.statistics import SchedulerStatistics
-from ullm.messages import NewSequence, Row, Step, StepResult
-from ullm.model.runner import ModelRunner
+from ullm.model.execution.runner import ModelRunner
+from ullm.protocol.messages import NewSequence, Row, Step, StepResult
 from ullm.sampling import SamplingParams
+from ullm.scheduling.block_pool import BlockPool
+from ullm.scheduling.scheduler import Scheduler
+from ullm.scheduling.sequence import Sequence
+from ullm.scheduling.statistics import SchedulerStatistics
 
 BLOCK, EOS = 4, SHAPE["eos_token_id"]
 ROOMY, TIGHT = 600, 40

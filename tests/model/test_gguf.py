@@ -20,7 +20,7 @@ from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_toke
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
-from ullm.model.gguf import iterate_gguf_tensors, read_gguf_config, write_tokenizer
+from ullm.model.loading.gguf import iterate_gguf_tensors, read_gguf_config, write_tokenizer
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, FFN, VOCAB = 64, 4, 2, 2, 96, 40
 SHAPES = {

@@ -11,13 +11,13 @@ from fake_cuda import FakeCuda
 from model_fixtures import GREEDY, load_runner, random_tokens, reference_greedy, save_tiny
 
 from ullm.errors import ModelUnsupported
-from ullm.messages import NewSequence, Row, Step
-from ullm.model.attention_varlen import CAUSAL, FULL, Part, VarlenAttention
-from ullm.model.batch import KvShape
-from ullm.model.graphs import HEADER, fill, graph_reaches, graph_sizes, pad
-from ullm.model.runner import ModelRunner
-from ullm.model.sequences import SequenceTable
-from ullm.model.upload import move, upload
+from ullm.model.attention.varlen import CAUSAL, FULL, Part, VarlenAttention
+from ullm.model.execution.graphs import HEADER, fill, graph_reaches, graph_sizes, pad
+from ullm.model.execution.runner import ModelRunner
+from ullm.model.execution.sequences import SequenceTable
+from ullm.model.memory.kv_pool import KvShape
+from ullm.model.memory.upload import move, upload
+from ullm.protocol.messages import NewSequence, Row, Step
 from ullm.sampling import SamplingParams
 
 SHAPE = KvShape(num_layers=1, num_kv_heads=2, head_dim=8, num_query_heads=4)
@@ -137,7 +137,7 @@ def test_the_graph_fits_the_batch_and_its_longest_sequence(tmp_path: Path) -> No
 
 
 def test_a_longer_reach_is_taken_when_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ullm.model.graphs.FIRST_REACH", 8)
+    monkeypatch.setattr("ullm.model.execution.graphs.FIRST_REACH", 8)
     reference = save_tiny(tmp_path, "qwen3")
     prompt = random_tokens(5, seed=1)
     cuda = FakeCuda(tmp_path, graphs=True, num_blocks=16)

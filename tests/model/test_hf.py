@@ -21,8 +21,8 @@ from model_fixtures import (
 )
 
 from ullm.errors import ModelError, ModelFileBroken, ModelNotFound, ModelUnsupported
-from ullm.model.hf import TransformersModel
-from ullm.model.registry import read_checkpoint
+from ullm.model.architectures.transformers_model import TransformersModel
+from ullm.model.loading.checkpoint import read_checkpoint
 
 LAYERS = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": VOCAB}
 COMMON = {**LAYERS, "intermediate_size": 96, "max_position_embeddings": 256, "initializer_range": 0.2}

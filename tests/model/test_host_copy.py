@@ -12,11 +12,12 @@ import torch
 from model_fixtures import config
 from test_sleep import KINDS, quiet, write_native
 
-from ullm.messages import RankSpec, Start
-from ullm.model import host_copy, sleep
-from ullm.model.host_copy import HostCopy
-from ullm.model.rank import Rank, open_rank, trial_run
-from ullm.model.sleep import SleepingRank
+from ullm.model.execution import sleep
+from ullm.model.execution.rank import Rank, open_rank, trial_run
+from ullm.model.execution.sleep import SleepingRank
+from ullm.model.memory.device_memory import host_copy
+from ullm.model.memory.host_copy import HostCopy
+from ullm.protocol.messages import RankSpec, Start
 
 
 def opened(path: Path, **options: Any) -> Rank:

@@ -9,9 +9,8 @@ from ullm import machine
 from ullm.config import GIB, CacheConfig
 from ullm.errors import OutOfMemory
 from ullm.machine import available_memory
-from ullm.model import kv_pool
-from ullm.model.batch import KvShape
-from ullm.model.kv_pool import count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
+from ullm.model.memory.device_memory import kv_pool
+from ullm.model.memory.kv_pool import KvShape, count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
 
 
 def test_block_size_on_cuda_is_a_multiple_of_256() -> None:

@@ -15,7 +15,8 @@ from model_fixtures import SHAPE, VOCAB, LogitsModel, load_runner, random_tokens
 from safetensors.torch import load_file, save_file
 
 from ullm.errors import ModelError, ModelFileBroken, ModelNotFound, ModelUnsupported, OutOfMemory
-from ullm.model import registry
+from ullm.model.architectures import registry
+from ullm.model.loading import checkpoint
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_nothing_there(copy: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("wanted", "gets"), [(None, 256), (100, 100), (257, 256)])
 def test_the_context_is_never_longer_than_the_models(wanted: int | None, gets: int) -> None:
-    assert registry.choose_context_len({"max_position_embeddings": 256}, wanted) == gets
+    assert checkpoint.choose_context_len({"max_position_embeddings": 256}, wanted) == gets
 
 
 @pytest.mark.parametrize(
@@ -154,10 +155,10 @@ def test_weights_that_do_not_fit(copy: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_eos_tokens(copy: Path) -> None:
     hf = {"eos_token_id": 2}
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert registry.eos_token_ids(hf, copy) == (5, 6)
+    assert checkpoint.eos_token_ids(hf, copy) == (5, 6)
     (copy / "generation_config.json").unlink()
-    assert registry.eos_token_ids(hf, copy) == (2,)
-    assert registry.eos_token_ids({}, copy) == ()
+    assert checkpoint.eos_token_ids(hf, copy) == (2,)
+    assert checkpoint.eos_token_ids({}, copy) == ()
 
 
 def test_gguf(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ullm.model import kv_pool, memory
-from ullm.model.memory import Meter, held
+from ullm.model.memory.device_memory import Meter, held, kv_pool
+from ullm.model.memory.device_memory import device_memory as memory
 
 CPU = torch.device("cpu")
 MIB = 1 << 20

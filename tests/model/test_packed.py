@@ -14,10 +14,11 @@ from model_fixtures import LogitsModel, random_tokens, save_tiny
 from torch import Tensor
 
 from ullm.errors import OutOfMemory
-from ullm.model import packed, registry
-from ullm.model.cpu.build import find_compiler
-from ullm.model.packed import PackedFile, make_room
-from ullm.model.parallel import ParallelContext
+from ullm.model.architectures import registry
+from ullm.model.kernels.cpu.build import find_compiler
+from ullm.model.layers.parallel import ParallelContext
+from ullm.model.loading import packed
+from ullm.model.loading.packed import PackedFile, make_room
 
 pytestmark = pytest.mark.skipif(
     find_compiler() is None or os.name == "nt", reason="only the CPU's kernels pack weights"

@@ -14,7 +14,7 @@ import torch
 from model_fixtures import LogitsModel, random_tokens, reference_greedy, reference_logits, save_tiny
 
 from ullm.errors import ModelUnsupported
-from ullm.model.parallel import ParallelContext
+from ullm.model.layers.parallel import ParallelContext
 
 WAIT = 120
 
@@ -61,7 +61,7 @@ def test_ranks_agree_with_one(name: str, world_size: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("rank", range(3))
 def test_vocabulary_that_does_not_divide(rank: int) -> None:
-    from ullm.model.layers import VocabParallelHead
+    from ullm.model.layers.linear import VocabParallelHead
 
     head = VocabParallelHead(10, 4, ParallelContext(rank, 3))
     (shard,) = (shard for _, shard in head.shards("lm_head"))

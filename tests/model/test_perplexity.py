@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from ullm.config import ModelConfig
 from ullm.hub import resolve
-from ullm.model.cpu import build
+from ullm.model.kernels.cpu import build
 
 pytestmark = [
     pytest.mark.e2e,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ullm.model.cpu import build
-from ullm.model.cpu.kernels import NAMES, Kernels, load_kernels
-from ullm.model.quantization import GROUP, ZERO, Bits, QuantizedWeight, num_groups, quantize
+from ullm.model.kernels.cpu import build
+from ullm.model.kernels.cpu.kernels import NAMES, Kernels, load_kernels
+from ullm.model.layers.quantization import GROUP, ZERO, Bits, QuantizedWeight, num_groups, quantize
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 

@@ -16,12 +16,12 @@ from test_cpu_kernels import outputs
 from test_gguf import write_model
 
 from ullm.errors import ConfigError
-from ullm.model.cpu import build
-from ullm.model.decoder import Decoder, DecoderLayer
-from ullm.model.gguf import gguf_sources, is_quantized
-from ullm.model.gguf_blocks import read_codes
-from ullm.model.parallel import ParallelContext
-from ullm.model.quantization import QuantizedWeight
+from ullm.model.architectures.decoder import Decoder, DecoderLayer
+from ullm.model.kernels.cpu import build
+from ullm.model.layers.parallel import ParallelContext
+from ullm.model.layers.quantization import QuantizedWeight
+from ullm.model.loading.gguf import gguf_sources, is_quantized
+from ullm.model.loading.gguf_blocks import read_codes
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 CODED = [Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q8_0]

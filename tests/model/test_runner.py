@@ -24,9 +24,9 @@ from model_fixtures import (
 )
 
 from ullm.errors import OutOfMemory
-from ullm.messages import NewSequence, Progress, RankSpec, Row, Start, Step
-from ullm.model import registry
-from ullm.model.runner import ModelRunner
+from ullm.model.architectures import registry
+from ullm.model.execution.runner import ModelRunner
+from ullm.protocol.messages import NewSequence, Progress, RankSpec, Row, Start, Step
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
@@ -261,10 +261,10 @@ def test_bfloat16_and_dummy_weights(llama: tuple[Path, Any]) -> None:
 def test_a_long_step_gives_signs_of_life_after_its_layers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ullm.model.cpu.ops.CALL_OPERATIONS", 1)  # else layers so small are one call
+    monkeypatch.setattr("ullm.model.kernels.cpu.ops.CALL_OPERATIONS", 1)  # else layers so small are one call
     save_tiny(tmp_path, "llama")
     if name == "fallback":  # as an architecture that is not ours
-        monkeypatch.setattr("ullm.model.registry.NATIVE", {})
+        monkeypatch.setattr("ullm.model.architectures.registry.NATIVE", {})
     signs: list[Progress] = []
     runner = ModelRunner()
     runner.load(Start(config(tmp_path, step_timeout=7.0), RankSpec(), str(tmp_path)), signs.append)
@@ -272,6 +272,6 @@ def test_a_long_step_gives_signs_of_life_after_its_layers(
     del signs[:]
     runner.submit(Step(1, [Row(0, 0, 8, sample=False)], new)).result()
     assert signs == []  # it was short
-    monkeypatch.setattr("ullm.model.runner.SIGN_OF_LIFE", 0.0)
+    monkeypatch.setattr("ullm.model.execution.runner.SIGN_OF_LIFE", 0.0)
     runner.submit(Step(2, [Row(0, 8, 1, sample=True)])).result()
     assert signs == [Progress("step", 7.0)] * SHAPE["num_hidden_layers"]

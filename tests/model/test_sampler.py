@@ -17,9 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ullm.model.cpu.kernels import load_kernels
-from ullm.model.draws import Choose, choose_tokens, splitmix64, uniform
-from ullm.model.sampler import Sampler
+from ullm.model.kernels.cpu.kernels import load_kernels
+from ullm.model.sampling.choose import Choose, choose_tokens, splitmix64, uniform
+from ullm.model.sampling.sampler import Sampler
 from ullm.sampling import SamplingParams
 
 VOCAB = 1000

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ullm.messages import NewSequence, Row, Step
-from ullm.model.sequences import BlockTables, SequenceTable
+from ullm.model.execution.sequences import BlockTables, SequenceTable
+from ullm.protocol.messages import NewSequence, Row, Step
 from ullm.sampling import SamplingParams
 
 

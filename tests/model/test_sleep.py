@@ -16,11 +16,12 @@ from model_fixtures import GREEDY, SHAPE, load_runner, save_tiny
 from test_gguf import write_model
 
 from ullm.errors import ModelNotFound, OutOfMemory
-from ullm.messages import NewSequence, Progress, Row, Sampled, Step
-from ullm.model import kv_pool, sleep
-from ullm.model.cpu.kernels import Kernels
-from ullm.model.rank import Rank, furnish
-from ullm.model.runner import ModelRunner
+from ullm.model.execution import sleep
+from ullm.model.execution.rank import Rank, furnish
+from ullm.model.execution.runner import ModelRunner
+from ullm.model.kernels.cpu.kernels import Kernels
+from ullm.model.memory.device_memory import kv_pool
+from ullm.protocol.messages import NewSequence, Progress, Row, Sampled, Step
 
 PROMPT = [3 + (7 * i) % 37 for i in range(13)]
 PARAMS = dataclasses.replace(GREEDY, logprobs=5, prompt_logprobs=1)
@@ -216,7 +217,7 @@ def test_less_memory_than_before(llama: tuple[Path, Any], monkeypatch: pytest.Mo
 def test_no_room_for_the_weights_any_more(llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     runner = load_runner(llama[0])
     runner.sleep(2)
-    monkeypatch.setattr("ullm.model.registry.available_memory", lambda: 1000)
+    monkeypatch.setattr("ullm.model.architectures.registry.available_memory", lambda: 1000)
     with pytest.raises(OutOfMemory, match=r"the weights need .* MiB"):
         runner.wake(quiet)
 

@@ -12,11 +12,13 @@ import pytest
 from model_fixtures import config, generate, load_runner, random_tokens, save_tiny
 
 from ullm.errors import ModelNotFound
-from ullm.messages import Prepare, Progress, RankSpec, Start
-from ullm.model import packed, registry, standby
-from ullm.model.cpu.build import find_compiler
-from ullm.model.runner import ModelRunner
-from ullm.model.standby import prepare_model, read_ahead
+from ullm.model.architectures import registry
+from ullm.model.execution import standby
+from ullm.model.execution.runner import ModelRunner
+from ullm.model.execution.standby import prepare_model, read_ahead
+from ullm.model.kernels.cpu.build import find_compiler
+from ullm.model.loading import packed
+from ullm.protocol.messages import Prepare, Progress, RankSpec, Start
 
 PROMPT = random_tokens(9, seed=3)
 needs_kernels = pytest.mark.skipif(

@@ -13,8 +13,8 @@ import msgspec
 import torch
 from model_fixtures import LogitsModel, generate, load_runner, random_tokens
 
-from ullm.messages import RankSpec
-from ullm.model.parallel import open_parallel
+from ullm.model.layers.parallel import open_parallel
+from ullm.protocol.messages import RankSpec
 
 if __name__ == "__main__":
     folder, rank, world_size, first, second, out = sys.argv[1:]

@@ -12,8 +12,9 @@ import tokenizers
 import trio
 from tokenizers import decoders, models, pre_tokenizers
 
-from ullm.actors.decoding import ByteLevelDecoder, IncrementalDecoder, TokenBytes
 from ullm.config import EngineConfig, ServerConfig, SleepMode
+from ullm.engine.output import Output
+from ullm.engine.status import EngineStatistics, Health, ReloadReport, ReplicaHealth, SleepHealth
 from ullm.errors import (
     ConfigError,
     EngineDraining,
@@ -22,12 +23,11 @@ from ullm.errors import (
     PromptTooLong,
     QueueFull,
 )
-from ullm.health import EngineStatistics, Health, ReloadReport, ReplicaHealth, SleepHealth
-from ullm.messages import ModelInfo, TokenLogprobs
-from ullm.output import Output
+from ullm.protocol.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 from ullm.server import bind, serve_http
 from ullm.supervision import ChildInfo, ChildStatus, EngineState, Kind, Restart
+from ullm.tokenization.decoding import ByteLevelDecoder, IncrementalDecoder, TokenBytes
 
 BOS, EOS = "<s>", "</s>"
 ANSWER = "Grüße aus Paris! 🎉 "

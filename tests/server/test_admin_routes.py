@@ -11,7 +11,7 @@ from fake_engine import FakeEngine, serving
 
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError, EngineBusy, EngineDead, EngineDraining, ReloadFailed
-from ullm.server.errors import as_request_error
+from ullm.server.api.errors import as_request_error
 
 ENDPOINTS = (
     ("POST", "/sleep"),

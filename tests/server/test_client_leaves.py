@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import trio
 
-from ullm.server.http import hypercorn_config
-from ullm.server.listener import Listener
+from ullm.server.http.listener import Listener
+from ullm.server.serve import hypercorn_config
 
 pytestmark = pytest.mark.process
 

@@ -14,11 +14,11 @@ import trio
 import trio.testing
 from fake_engine import FakeEngine, serving
 
-from ullm.actors.base import Lifetime
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError, PortTaken
 from ullm.server import bind, serve_http, urls
-from ullm.server.listener import Listener
+from ullm.server.http.listener import Listener
+from ullm.supervision.actor import Lifetime
 
 pytestmark = pytest.mark.process
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from fake_engine import serving
 
-from ullm.bench.http import Connection, Endpoint
-from ullm.bench.soak.mix import Ask, run_ask
+from tests.benchmarks.soak.mix import Ask, run_ask
+from ullm.client.http import Connection, Endpoint
 from ullm.config import EngineConfig
 from ullm.engine import open_engine
 from ullm.testing import write_scripted_model

@@ -18,7 +18,7 @@ from schemathesis.specs.openapi import checks
 
 from ullm.config import ServerConfig
 from ullm.server import access, create_app
-from ullm.server.openapi import openapi_document
+from ullm.server.api.openapi import openapi_document
 
 ADMIN_KEY = "secret"
 CHECKS = [

@@ -12,9 +12,9 @@ import trio
 from fake_engine import ByteTokenizer, FakeEngine, serving
 from test_connection import connected, request
 
-from ullm.server.accepting import AT_ONCE
-from ullm.server.http import hypercorn_config
-from ullm.server.listener import Listener
+from ullm.server.http.accepting import AT_ONCE
+from ullm.server.http.listener import Listener
+from ullm.server.serve import hypercorn_config
 
 pytestmark = pytest.mark.process
 

@@ -14,6 +14,7 @@ from fake_engine import ANSWER, CONTEXT_LEN, FakeEngine, serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from ullm.config import ServerConfig
+from ullm.engine.status import SleepHealth
 from ullm.errors import (
     ActorLost,
     AskTimeout,
@@ -22,7 +23,6 @@ from ullm.errors import (
     RequestError,
     TooManyTokens,
 )
-from ullm.health import SleepHealth
 from ullm.server import create_app
 from ullm.server.metrics import Histogram, Metrics, RequestTimer
 from ullm.supervision import EngineState

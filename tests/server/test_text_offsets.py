@@ -6,8 +6,8 @@ import httpx
 import pytest
 from fake_engine import ByteTokenizer, FakeEngine
 
-from ullm.messages import TokenLogprobs
-from ullm.server.logprobs import Offsets, completion_logprobs
+from ullm.protocol.messages import TokenLogprobs
+from ullm.server.api.logprobs import Offsets, completion_logprobs
 
 TEXT = "Grüße 🎉 !"
 OFFSETS = [0, 1, 2, 2, 3, 3, 4, 5, 6, 6, 6, 6, 7, 8]

@@ -249,7 +249,7 @@ async def test_reading_works_while_a_child_hangs_in_its_start(
 async def test_children_see_the_context_of_the_opener_and_their_own_lifetime(
     autojump_clock: MockClock,
 ) -> None:
-    from ullm.actors.base import current_lifetime
+    from ullm.supervision.actor import current_lifetime
 
     names: list[str] = []
 

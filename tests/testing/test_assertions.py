@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ullm.output import Output
+from ullm.engine.output import Output
 from ullm.testing import assert_finished_once, assert_no_token_lost, assert_same_text
 
 TOKENS = [5, 6, 7, 8, 9, 10, 11, 12]

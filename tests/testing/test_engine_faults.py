@@ -10,9 +10,9 @@ import trio
 from trio.testing import MockClock
 
 from ullm import EngineConfig, SamplingParams, open_engine
+from ullm.engine.output import Output
 from ullm.errors import ConfigError, EngineDead, OutOfMemory, WorkerLost
 from ullm.faults import ACTOR_ACTIONS, POINTS, WORKER_ACTIONS
-from ullm.output import Output
 from ullm.testing import (
     FakeWorkers,
     ScriptedSettings,

@@ -7,7 +7,7 @@ import pytest
 
 from ullm import hub
 from ullm.config import EngineConfig
-from ullm.messages import RankSpec, Start
+from ullm.protocol.messages import RankSpec, Start
 from ullm.testing import ScriptedRunner, local_model, tiny_tokenizer, write_scripted_model, write_tiny_model
 from ullm.testing.models import FIRST_WORD
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ullm.config import EngineConfig
 from ullm.errors import ModelFileBroken
-from ullm.messages import NewSequence, RankSpec, Row, Start, Step
+from ullm.protocol.messages import NewSequence, RankSpec, Row, Start, Step
 from ullm.sampling import SamplingParams
 from ullm.testing import ScriptedRunner, ScriptedSettings, ScriptViolation, scripted_tokens
 

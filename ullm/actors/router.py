@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import trio
 
-from ullm.actors.base import Mailbox
-from ullm.actors.routing import ReplicaDown, ReplicaUp, RouterMessage, RouterStatistics, Tokens
+from ullm.actors.router_messages import ReplicaDown, ReplicaUp, RouterMessage, RouterStatistics, Tokens
 from ullm.config import EngineConfig
-from ullm.core.request import RequestRecord
-from ullm.core.sequence import FinishReason, TokenEvent
 from ullm.errors import InvalidParameter, QueueFull, RequestPoisoned, TooManyTokens
 from ullm.faults import FaultInjector
 from ullm.logs import get_logger
+from ullm.scheduling.request import RequestRecord
+from ullm.scheduling.sequence import FinishReason, TokenEvent
+from ullm.supervision.actor import Mailbox
 
 log = get_logger("ullm.router")
 

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import trio
 
-from ullm.actors.base import Mailbox
-from ullm.actors.group import WorkerGroup
 from ullm.actors.router import Router
-from ullm.actors.routing import ReplicaDown, ReplicaUp, Tokens
+from ullm.actors.router_messages import ReplicaDown, ReplicaUp, Tokens
+from ullm.actors.worker_group import WorkerGroup
 from ullm.config import EngineConfig
-from ullm.core.blocks import BlockPool
-from ullm.core.request import RequestRecord
-from ullm.core.scheduling import Scheduler
-from ullm.core.sequence import Sequence
-from ullm.core.statistics import SchedulerStatistics
 from ullm.faults import FaultInjector
-from ullm.messages import ModelInfo, Step, StepResult
+from ullm.protocol.messages import ModelInfo, Step, StepResult
+from ullm.scheduling.block_pool import BlockPool
+from ullm.scheduling.request import RequestRecord
+from ullm.scheduling.scheduler import Scheduler
+from ullm.scheduling.sequence import Sequence
+from ullm.scheduling.statistics import SchedulerStatistics
+from ullm.supervision.actor import Mailbox
 
 
 @dataclass(frozen=True, slots=True)

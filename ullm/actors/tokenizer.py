@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import trio
 from tokenizers import Tokenizer as Backend
 
-from ullm.actors.base import Mailbox, Reply, ask
-from ullm.actors.chat_template import ChatTemplate, read_special_tokens, read_templates
-from ullm.actors.decoding import ByteLevelDecoder, IncrementalDecoder, TokenBytes, WindowDecoder
 from ullm.errors import ActorLost, InvalidParameter, ModelFileBroken, PromptTooLong, UllmError
 from ullm.faults import FaultInjector
 from ullm.logs import get_logger
+from ullm.supervision.actor import Mailbox, Reply, ask
+from ullm.tokenization.chat_template import ChatTemplate, read_special_tokens, read_templates
+from ullm.tokenization.decoding import ByteLevelDecoder, IncrementalDecoder, TokenBytes, WindowDecoder
 
 if TYPE_CHECKING:
     from ullm.hub import LocalModel

@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from ullm.errors import ConfigError
-from ullm.messages import FromWorker, ToWorker
+from ullm.protocol.messages import FromWorker, ToWorker
 
 WORKER_ACTIONS = ("crash", "exit", "raise", "oom", "hang", "slow", "stop")
 """What a worker does to itself just before it carries out a message."""

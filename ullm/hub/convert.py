@@ -40,7 +40,7 @@ def tokenizer_folder(source: Path, progress: Progress) -> Path:
 
 
 def convert(what: str, source: Path, target: Path, label: str, progress: Progress) -> None:
-    """Run ``python -m ullm.model.convert``.
+    """Run ``python -m ullm.model.loading.convert``.
 
     Args:
         what: ``tokenizer``, or ``model`` for the weights too.
@@ -54,7 +54,7 @@ def convert(what: str, source: Path, target: Path, label: str, progress: Progres
         if len(words) == 4 and words[0] == "Progress":
             progress(label, int(words[1]), int(words[3]))
 
-    command = [sys.executable, "-m", "ullm.model.convert", what, str(source), str(target)]
+    command = [sys.executable, "-m", "ullm.model.loading.convert", what, str(source), str(target)]
     code, tail = run(command, on_line, lambda: progress(label, 0, None))
     if code:
         raise _failure(source, tail[-1] if tail else f"the conversion ended with status {code}")

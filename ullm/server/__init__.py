@@ -2,8 +2,8 @@
 
 from ullm.server.admin_listener import file_remover, open_admin_socket, serve_admin
 from ullm.server.app import create_admin_app, create_app
-from ullm.server.descriptors import raise_limit
-from ullm.server.http import bind, serve_http, urls
+from ullm.server.http.descriptors import raise_limit
+from ullm.server.serve import bind, serve_http, urls
 
 __all__ = [
     "bind",

@@ -12,7 +12,7 @@ from quart import Response, g, request
 from quart_trio import QuartTrio
 
 from ullm.config import ServerConfig
-from ullm.server import errors
+from ullm.server.api import errors
 
 OPEN = frozenset({"/live", "/ready", "/health", "/version", "/metrics", "/openapi.json", "/is_sleeping"})
 """Paths that need no key, ever."""

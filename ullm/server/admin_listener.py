@@ -19,9 +19,9 @@ import trio
 
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError
+from ullm.server.api.types import Engine
 from ullm.server.app import Shutdown, create_admin_app
-from ullm.server.http import BACKLOG, claim, serve_app
-from ullm.server.types import Engine
+from ullm.server.serve import BACKLOG, claim, serve_app
 
 UNIX = "unix:"
 _MODE = 0o600

@@ -7,22 +7,13 @@ from collections.abc import Callable
 from quart_trio import QuartTrio
 
 from ullm.config import ServerConfig
-from ullm.server import (
-    access,
-    admin,
-    backend,
-    chat,
-    completions,
-    errors,
-    inference,
-    models,
-    openapi,
-    probes,
-)
-from ullm.server.connection import BoundedRequest, Connection
+from ullm.server import access
+from ullm.server.api import errors, openapi
+from ullm.server.api.types import Engine
+from ullm.server.http.connection import BoundedRequest, Connection
+from ullm.server.http.pacing import Pacer
 from ullm.server.metrics import Metrics
-from ullm.server.pacing import Pacer
-from ullm.server.types import Engine
+from ullm.server.routes import admin, backend, chat, completions, inference, models, probes
 
 BODY_TIMEOUT = 60
 """Seconds for a request's body to arrive."""

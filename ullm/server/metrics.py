@@ -13,8 +13,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from ullm.config import MAX_SLEEP_LEVEL
-from ullm.health import EngineStatistics, Health
-from ullm.server.types import Engine
+from ullm.engine.status import EngineStatistics, Health
+from ullm.server.api.types import Engine
 from ullm.supervision.state import EngineState
 
 STATES = (*(state.value for state in EngineState), "restarting", "sleeping")

@@ -4,7 +4,7 @@ Knows nothing of language models and imports nothing of the engine's; docs/super
 to embed it.
 """
 
-from ullm.actors.base import cleanup_scope
+from ullm.supervision.actor import cleanup_scope
 from ullm.supervision.policy import AutoShutdown, Restart, Strategy, exponential_backoff
 from ullm.supervision.shutdown import (
     BRUTAL_KILL,

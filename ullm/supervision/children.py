@@ -7,8 +7,8 @@ from typing import Any
 
 import trio
 
-from ullm.actors.base import Lifetime
 from ullm.errors import ActorLost
+from ullm.supervision.actor import Lifetime
 from ullm.supervision.policy import ExitKind, Restart
 from ullm.supervision.spec import IGNORE, ChildInfo, ChildSpec, ChildStatus, Kind, Shutdown
 

@@ -11,7 +11,7 @@ from functools import partial
 
 import trio
 
-from ullm.actors.base import current_lifetime
+from ullm.supervision.actor import current_lifetime
 from ullm.supervision.children import describe
 from ullm.supervision.control import Control
 from ullm.supervision.policy import AutoShutdown, Strategy

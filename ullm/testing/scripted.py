@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ullm.core.drafting import can_draft
-from ullm.messages import (
+from ullm.protocol.messages import (
     ModelInfo,
     NewSequence,
     Prepare,
@@ -25,6 +24,7 @@ from ullm.messages import (
     TokenLogprobs,
 )
 from ullm.sampling import SamplingParams
+from ullm.scheduling.drafting import can_draft
 from ullm.testing.settings import ScriptedSettings
 
 _MASK = (1 << 64) - 1

@@ -149,7 +149,7 @@ class ServerProcess:
         found = []
         for process in self.children():
             with suppress(gone):
-                if "ullm.actors.worker_main" in process.cmdline():
+                if "ullm.worker.main" in process.cmdline():
                     found.append(process)
         return found
 

@@ -6,7 +6,7 @@ import pytest
 
 from ullm.actors.transports import WorkerSpec
 from ullm.config import EngineConfig
-from ullm.messages import NewSequence, RankSpec, Ready, Row, Start, Step
+from ullm.protocol.messages import NewSequence, RankSpec, Ready, Row, Start, Step
 from ullm.sampling import SamplingParams
 
 SCRIPTED = "ullm.testing:ScriptedRunner"

@@ -10,7 +10,7 @@ import time
 
 from ullm.errors import ModelFileBroken
 from ullm.logs import get_logger
-from ullm.messages import Progress
+from ullm.protocol.messages import Progress
 from ullm.testing import ScriptedRunner
 
 FOREVER = 3600

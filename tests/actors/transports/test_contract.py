@@ -8,10 +8,9 @@ import pytest
 import trio
 import trio.testing
 
-from ullm.actors.base import cleanup_scope
 from ullm.actors.transports import WorkerSpec, open_transport
 from ullm.errors import ConfigError, WorkerLost
-from ullm.messages import (
+from ullm.protocol.messages import (
     Asleep,
     Awake,
     Failed,
@@ -26,6 +25,7 @@ from ullm.messages import (
     Stopped,
     Wake,
 )
+from ullm.supervision.actor import cleanup_scope
 from ullm.testing import scripted_tokens
 
 WITH_RAY = importlib.util.find_spec("ray") is not None

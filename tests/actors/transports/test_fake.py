@@ -6,7 +6,19 @@ import trio.testing
 
 from ullm.actors.transports.fake import FakeBehaviour, FakeWorkers
 from ullm.errors import OutOfMemory, WorkerLost
-from ullm.messages import Asleep, Awake, Failed, Ping, Pong, Sleep, Start, Step, StepResult, Stop, Wake
+from ullm.protocol.messages import (
+    Asleep,
+    Awake,
+    Failed,
+    Ping,
+    Pong,
+    Sleep,
+    Start,
+    Step,
+    StepResult,
+    Stop,
+    Wake,
+)
 from ullm.testing import scripted_tokens
 
 

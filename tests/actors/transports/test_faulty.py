@@ -16,13 +16,13 @@ from trio.testing import MockClock
 from ullm.actors.transports import OpenTransport, Transport, WorkerSpec, open_transport
 from ullm.actors.transports.fake import FakeWorker
 from ullm.actors.transports.faulty import Pipe, faulty, garbled
-from ullm.actors.transports.frames import FrameReader
 from ullm.actors.transports.process import ProcessTransport
 from ullm.actors.transports.thread import ThreadTransport
 from ullm.config import EngineConfig
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.faults import FaultInjector
-from ullm.messages import (
+from ullm.protocol.frames import FrameReader
+from ullm.protocol.messages import (
     Failed,
     FromWorker,
     NotUnderstood,

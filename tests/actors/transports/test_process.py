@@ -13,10 +13,10 @@ import pytest
 import trio
 
 from ullm.actors.transports.base import STDERR_TAIL_LINES
-from ullm.actors.transports.frames import FrameReader, encode
 from ullm.actors.transports.process import open_process
 from ullm.errors import WorkerLost
-from ullm.messages import (
+from ullm.protocol.frames import FrameReader, encode
+from ullm.protocol.messages import (
     FromWorker,
     NewSequence,
     Ping,
@@ -268,7 +268,7 @@ async def test_threads_to_compute_with(talk, monkeypatch, tmp_path):
         textwrap.dedent(
             """
             import os
-            from ullm.messages import Progress
+            from ullm.protocol.messages import Progress
             from ullm.testing import ScriptedRunner
 
             class Runner(ScriptedRunner):
@@ -291,7 +291,7 @@ PARENT = """
 import sys, trio
 from ullm.actors.transports import WorkerSpec, open_transport
 from ullm.config import EngineConfig
-from ullm.messages import Progress, RankSpec, Start
+from ullm.protocol.messages import Progress, RankSpec, Start
 
 async def main(runner):
     async with open_transport("process")(WorkerSpec(RankSpec(), runner)) as worker:
@@ -397,7 +397,7 @@ async def test_stop_message_alone_ends_the_process(talk):
 async def test_reader_alone_ends_an_orphan_where_there_is_no_lifeline(talk):
     """As on macOS and Windows: the end of stdin is enough, also in a long step."""
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-    command = [sys.executable, "-m", "ullm.actors.worker_main", "--name", "orphan"]
+    command = [sys.executable, "-m", "ullm.worker.main", "--name", "orphan"]
     process = await trio.lowlevel.open_process(
         [*command, "--runner", "hostile_runners:Sleeps"],
         stdin=subprocess.PIPE,
@@ -420,7 +420,7 @@ async def test_reader_alone_ends_an_orphan_where_there_is_no_lifeline(talk):
 
 def test_worker_process_imports_only_what_it_needs():
     program = (
-        "import sys; import ullm.actors.worker_main; "
+        "import sys; import ullm.worker.main; "
         "print(*sorted({'trio', 'torch', 'transformers', 'tokenizers', 'jinja2'} & set(sys.modules)))"
     )
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from ullm.actors.gently import GIVE_WAY, LEAST_PRIORITY
 from ullm.actors.transports.process import open_process
 from ullm.errors import WorkerLost
-from ullm.messages import Ping, Pong, Prepare, Prepared, Progress, Ready, StepResult
+from ullm.protocol.messages import Ping, Pong, Prepare, Prepared, Progress, Ready, StepResult
+from ullm.worker.low_priority import GIVE_WAY, LEAST_PRIORITY
 
 pytestmark = pytest.mark.process
 
@@ -77,7 +77,7 @@ def test_only_the_import_gives_way(tmp_path):
     )
     program = """
         import os
-        from ullm.actors.gently import AUTOGROUP, import_gently
+        from ullm.worker.low_priority import AUTOGROUP, import_gently
         import_gently("looks")
         import looks
         group = AUTOGROUP.read_text().split()[-1] if AUTOGROUP.exists() else 0

@@ -7,7 +7,7 @@ import trio
 
 from ullm.actors.transports.thread import open_thread
 from ullm.errors import WorkerLost
-from ullm.messages import Failed, Progress
+from ullm.protocol.messages import Failed, Progress
 from ullm.testing import ScriptedRunner
 
 

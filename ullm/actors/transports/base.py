@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from ullm.messages import FromWorker, RankSpec, ToWorker
+from ullm.protocol.messages import FromWorker, RankSpec, ToWorker
 
 STDERR_TAIL_LINES = 20
 """Lines of a worker's stderr that are kept for the one-line root cause."""
@@ -19,7 +19,7 @@ class WorkerSpec:
 
     Args:
         rank: who the worker is; ``rank.name`` names it in logs.
-        runner: ``module:class`` of the `ullm.core.runner.Runner` to build in the worker.
+        runner: ``module:class`` of the `ullm.protocol.runner.Runner` to build in the worker.
         cpu_threads: threads that the worker computes with; None: all cores.
         standby: the worker is a spare one, and gives way to others while it is being prepared.
     """

@@ -18,12 +18,23 @@ from dataclasses import dataclass, field
 
 import trio
 
-from ullm.actors.misbehave import anywhere, ending
 from ullm.actors.transports.background import background_tasks
 from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
-from ullm.actors.worker import WorkerLoop, failed, load_runner
 from ullm.errors import WorkerLost
-from ullm.messages import FromWorker, Inject, Progress, Sleep, Start, Step, Stop, Stopped, ToWorker, Wake
+from ullm.protocol.messages import (
+    FromWorker,
+    Inject,
+    Progress,
+    Sleep,
+    Start,
+    Step,
+    Stop,
+    Stopped,
+    ToWorker,
+    Wake,
+)
+from ullm.worker.loop import WorkerLoop, failed, load_runner
+from ullm.worker.misbehavior import anywhere, ending
 
 Predicate = Callable[[ToWorker], bool]
 

@@ -15,11 +15,22 @@ from typing import Any, Protocol, cast, runtime_checkable
 import trio
 
 from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
-from ullm.actors.transports.frames import encode
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.faults import Fault, FaultInjector
 from ullm.faults.injector import Site
-from ullm.messages import FromWorker, Inject, Ping, Prepare, RankSpec, Sleep, Start, Step, ToWorker, Wake
+from ullm.protocol.frames import encode
+from ullm.protocol.messages import (
+    FromWorker,
+    Inject,
+    Ping,
+    Prepare,
+    RankSpec,
+    Sleep,
+    Start,
+    Step,
+    ToWorker,
+    Wake,
+)
 
 STOP_SHARE = 0.1
 """Part of the budget for stopping that telling the worker to misbehave may take."""

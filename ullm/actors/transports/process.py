@@ -1,7 +1,7 @@
 """A worker as a process: frames over its stdin and stdout, its stderr forwarded to the log.
 
 The worker is the leader of a session of its own, so that Ctrl-C in a terminal reaches only the parent,
-which then stops its workers in order. The other half is `ullm.actors.worker_main`.
+which then stops its workers in order. The other half is `ullm.worker.main`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import trio
 
 from ullm.actors.transports.background import background_tasks
 from ullm.actors.transports.base import STDERR_TAIL_LINES, StopReport, Transport, WorkerSpec
-from ullm.actors.transports.frames import FrameReader, encode
 from ullm.actors.transports.spawn import lifeline, spawn
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.logs import get_logger
-from ullm.messages import FromWorker, Ready, Stop, Stopped, ToWorker
+from ullm.protocol.frames import FrameReader, encode
+from ullm.protocol.messages import FromWorker, Ready, Stop, Stopped, ToWorker
 
 OUTBOX = 64
 """Frames that may wait for the pipe before a sender waits itself."""

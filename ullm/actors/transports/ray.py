@@ -19,10 +19,10 @@ import msgspec
 import trio
 
 from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
-from ullm.actors.worker import IMPORT_BUDGET, Inbox, failed, load_runner, run_worker
 from ullm.errors import WorkerLost
 from ullm.logs import get_logger
-from ullm.messages import FromWorker, Progress, Start, Stop, Stopped, ToWorker
+from ullm.protocol.messages import FromWorker, Progress, Start, Stop, Stopped, ToWorker
+from ullm.worker.loop import IMPORT_BUDGET, Inbox, failed, load_runner, run_worker
 
 ray: Any = importlib.import_module("ray")
 

@@ -33,7 +33,7 @@ async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
     Raises:
         OSError: it cannot be started.
     """
-    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "ullm.actors.worker_main"]
+    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "ullm.worker.main"]
     command += ["--name", spec.rank.name, "--runner", spec.runner]
     command += ["--standby"] if spec.standby else []
     options: dict[str, Any] = {}

@@ -15,13 +15,13 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from ullm.actors.misbehave import Crashed, as_thread
 from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
-from ullm.actors.worker import IMPORT_BUDGET, Ended, Inbox, Terminated, failed, load_runner, run_worker
-from ullm.core.runner import Runner
 from ullm.errors import WorkerLost
 from ullm.logs import get_logger
-from ullm.messages import FromWorker, Progress, Stop, Stopped, ToWorker
+from ullm.protocol.messages import FromWorker, Progress, Stop, Stopped, ToWorker
+from ullm.protocol.runner import Runner
+from ullm.worker.loop import IMPORT_BUDGET, Ended, Inbox, Terminated, failed, load_runner, run_worker
+from ullm.worker.misbehavior import Crashed, as_thread
 
 LEAVE_SECONDS = 0.5
 """How long leaving the context waits for a thread that was told to stop."""

@@ -20,13 +20,13 @@ def translate(arguments: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve; the exit status is that of ``ullm serve``."""
-    from ullm.cli import main as run
+    from ullm.cli.app import main as run
 
     return run(translate(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":
-    from ullm.early import answer_signals
+    from ullm.cli.early import answer_signals
 
     answer_signals(["serve"])
     sys.exit(main())

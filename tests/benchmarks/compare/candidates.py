@@ -1,0 +1,99 @@
+"""Who is compared: a command that serves an OpenAI-compatible API, and how to know that it is ready."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.benchmarks import scripts
+from tests.benchmarks.compare.scenarios import SCENARIOS
+from tests.benchmarks.compare.weights import bits_of as bits_of
+from tests.benchmarks.compare.weights import gguf_bits, option, ullm_bits
+from ullm.errors import UsageError
+
+MODEL_LENGTH = 2048
+"""Most tokens per sequence, where a server wants to be told."""
+SLOTS = 32
+"""Sequences at once, where a server wants to be told."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One server to measure.
+
+    Args:
+        arguments: the command; ``{port}`` stands for the port.
+        live: path that is answered, with whatever status, as soon as the port is served.
+        ready: path that answers 200 once requests are taken.
+        start_seconds: how long it may take until then.
+        weight_bits: per weight, for the roofline.
+        scenarios: what it can be measured in.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    live: str
+    ready: str
+    start_seconds: float = 120.0
+    weight_bits: float = 16.0
+    scenarios: tuple[str, ...] = SCENARIOS
+
+    def command(self, port: int) -> list[str]:
+        """To be run."""
+        return [part.replace("{port}", str(port)) for part in self.arguments]
+
+
+def ullm_candidate(spec: str, model: str, head_share: float = 0.0) -> Candidate:
+    """``NAME=OPTIONS of ullm serve``; ``model`` unless they name another.
+
+    Args:
+        head_share: of the model's weights, those of its head.
+
+    Raises:
+        UsageError: not of that form.
+        ModelError: a GGUF file that cannot be found or read.
+    """
+    name, found, options = spec.partition("=")
+    if not found or not name.strip() or name.strip().startswith("-"):
+        raise UsageError(f"--ullm {spec}: expected NAME=OPTIONS, as in 'int8=--quantization int8' or 'bf16='")
+    given = shlex.split(options)
+    chosen = [] if option(given, "--model") else ["--model", model]
+    command = (sys.executable, "-m", "ullm", "serve", *chosen, "--port", "{port}", *given)
+    bits = ullm_bits([*chosen, *given], head_share)
+    return Candidate(f"ullm {name.strip()}", command, "/live", "/ready", weight_bits=bits)
+
+
+def vllm_candidate(command: str, model: Path, options: str) -> Candidate:
+    """``command`` is the ``vllm`` executable, or a Python that has it."""
+    program = shlex.split(command)
+    if Path(program[-1]).name.startswith("python"):
+        program += ["-m", "vllm.entrypoints.cli.main"]
+    given = shlex.split(options)
+    arguments = ["serve", str(model), "--dtype", "bfloat16", "--max-model-len", str(MODEL_LENGTH)]
+    arguments += ["--port", "{port}", *given]
+    return Candidate("vLLM", (*program, *arguments), "/health", "/health", 300.0, bits_of(given))
+
+
+def llama_candidate(program: str, gguf: Path, options: str) -> Candidate:
+    """llama.cpp's server with a GGUF file.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    arguments = ["-m", str(gguf), "--port", "{port}", "-np", str(SLOTS), *shlex.split(options)]
+    if "-c" not in arguments and "--ctx-size" not in arguments:
+        arguments += ["-c", str(SLOTS * MODEL_LENGTH)]
+    command = (*shlex.split(program), *arguments)
+    return Candidate("llama.cpp", command, "/health", "/health", weight_bits=gguf_bits(gguf))
+
+
+def transformers_candidate(python: str, model: Path) -> Candidate:
+    """transformers' ``generate`` on static batches; see `tests.benchmarks.scripts.transformers_batch`.
+
+    Only decoding is measured: static batches have neither a prefix cache nor prefill beside decoding.
+    """
+    script = Path(scripts.__file__).with_name("transformers_batch.py")
+    command = (*shlex.split(python), str(script), str(model), "{port}", "bfloat16")
+    return Candidate("transformers", command, "/health", "/health", scenarios=("decode",))

@@ -1,0 +1,332 @@
+"""One program of events for any OpenAI-compatible server: what its clients get when it is stopped or hurt.
+
+Each event has a server of its own, with a few streams in flight. Nothing is judged here: the answers
+are put side by side, and docs/reliability.md says what they mean.
+"""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from ullm.client.http import Connection, Endpoint
+from ullm.errors import ServerRefused, ServerUnreachable
+from ullm.testing.processes import ServerEnded, ServerProcess, free_port, open_server
+
+READY_SECONDS = 240.0
+"""How long a server may take until it answers."""
+PATIENCE = 45.0
+"""Seconds after an event that its streams and its processes are watched."""
+SETTLE = 5.0
+"""Seconds that a server gets after its start, for what it prepares in the background."""
+WORDS = ("river", "copper", "lantern", "orchard", "signal", "harbour", "meadow", "thunder")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A server to put through the program.
+
+    Args:
+        command: with ``{port}`` where its port goes.
+        drain: options that let it finish what it has for so many seconds, with ``{seconds}``; empty if it
+            has none.
+    """
+
+    name: str
+    command: Sequence[str]
+    drain: Sequence[str] = ()
+
+    def line(self, port: int, seconds: float | None) -> list[str]:
+        """The command, to be run; with ``seconds`` None, without options about stopping."""
+        options = [] if seconds is None else [part.format(seconds=f"{seconds:g}") for part in self.drain]
+        return [part.replace("{port}", str(port)) for part in [*self.command, *options]]
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What happened at one event; seconds count from it."""
+
+    event: str
+    values: dict[str, Any]
+
+
+@dataclass
+class Reader:
+    """One stream, and when its pieces came."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    error: str | None = None
+    begun: trio.Event = field(default_factory=trio.Event)
+    done: trio.Event = field(default_factory=trio.Event)
+    ended: float | None = None
+    last: float = 0.0
+    gap: float = 0.0
+
+    async def run(self, endpoint: Endpoint, model: str, number: int, max_tokens: int) -> None:
+        """Read to the end, whatever that is."""
+        body = {
+            "model": model,
+            "prompt": f"Write about the {WORDS[number % len(WORDS)]}.",
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        connection = Connection(endpoint)
+        try:
+            async with connection.events("/completions", body) as events:
+                async for event in events:
+                    self._take(msgspec.json.decode(event))
+        except (ServerUnreachable, ServerRefused) as error:
+            self.error = str(error)
+        finally:
+            self.ended = trio.current_time()
+            self.begun.set()
+            self.done.set()
+            await connection.aclose()
+
+    def _take(self, chunk: dict[str, Any]) -> None:
+        now = trio.current_time()
+        if self.begun.is_set():
+            self.gap = max(self.gap, now - self.last)
+        self.last = now
+        if "error" in chunk:
+            self.error = str(chunk["error"].get("message", chunk["error"]))
+        for choice in chunk.get("choices", []):
+            self.text += choice["text"]
+            self.finish_reason = choice["finish_reason"] or self.finish_reason
+        self.begun.set()
+
+
+class Scene:
+    """A server with streams in flight, and what can be seen of it."""
+
+    def __init__(self, server: ServerProcess, readers: list[Reader], model: str) -> None:
+        self.server = server
+        self.readers = readers
+        self.model = model
+        self.before = server.tree()
+        self.began = trio.current_time()
+
+    def worker(self, pids: Sequence[int]) -> Any:
+        """The process that computes: the one that the server names, else the largest below it."""
+        below = [process for process in self.server.tree() if process.pid != self.server.pid]
+        named = [process for process in below if process.pid in pids]
+        return max(named or below, key=lambda process: process.memory_info().rss)
+
+    async def status(self, path: str) -> str:
+        """The status that a probe gets."""
+        endpoint = Endpoint("http", "127.0.0.1", self.server.endpoint.port, "")
+        connection = Connection(endpoint)
+        answer = "no answer"
+        with trio.move_on_after(2):
+            try:
+                async with connection.request("GET", path) as pieces:
+                    [piece async for piece in pieces]
+                answer = "200"
+            except ServerRefused as error:
+                answer = str(error.status)
+            except ServerUnreachable:
+                answer = "refused"
+        await connection.aclose()
+        return answer
+
+    async def late(self) -> str:
+        """What a request gets that comes now."""
+        reader = Reader()
+        with trio.move_on_after(5):
+            await reader.run(self.server.endpoint, self.model, 0, 4)
+            return reader.error or f"served ({reader.finish_reason})"
+        return "no answer within 5 s"
+
+    async def outcomes(self) -> dict[str, Any]:
+        """Wait for the streams; how they ended, and the longest silence in one of them."""
+        with trio.move_on_after(PATIENCE):
+            for reader in self.readers:
+                await reader.done.wait()
+        counts: dict[str, int] = {}
+        for reader in self.readers:
+            how = "hangs" if reader.ended is None else reader.finish_reason or "broken"
+            counts[how] = counts.get(how, 0) + 1
+        ends = [reader.ended for reader in self.readers if reader.ended is not None]
+        return {
+            "streams": counts,
+            "longest gap": round(max(reader.gap for reader in self.readers), 2),
+            "last stream ended": round(max(ends) - self.began, 2) if ends else None,
+            "error": next((reader.error for reader in self.readers if reader.error), None),
+        }
+
+    async def exit(self) -> dict[str, Any]:
+        """Wait for the server's end: its status, when, and what of its tree is left."""
+        with trio.move_on_after(PATIENCE):
+            await self.server.process.wait()
+        gone = trio.current_time() - self.began
+        status = self.server.process.returncode
+        return {"exit": "still there" if status is None else status, "exit after": round(gone, 2)} | (
+            await self.left(1.0)
+        )
+
+    async def left(self, seconds: float) -> dict[str, Any]:
+        """How many of its processes are there after so many more seconds."""
+        await trio.sleep(seconds)
+        return {f"processes left {seconds:g} s later": len(self.server.leftovers())}
+
+
+Event = Callable[[Scene], Awaitable[dict[str, Any]]]
+
+
+async def leave_alone(scene: Scene) -> dict[str, Any]:
+    """Nothing: what the silences of the other events have to be compared with."""
+    return await scene.outcomes()
+
+
+async def drain(scene: Scene) -> dict[str, Any]:
+    """SIGTERM with a budget that suffices."""
+    scene.server.process.send_signal(signal.SIGTERM)
+    await trio.sleep(0.3)
+    seen = {path: await scene.status(path) for path in ("/live", "/ready", "/health")}
+    late = await scene.late()
+    return {"probes": seen, "late request": late} | await scene.outcomes() | await scene.exit()
+
+
+async def stop(scene: Scene) -> dict[str, Any]:
+    """SIGTERM with a budget that does not suffice, or as the server has it by default."""
+    scene.server.process.send_signal(signal.SIGTERM)
+    return await scene.outcomes() | await scene.exit()
+
+
+async def stop_twice(scene: Scene) -> dict[str, Any]:
+    """A second SIGTERM, half a second after the first."""
+    scene.server.process.send_signal(signal.SIGTERM)
+    await trio.sleep(0.5)
+    if scene.server.process.poll() is None:
+        scene.server.process.send_signal(signal.SIGTERM)
+    return await scene.outcomes() | await scene.exit()
+
+
+async def kill_worker(scene: Scene) -> dict[str, Any]:
+    """SIGKILL for the process that computes."""
+    return await _hurt(scene, signal.SIGKILL)
+
+
+async def suspend_worker(scene: Scene) -> dict[str, Any]:
+    """SIGSTOP for the process that computes."""
+    return await _hurt(scene, signal.SIGSTOP)
+
+
+async def _hurt(scene: Scene, number: signal.Signals) -> dict[str, Any]:
+    worker = scene.worker(await _named_workers(scene.server))
+    worker.send_signal(number)
+    await trio.sleep(3.0)
+    health = await scene.status("/health")
+    outcomes = await scene.outcomes()
+    late = await scene.late()
+    status = scene.server.process.poll()
+    return (
+        {"/health 3 s later": health}
+        | outcomes
+        | {
+            "late request": late,
+            "server": "runs" if status is None else f"exited with {status}",
+        }
+    )
+
+
+async def kill_server(scene: Scene) -> dict[str, Any]:
+    """SIGKILL for the server itself."""
+    scene.server.process.kill()
+    await scene.server.process.wait()
+    first = await scene.left(1.0)
+    return {"processes before": len(scene.before)} | first | await scene.left(19.0)
+
+
+async def _named_workers(server: ServerProcess) -> list[int]:
+    """The pids in ``/health``, of servers that tell."""
+    endpoint = Endpoint("http", "127.0.0.1", server.endpoint.port, "")
+    connection = Connection(endpoint)
+    try:
+        found = await connection.json("GET", "/health")
+        return [pid for replica in found["replicas"] for pid in replica["worker_pids"]]
+    except (ServerUnreachable, ServerRefused, KeyError, TypeError):
+        return []
+    finally:
+        await connection.aclose()
+
+
+PROGRAM: dict[str, tuple[Event, float | None, int]] = {
+    "undisturbed": (leave_alone, None, 256),
+    "SIGTERM, 30 s to drain": (drain, 30.0, 256),
+    "SIGTERM, 4 s to drain": (stop, 4.0, 1900),
+    "SIGTERM, as by default": (stop, None, 1900),
+    "second SIGTERM after 0.5 s": (stop_twice, 30.0, 1900),
+    "worker SIGKILL": (kill_worker, None, 256),
+    "worker SIGSTOP": (suspend_worker, None, 256),
+    "server SIGKILL": (kill_server, None, 1900),
+}
+"""Event → what is done, seconds to drain that the server is given, tokens of each stream."""
+
+START_UP = "SIGTERM while starting"
+
+
+async def run_event(candidate: Candidate, name: str, streams: int, settle: float = SETTLE) -> Found:
+    """Start a server, its streams, and one event of `PROGRAM`.
+
+    Args:
+        settle: seconds from its first answer to the first stream.
+
+    Raises:
+        ServerEnded: it did not come up.
+    """
+    event, seconds, max_tokens = PROGRAM[name]
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        endpoint = Endpoint("http", "127.0.0.1", port, "/v1")
+        async with AsyncExitStack() as stack:
+            server = await stack.enter_async_context(
+                open_server(candidate.name, candidate.line(port, seconds), endpoint, Path(folder) / "log")
+            )
+            await server.wait_answer("/health", READY_SECONDS)
+            await trio.sleep(settle)
+            model = await _model(endpoint)
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            readers = [Reader() for _ in range(streams)]
+            for number, reader in enumerate(readers):
+                nursery.start_soon(reader.run, endpoint, model, number, max_tokens)
+            for reader in readers:
+                await reader.begun.wait()
+            found = Found(name, await event(Scene(server, readers, model)))
+            nursery.cancel_scope.cancel()
+    return found
+
+
+async def run_start_up(candidate: Candidate, after: float) -> Found:
+    """SIGTERM ``after`` seconds from the start."""
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        endpoint = Endpoint("http", "127.0.0.1", port, "/v1")
+        async with open_server(
+            candidate.name, candidate.line(port, None), endpoint, Path(folder) / "log"
+        ) as server:
+            await trio.sleep(after)
+            if server.process.poll() is not None:
+                raise ServerEnded(candidate.name, f"ended with {server.process.returncode}", server.log)
+            scene = Scene(server, [], "")
+            server.process.send_signal(signal.SIGTERM)
+            return Found(START_UP, {"signal after": after} | await scene.exit())
+
+
+async def _model(endpoint: Endpoint) -> str:
+    connection = Connection(endpoint)
+    try:
+        found = await connection.json("GET", "/models")
+        return str(found["data"][0]["id"])
+    finally:
+        await connection.aclose()

@@ -1,0 +1,172 @@
+"""What the front end costs by itself: many streams of a scripted model, whose steps only take time.
+
+The server, its worker and the crowd that reads share the machine's cores, so what counts first is the
+processor time of the server per token. Needs psutil.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from tests.benchmarks.crowd import Heard, listen
+from ullm.bench.report import machine
+from ullm.bench.stats import percentile
+from ullm.client.completions import first_model
+from ullm.client.http import Endpoint
+from ullm.testing import write_scripted_model
+from ullm.testing.processes import ServerProcess, free_port, open_server, psutil_module
+
+START_SECONDS = 60.0
+MICRO = 1e6
+MIB = 1 << 20
+COLUMNS = (
+    "round",
+    "tok/s",
+    "front end, µs/token",
+    "worker, µs/token",
+    "tokens/event",
+    "first p50, ms",
+    "first max, ms",
+    "gap p50, ms",
+    "gap p99, ms",
+    "gap max, ms",
+    "RSS, MiB",
+)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of the server.
+
+    Args:
+        step_seconds: duration of the model's steps; with one token per stream and step, its limit is
+            ``streams / step_seconds`` tokens per second.
+        arguments: more of ``ullm serve``.
+    """
+
+    streams: int = 1000
+    tokens: int = 128
+    step_seconds: float = 0.04
+    rounds: int = 3
+    arguments: tuple[str, ...] = ()
+
+    def command(self, model: Path, port: int) -> list[str]:
+        """How the server is started."""
+        chosen = ("--model", str(model), "--port", str(port), "--load-format", "dummy")
+        runner = ("--runner", "ullm.testing:ScriptedRunner", "--standby-workers", "0")
+        budget = ("--max-num-batched-tokens", str(max(2048, 2 * self.streams)))
+        batch = ("--max-bs", str(self.streams), *budget)
+        return [sys.executable, "-m", "ullm", "serve", *chosen, *runner, *batch, *self.arguments]
+
+
+class Round(msgspec.Struct, frozen=True):
+    """One crowd's run; times in seconds, processor time with the system's share.
+
+    Args:
+        front, worker: processor time of the server itself, and of its workers.
+        first, gap: p50, p99 and the most.
+        rss: bytes of the server itself, afterwards.
+    """
+
+    seconds: float
+    tokens: int
+    events: int
+    front: float
+    worker: float
+    first: tuple[float, float, float]
+    gap: tuple[float, float, float]
+    rss: int
+
+    def cells(self, number: int) -> list[str]:
+        """As a row of `COLUMNS`."""
+        costs = [seconds * MICRO / self.tokens for seconds in (self.front, self.worker)]
+        times = [self.first[0], self.first[2], *self.gap]
+        shown = [f"{self.tokens / self.seconds:.0f}", *(f"{cost:.1f}" for cost in costs)]
+        shown += [f"{self.tokens / self.events:.1f}", *(f"{seconds * 1000:.0f}" for seconds in times)]
+        return [str(number), *shown, f"{self.rss / MIB:.0f}"]
+
+
+class FrontEnd(msgspec.Struct, frozen=True):
+    """A finished benchmark."""
+
+    when: str
+    machine: dict[str, Any]
+    streams: int
+    tokens: int
+    step_seconds: float
+    arguments: tuple[str, ...]
+    rounds: list[Round]
+
+    def json(self) -> str:
+        """Indented, times in seconds."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+
+    def markdown(self) -> str:
+        """A table."""
+        said = f"{self.streams} streams of {self.tokens} tokens, steps of {self.step_seconds * 1000:g} ms\n\n"
+        lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " ---: |" * len(COLUMNS)]
+        lines += ["| " + " | ".join(run.cells(number)) + " |" for number, run in enumerate(self.rounds, 1)]
+        return said + "\n".join(lines) + "\n"
+
+
+async def run_front_end(load: Load, log: Path, say: Callable[[str], None]) -> FrontEnd:
+    """Start a server, have crowds read from it, stop it.
+
+    Args:
+        log: gets what the server writes.
+        say: told what each round found.
+
+    Raises:
+        ServerEnded, StreamBroken, ServerUnreachable
+    """
+    endpoint = Endpoint("http", "127.0.0.1", free_port(), "/v1")
+    rounds: list[Round] = []
+    with tempfile.TemporaryDirectory(prefix="ullm-front-end-") as folder:
+        blocks = 1 + load.streams * (load.tokens // 16 + 3)
+        model = write_scripted_model(
+            Path(folder) / "model", step_seconds=load.step_seconds, num_blocks=blocks
+        )
+        async with open_server("ullm serve", load.command(model, endpoint.port), endpoint, log) as server:
+            await server.wait_answer("/ready", START_SECONDS)
+            name = await first_model(endpoint)
+            for _ in range(load.rounds):
+                rounds.append(await _run(server, name, load))
+                say(f"{rounds[-1].tokens / rounds[-1].seconds:.0f} tok/s")
+            await server.stop()
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    asked = (load.streams, load.tokens, load.step_seconds, load.arguments)
+    return FrontEnd(when, machine(), *asked, rounds)
+
+
+async def _run(server: ServerProcess, model: str, load: Load) -> Round:
+    front = psutil_module().Process(server.pid)
+    workers = front.children(recursive=True)
+    before = _processor_time([front]), _processor_time(workers)
+    where = server.endpoint.host, server.endpoint.port
+    heard = await trio.to_thread.run_sync(partial(listen, *where, model, load.streams, load.tokens))
+    spent = _processor_time([front]) - before[0], _processor_time(workers) - before[1]
+    return _round(heard, *spent, front.memory_info().rss)
+
+
+def _round(heard: Heard, front: float, worker: float, rss: int) -> Round:
+    first, gap = _spread(heard.first), _spread(heard.gaps)
+    return Round(heard.seconds, heard.tokens, heard.events, front, worker, first, gap, rss)
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    ordered = sorted(values)
+    return percentile(ordered, 0.5), percentile(ordered, 0.99), ordered[-1]
+
+
+def _processor_time(processes: list[Any]) -> float:
+    return float(sum(times.user + times.system for times in (each.cpu_times() for each in processes)))

@@ -1,0 +1,162 @@
+"""What a long run asks: every way that a request can take through the server, in random order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from ullm.bench.workload import WORDS, Length
+from ullm.client.http import Connection, error_message
+from ullm.errors import ServerRefused, UllmError
+
+COMPLETIONS, CHAT = "/completions", "/chat/completions"
+LEAVES_AFTER = 2
+"""Events of a stream after which an impatient client hangs up."""
+BEGINNINGS = 4
+"""Different beginnings that some prompts share."""
+BEGINNING_WORDS = 64
+REFUSED = 400
+
+How = Literal["answered", "left", "refused"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request.
+
+    Args:
+        leave_after: events after which the client hangs up; None: it stays.
+        status: 400 for a request that is wrong and must be refused.
+    """
+
+    kind: str
+    path: str
+    body: dict[str, Any]
+    leave_after: int | None = None
+    status: int = 200
+
+    @property
+    def choices(self) -> int:
+        """How many texts must come."""
+        return int(self.body.get("n", 1))
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Draws requests; equal for equal seeds.
+
+    Args:
+        prompt_words, output_tokens: drawn uniformly.
+    """
+
+    model: str
+    prompt_words: Length = Length(8, 64)
+    output_tokens: Length = Length(8, 64)
+    seed: int = 0
+
+    def asks(self, client: int) -> Iterator[Ask]:
+        """Endless, and different for each client."""
+        source = random.Random(f"soak {self.seed} {client}")
+        kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
+        while True:
+            yield self._ask(source.choices(kinds, weights)[0], source)
+
+    def _ask(self, kind: str, source: random.Random) -> Ask:
+        text = " ".join(source.choices(WORDS, k=self.prompt_words.draw(source)))
+        path, options = _MANNER.get(kind, (COMPLETIONS, {}))
+        if kind == "shared beginning":
+            text = f"{self._beginning(source.randrange(BEGINNINGS))} {text}"
+        body: dict[str, Any] = {"model": self.model, "temperature": 0, "stream": True, "ignore_eos": True}
+        body["max_tokens"] = self.output_tokens.draw(source)
+        body |= {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
+        if kind == "two choices":
+            body["seed"] = source.randrange(1 << 31)
+        leave = LEAVES_AFTER if kind == "leaves early" else None
+        return Ask(kind, path, body | options, leave, REFUSED if kind == "wrong" else 200)
+
+    def _beginning(self, number: int) -> str:
+        return " ".join(random.Random(f"beginning {self.seed} {number}").choices(WORDS, k=BEGINNING_WORDS))
+
+
+WEIGHTS = {
+    "completion, streamed": 4,
+    "completion, whole": 2,
+    "chat, streamed": 3,
+    "shared beginning": 2,
+    "two choices": 1,
+    "log probabilities": 1,
+    "stop string": 1,
+    "leaves early": 1,
+    "wrong": 1,
+}
+"""Kind of request → how often it is drawn, relative to others."""
+
+_MANNER: dict[str, tuple[str, dict[str, Any]]] = {
+    "completion, whole": (COMPLETIONS, {"stream": False}),
+    "chat, streamed": (CHAT, {}),
+    "two choices": (CHAT, {"n": 2, "temperature": 0.8, "top_p": 0.9}),
+    "log probabilities": (COMPLETIONS, {"logprobs": 2}),
+    "stop string": (COMPLETIONS, {"stop": [" the", "\n\n"]}),
+    "wrong": (COMPLETIONS, {"max_tokens": -1}),
+}
+
+
+class Unexpected(UllmError):
+    """A request did not end as it must."""
+
+    def __init__(self, ask: Ask, why: str) -> None:
+        super().__init__(f"{ask.kind}: {why}")
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    error: Any = None
+
+
+_CHUNK = msgspec.json.Decoder(_Chunk)
+
+
+async def run_ask(connection: Connection, ask: Ask) -> How:
+    """One request to its end, or to where its client leaves.
+
+    Raises:
+        Unexpected: it ended otherwise than it must.
+        ServerUnreachable: there is no server.
+    """
+    try:
+        if not ask.body["stream"]:
+            answer = msgspec.convert(await connection.json("POST", f"/v1{ask.path}", ask.body), _Chunk)
+            return _complete(ask, sum(choice.finish_reason is not None for choice in answer.choices))
+        return await _streamed(connection, ask)
+    except ServerRefused as refusal:
+        if refusal.status != ask.status:
+            raise Unexpected(ask, str(refusal)) from None
+        return "refused"
+
+
+async def _streamed(connection: Connection, ask: Ask) -> How:
+    ended = seen = 0
+    async with connection.events(f"/v1{ask.path}", ask.body) as events:
+        async for payload in events:
+            chunk = _CHUNK.decode(payload)
+            if chunk.error is not None:
+                raise Unexpected(ask, error_message(payload) or "an error in the stream")
+            ended += sum(choice.finish_reason is not None for choice in chunk.choices)
+            seen += 1
+            if seen == ask.leave_after:
+                return "left"
+    return _complete(ask, ended)
+
+
+def _complete(ask: Ask, ended: int) -> How:
+    if ended != ask.choices or ask.status != 200:
+        raise Unexpected(ask, f"{ended} of {ask.choices} choices ended")
+    return "answered"

@@ -1,0 +1,165 @@
+"""Looking at a server from outside: what its processes have taken until now. Needs psutil."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import trio
+
+from ullm.client.http import Connection
+from ullm.testing.processes import ServerProcess, at_root, descendants, psutil_module
+
+YARDSTICK_PIECES = 30
+YARDSTICK_PAUSE = 0.003
+"""Seconds between two pieces of the fixed work, in which others use the caches, as between two steps."""
+YARDSTICK_OBJECTS = 30_000
+STEPS, TOKENS, RESTARTS = "ullm_steps_total", "ullm_generation_tokens_total", "ullm_worker_restarts_total"
+IN_FLIGHT = ("ullm_num_requests_running", "ullm_num_requests_waiting", "ullm_kv_cache_usage_ratio")
+_LINE = re.compile(r"^(\w+) (\S+)$", re.MULTILINE)
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """What some processes take together.
+
+    Args:
+        cpu: processor seconds since their start, user and system.
+        pss: bytes, each page divided by the number of its users; as ``rss`` where that is unknown.
+        rss: bytes.
+        files: open descriptors.
+    """
+
+    cpu: float = 0.0
+    pss: int = 0
+    rss: int = 0
+    files: int = 0
+
+    def __add__(self, other: Taken) -> Taken:
+        return Taken(
+            self.cpu + other.cpu, self.pss + other.pss, self.rss + other.rss, self.files + other.files
+        )
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One look.
+
+    Args:
+        seconds: since the load began.
+        requests: ended until now, in whatever way.
+        steps, tokens, restarts: the server's own counts.
+        yardstick: processor seconds that a fixed piece of work took beside it: how fast the machine is now.
+        standby: worker processes that are not in service.
+        worker_pids: those in service.
+    """
+
+    seconds: float
+    requests: int
+    steps: float
+    tokens: float
+    restarts: float
+    yardstick: float
+    front: Taken
+    worker: Taken
+    standby: Taken
+    worker_pids: list[int]
+
+    @property
+    def pss(self) -> int:
+        """Bytes of the whole tree."""
+        return self.front.pss + self.worker.pss + self.standby.pss
+
+
+@dataclass
+class Sampler:
+    """Takes samples of one server.
+
+    Args:
+        began: trio's time that counts as 0.
+    """
+
+    server: ServerProcess
+    began: float = field(default_factory=trio.current_time)
+
+    async def take(self, requests: int) -> Sample:
+        """Look now.
+
+        Args:
+            requests: ended until now.
+
+        Raises:
+            ServerUnreachable, ServerRefused: it does not answer.
+        """
+        metrics = await self.metrics()
+        health = await self._ask("/health")
+        pids = [pid for replica in msgspec.json.decode(health)["replicas"] for pid in replica["worker_pids"]]
+        front, worker, standby = await trio.to_thread.run_sync(look, self.server.pid, pids)
+        return Sample(
+            seconds=trio.current_time() - self.began,
+            requests=requests,
+            steps=metrics[STEPS],
+            tokens=metrics[TOKENS],
+            restarts=metrics[RESTARTS],
+            yardstick=await trio.to_thread.run_sync(yardstick),
+            front=front,
+            worker=worker,
+            standby=standby,
+            worker_pids=pids,
+        )
+
+    async def metrics(self) -> dict[str, float]:
+        """The samples of ``/metrics`` that have no labels."""
+        return {name: float(value) for name, value in _LINE.findall((await self._ask("/metrics")).decode())}
+
+    async def in_flight(self) -> dict[str, float]:
+        """Metrics that are 0 in a server without work, and are not."""
+        found = await self.metrics()
+        return {name: found[name] for name in IN_FLIGHT if found[name]}
+
+    async def _ask(self, path: str) -> bytes:
+        connection = Connection(at_root(self.server.endpoint))
+        try:
+            async with connection.request("GET", path) as pieces:
+                return b"".join([piece async for piece in pieces])
+        finally:
+            await connection.aclose()
+
+
+def look(pid: int, worker_pids: list[int]) -> tuple[Taken, Taken, Taken]:
+    """What a server, its workers in service, and all others below it take."""
+    front, worker, standby = taken(psutil_module().Process(pid)), Taken(), Taken()
+    for process in descendants(pid):
+        if process.pid in worker_pids:
+            worker += taken(process)
+        else:
+            standby += taken(process)
+    return front, worker, standby
+
+
+def taken(process: Any) -> Taken:
+    """What one process takes; nothing, if it has ended."""
+    try:
+        with process.oneshot():
+            times, memory = process.cpu_times(), process.memory_full_info()
+            files = process.num_fds() if hasattr(process, "num_fds") else process.num_handles()
+    except psutil_module().Error:
+        return Taken()
+    return Taken(times.user + times.system, getattr(memory, "pss", memory.rss), memory.rss, files)
+
+
+def yardstick() -> float:
+    """Processor seconds of a fixed piece of Python, some milliseconds, in small pieces with pauses.
+
+    On a machine that others use, the same work costs more time while they are busy, because they share
+    caches, memory and the clock's limits. What grows no more than this has not grown.
+    """
+    objects = {number * 7919 % YARDSTICK_OBJECTS: str(number) for number in range(YARDSTICK_OBJECTS)}
+    spent = 0.0
+    for piece in range(YARDSTICK_PIECES):
+        time.sleep(YARDSTICK_PAUSE)
+        began = time.thread_time()
+        sum(len(objects[number]) for number in range(piece, YARDSTICK_OBJECTS, YARDSTICK_PIECES))
+        spent += time.thread_time() - began
+    return spent

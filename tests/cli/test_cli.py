@@ -1,0 +1,375 @@
+"""The command line as people meet it: processes, exit statuses, one line per error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+import ullm
+from ullm.cli.app import main
+from ullm.testing import write_scripted_model
+
+pytestmark = pytest.mark.process
+REPOSITORY = Path(__file__).parents[1]
+TIMEOUT = 60
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "ullm", *arguments]
+
+
+def run(*arguments: str, stdin: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), input=stdin, env={**os.environ, **environ}, cwd=REPOSITORY,
+        capture_output=True, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> list[str]:
+    """Flags for a model that answers without weights."""
+    folder = write_scripted_model(tmp_path / "scripted")
+    return ["--model", str(folder), "--runner", "ullm.testing:ScriptedRunner", "--load-format", "dummy"]
+
+
+def one_error_line(done: subprocess.CompletedProcess[str]) -> str:
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+# --- what is said before anything runs ----------------------------------------------------------
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from ullm.cli.app import main; main(['--help']); "
+        "assert not {'torch', 'transformers', 'trio', 'quart', 'tokenizers'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("serve", "chat", "generate", "bench", "pull", "doctor"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", ["serve", "chat", "generate", "pull", "doctor", "bench"])
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    assert "Usage: ullm" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == ullm.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nope"], "Unknown command"),
+        (["serve", "--nope"], "Unknown option: --nope"),
+        (["serve", "--max-bs", "many"], "Invalid value for --max-bs"),
+        (["serve", "--dtype", "float12"], "--dtype"),
+        (["serve", "one", "--model", "two"], "named twice"),
+        (["generate"], "needs a prompt"),
+        (["generate", "--nope"], "unknown option: --nope"),
+        (["generate", " "], "the prompt is empty"),
+        (["bench", "serve", "--concurrency", "0"], "--concurrency"),
+        (["bench", "serve", "--url", "ftp://x"], "--url"),
+    ],
+)
+def test_usage_errors(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert says in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "--transport", "thread", "--tp-size", "2"], "use --transport process"),
+        (["serve", "--port", "70000"], "--port must be from 0 to 65535"),
+        (["generate", "hi", "--temperature", "-1"], "temperature must be"),
+        (["generate", "hi", "--model", "/nothing"], "/nothing: no such folder"),
+        (["pull", "/nothing"], "/nothing: no such folder"),
+        (["generate", "hi", "--url", "http://127.0.0.1:1"], "is a server running there?"),
+        (["bench", "serve", "--url", "http://127.0.0.1:1"], "is a server running there?"),
+    ],
+)
+def test_what_cannot_be_done(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert says in error
+
+
+def test_a_variable_that_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ULLM_MAX_BS", "many")
+    assert main(["generate", "hi"]) == 1
+    assert "ULLM_MAX_BS='many'" in capsys.readouterr().err
+
+
+def test_a_traceback_only_for_those_who_ask() -> None:
+    quiet = run("generate", "hi", "--model", "/nothing")
+    assert quiet.returncode == 1
+    one_error_line(quiet)
+    loud = run("generate", "hi", "--model", "/nothing", "--log-level", "debug")
+    assert loud.returncode == 1
+    assert "Traceback" in loud.stderr
+    assert loud.stderr.strip().splitlines()[-1].startswith("error: /nothing")
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+def test_generate(scripted: list[str]) -> None:
+    done = run("generate", "hello", *scripted, "--max-tokens", "5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    piped = run("generate", "-", *scripted, "--max-tokens", "5", stdin="hello")
+    assert piped.stdout == done.stdout
+    raw = run("generate", "--raw", "hello", *scripted, "--max-tokens", "5")
+    assert raw.returncode == 0, raw.stderr
+    assert raw.stdout != done.stdout
+
+
+def test_generate_says_why_a_prompt_is_refused(scripted: list[str]) -> None:
+    done = run("generate", "hello " * 100, *scripted, "--context-len", "16")
+    assert done.returncode == 1
+    assert "context is 16 tokens" in one_error_line(done)
+
+
+def test_generate_into_a_closed_pipe(scripted: list[str]) -> None:
+    process = subprocess.Popen(
+        command("generate", "hello", *scripted, "--max-tokens", "2000", "--ignore-eos"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(TIMEOUT) == 1
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent otherwise there")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_generate_stops_at_a_signal(scripted: list[str], number: signal.Signals) -> None:
+    arguments = command("generate", "hello", *scripted, "--max-tokens", "3000", "--ignore-eos")
+    environ = {**os.environ, "ULLM_SCRIPTED_STEP_SECONDS": "0.05"}
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environ
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 128 + number, error
+    assert "Traceback" not in error
+
+
+def test_chat_over_a_pipe(scripted: list[str]) -> None:
+    done = run(
+        "chat", *scripted, "--temperature", "0", "--max-tokens", "4", stdin="hello\n/reset\nhello\n/exit\n"
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().splitlines()
+    assert first == second
+
+
+def test_pull_prints_where_the_model_is(scripted: list[str]) -> None:
+    folder = Path(scripted[1])
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    done = run("pull", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert str(folder) in done.stdout
+
+
+def test_doctor(tmp_path: Path) -> None:
+    done = run("doctor", "--json", ULLM_CACHE=str(tmp_path))
+    report = json.loads(done.stdout)
+    assert done.returncode == (0 if report["healthy"] else 1)
+    assert report["data"]["torch"]["gflops"]["cpu"]["float32"] > 0
+    assert report["data"]["cache"] == str(tmp_path)
+    assert {check["name"] for check in report["checks"]} >= {
+        "system",
+        "packages",
+        "cpu",
+        "disk",
+        "models",
+        "port",
+    }
+
+
+def test_doctor_notices_a_port_in_use() -> None:
+    from ullm.cli.doctor import port_is_free
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert not port_is_free("127.0.0.1", port)
+    assert port_is_free("127.0.0.1", port)
+
+
+# --- serve --------------------------------------------------------------------------------------
+
+
+def test_a_taken_port_is_noticed_before_the_model_is_looked_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run("serve", "/nothing", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 1
+    assert "already in use" in one_error_line(done)
+
+
+def test_serve_without_a_model() -> None:
+    done = run("serve", "/nothing", "--port", "0", "--log-level", "error")
+    assert done.returncode == 1
+    assert "/nothing: no such folder" in one_error_line(done)
+
+
+@contextmanager
+def serving(*arguments: str, **environ: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server that is ready, and its URL."""
+    process = subprocess.Popen(
+        command("serve", "--port", "0", *arguments), env={**os.environ, **environ}, cwd=REPOSITORY,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready: http://127.0.0.1:"), process.communicate()[1]
+        yield process, line.split()[1].removesuffix("/v1")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent otherwise there")
+def test_serve_answers_and_stops_in_order(scripted: list[str]) -> None:
+    with serving(*scripted) as (process, url):
+        with urllib.request.urlopen(f"{url}/v1/models") as response:
+            assert json.load(response)["data"][0]["id"] == "scripted"
+        asked = run("generate", "hello", "--url", url, "--max-tokens", "5")
+        assert asked.returncode == 0, asked.stderr
+        assert asked.stdout == run("generate", "hello", *scripted, "--max-tokens", "5").stdout
+        chatted = run("chat", "--url", url, "--max-tokens", "5", stdin="hello\n")
+        assert chatted.returncode == 0, chatted.stderr
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, error
+        assert "Traceback" not in error
+
+
+def test_bench_of_a_server(scripted: list[str], tmp_path: Path) -> None:
+    with serving(*scripted) as (_, url):
+        path = tmp_path / "report.md"
+        options = ["--concurrency", "1,3", "--output-tokens", "8", "--prompt-words", "5", "--json"]
+        done = run("bench", "serve", "--url", url, *options, "--output", str(path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [(r["concurrency"], r["requests"], r["failed"]) for r in report["runs"]] == [(1, 4, 0), (3, 4, 0)]
+    assert {r["output_tokens"] for r in report["runs"]} == {32}
+    assert all(r["finish_reasons"] == {"length": 4} for r in report["runs"])
+    assert path.read_text().startswith("| streams")
+
+
+def test_bench_of_an_engine(scripted: list[str]) -> None:
+    options = ["--concurrency", "2", "--output-tokens", "8", "--prompt-words", "5", "--json"]
+    done = run("bench", "engine", *scripted, *options)
+    assert done.returncode == 0, done.stderr
+    (level,) = json.loads(done.stdout)["runs"]
+    assert (level["output_tokens"], level["failed"]) == (32, 0)
+    assert level["prompt_tokens"] > 0
+
+
+def wait_for_children(pid: int) -> list[psutil.Process]:
+    """The processes that a process has started, as soon as there are any."""
+    deadline = time.monotonic() + TIMEOUT
+    while not (found := psutil.Process(pid).children(recursive=True)):
+        assert time.monotonic() < deadline, "it started no process"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent otherwise there")
+def test_a_signal_while_starting(scripted: list[str]) -> None:
+    with subprocess.Popen(
+        command("serve", "--port", "0", *scripted), env={**os.environ, "ULLM_SCRIPTED_LOAD_SECONDS": "60"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
+    ) as process:  # fmt: skip
+        workers = wait_for_children(process.pid)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        _, error = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, error
+    assert time.monotonic() - began < 10
+    _, left = psutil.wait_procs(workers, timeout=2)  # the kernel is not at once
+    assert not left
+    assert "Traceback" not in error
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no pseudo-terminals there")
+def test_chat_on_a_terminal(scripted: list[str]) -> None:
+    import pty
+    import termios
+
+    master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
+    arguments = command("chat", *scripted, "--max-tokens", "3000", "--ignore-eos")
+    environ = {**os.environ, "ULLM_SCRIPTED_STEP_SECONDS": "0.02", "TERM": "dumb"}
+    process = subprocess.Popen(
+        arguments, stdin=slave, stdout=slave, stderr=slave, cwd=REPOSITORY, env=environ
+    )
+    try:
+        read_until(master, "› ")
+        os.write(master, b"hello\n")
+        read_until(master, "hello")  # the terminal's echo
+        read_until(master, "\n")
+        answer = b""
+        while len(answer) < 20:
+            answer += os.read(master, 1)
+        process.send_signal(signal.SIGINT)
+        read_until(master, "stopped")
+        read_until(master, "› ")
+        process.send_signal(signal.SIGINT)
+        read_until(master, "Ctrl-C again")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT) == 128 + signal.SIGINT
+        assert termios.tcgetattr(slave) == before
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+        os.close(slave)
+
+
+def read_until(descriptor: int, text: str) -> None:
+    """Read a terminal until it has shown a text."""
+    import select
+
+    seen = b""
+    deadline = time.monotonic() + TIMEOUT
+    while text.encode() not in seen:
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"{text!r} was not shown, but {seen.decode(errors='replace')!r}"
+        seen += os.read(descriptor, 1)

@@ -1,0 +1,102 @@
+"""Progress of downloads, and the diagnosis where something is missing."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ullm.cli import doctor, pull
+from ullm.cli.terminal import progress_bar
+from ullm.config import ServerConfig
+
+
+def test_progress_without_a_terminal_is_one_line_per_label() -> None:
+    out = io.StringIO()
+    with progress_bar(Console(file=out, force_terminal=False)) as report:
+        for done in range(3):
+            report("fetching [x]", done, None)
+        report("converting", 1, 2)
+    assert out.getvalue() == "fetching [x] …\nconverting …\n"
+
+
+def test_progress_on_a_terminal_leaves_nothing_behind() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120, color_system=None)
+    with progress_bar(console) as report:
+        report("fetching", 0, None)
+        report("fetching", 50, 100)
+        report("fetching", 0, None)  # a heartbeat
+    shown = out.getvalue()
+    assert "fetching" in shown
+    assert "50/100 bytes" in shown
+
+
+def test_folder_size(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a").write_bytes(b"123")
+    (tmp_path / "sub" / "b").write_bytes(b"4567")
+    assert pull.folder_size(tmp_path) == 7
+    assert pull.folder_size(tmp_path / "a") == 3
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine on which all is well, without asking torch."""
+    torch = {
+        "torch": "2", "cpu": "AVX512", "threads": 2,
+        "cuda": [{"name": "H", "capability": "9.0", "free": 1 << 30, "total": 2 << 30}],
+        "gflops": {
+            "cpu": {"float32": 100.0, "bfloat16": 400.0, "float16": 3.0},
+            "cuda:0": {"float32": 100.0, "bfloat16": 900.0, "float16": 900.0},
+        },
+    }  # fmt: skip
+    monkeypatch.setattr(doctor, "probe_torch", lambda: (torch, None))
+    monkeypatch.setattr(doctor, "available_memory", lambda: 8 << 30)
+    monkeypatch.setattr(doctor, "cached_models", lambda: [{"name": "m", "bytes": 10**6, "intact": False}])
+    monkeypatch.setattr(doctor, "port_is_free", lambda host, port: True)
+    return monkeypatch
+
+
+def found(diagnosis: doctor.Diagnosis, name: str) -> doctor.Check:
+    (check,) = (check for check in diagnosis.checks if check.name == name)
+    return check
+
+
+def test_all_is_well(machine: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.doctor(ServerConfig(), as_json=False) == 0
+    diagnosis = doctor.diagnose(ServerConfig())
+    assert "fast in float32, bfloat16 (100, 400, 3 GFLOP/s)" in found(diagnosis, "cpu").detail
+    assert "1.0 GiB of 2.0 GiB free" in found(diagnosis, "cuda:0").detail
+    assert found(diagnosis, "models").detail == "m (1 MB, damaged)"
+    assert "fast in float32" in " ".join(capsys.readouterr().out.split())
+
+
+def test_torch_that_cannot_be_imported(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(doctor, "probe_torch", lambda: (None, "ImportError: libfoo.so"))
+    assert doctor.doctor(ServerConfig(), as_json=True) == 1
+    assert found(doctor.diagnose(ServerConfig()), "torch") == doctor.Check(
+        "torch", "fail", "ImportError: libfoo.so"
+    )
+
+
+def test_too_little_memory(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(doctor, "available_memory", lambda: 1 << 20)
+    diagnosis = doctor.diagnose(ServerConfig())
+    assert not diagnosis.healthy
+    assert "1 GiB needed" in found(diagnosis, "memory").detail
+
+
+def test_a_missing_package(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(doctor, "PACKAGES", ("trio", "no-such-package"))
+    diagnosis = doctor.diagnose(ServerConfig())
+    assert found(diagnosis, "packages") == doctor.Check("packages", "fail", "missing: no-such-package")
+
+
+def test_a_taken_port_only_warns(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(doctor, "port_is_free", lambda host, port: False)
+    diagnosis = doctor.diagnose(ServerConfig())
+    assert diagnosis.healthy
+    assert found(diagnosis, "port").status == "warn"

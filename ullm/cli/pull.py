@@ -1,0 +1,31 @@
+"""``ullm pull``: have a model on this machine before it is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from ullm.cli.terminal import fetch_model, stderr
+from ullm.config import EngineConfig
+
+
+def pull(config: EngineConfig) -> int:
+    """Fetch or refresh the model and print where it is.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    model = fetch_model(config, stderr(), refresh=True)
+    size = folder_size(model.path)
+    Console(highlight=False, soft_wrap=True).print(
+        f"{model.name}: {model.path} ({size / 1e6:,.0f} MB)", markup=False
+    )
+    return 0
+
+
+def folder_size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; links count as what they point to."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

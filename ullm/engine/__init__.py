@@ -1,0 +1,8 @@
+"""The engine: one supervision tree of actors, its life (start, sleep, reload, stop) and its requests.
+
+Imports the actors, supervision, hub and what is below them; no model code, nothing of HTTP.
+"""
+
+from ullm.engine.engine import Engine, find_local_model, open_engine
+
+__all__ = ["Engine", "find_local_model", "open_engine"]

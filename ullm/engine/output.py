@@ -1,0 +1,87 @@
+"""One choice of a request, as text: what is new in it since it was last looked at."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ullm.protocol.messages import TokenLogprobs
+from ullm.scheduling.request import RequestRecord
+from ullm.tokenization.detokenizer import TextAssembler
+
+
+class Output(msgspec.Struct, frozen=True, gc=False):
+    """What is new in one choice since its last output.
+
+    Args:
+        index: which of the ``n`` choices.
+        text: safe to show; may be empty while a character or a possible stop string is incomplete.
+        logprobs: one per token of ``token_ids``, if asked for.
+        finish_reason: ``stop``, ``length``, ``abort`` or ``timeout`` in the last output of the choice.
+        stop_reason: the stop string or stop token that ended it; None for an end-of-sequence token.
+        num_generated_tokens: of this choice, so far.
+        num_cached_tokens: prompt tokens that were not computed because their KV was in the prefix cache.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+class Choice:
+    """One choice: its record, its text, and how far its reader has come."""
+
+    def __init__(self, index: int, record: RequestRecord, text: TextAssembler) -> None:
+        self.index = index
+        self.record = record
+        self.text = text
+        self.read = 0
+        self.finished = False
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `next` has something, or the choice has failed."""
+        return not self.finished and (self.record.done or len(self.record.token_ids) > self.read)
+
+    def next(self) -> tuple[Output | None, str | None]:
+        """What is new, if anything, and the stop string that ended it, if one did."""
+        record = self.record
+        new = record.token_ids[self.read :]
+        if not new and not record.done:
+            return None, None
+        delta = self.text.push(self._shown(new))
+        text, stop = delta.text, delta.stop
+        if stop is not None:
+            new = new[: delta.num_tokens]
+        elif record.done:
+            rest = self.text.flush()
+            text, stop = text + rest.text, rest.stop
+        logprobs = record.logprobs[self.read : self.read + len(new)]
+        self.read += len(new)
+        self.finished = stop is not None or record.done
+        return self._output(text, new, logprobs, stop), stop
+
+    def _shown(self, new: list[int]) -> list[int]:
+        """The tokens that make text: the one that stops the sequence is not part of it."""
+        params = self.record.params
+        stopped = self.record.finish_reason == "stop" and not params.include_stop_str_in_output
+        return new[:-1] if stopped and new else new
+
+    def _output(self, text: str, new: list[int], logprobs: list[TokenLogprobs], stop: str | None) -> Output:
+        record = self.record
+        return Output(
+            index=self.index,
+            text=text,
+            token_ids=new,
+            logprobs=logprobs if record.params.logprobs is not None else None,
+            finish_reason="stop" if stop is not None else record.finish_reason,
+            stop_reason=stop if stop is not None else record.stop_reason,
+            num_prompt_tokens=len(record.prompt_token_ids),
+            num_generated_tokens=self.read,
+            num_cached_tokens=record.num_cached_tokens,
+        )

@@ -1,0 +1,302 @@
+"""``hypercorn ullm.app:app``: the engine and its API inside any ASGI server, on asyncio or on trio.
+
+Configured by ``ULLM_*`` variables. The engine starts with the server's lifespan, so importing this
+starts nothing. Under a trio server everything runs in that server's loop; under an asyncio server the
+engine and the app run in a trio loop of their own, in a thread, and messages are carried over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import trio
+
+from ullm.config import EngineConfig, ServerConfig, from_env
+from ullm.errors import EngineDead, EngineNotReady, RequestError
+from ullm.hosting.bridge import Job, TrioThread
+from ullm.logs import configure, get_logger
+from ullm.machine import collect_rarely
+
+if TYPE_CHECKING:
+    from ullm.engine import Engine
+    from ullm.supervision.signals import Watchdog
+
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+OpenEngine: TypeAlias = Callable[[], "AbstractAsyncContextManager[tuple[Engine, ServerConfig]]"]
+
+STOP_MARGIN = 5.0
+"""Seconds past the shutdown timeout after which a process that still hangs is ended by force."""
+
+
+@asynccontextmanager
+async def open_from_env() -> AsyncIterator[tuple[Engine, ServerConfig]]:
+    """The engine and the server as ``ULLM_*`` variables describe them."""
+    from ullm.engine import open_engine
+
+    config, server_config = from_env(EngineConfig), from_env(ServerConfig)
+    configure(config.log_level)
+    collect_rarely()
+    async with open_engine(config) as engine:
+        yield engine, server_config
+
+
+@dataclass
+class Hosted:
+    """A running engine and the app around it, in a trio loop.
+
+    Args:
+        stop: set to leave the engine's block.
+        stop_server: asks the server to stop; from any thread.
+    """
+
+    engine: Engine
+    server_config: ServerConfig
+    watchdog: Watchdog
+    stop: trio.Event = field(default_factory=trio.Event)
+    stop_server: Callable[[], object] = bool
+
+    def __post_init__(self) -> None:
+        from ullm.server import create_app
+
+        self.app: Any = create_app(self.engine, self.server_config, shutdown=self.shutdown)
+
+    def shutdown(self, timeout: float | None) -> None:
+        """What ``POST /admin/shutdown`` does."""
+        seconds = self.engine.config.shutdown_timeout if timeout is None else timeout
+        self.watchdog.arm(seconds + STOP_MARGIN)
+        self.engine.request_shutdown(timeout, by="admin")
+        self.stop_server()
+
+    @asynccontextmanager
+    async def admin_listener(self) -> AsyncIterator[None]:
+        """Serve the admin endpoints on a listener of their own, if one is asked for."""
+        if self.server_config.admin_listen is None:
+            yield
+            return
+        from ullm.server import file_remover, open_admin_socket, serve_admin
+        from ullm.supervision import ChildSpec, open_supervisor
+
+        with open_admin_socket(self.server_config.admin_listen) as sock:
+            self.watchdog.cleanup = file_remover(sock)
+            serve = partial(serve_admin, self.engine, self.server_config, sock=sock, shutdown=self.shutdown)
+            async with open_supervisor("admin", [ChildSpec("admin", serve)], intensity=3, period=60):
+                yield
+
+    async def drain(self) -> None:
+        """Let what was admitted run to its end, within the shutdown timeout; then be gone soon."""
+        self.watchdog.arm(self.engine.config.shutdown_timeout + STOP_MARGIN)
+        await self.engine.shutdown()
+
+
+class App:
+    """The ASGI callable; one engine per lifespan.
+
+    Args:
+        open_engine: opens the engine; called in trio, once per lifespan.
+    """
+
+    def __init__(self, open_engine: OpenEngine = open_from_env) -> None:
+        self._open_engine = open_engine
+        self._hosted: Hosted | None = None
+        self._thread: TrioThread | None = None
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve one connection or lifespan, in whichever loop this is called."""
+        native = trio.lowlevel.in_trio_task()
+        if scope["type"] == "lifespan":
+            from ullm.hosting.hypercorn import survive_hangups
+
+            survive_hangups()
+            await (self._trio_lifespan if native else self._asyncio_lifespan)(receive, send)
+        elif self._hosted is None:
+            await _refuse(scope, send, EngineNotReady("not started, or has stopped"))
+        elif native:
+            await self._hosted.app(scope, receive, send)
+        else:
+            await self._carry(self._hosted, scope, receive, send)
+
+    async def _host(self, *, task_status: trio.TaskStatus[Hosted]) -> None:
+        """Keep the engine open until the lifespan ends. If it fails meanwhile, the probes tell."""
+        from ullm.supervision.signals import Watchdog
+
+        hosted: Hosted | None = None
+        try:
+            async with self._open_engine() as (engine, server_config):
+                candidate = Hosted(engine, server_config, Watchdog())
+                async with candidate.admin_listener():
+                    hosted = candidate
+                    task_status.started(hosted)
+                    await hosted.stop.wait()
+        except Exception as error:
+            if hosted is None:
+                raise
+            get_logger("ullm.app").error("the engine has failed", cause=str(error))
+
+    # --- under a trio server ---
+
+    async def _trio_lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            try:
+                hosted: Hosted = await nursery.start(self._host)
+            except Exception as error:
+                failure = error
+            else:
+                self._hosted = hosted
+                with self._draining_in_trio(hosted):
+                    await send({"type": "lifespan.startup.complete"})
+                    await receive()
+                    hosted.stop.set()
+        await self._end(failure, send)
+
+    def _draining_in_trio(self, hosted: Hosted) -> AbstractContextManager[object]:
+        from ullm.hosting.hypercorn import DrainFirst, trio_either
+
+        signalled = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+        drain_first = DrainFirst(
+            "hypercorn.trio.run",
+            hosted.drain,
+            signalled.wait,
+            trio_either,
+            partial(token.run_sync_soon, signalled.set, idempotent=True),
+            partial(token.run_sync_soon, hosted.engine.request_reload, idempotent=True),
+        )
+        hosted.stop_server = drain_first.stop_server
+        return drain_first
+
+    async def _end(self, failure: Exception | None, send: Send) -> None:
+        """All of the engine is gone: now the server may hear of it, because it ends this task then."""
+        self._hosted = self._thread = None
+        if failure is None:
+            await send({"type": "lifespan.shutdown.complete"})
+        else:
+            get_logger("ullm.app").error("could not start", cause=_one_line(failure))
+            await send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
+
+    # --- under an asyncio server ---
+
+    async def _asyncio_lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        failure: Exception | None = None
+        thread = self._thread = TrioThread().start()
+        try:
+            try:
+                job = await thread.start_task_async(self._host)
+            except Exception as error:
+                failure = error
+            else:
+                self._hosted = job.value
+                with self._draining_in_asyncio(thread, job.value):
+                    await send({"type": "lifespan.startup.complete"})
+                    await receive()
+                    await self._leave(thread, job)
+        finally:
+            thread.stop(timeout=0)  # also where this task is cancelled
+        await thread.stop_async(STOP_MARGIN)
+        await self._end(failure, send)
+
+    async def _leave(self, thread: TrioThread, job: Job) -> None:
+        with suppress(EngineDead):  # the thread has died; there is nothing left to stop
+            thread.post(job.value.stop.set)
+            await job.wait_async()
+
+    def _draining_in_asyncio(self, thread: TrioThread, hosted: Hosted) -> AbstractContextManager[object]:
+        import asyncio
+
+        from ullm.hosting.hypercorn import DrainFirst, asyncio_either
+
+        async def drain() -> None:
+            with suppress(EngineDead):
+                await thread.call_async(hosted.drain)
+
+        async def wait_signalled() -> None:
+            await signalled.wait()
+
+        def reload() -> None:
+            with suppress(EngineDead):
+                thread.post(hosted.engine.request_reload)
+
+        signalled = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        drain_first = DrainFirst(
+            "hypercorn.asyncio.run",
+            drain,
+            wait_signalled,
+            asyncio_either,
+            partial(loop.call_soon_threadsafe, signalled.set),
+            reload,
+        )
+        hosted.stop_server = drain_first.stop_server
+        return drain_first
+
+    async def _carry(self, hosted: Hosted, scope: Message, receive: Receive, send: Send) -> None:
+        """Run the app in the trio thread, and carry its messages there and back."""
+        import asyncio
+
+        thread = self._thread
+        assert thread is not None, "an engine hosted under asyncio has a thread"
+        inbox, outbox = trio.open_memory_channel[Message](1)
+        limit = hosted.server_config.stall_timeout
+
+        async def pump() -> None:
+            while True:
+                await thread.call_async(inbox.send, await receive())
+
+        began = False
+        pumping = asyncio.ensure_future(pump())
+        try:
+            async with thread.pipe(partial(hosted.app, scope, outbox.receive)) as messages:
+                while batch := await messages.next_batch():
+                    for message in _joined(batch):
+                        began = True
+                        async with asyncio.timeout(limit):
+                            await send(message)
+        except TimeoutError:
+            get_logger("ullm.app").warning("client does not read; its request is aborted", seconds=limit)
+        except EngineDead as error:
+            if began:
+                raise
+            await _refuse(scope, send, error)
+        finally:
+            pumping.cancel()
+            await asyncio.gather(pumping, return_exceptions=True)
+
+
+def _joined(batch: list[Message]) -> list[Message]:
+    """Adjacent pieces of a body as one message: what has piled up costs one write."""
+    joined: list[Message] = []
+    for message in batch:
+        last = joined[-1] if joined else None
+        if last is not None and message["type"] == last["type"] == "http.response.body":
+            body = last.get("body", b"") + message.get("body", b"")
+            joined[-1] = {**message, "body": body}
+        else:
+            joined.append(message)
+    return joined
+
+
+async def _refuse(scope: Message, send: Send, error: RequestError) -> None:
+    """Answer without an engine: 503 with OpenAI's body, or a closed websocket."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1013})
+        return
+    from ullm.server.api.errors import error_body
+
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close"), (b"retry-after", b"1")]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": error_body(error), "more_body": False})
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).strip().replace("\n", " ") or type(error).__name__
+
+
+app = App()

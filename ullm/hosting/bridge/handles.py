@@ -1,0 +1,144 @@
+"""What callers in other loops hold: a background task, a stream of items."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from ullm.hosting.bridge.channel import Channel, Target
+
+T = TypeVar("T")
+
+
+class Job:
+    """A background task of a `TrioThread`; dropping the object does not end the task.
+
+    Attributes:
+        value: what the task passed to ``task_status.started()``.
+    """
+
+    value: Any
+
+    def __init__(self, target: Callable[[], Target], channel: Channel[Any]) -> None:
+        self._target = target
+        self.channel = channel
+
+    def cancel(self) -> None:
+        """Cancel the task; returns at once."""
+        self.channel.cancel()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the task has ended; False after ``timeout`` seconds. Raises what the task raised."""
+        if not self.channel.block(until_end=True, timeout=timeout):
+            return False
+        self.channel.check()
+        return True
+
+    async def wait_async(self) -> None:
+        """Wait until the task has ended. Raises what the task raised."""
+        await self.channel.wait(self._target(), until_end=True)
+        self.channel.check()
+
+    def take_started(self) -> Job:
+        """Set `value`, or raise what kept the task from starting."""
+        taken = self.channel.take()
+        if not taken:
+            self.channel.check()
+            raise RuntimeError("the task ended without calling task_status.started()")
+        self.value = taken[0]
+        return self
+
+
+class Stream(Generic[T]):
+    """What a task in a `TrioThread` yields, for one consumer in asyncio, in trio, or in no loop.
+
+    ``async for item in stream`` or ``for item in stream``. Raises what the task raised, after everything that
+    it yielded before, and `EngineDead` when the loop stops. The task is cancelled when the stream is closed,
+    when a wait for an item is cancelled, or when nobody refers to the stream any more.
+    """
+
+    def __init__(self, target: Callable[[], Target], channel: Channel[T]) -> None:
+        self._target = target
+        self._channel = channel
+        self._ready: deque[T] = deque()
+
+    def __del__(self) -> None:
+        self._channel.cancel()
+
+    def __aiter__(self) -> Stream[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        if not self._ready:
+            self._ready.extend(await self._take_async())
+        if not self._ready:
+            raise StopAsyncIteration
+        return self._ready.popleft()
+
+    async def next_batch(self) -> list[T]:
+        """Wait for at least one item and return all that are there; empty at the end."""
+        batch = list(self._ready) or await self._take_async()
+        self._ready.clear()
+        return batch
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if not self._ready:
+            self._ready.extend(self._take())
+        if not self._ready:
+            raise StopIteration
+        return self._ready.popleft()
+
+    def cancel(self) -> None:
+        """Cancel the task; returns at once."""
+        self._channel.cancel()
+
+    def close(self) -> None:
+        """Cancel the task and block until it has ended."""
+        self._channel.cancel()
+        self._channel.block(until_end=True)
+
+    async def aclose(self) -> None:
+        """Cancel the task and wait until it has ended."""
+        self._channel.cancel()
+        target = self._target()
+        with target.shield():
+            await self._channel.wait(target, until_end=True)
+
+    async def __aenter__(self) -> Stream[T]:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def __enter__(self) -> Stream[T]:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    async def _take_async(self) -> list[T]:
+        if not self._channel.ready:
+            try:
+                await self._channel.wait(self._target(), until_end=False)
+            except BaseException:
+                self._channel.cancel()
+                raise
+        return self._taken()
+
+    def _take(self) -> list[T]:
+        try:
+            self._channel.block(until_end=False)
+        except BaseException:
+            self._channel.cancel()
+            raise
+        return self._taken()
+
+    def _taken(self) -> list[T]:
+        items = self._channel.take()
+        if not items:
+            self._channel.check()
+        return items

@@ -1,0 +1,159 @@
+"""Living under Hypercorn's own command: drain before it stops, although it does not ask.
+
+Hypercorn's command cancels what runs ``graceful_timeout`` seconds (3 by default) after a stop was asked
+for, and only then tells the application. Its servers wait for that request in a function that they look
+up when they start to serve, ``raise_shutdown``. `DrainFirst` puts one there that drains first. This is a
+private name: where it is missing, a warning says what that means, and everything else still works.
+
+A process of Hypercorn's also has no handler for SIGTERM, which therefore kills it on the spot when a
+whole process group is signalled, so one is installed. Hypercorn's parent sends SIGTERM more than once,
+so further ones mean nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+import trio
+
+from ullm.logs import get_logger
+from ullm.supervision.signals import STOP_SIGNALS
+
+log = get_logger("ullm.hosting.hypercorn")
+
+_NAME = "raise_shutdown"
+Trigger = Callable[[], Awaitable[Any]]
+
+
+class DrainFirst:
+    """While entered, Hypercorn's server in this process drains before it stops.
+
+    Args:
+        module: the server's module, ``hypercorn.trio.run`` or ``hypercorn.asyncio.run``.
+        drain: ends when everything admitted has ended; awaited in the server's own loop.
+        wait_signalled: waits, in that loop, for `signalled`.
+        wait_either: waits, in that loop, until one of two awaitables has finished.
+        signalled: called in a signal handler, and by `stop_server`.
+        reload: called in the handler of SIGHUP. What Hypercorn's own parent does at SIGHUP is another
+            thing: it stops its workers, which drain, and starts new ones.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        drain: Callable[[], Awaitable[None]],
+        wait_signalled: Callable[[], Awaitable[None]],
+        wait_either: Callable[[Trigger, Trigger], Awaitable[None]],
+        signalled: Callable[[], object],
+        reload: Callable[[], object] = bool,
+    ) -> None:
+        self._module: Any = sys.modules.get(module)
+        self._drain = drain
+        self._wait_signalled = wait_signalled
+        self._wait_either = wait_either
+        self._signalled = signalled
+        self._reload = reload
+        self._original: Any = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> DrainFirst:
+        if self._module is None:
+            return self  # another server
+        self._original = getattr(self._module, _NAME, None)
+        if self._original is None:
+            log.warning(
+                "this Hypercorn cannot be made to drain: requests are cut off --graceful-timeout "
+                "seconds after a stop is asked for; use `ullm serve`, or set it higher"
+            )
+            return self
+        setattr(self._module, _NAME, self._raise_shutdown)
+        if threading.current_thread() is threading.main_thread():
+            self._install_handlers()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._original is not None:
+            setattr(self._module, _NAME, self._original)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def stop_server(self) -> None:
+        """Stop Hypercorn as a signal does; from any thread.
+
+        Its parent would replace a worker that ends by itself, so it is the parent that is asked.
+        """
+        parent = multiprocessing.parent_process()
+        if self._original is not None and parent is not None and parent.pid is not None:
+            os.kill(parent.pid, signal.SIGTERM)
+        self._signalled()
+
+    async def _raise_shutdown(self, trigger: Trigger) -> None:
+        """Hypercorn's own function waits for ``trigger`` and raises; this one drains in between."""
+        await self._wait_either(trigger, self._wait_signalled)
+        await self._drain()
+        await self._original(_at_once)
+
+    def _install_handlers(self) -> None:
+        for number in STOP_SIGNALS:
+            previous = signal.getsignal(number)
+            if previous is not signal.SIG_IGN and previous is not None:
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) in (signal.SIG_DFL, _no_reload):
+            self._handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_hangup)
+
+    def _on_hangup(self, number: int, frame: FrameType | None) -> None:
+        self._reload()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled()
+
+
+def survive_hangups() -> None:
+    """In a process of Hypercorn's, until `DrainFirst` answers them: the model is being loaded already."""
+    if multiprocessing.parent_process() is None or "hypercorn" not in sys.modules:
+        return
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _no_reload)
+
+
+def _no_reload(number: int, frame: FrameType | None) -> None:
+    """Unlike SIG_IGN, this is not inherited by other programs."""
+
+
+async def _at_once() -> None:
+    """The trigger has fired."""
+
+
+async def trio_either(first: Trigger, second: Trigger) -> None:
+    """Wait until one of two has finished, in trio."""
+
+    async def wait(trigger: Trigger) -> None:
+        await trigger()
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait, first)
+        nursery.start_soon(wait, second)
+
+
+async def asyncio_either(first: Trigger, second: Trigger) -> None:
+    """Wait until one of two has finished, in asyncio."""
+    import asyncio
+
+    tasks = [asyncio.ensure_future(trigger()) for trigger in (first, second)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

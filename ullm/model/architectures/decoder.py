@@ -1,0 +1,321 @@
+"""The decoder-only transformer that Llama, Qwen2 and Qwen3 share.
+
+Modules are named as in the checkpoints, so that names need no translation. ``forward`` of submodules
+is called directly: hooks are not used, and at one row a step is made of small costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ullm.errors import ModelUnsupported
+from ullm.model.attention.batch import Batch
+from ullm.model.kernels.cpu.kernels import LANES, Kernels
+from ullm.model.kernels.cpu.ops import KernelOps
+from ullm.model.kernels.cuda.ops import choose_ops
+from ullm.model.layers.layer_ops import LayerOps, StepOps, TorchOps
+from ullm.model.layers.linear import (
+    ColumnParallelLinear,
+    Loadable,
+    ParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    quantized,
+)
+from ullm.model.layers.linear_kernels import LinearKernel, choose_linear_kernel
+from ullm.model.layers.parallel import ParallelContext
+from ullm.model.layers.quantization import Bits, Scheme
+from ullm.model.layers.rope import rope_cache
+from ullm.model.memory.kv_pool import KvShape
+from ullm.model.sampling.choose import Filter
+
+PACKED = "packed"
+"""How a module's packed weight is called among `Decoder.packed_weights`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shape and variant of a decoder. Sizes are of the whole model, not of one rank.
+
+    Args:
+        context_len: positions that the rotary embedding is prepared for.
+        rope: as in the checkpoint's ``rope_parameters``.
+        sliding_windows: per layer, keys that a query sees; None: all.
+        qk_norm: queries and keys are normalised per head, before the rotation.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    context_len: int
+    rope: dict[str, Any]
+    sliding_windows: tuple[int | None, ...]
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embeddings over the paged KV cache."""
+
+    def __init__(self, config: DecoderConfig, layer: int, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.scale, self.window = config.head_dim**-0.5, config.sliding_windows[layer]
+        self.num_heads, self.num_kv_heads, first_kv = split_heads(config, parallel)
+        d = config.head_dim
+        kv = (config.num_kv_heads * d, first_kv * d, self.num_kv_heads * d)
+        q = (config.num_heads * d, parallel.rank * self.num_heads * d, self.num_heads * d)
+        parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.qkv_bias)
+        self.o_proj = RowParallelLinear(
+            config.num_heads * d, config.hidden_size, config.output_bias, parallel
+        )
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, step: StepOps) -> Tensor:
+        """``[T, hidden_size]`` → ``[T, hidden_size]``."""
+        return self.o_proj.forward(step.attend(self, self.qkv_proj.forward(x)))
+
+
+class GatedMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: DecoderConfig, parallel: ParallelContext) -> None:
+        super().__init__()
+        total = config.intermediate_size
+        count = parallel.share(total, "hidden units of each MLP")
+        part = (total, parallel.rank * count, count)
+        parts = {"gate_proj": part, "up_proj": part}
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, config.mlp_bias)
+        self.down_proj = RowParallelLinear(total, config.hidden_size, config.mlp_bias, parallel)
+
+    def forward(self, x: Tensor, step: StepOps) -> Tensor:
+        """``[T, hidden_size]`` → ``[T, hidden_size]``."""
+        return self.down_proj.forward(step.silu_and_mul(self.gate_up_proj.forward(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each with a norm before and a residual around it."""
+
+    def __init__(self, config: DecoderConfig, layer: int, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.world_size = parallel.world_size
+        self.self_attn = Attention(config, layer, parallel)
+        self.mlp = GatedMLP(config, parallel)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, delta: Tensor | None, step: StepOps) -> Tensor:
+        """Adds ``delta``, what the layer before has left to add, and the attention to the residual stream
+        ``x [T, hidden_size]`` in place; returns what is to be added next."""
+        delta = self.self_attn.forward(step.add_norm(x, delta, self.input_layernorm), step)
+        return self.mlp.forward(step.add_norm(x, delta, self.post_attention_layernorm), step)
+
+
+class DecoderStack(nn.Module):
+    """Embedding, layers, final norm: ``model.`` in the checkpoints."""
+
+    def __init__(self, config: DecoderConfig, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, parallel) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model; implements `ullm.model.attention.batch.CausalModel`.
+
+    Subclasses read their own config.json and nothing else.
+
+    Raises:
+        ModelUnsupported: the sizes do not divide by the ranks, or an unknown rope scaling.
+    """
+
+    ops: LayerOps
+
+    def __init__(self, config: DecoderConfig, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.config = config
+        heads, kv_heads, _ = split_heads(config, parallel)
+        self.kv_shape = KvShape(config.num_layers, kv_heads, config.head_dim, heads)
+        self.model = DecoderStack(config, parallel)
+        self.lm_head = VocabParallelHead(config.vocab_size, config.hidden_size, parallel)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = None
+        self._layers = [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
+        self._counts = self._count()
+        self._dtype = self._residual_dtype = torch.get_default_dtype()
+
+    @staticmethod
+    def read_config(hf: dict[str, Any], context_len: int) -> DecoderConfig:
+        """Understand a config.json; a `KeyError` names what it lacks."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Numbers of weights, activations and KV."""
+        return self._dtype
+
+    def materialize(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Give the parameters memory, uninitialised."""
+        self._dtype = self._residual_dtype = dtype
+        # Not by `to_empty`, which imports SymPy for tensors without memory, a quarter of a second.
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+                setattr(module, name, nn.Parameter(memory, requires_grad=False))
+
+    def quantize(self, scheme: Scheme) -> None:
+        """Let all linear layers be loaded in few bits; before the weights get memory.
+
+        Only for the CPU's kernels. The embedding stays as it is, also where the head is tied to it.
+        """
+        if self.config.tie_word_embeddings:
+            self.lm_head.source = "model.embed_tokens"
+        for _, module in self._packing():
+            bits: Bits = 4 if scheme == "int4" and isinstance(module, ParallelLinear) else 8
+            quantized(module, bits, as_stored=scheme == "stored")
+
+    @torch.no_grad()
+    def prepare(self, device: torch.device, kernels: Kernels | None = None, *, fuse: bool = True) -> None:
+        """Called once when the weights are loaded: tie and pack them, and get ready to compute.
+
+        Args:
+            kernels: what computes the layers on a CPU, instead of PyTorch.
+            fuse: on CUDA, use fused kernels between the matrix products where they work.
+        """
+        if self.config.tie_word_embeddings and self.lm_head.weight is None:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        kernel = kernels or choose_linear_kernel(device, self._dtype)
+        for _, module in self._packing():
+            module.pack(kernel)
+        self._bind(device, kernel, fuse=fuse)
+
+    def packed_weights(self) -> dict[str, Tensor]:
+        """All that `prepare` has left of the weights, for `restore`."""
+        found = {name: parameter.data for name, parameter in self.named_parameters()}
+        packed = {f"{name}.{PACKED}": module.packed for name, module in self._packing()}
+        return found | {name: tensor for name, tensor in packed.items() if tensor is not None}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """See `CausalModel.tensors`."""
+        yield from self.packed_weights().values()
+        if isinstance(self.ops, TorchOps):
+            yield from self.ops.tables
+
+    def restore(self, weights: dict[str, Tensor], kernels: Kernels, dtype: torch.dtype) -> None:
+        """Take weights that a model of the same shape and rank has prepared, in place of `prepare`."""
+        self._dtype = dtype
+        packing = dict(self._packing())
+        for name, module in self.named_modules():
+            if name in packing:
+                packing[name].weight, packing[name].packed = None, weights[f"{name}.{PACKED}"]
+            for key, _ in list(module.named_parameters(recurse=False)):
+                setattr(module, key, nn.Parameter(weights[f"{name}.{key}"], requires_grad=False))
+        self._bind(torch.device("cpu"), kernels)
+
+    def _packing(self) -> Iterator[tuple[str, ParallelLinear | VocabParallelHead]]:
+        """The modules whose weights are packed, by name."""
+        for name, module in self.named_modules():
+            if isinstance(module, ParallelLinear | VocabParallelHead):
+                yield name, module
+
+    def _bind(self, device: torch.device, kernel: LinearKernel, *, fuse: bool = False) -> None:
+        """Let ``kernel`` compute with the packed weights, and compute the rotary tables."""
+        if self.config.tie_word_embeddings and device.type == "cpu" and not isinstance(kernel, Kernels):
+            # In float32 the logits need no sharpening; on CUDA it would cost more than it is worth.
+            embedding = self.model.embed_tokens.table()
+            self.lm_head.table = embedding if self._dtype != torch.float32 else None
+        for _, module in self._packing():
+            module.bind(kernel)
+        cos, sin = rope_cache(self.config.rope, self.config.head_dim, self.config.context_len)
+        # Sums over many layers lose most in bfloat16, and cost nothing in float32 on CPUs.
+        self._residual_dtype = torch.float32 if device.type == "cpu" else self._dtype
+        if isinstance(kernel, Kernels):
+            self.ops = KernelOps(kernel, cos, sin)
+            return
+        tables = cos.to(device, self._dtype), sin.to(device, self._dtype)
+        if fuse and device.type == "cuda" and self._dtype != torch.float32:
+            first = self._layers[0]
+            self.ops = choose_ops(
+                *tables, first.self_attn, self.config.hidden_size, first.mlp.down_proj.local
+            )
+        else:
+            self.ops = TorchOps(*tables)
+
+    def suits_kernels(self) -> bool:
+        """Whether the CPU's kernels can compute this rank's share: they work on vectors of sixteen."""
+        sizes = (self.config.hidden_size, self.config.head_dim, self._layers[0].mlp.down_proj.local)
+        return not any(size % LANES for size in sizes)
+
+    def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
+        """``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
+        x = self.model.embed_tokens.forward(token_ids).to(self._residual_dtype)
+        step = self.ops.begin(batch)
+        delta = step.layers(self._layers, x, batch.layer_done)
+        return step.add_norm(x, delta, self.model.norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[rows, hidden_size]`` → ``[rows, vocab_size]``."""
+        return self.lm_head.forward(hidden)
+
+    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+        """See `CausalModel.choose`."""
+        return self.ops.choose(logits, filters, draws)
+
+    def num_parameters(self) -> int:
+        """Elements of the weights of the whole model, tied ones once."""
+        return self._counts[0]
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights on this rank, tied ones once."""
+        packed = [module.packed for _, module in self._packing()]
+        if any(tensor is not None and tensor.dtype == torch.uint8 for tensor in packed):
+            return sum(tensor.nbytes for tensor in self.packed_weights().values())
+        return self._counts[1] * self._dtype.itemsize
+
+    def _count(self) -> tuple[int, int]:
+        """Elements of the whole model's weights, and of this rank's."""
+        whole: dict[str, int] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Loadable):
+                whole |= {key: torch.Size(shard.full_shape).numel() for key, shard in module.shards(name)}
+        return sum(whole.values()), sum(parameter.numel() for parameter in self.parameters())
+
+
+def split_heads(config: DecoderConfig, parallel: ParallelContext) -> tuple[int, int, int]:
+    """This rank's query heads and KV heads, and its first KV head.
+
+    With more ranks than KV heads, neighbouring ranks hold the same KV head.
+    """
+    heads = parallel.share(config.num_heads, "attention heads")
+    if parallel.world_size % config.num_kv_heads == 0:
+        return heads, 1, parallel.rank // (parallel.world_size // config.num_kv_heads)
+    kv_heads = parallel.share(config.num_kv_heads, "KV heads")
+    return heads, kv_heads, parallel.rank * kv_heads
+
+
+def require_silu(hf: dict[str, Any]) -> None:
+    """The shared MLP knows one activation.
+
+    Raises:
+        ModelUnsupported: the checkpoint wants another one.
+    """
+    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ModelUnsupported(f"hidden_act {hf['hidden_act']!r} is not supported for this architecture")

@@ -1,0 +1,209 @@
+"""From a checkpoint to a model that is ready to run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from ullm.config import EngineConfig, ModelConfig
+from ullm.errors import ConfigError, ModelError, ModelFileBroken, ModelUnsupported, OutOfMemory
+from ullm.machine import available_memory
+from ullm.model.architectures.decoder import Decoder
+from ullm.model.architectures.llama import LlamaForCausalLM, MistralForCausalLM
+from ullm.model.architectures.qwen2 import Qwen2ForCausalLM
+from ullm.model.architectures.qwen3 import Qwen3ForCausalLM
+from ullm.model.attention.batch import CausalModel
+from ullm.model.kernels.cpu.build import library_path, why_no_library
+from ullm.model.kernels.cpu.kernels import NAMES, Kernels, load_kernels
+from ullm.model.layers.parallel import ParallelContext
+from ullm.model.layers.quantization import Scheme
+from ullm.model.loading.checkpoint import Checkpoint
+from ullm.model.loading.packed import PackedFile, packed_file
+from ullm.model.loading.weights import (
+    fill_dummy,
+    load_weights,
+    weight_files,
+)
+from ullm.model.memory.kv_pool import mib
+
+NATIVE: dict[str, type[Decoder]] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+}
+"""Architecture, as in config.json, → class."""
+NOT_IN_WEIGHTS = frozenset(
+    {
+        *("model", "revision", "tokenizer", "served_model_name", "chat_template"),
+        *("context_len", "enforce_eager", "gpu_kernels", "runner"),
+    }
+)
+"""Options of a model that leave its packed weights as they are."""
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    device: torch.device,
+    parallel: ParallelContext,
+    progress: Callable[[], None],
+) -> CausalModel:
+    """Build the model and load its weights: natively, or else through transformers.
+
+    Raises:
+        ModelError: one line that says what is wrong.
+    """
+    native = NATIVE.get(checkpoint.architecture)
+    if native is None:
+        choose_scheme(checkpoint, config, None)
+        return load_foreign(checkpoint, config, device, parallel)
+    model = build(native, checkpoint, parallel)
+    use_kernels = config.cpu_kernels and device.type == "cpu" and model.suits_kernels()
+    packed = find_packed(checkpoint, config, parallel) if use_kernels else None
+    if packed is not None and restore(model, packed, checkpoint.dtype):
+        return model
+    kernels = load_kernels(checkpoint.dtype) if use_kernels else None
+    scheme = choose_scheme(checkpoint, config, kernels)
+    if scheme is not None:
+        model.quantize(scheme)
+    allocate(model, checkpoint.dtype, device)
+    if config.load_format == "dummy":
+        fill_dummy(model, seed=parallel.rank)
+    else:
+        load_weights(model, checkpoint.path, progress)
+    model.prepare(device, kernels, fuse=config.gpu_kernels)
+    if packed is not None and packed.write(model.packed_weights(), progress):
+        restore(model, packed, checkpoint.dtype)  # what is mapped is shared, and need not stay in memory
+    return model
+
+
+def choose_scheme(checkpoint: Checkpoint, config: EngineConfig, kernels: Kernels | None) -> Scheme | None:
+    """How the weights are quantized; None: not at all.
+
+    Args:
+        kernels: what computes the model; None where that cannot multiply by quantized weights.
+
+    Raises:
+        ConfigError: quantization is asked for where it is not possible.
+    """
+    wanted = config.quantization
+    if wanted in ("int8", "int4") and kernels is None:
+        if config.cpu_kernels and checkpoint.architecture in NATIVE and (reason := why_no_library()):
+            raise ConfigError(
+                f"--quantization {wanted} needs compiled kernels, and {reason}; or use --quantization none"
+            )
+        raise ConfigError(
+            f"--quantization {wanted} needs ullm's own kernels, which run on CPUs, for {', '.join(NATIVE)}, "
+            "with --cpu-kernels; use --quantization none"
+        )
+    if wanted == "auto" and kernels is not None and checkpoint.path.suffix == ".gguf":
+        from ullm.model.loading.gguf import is_quantized  # its libraries take long to import
+
+        return "stored" if is_quantized(checkpoint.path) else None
+    return wanted if wanted in ("int8", "int4") else None
+
+
+def map_model(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelContext) -> Decoder | None:
+    """The model with weights that `load_model` has left in the cache; None if it has not."""
+    native = NATIVE.get(checkpoint.architecture)
+    model = build(native, checkpoint, parallel) if native is not None and config.cpu_kernels else None
+    packed = find_packed(checkpoint, config, parallel) if model is not None else None
+    if model is None or packed is None or not restore(model, packed, checkpoint.dtype):
+        return None
+    return model
+
+
+def find_packed(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelContext) -> PackedFile | None:
+    """Where this rank's weights are kept as the kernels want them; None where they cannot be."""
+    library = library_path() if checkpoint.dtype in NAMES and config.load_format != "dummy" else None
+    if library is None:
+        return None
+    options = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in NOT_IN_WEIGHTS
+    }
+    made = [checkpoint.hf, options, str(checkpoint.dtype), library.name, parallel.rank, parallel.world_size]
+    try:
+        return packed_file(weight_files(checkpoint.path), made)
+    except (OSError, ModelError):
+        return None  # loading says what is wrong
+
+
+def restore(model: Decoder, packed: PackedFile, dtype: torch.dtype) -> bool:
+    """Map the weights instead of loading them; False if they are not there."""
+    weights = packed.read()
+    if weights is None or sum(tensor.nbytes for tensor in weights.values()) > available_memory():
+        return False  # weights for which there is no room would be read again and again
+    kernels = load_kernels(dtype)
+    if kernels is None:
+        return False
+    model.restore(weights, kernels, dtype)
+    return True
+
+
+def build(native: type[Decoder], checkpoint: Checkpoint, parallel: ParallelContext) -> Decoder:
+    """The model without memory for its weights."""
+    file = checkpoint.path if checkpoint.path.suffix == ".gguf" else checkpoint.path / "config.json"
+    try:
+        shape = native.read_config(checkpoint.hf, checkpoint.context_len)
+    except KeyError as error:
+        raise ModelFileBroken(file, f"has no {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ModelFileBroken(file, str(error)) from None
+    if shape.num_layers < 1:
+        raise ModelFileBroken(file, f"says that the model has {shape.num_layers} layers")
+    try:
+        with torch.device("meta"):
+            return native(shape, parallel)
+    except (TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        raise ModelFileBroken(file, f"makes no {checkpoint.architecture}: {error}") from None
+
+
+def allocate(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the weights memory.
+
+    Raises:
+        OutOfMemory: the device does not have as much.
+    """
+    need = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if need > free:
+        raise OutOfMemory(
+            f"the weights need {mib(need)}, the {device.type} has {mib(free)} free; use a smaller model"
+        )
+    model.materialize(dtype, device)
+
+
+def load_foreign(
+    checkpoint: Checkpoint, config: EngineConfig, device: torch.device, parallel: ParallelContext
+) -> CausalModel:
+    """Any other causal LM of transformers, through its own modelling code."""
+    if parallel.world_size > 1:
+        raise ModelUnsupported(f"{checkpoint.architecture} runs on one rank only; use --tp-size 1")
+    if checkpoint.path.suffix == ".gguf":
+        raise ModelUnsupported(
+            f"{checkpoint.path}: GGUF files of {checkpoint.architecture} are not supported"
+        )
+    from ullm.model.architectures.transformers_model import (
+        TransformersModel,  # transformers takes seconds to import
+    )
+
+    return TransformersModel.load(checkpoint, config, device)
+
+
+def choose_device(config: EngineConfig, device_index: int | None) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        ConfigError: ``--device cuda`` without a CUDA device.
+    """
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but PyTorch sees no CUDA device; use --device cpu")
+    return torch.device("cuda", device_index or 0) if kind == "cuda" else torch.device("cpu")

@@ -1,0 +1,234 @@
+"""Paged attention on CUDA: Flash Attention inside PyTorch, with block tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ullm.errors import ModelUnsupported
+from ullm.model.attention.batch import Batch, Layout
+from ullm.model.memory.kv_pool import KvShape
+from ullm.model.memory.upload import upload
+
+FULL, CAUSAL = (-1, -1), (-1, 0)
+"""Windows of keys, to the left and to the right of a query; -1: without end."""
+
+Kernel = Callable[..., Tensor]
+"""As `paged_attention`."""
+Decode = Callable[[Tensor, Tensor, "Part", float, int | None], Tensor]
+"""Attention of one query per sequence: queries ``[N, heads, head_dim]``, a layer's pool, the sequences,
+scale, sliding window → as queries."""
+
+
+class VarlenAttention:
+    """Implements `ullm.model.attention.batch.AttentionBackend`.
+
+    Attributes:
+        kernel: what attends.
+        choose_decode: number of sequences → what attends in its place, with one query per sequence.
+
+    The pool of each layer is ``[keys or values, num_blocks + 1, block_size, KV heads, head_dim]``. The
+    extra block is for padding: rows that fill a CUDA graph's batch write and read there.
+    """
+
+    def __init__(
+        self, shape: KvShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.shape, self.num_blocks, self.block_size, self.device = shape, num_blocks, block_size, device
+        self.kernel: Kernel = paged_attention
+        self.choose_decode: Callable[[int], Decode | None] | None = None
+        size = (2, num_blocks + 1, block_size, shape.num_kv_heads, shape.head_dim)
+        self.pools = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
+
+    @property
+    def padding_block(self) -> int:
+        """The block that padding rows use."""
+        return self.num_blocks
+
+    def prepare(self, layout: Layout) -> Batch:
+        """See `AttentionBackend.prepare`; nothing waits for the device.
+
+        Sequences that decode are attended for apart from the others: for one query per sequence the kernel
+        reads keys and values once for all query heads that share them.
+        """
+        decodes, count = layout.num_decodes, len(layout.query_lens)
+        starts, seq_lens = layout.starts, np.asarray(layout.seq_lens, dtype=np.int32)
+        rest = starts[decodes:] - starts[decodes]
+        arrays = (layout.token_ids, layout.positions, layout.slot_mapping, starts, seq_lens, rest)
+        *numbers, block_tables = upload(self.device, *arrays, layout.block_tables)
+        token_ids, positions, slot_mapping, query_start, lens, rest_start = numbers
+        parts = []
+        if decodes:
+            most = max(layout.seq_lens[:decodes])
+            parts.append(
+                Part(query_start[: decodes + 1], lens[:decodes], block_tables[:decodes], decodes, 1, most)
+            )
+        if decodes < count:
+            longest, most = max(layout.query_lens[decodes:]), max(layout.seq_lens[decodes:])
+            tokens = len(layout.token_ids) - decodes
+            parts.append(Part(rest_start, lens[decodes:], block_tables[decodes:], tokens, longest, most))
+        return Batch(
+            token_ids=token_ids,
+            positions=positions,
+            query_start=query_start,
+            seq_lens=lens,
+            block_tables=block_tables,
+            slot_mapping=slot_mapping,
+            query_lens_host=layout.query_lens,
+            seq_lens_host=layout.seq_lens,
+            num_decodes=decodes,
+            attention=VarlenStep(self, slot_mapping, parts),
+        )
+
+    def release(self) -> None:
+        """Free the pool."""
+        self.pools.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Neighbouring sequences of a batch that one call of the kernel attends for. N sequences.
+
+    Args:
+        query_start: ``[N + 1]`` int32, first query of each sequence, from 0, and their number.
+        seq_lens: ``[N]`` int32, KV length of each.
+        block_tables: ``[N, W]`` int32.
+        tokens: their number of queries.
+        max_query_len: of any of the sequences.
+        max_seq_len: of any of the sequences, or more. With few sequences the kernel splits each into
+            as many pieces as would keep the GPU busy at this length, so it should not be much more.
+    """
+
+    query_start: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    tokens: int
+    max_query_len: int
+    max_seq_len: int
+
+    def window(self, sliding_window: int | None) -> tuple[int, int]:
+        """What the kernel calls a window.
+
+        A single query is the last one, so it sees all keys, causal or not. To the kernel that is not the
+        same: it takes query heads that share a KV head together only where there is no window at all
+        (``seqlenq_ngroups_swapped`` in PyTorch's flash_api.cpp), and otherwise reads the keys once for each.
+        """
+        if sliding_window is not None and sliding_window < self.max_seq_len:
+            return sliding_window - 1, 0
+        return FULL if self.max_query_len == 1 else CAUSAL
+
+
+class VarlenStep:
+    """Attention of one step; implements `batch.Attend`. Reads its tensors when called, so that
+    a CUDA graph sees what is in them at replay.
+
+    Args:
+        slot_mapping: ``[T]`` int64, where each token's KV goes.
+        parts: of the batch, in its order.
+    """
+
+    def __init__(self, backend: VarlenAttention, slot_mapping: Tensor, parts: list[Part]) -> None:
+        self.backend, self.slot_mapping, self.parts = backend, slot_mapping, parts
+        self._key_starts = [torch.zeros_like(part.query_start) for part in parts]
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """See `Attend`.
+
+        Raises:
+            ModelUnsupported: the model caps its scores, which the kernel cannot.
+        """
+        if softcap is not None:
+            raise ModelUnsupported("soft-capped attention scores are not supported on CUDA; use --device cpu")
+        keys, values = self.backend.pools[layer]
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, self.slot_mapping, k)
+        values.view(-1, *values.shape[2:]).index_copy_(0, self.slot_mapping, v)
+        return self.attend(layer, q, scale, sliding_window)
+
+    def pool(self, layer: int) -> Tensor:
+        """Where a layer's keys and values are; see `VarlenAttention`."""
+        return self.backend.pools[layer]
+
+    def attend(self, layer: int, q: Tensor, scale: float, sliding_window: int | None) -> Tensor:
+        """Attend to keys and values that are in the pool already."""
+        if layer == 0:  # the kernel insists on them beside seqused_k; here, so that a graph recomputes them
+            for part, key_start in zip(self.parts, self._key_starts, strict=True):
+                torch.cumsum(part.seq_lens, 0, dtype=torch.int32, out=key_start[1:])
+        found, end = [], 0
+        for part, key_start in zip(self.parts, self._key_starts, strict=True):
+            start, end = end, end + part.tokens
+            found.append(
+                self._call(self.backend.pools[layer], part, key_start, q[start:end], scale, sliding_window)
+            )
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _call(
+        self, pool: Tensor, part: Part, key_start: Tensor, q: Tensor, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        if part.max_query_len == 1 and self.backend.choose_decode is not None:
+            decode = self.backend.choose_decode(part.tokens)
+            if decode is not None:
+                return decode(q, pool, part, scale, sliding_window)
+        return self.backend.kernel(
+            q,
+            pool[0],
+            pool[1],
+            part.query_start,
+            key_start,
+            part.max_query_len,
+            part.max_seq_len,
+            scale=scale,
+            window=part.window(sliding_window),
+            seq_lens=part.seq_lens,
+            block_tables=part.block_tables,
+        )
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_start: Tensor,
+    key_start: Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+    *,
+    scale: float,
+    window: tuple[int, int],
+    seq_lens: Tensor,
+    block_tables: Tensor,
+) -> Tensor:
+    """What ``torch.nn.attention.varlen.varlen_attn`` calls, without what it adds: a compiler's import when
+    first called, 1.5 s, and with each call a kernel that fills the state of a random generator.
+    """
+    causal = window == CAUSAL
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        keys,
+        values,
+        query_start,
+        key_start,
+        max_query_len,
+        max_seq_len,
+        0.0,
+        causal,
+        False,
+        scale=scale,
+        window_size_left=window[0],
+        window_size_right=window[1],
+        seqused_k=seq_lens,
+        block_table=block_tables,
+    )
+    return out  # type: ignore[no-any-return]

@@ -1,0 +1,195 @@
+"""The compiled kernels as functions of tensors; the C++ files say what they compute."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Array, byref, c_float, c_int64, c_void_p
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ullm.model.kernels.cpu.build import open_library
+from ullm.model.layers.linear_kernels import Linear
+from ullm.model.layers.quantization import QuantizedWeight, num_groups
+from ullm.model.sampling.choose import Filter
+
+LANES = 16
+"""Floats that are computed side by side; sizes must be multiples. As in common.h."""
+COLUMNS = 64
+"""Outputs of a linear layer that are packed together. As in linear.cpp."""
+QUANTIZED_COLUMNS = 32
+"""The same of quantized weights. As in quantized.cpp."""
+ALIGNMENT = 64
+"""Bytes of a vector."""
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class StepStruct(ctypes.Structure):
+    """``Step`` of layer.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("tokens", "num_tiles", "table_width", "block_size")),
+        *((name, c_void_p) for name in ("positions", "slots", "tables", "tiles")),
+    )
+
+
+class LayerStruct(ctypes.Structure):
+    """``Layer`` of layer.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "window")),
+        *((name, c_float) for name in ("scale", "norm_eps")),
+        *((name, c_void_p) for name in ("cosines", "sines", "q_norm", "k_norm")),
+    )
+
+
+class MatrixStruct(ctypes.Structure):
+    """``Matrix`` of layer.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("packed", "bias")),
+        *((name, c_int64) for name in ("outputs", "quantized")),
+    )
+
+
+class BlockStruct(ctypes.Structure):
+    """``Block`` of layer.cpp."""
+
+    _fields_ = (
+        ("attention", LayerStruct),
+        *((name, c_int64) for name in ("hidden", "intermediate")),
+        *((name, MatrixStruct) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, c_void_p) for name in ("input_norm", "output_norm")),
+        *((name, c_float) for name in ("input_eps", "output_eps")),
+    )
+
+
+class Kernels:
+    """The kernels for one kind of number, ``dtype``: what linear layers take, weights and pages hold.
+
+    What lies between is float32. All tensors are contiguous and on the CPU.
+    """
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._library = library
+
+        def function(name: str, *types: type) -> ctypes._NamedFuncPointer:
+            found = library[f"{name}_{NAMES[dtype]}"]
+            found.argtypes, found.restype = types, None
+            return found
+
+        pointer, structs = c_void_p, (POINTER(StepStruct), POINTER(LayerStruct))
+        self._pack = function("pack", pointer, pointer, c_int64, c_int64)
+        self._linear = function("linear", *(pointer,) * 4, *(c_int64,) * 3)
+        self._linear_quantized = function("linear_quantized", *(pointer,) * 4, *(c_int64,) * 3)
+        self._add_rms_norm = function("add_rms_norm", *(pointer,) * 4, c_int64, c_int64, c_float)
+        self._silu_and_mul = function("silu_and_mul", pointer, pointer, c_int64, c_int64)
+        self._attend = function("attend", *structs, pointer, pointer, pointer)
+        self._choose_tokens = library["choose_tokens"]
+        self._choose_tokens.argtypes = pointer, *(c_int64,) * 3, pointer, pointer
+        self._choose_tokens.restype = None
+        blocks = (POINTER(StepStruct), POINTER(BlockStruct))
+        self._decoder_layers = function("decoder_layers", *blocks, c_int64, c_int64, *(pointer,) * 4)
+
+    def use_threads(self, threads: int) -> None:
+        """How many threads compute, the calling one included; for all kernels of this process."""
+        self._library.use_threads(c_int64(threads))
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """See `linear_kernels.LinearKernel`; an ordinary tensor, which may be kept in a file."""
+        out_features, in_features = weight.shape
+        groups = -(-out_features // COLUMNS)
+        packed = torch.empty(groups * COLUMNS * in_features, dtype=self.dtype)
+        self._pack(weight.contiguous().data_ptr(), packed.data_ptr(), in_features, out_features)
+        return packed
+
+    def linear(self, packed: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Linear:
+        """See `ullm.model.layers.linear_kernels.LinearKernel`; the outputs are float32."""
+        offsets = None if bias is None else bias.float().contiguous()
+        weights, start = packed.data_ptr(), None if offsets is None else offsets.data_ptr()
+        compute = self._linear_quantized if packed.dtype == torch.uint8 else self._linear
+
+        def multiply(x: Tensor, keep: tuple[Tensor, Tensor | None] = (packed, offsets)) -> Tensor:
+            rows = x.shape[0]
+            out = torch.empty((rows, out_features), dtype=torch.float32)
+            compute(x.data_ptr(), weights, start, out.data_ptr(), rows, in_features, out_features)
+            return out
+
+        return multiply
+
+    def pack_quantized(self, weight: QuantizedWeight) -> Tensor:
+        """``Header``, ``Part`` of each part, and their weights; see quantized.cpp."""
+        parts, header, sizes = weight.parts(), list[int](), list[int]()
+        offset = -(-(64 + 32 * len(parts)) // ALIGNMENT) * ALIGNMENT
+        for bits, first, count in parts:
+            group_bytes = self._library.quantized_group_bytes(c_int64(bits))
+            sizes.append(-(-count // QUANTIZED_COLUMNS) * num_groups(weight.shape[1]) * group_bytes)
+            header += [bits, first, count, offset + sum(sizes[:-1])]
+        packed = torch.zeros(offset + sum(sizes), dtype=torch.uint8)
+        words = torch.tensor([len(parts), *(0,) * 7, *header])
+        packed[: words.nbytes] = words.view(torch.uint8)
+        for (bits, first, count), place in zip(parts, header[3::4], strict=True):
+            rows = weight[first : first + count]
+            sources = [tensor.contiguous() for tensor in (rows.codes, rows.scales, rows.minima)]
+            to = c_void_p(packed.data_ptr() + place)
+            pointers = (c_void_p(tensor.data_ptr()) for tensor in sources)
+            self._library.pack_quantized(
+                c_int64(bits), *pointers, to, c_int64(weight.shape[1]), c_int64(count)
+            )
+        return packed
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """``x [rows, size]`` += ``delta``; returns the norm of it times ``weight``, in ``dtype``."""
+        rows, size = x.shape
+        out = torch.empty((rows, size), dtype=self.dtype)
+        source = None if delta is None else delta.data_ptr()
+        self._add_rms_norm(x.data_ptr(), source, weight.data_ptr(), out.data_ptr(), rows, size, eps)
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """``[rows, 2 * size]`` → ``[rows, size]`` in ``dtype``."""
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty((rows, size), dtype=self.dtype)
+        self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), rows, size)
+        return out
+
+    def attend(self, step: StepStruct, layer: LayerStruct, qkv: Tensor, pages: Tensor) -> Tensor:
+        """Rotate ``qkv`` in place, store, attend; ``[tokens, heads * head_dim]`` in ``dtype``."""
+        out = torch.empty((step.tokens, layer.heads * layer.head_dim), dtype=self.dtype)
+        self._attend(byref(step), byref(layer), qkv.data_ptr(), pages.data_ptr(), out.data_ptr())
+        return out
+
+    def decoder_layers(
+        self,
+        step: StepStruct,
+        blocks: Array[BlockStruct],
+        layers: range,
+        x: Tensor,
+        delta: Tensor | None,
+        pages: Array[c_void_p],
+    ) -> Tensor:
+        """See `layer_ops.StepOps.layers`; what is returned is in the memory of ``delta``."""
+        out = torch.empty_like(x) if delta is None else delta
+        source = None if delta is None else delta.data_ptr()
+        pointers = x.data_ptr(), source, pages, out.data_ptr()
+        self._decoder_layers(byref(step), blocks, layers.start, layers.stop, *pointers)
+        return out
+
+    def choose_tokens(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+        """See `ullm.model.sampling.choose.choose_tokens`, for logits in float32."""
+        rows, size = logits.shape
+        numbers = np.array([(*row, draw) for row, draw in zip(filters, draws, strict=True)])
+        found = torch.empty(rows, dtype=torch.int64)
+        self._choose_tokens(
+            logits.data_ptr(), rows, size, logits.stride(0), numbers.ctypes.data, found.data_ptr()
+        )
+        return found
+
+
+def load_kernels(dtype: torch.dtype) -> Kernels | None:
+    """The kernels for ``dtype``; None where there are none, with a line in the log."""
+    library = open_library() if dtype in NAMES else None
+    return None if library is None else Kernels(library, dtype)

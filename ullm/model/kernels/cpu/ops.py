@@ -1,0 +1,228 @@
+"""`LayerOps` and `AttentionBackend` by the CPU's own kernels: four calls per layer instead of some thirty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from ctypes import Array, c_void_p
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ullm.model.attention.batch import Batch, Layout
+from ullm.model.kernels.cpu.kernels import BlockStruct, Kernels, LayerStruct, MatrixStruct, StepStruct
+from ullm.model.layers.layer_ops import (
+    AttentionModule,
+    LayerModule,
+    LinearModule,
+    StepOps,
+    one_by_one,
+)
+from ullm.model.layers.linear import RMSNorm
+from ullm.model.memory.kv_pool import KvShape, lazy_zeros
+from ullm.model.sampling.choose import Filter, choose_tokens
+
+TILE_ROWS = 12
+"""Query vectors that are attended together: those of one KV head times neighbouring tokens of a prompt."""
+
+CALL_OPERATIONS = 10**10
+"""Of one call, between two signs of life: some 20 ms of one core, which weighs its 5 µs against nothing."""
+
+
+class KernelAttention:
+    """Implements `ullm.model.attention.batch.AttentionBackend` over a pool in the kernels' own layout."""
+
+    def __init__(
+        self, shape: KvShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.tile_tokens = max(1, TILE_ROWS * shape.num_kv_heads // shape.num_query_heads)
+        size = (num_blocks, 2 * shape.num_kv_heads * block_size * shape.head_dim)
+        self.pages = [lazy_zeros(size, dtype) for _ in range(shape.num_layers)]
+        self.pointers = (c_void_p * shape.num_layers)(*(pages.data_ptr() for pages in self.pages))
+
+    def prepare(self, layout: Layout) -> Batch:
+        """See `AttentionBackend.prepare`."""
+        return layout.batch(KernelAttend(self, tiles(layout, self.tile_tokens)))
+
+    def release(self) -> None:
+        """Free the pool."""
+        self.pages.clear()
+        self.pointers = (c_void_p * 0)()
+
+
+class KernelAttend:
+    """What the layers of one step share: the pool, and which queries are attended together."""
+
+    def __init__(self, backend: KernelAttention, tiles: npt.NDArray[np.int32]) -> None:
+        self.backend, self.tiles = backend, tiles
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Not used: `KernelStep.attend` takes what comes before the rotation as well."""
+        raise TypeError("this pool is attended by KernelStep only")
+
+
+def tiles(layout: Layout, tokens: int) -> npt.NDArray[np.int32]:
+    """``[n, 3]``: sequence, first token, tokens; at most ``tokens`` neighbouring ones of a sequence."""
+    starts = layout.starts
+    if layout.num_decodes == len(layout.query_lens):
+        return np.stack((starts[:-1], starts[:-1], np.ones_like(starts[:-1])), 1)
+    counts = -(-np.asarray(layout.query_lens) // tokens)
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    index = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first = starts[sequence] + index * tokens
+    return np.stack((sequence, first, np.minimum(tokens, starts[sequence + 1] - first)), 1).astype(np.int32)
+
+
+def layers_at_once(module: LayerModule, tokens: int) -> int:
+    """How many layers one call may compute: those that take `CALL_OPERATIONS`, and one at least.
+
+    Args:
+        tokens: of the step.
+    """
+    parts = module.self_attn, module.mlp
+    matrices = parts[0].qkv_proj, parts[0].o_proj, parts[1].gate_up_proj, parts[1].down_proj
+    operations = 2 * tokens * sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
+    return max(1, CALL_OPERATIONS // operations)
+
+
+class KernelOps:
+    """Implements `LayerOps`.
+
+    Args:
+        cos, sin: of `ullm.model.layers.rope.rope_cache`, in float32.
+    """
+
+    def __init__(self, kernels: Kernels, cos: Tensor, sin: Tensor) -> None:
+        half = cos.shape[-1] // 2
+        self.kernels = kernels
+        self._cosines = cos[:, 0, half:].contiguous()
+        self._sines = sin[:, 0, half:].contiguous()
+        self._layers: dict[int, LayerStruct] = {}
+        self._blocks: Array[BlockStruct] | None = None
+        self._biases: list[Tensor] = []
+        self._weights: dict[RMSNorm, Tensor] = {}
+
+    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+        """See `LayerOps`."""
+        kernel = self.kernels.choose_tokens if logits.dtype == torch.float32 else choose_tokens
+        return kernel(logits, filters, draws)
+
+    def begin(self, batch: Batch) -> StepOps:
+        """See `LayerOps`."""
+        return KernelStep(self, batch)
+
+    def weight(self, norm: RMSNorm) -> Tensor:
+        """A norm's weight in float32."""
+        if norm not in self._weights:
+            self._weights[norm] = norm.weight.detach().float()
+        return self._weights[norm]
+
+    def layer(self, module: AttentionModule) -> LayerStruct:
+        """What the kernels must know of a layer; made at its first step."""
+        if module.layer not in self._layers:
+            q_norm, k_norm = module.q_norm, module.k_norm
+            self._layers[module.layer] = LayerStruct(
+                heads=module.num_heads,
+                kv_heads=module.num_kv_heads,
+                head_dim=module.head_dim,
+                window=module.window or 0,
+                scale=module.scale,
+                norm_eps=q_norm.eps if q_norm is not None else 0.0,
+                cosines=self._cosines.data_ptr(),
+                sines=self._sines.data_ptr(),
+                q_norm=None if q_norm is None else self.weight(q_norm).data_ptr(),
+                k_norm=None if k_norm is None else self.weight(k_norm).data_ptr(),
+            )
+        return self._layers[module.layer]
+
+    def blocks(self, modules: Sequence[LayerModule]) -> Array[BlockStruct]:
+        """The same for all layers, with their matrices and norms; made at the first step."""
+        if self._blocks is None:
+            self._blocks = (BlockStruct * len(modules))(*map(self.block, modules))
+        return self._blocks
+
+    def block(self, module: LayerModule) -> BlockStruct:
+        """The same for a layer with its matrices and norms."""
+        attention, mlp = module.self_attn, module.mlp
+        first, second = module.input_layernorm, module.post_attention_layernorm
+        return BlockStruct(
+            attention=self.layer(attention),
+            hidden=attention.o_proj.shape[0],
+            intermediate=mlp.down_proj.shape[1],
+            qkv=self.matrix(attention.qkv_proj),
+            output=self.matrix(attention.o_proj),
+            gate_up=self.matrix(mlp.gate_up_proj),
+            down=self.matrix(mlp.down_proj),
+            input_norm=self.weight(first).data_ptr(),
+            output_norm=self.weight(second).data_ptr(),
+            input_eps=first.eps,
+            output_eps=second.eps,
+        )
+
+    def matrix(self, module: LinearModule) -> MatrixStruct:
+        """A linear layer; the module keeps its weight, this its bias."""
+        assert module.packed is not None
+        pointer, bias = None, module.local_bias()
+        if bias is not None:
+            self._biases.append(bias.float().contiguous())
+            pointer = self._biases[-1].data_ptr()
+        quantized = module.packed.dtype == torch.uint8
+        return MatrixStruct(module.packed.data_ptr(), pointer, module.shape[0], quantized)
+
+
+class KernelStep:
+    """Implements `StepOps`; see there."""
+
+    def __init__(self, ops: KernelOps, batch: Batch) -> None:
+        attention = cast(KernelAttend, batch.attention)
+        self._ops, self._kernels, self._batch = ops, ops.kernels, batch  # the batch owns the arrays
+        self._attention = attention.backend
+        self._struct = StepStruct(
+            tokens=len(batch.token_ids),
+            num_tiles=len(attention.tiles),
+            table_width=batch.block_tables.shape[1],
+            block_size=attention.backend.block_size,
+            positions=batch.positions.data_ptr(),
+            slots=batch.slot_mapping.data_ptr(),
+            tables=batch.block_tables.data_ptr(),
+            tiles=attention.tiles.ctypes.data,
+        )
+
+    def layers(self, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
+        """See `StepOps`. With other ranks, their sums come in between."""
+        if modules[0].world_size > 1:
+            return one_by_one(self, modules, x, done)
+        delta, blocks, pages = None, self._ops.blocks(modules), self._attention.pointers
+        each = layers_at_once(modules[0], len(x))
+        for first in range(0, len(modules), each):
+            part = range(first, min(first + each, len(modules)))
+            delta = self._kernels.decoder_layers(self._struct, blocks, part, x, delta, pages)
+            done()
+        assert delta is not None
+        return delta
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
+        """See `StepOps`."""
+        return self._kernels.add_rms_norm(x, delta, self._ops.weight(norm), norm.eps)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See `StepOps`."""
+        return self._kernels.silu_and_mul(gate_up)
+
+    def attend(self, module: AttentionModule, qkv: Tensor) -> Tensor:
+        """See `StepOps`."""
+        return self._kernels.attend(
+            self._struct, self._ops.layer(module), qkv, self._attention.pages[module.layer]
+        )

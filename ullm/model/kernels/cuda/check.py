@@ -1,0 +1,133 @@
+"""Whether fused kernels compute what PyTorch computes, on this machine and for this model's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ullm.model.attention.batch import Batch
+from ullm.model.layers.layer_ops import AttentionModule, TorchOps
+from ullm.model.layers.linear import RMSNorm
+from ullm.model.sampling.choose import Filter
+
+ROWS = (1, 5)
+BLOCKS, BLOCK_SIZE = 2, 8
+VOCAB, CHOICES = 5000, 4
+FILTERS: tuple[Filter, ...] = (
+    (0, 0, 1, 0),
+    (0.7, 0, 1, 0),
+    (1, 0, 0.9, 0),
+    (0.9, 20, 0.95, 0),
+    (1.2, 0, 1, 0.05),
+)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Of numbers near 1: a few roundings."""
+
+
+class Paper:
+    """Attention that only writes down what it is asked; as `Attend` and as `PagedAttend`."""
+
+    def __init__(self, pool: Tensor, slot_mapping: Tensor) -> None:
+        self._pool, self.slot_mapping = pool, slot_mapping
+        self.queries = torch.empty(0)
+
+    def pool(self, layer: int) -> Tensor:
+        """See `PagedAttend`."""
+        return self._pool
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Store, then as `attend`."""
+        for pool, new in zip(self._pool, (k, v), strict=True):
+            pool.view(-1, *pool.shape[2:]).index_copy_(0, self.slot_mapping, new)
+        return self.attend(layer, q, 1.0, None)
+
+    def attend(self, layer: int, q: Tensor, scale: float, sliding_window: int | None) -> Tensor:
+        """See `PagedAttend`."""
+        self.queries = q.contiguous()
+        return self.queries
+
+
+@torch.no_grad()
+def disagreements(
+    fused: TorchOps, plain: TorchOps, module: AttentionModule, hidden: int, inner: int
+) -> list[str]:
+    """Which results differ by more than roundings; none if all is well.
+
+    Args:
+        module: of one layer.
+        hidden, inner: columns of the residual stream and of the MLP.
+    """
+    cos = plain.tables[0]
+    found = []
+    for rows in ROWS:
+        asked = {ops: _results(ops, module, hidden, inner, rows, cos) for ops in (fused, plain)}
+        for name, mine in asked[fused].items():
+            difference = (mine.float() - asked[plain][name].float()).abs().max().item()
+            if not difference <= TOLERANCE[cos.dtype]:
+                found.append(f"{name} of {rows} rows by {difference:.3g}")
+    return found + [
+        f"tokens in {dtype}"
+        for dtype in (cos.dtype, torch.float32)
+        if not _same_tokens(fused, plain, cos, dtype)
+    ]
+
+
+def _same_tokens(fused: TorchOps, plain: TorchOps, like: Tensor, dtype: torch.dtype) -> bool:
+    """Whether both choose the same, without filters and with, but for draws between two tokens."""
+    source = torch.Generator().manual_seed(0)
+    differ = 0
+    for filters in (FILTERS[:2], FILTERS):
+        asked = [*filters] * CHOICES
+        logits = (3 * torch.randn(len(asked), VOCAB, generator=source)).to(like.device, dtype)
+        draws = torch.rand(len(asked), generator=source).tolist()
+        tokens = (ops.choose(logits, asked, draws).tolist() for ops in (fused, plain))
+        differ += sum(a != b for a, b in zip(*tokens, strict=True))
+    return differ <= 1
+
+
+def _results(
+    ops: TorchOps, module: AttentionModule, hidden: int, inner: int, rows: int, like: Tensor
+) -> dict[str, Tensor]:
+    """What one implementation makes of the same random numbers."""
+    source = torch.Generator().manual_seed(rows)
+
+    def random(*shape: int) -> Tensor:
+        return (torch.rand(shape, generator=source) - 0.5).to(like)
+
+    heads = module.num_heads + 2 * module.num_kv_heads
+    slots = torch.randperm(BLOCKS * BLOCK_SIZE, generator=source)[:rows].to(like.device)
+    positions = torch.randint(len(like), (rows,), generator=source).to(like.device)
+    pool = random(2, BLOCKS, BLOCK_SIZE, module.num_kv_heads, module.head_dim)
+    paper = Paper(pool, slots)
+    step = ops.begin(_batch(positions, slots, paper))
+    norm = RMSNorm(hidden, 1e-6)
+    norm.weight.data = random(hidden)
+    x, delta = random(rows, hidden), random(rows, hidden)
+    return {
+        "norm": step.add_norm(x, None, norm),
+        "sum and norm": step.add_norm(x, delta, norm),
+        "residual": x,
+        "gate": step.silu_and_mul(random(rows, 2 * inner)),
+        "attention": step.attend(module, random(rows, heads * module.head_dim)),
+        "pool": pool,
+    }
+
+
+def _batch(positions: Tensor, slots: Tensor, attention: Any) -> Batch:
+    """The parts of a batch that layers look at."""
+    none: Sequence[int] = ()
+    return Batch(
+        token_ids=positions,
+        positions=positions,
+        query_start=positions,
+        seq_lens=positions,
+        block_tables=positions,
+        slot_mapping=slots,
+        query_lens_host=none,
+        seq_lens_host=none,
+        num_decodes=0,
+        attention=attention,
+    )

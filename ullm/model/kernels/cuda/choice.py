@@ -1,0 +1,184 @@
+"""Which kernel attends for decodes: measured when the KV pool is made, on the GPU that it is on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ullm.logs import get_logger
+from ullm.model.attention.varlen import Decode, Part, VarlenAttention, VarlenStep
+
+log = get_logger("ullm.kernels")
+
+LENGTH = 1024
+"""Tokens of the sequences that are measured, at most; half of them are half as long."""
+CALLS, REPEATS = 8, 5
+"""Calls per measurement, and measurements, of which the least counts."""
+WORTH = 0.95
+"""A kernel is taken in another's place if it needs this share of its time, or less."""
+TOLERANCE = 0.005
+"""Between kernels' results, which are means of many random numbers: a few roundings."""
+
+Seconds = Callable[[Callable[[], Tensor]], float]
+
+
+class SplitDecode:
+    """`ullm.model.kernels.cuda.decode` as `ullm.model.attention.varlen.Decode`.
+
+    Args:
+        kernels: that module.
+        tiling: one of its ``TILINGS``.
+        processors: of the GPU.
+    """
+
+    def __init__(self, kernels: Any, tiling: Any, processors: int) -> None:
+        self._kernels, self.tiling, self._processors = kernels, tiling, processors
+
+    def __call__(
+        self, q: Tensor, pool: Tensor, part: Part, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        """See `Decode`."""
+        kv_heads = pool.shape[3]
+        splits = self._kernels.choose_splits(
+            len(q), kv_heads, self._processors, part.max_seq_len, self.tiling.keys
+        )
+        found: Tensor = self._kernels.decode_attention(
+            q,
+            pool[0],
+            pool[1],
+            part.seq_lens,
+            part.block_tables,
+            scale=scale,
+            window=sliding_window or 0,
+            splits=splits,
+            tiling=self.tiling,
+        )
+        return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel for few sequences, which are split, and one for many.
+
+    Args:
+        few, many: None stands for Flash Attention.
+        limit: sequences from which on there are many.
+    """
+
+    few: Decode | None
+    many: Decode | None
+    limit: int
+
+    def __call__(self, count: int) -> Decode | None:
+        """The one for so many sequences."""
+        return self.many if count >= self.limit else self.few
+
+
+@torch.inference_mode()
+def choose_decode(
+    backend: VarlenAttention,
+    max_bs: int,
+    processors: int,
+    progress: Callable[[], None],
+    seconds: Seconds | None = None,
+) -> Choice | None:
+    """The fastest kernels that agree with Flash Attention here; None: always that.
+
+    Args:
+        max_bs: most sequences.
+        processors: of the GPU.
+        progress: called after each kernel.
+        seconds: measures one call.
+    """
+    limit = max(1, 2 * processors // backend.shape.num_kv_heads)
+    try:
+        kernels = import_module("ullm.model.kernels.cuda.decode")
+        candidates: list[Decode] = [SplitDecode(kernels, tiling, processors) for tiling in kernels.TILINGS]
+        few, many = (
+            fastest(backend, candidates, count, seconds or seconds_on_gpu, progress)
+            for count in (min(max_bs, max(1, limit // 8)), max_bs)
+        )
+    except Exception as error:  # no Triton, no C compiler, or whatever its compiler raises
+        log.warning("decodes are attended for by Flash Attention", reason=str(error).strip()[:200])
+        return None
+    return None if few is None and many is None else Choice(few, many, limit)
+
+
+def fastest(
+    backend: VarlenAttention,
+    candidates: list[Decode],
+    count: int,
+    seconds: Seconds,
+    progress: Callable[[], None],
+) -> Decode | None:
+    """Of those that agree with Flash Attention; None if that itself is the fastest.
+
+    Args:
+        count: sequences.
+        progress: called after each.
+    """
+    part = trial(backend, count)
+    shape = backend.shape
+    pool, scale = backend.pools[0], shape.head_dim**-0.5
+    q = torch.randn(count, shape.num_query_heads, shape.head_dim, device=backend.device).to(pool.dtype)
+    step = VarlenStep(backend, part.query_start, [part])
+    expected = step.attend(0, q, scale, None)
+    best, least = None, seconds(lambda: step.attend(0, q, scale, None))
+    found = {"Flash Attention": least}
+    for attend in candidates:
+        progress()
+        difference = (attend(q, pool, part, scale, None).float() - expected.float()).abs().max().item()
+        if not difference <= TOLERANCE:
+            log.warning("a kernel disagrees with Flash Attention and is not used", by=difference)
+            continue
+        taken = seconds(lambda: attend(q, pool, part, scale, None))  # noqa: B023  # called at once
+        found[str(getattr(attend, "tiling", attend))] = taken
+        if taken <= WORTH * least:
+            best, least = attend, taken
+    log.info(
+        "attention for decodes", sequences=count, microseconds={k: round(v * 1e6) for k, v in found.items()}
+    )
+    return best
+
+
+def trial(backend: VarlenAttention, count: int) -> Part:
+    """Sequences of random numbers, spread over the pool as far as it reaches; what was there is gone."""
+    size, device = backend.block_size, backend.device
+    width = max(1, min(LENGTH // size, backend.num_blocks))
+    blocks = min(backend.num_blocks, count * width)
+    pool = backend.pools[0]
+    pool[:, :blocks].normal_()
+    order = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))
+    tables = order[torch.arange(count * width) % blocks].view(count, width).to(torch.int32)
+    lens = torch.full((count,), width * size, dtype=torch.int32)
+    lens[count // 2 :] = max(1, width * size // 2)
+    starts = torch.arange(count + 1, dtype=torch.int32)
+    return Part(starts.to(device), lens.to(device), tables.to(device), count, 1, width * size)
+
+
+def seconds_on_gpu(work: Callable[[], Tensor]) -> float:
+    """Of one call, without what launching takes: as part of a graph."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(CALLS):
+            work()
+    try:
+        return min(_elapsed(graph) for _ in range(REPEATS)) / CALLS
+    finally:
+        graph.reset()
+
+
+def _elapsed(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3

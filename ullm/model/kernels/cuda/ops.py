@@ -1,0 +1,114 @@
+"""`LayerOps` by Triton kernels, which are only trusted where they agree with PyTorch on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from ullm.logs import get_logger
+from ullm.model.attention.batch import Batch
+from ullm.model.kernels.cuda.check import disagreements
+from ullm.model.layers.layer_ops import AttentionModule, StepOps, TorchOps, TorchStep
+from ullm.model.layers.linear import RMSNorm
+from ullm.model.sampling.choose import Choose, Filter
+
+log = get_logger("ullm.kernels")
+
+
+class PagedAttend(Protocol):
+    """`ullm.model.attention.varlen.VarlenStep`: attention whose pool others may write."""
+
+    slot_mapping: Tensor
+
+    def pool(self, layer: int) -> Tensor:
+        """``[keys or values, blocks, block size, KV heads, head_dim]``."""
+
+    def attend(self, layer: int, q: Tensor, scale: float, sliding_window: int | None) -> Tensor:
+        """Attend to keys and values that are in the pool already."""
+
+
+class Fused(Protocol):
+    """`ullm.model.kernels.cuda.kernels`."""
+
+    add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
+    silu_and_mul: Callable[[Tensor], Tensor]
+    rotate_and_store: Callable[..., Tensor]
+
+
+class FusedOps(TorchOps):
+    """Implements `LayerOps` for batches of `VarlenAttention`.
+
+    Args:
+        cos, sin: see `TorchOps`.
+        kernels: of the layers.
+        choose_kernel: see `ullm.model.sampling.choose.choose_tokens`.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor, kernels: Fused, choose_kernel: Choose) -> None:
+        super().__init__(cos, sin)
+        self.kernels, self._choose = kernels, choose_kernel
+
+    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+        """See `LayerOps`."""
+        return self._choose(logits, filters, draws)
+
+    def begin(self, batch: Batch) -> StepOps:
+        """See `LayerOps`."""
+        return FusedStep(batch, self)
+
+
+class FusedStep(TorchStep):
+    """Implements `StepOps`."""
+
+    def __init__(self, batch: Batch, ops: FusedOps) -> None:
+        super().__init__(batch, *ops.tables)
+        self._kernels, self._tables = ops.kernels, ops.tables
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
+        """See `StepOps`."""
+        return self._kernels.add_norm(x, delta, norm.weight, norm.eps)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See `StepOps`."""
+        return self._kernels.silu_and_mul(gate_up)
+
+    def attend(self, module: AttentionModule, qkv: Tensor) -> Tensor:
+        """See `StepOps`."""
+        attention = cast(PagedAttend, self._batch.attention)
+        norms, eps = None, 0.0
+        if module.q_norm is not None and module.k_norm is not None:
+            norms, eps = (module.q_norm.weight, module.k_norm.weight), module.q_norm.eps
+        pool = attention.pool(module.layer)
+        slots, positions = attention.slot_mapping, self._batch.positions
+        q = self._kernels.rotate_and_store(qkv, pool, slots, positions, self._tables, norms, eps)
+        return attention.attend(module.layer, q, module.scale, module.window).view(len(qkv), -1)
+
+
+def choose_ops(cos: Tensor, sin: Tensor, module: AttentionModule, hidden: int, inner: int) -> TorchOps:
+    """Fused kernels where they can be compiled and agree with PyTorch's, else PyTorch's.
+
+    Args:
+        cos, sin: in the model's numbers, on its device.
+        module: the attention of one layer.
+        hidden, inner: columns of the residual stream and of the MLP, on this rank.
+    """
+    plain = TorchOps(cos, sin)
+    try:
+        kernels = cast(Fused, import_module("ullm.model.kernels.cuda.kernels"))
+        choose = cast(Choose, import_module("ullm.model.kernels.cuda.choose").choose_tokens)
+        fused = FusedOps(cos, sin, kernels, choose)
+        found = disagreements(fused, plain, module, hidden, inner)
+    except Exception as error:  # no Triton, no C compiler, or whatever its compiler raises
+        log.warning("layers are computed without fused kernels", reason=_first_line(error))
+        return plain
+    if found:
+        log.warning("fused kernels disagree with PyTorch and are not used", where=found)
+        return plain
+    return fused
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,247 @@
+"""Layers written for tensor-parallel sharding.
+
+Each layer says by `Shard`s which slice of which checkpoint tensor goes where in its parameters, so
+the loader knows nothing of sharding or packing. After loading, ``pack`` brings the weights into the
+layout of the device's kernel, and ``bind`` lets that compute with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ullm.model.layers.linear_kernels import Linear, LinearKernel, pack_weight
+from ullm.model.layers.parallel import ParallelContext
+from ullm.model.layers.quantization import Bits, QuantizedWeight
+
+SHARPENED = 8
+"""Logits per row that are computed in float32; it costs less than finding the largest in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One slice of a checkpoint tensor and its place in a parameter, both along ``dim``.
+
+    Args:
+        target: the parameter, or the part of it that takes the slice.
+        full_shape: shape of the whole tensor in the checkpoint.
+        dim: dimension that is sliced.
+        start: first index of the slice in the checkpoint tensor.
+    """
+
+    target: Tensor | QuantizedWeight
+    full_shape: tuple[int, ...]
+    dim: int = 0
+    start: int = 0
+
+
+Shards = Iterator[tuple[str, Shard]]
+"""``(name in the checkpoint, where it goes)``."""
+
+
+def empty(*shape: int) -> nn.Parameter:
+    """An uninitialised weight."""
+    return nn.Parameter(torch.empty(shape), requires_grad=False)
+
+
+class Loadable(nn.Module):
+    """A module with weights in the checkpoint."""
+
+    def shards(self, name: str) -> Shards:
+        """Where checkpoint tensors go; ``name`` is the module's own in the checkpoint."""
+        raise NotImplementedError
+
+
+class RMSNorm(Loadable):
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension; replicated on all ranks."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = empty(size)
+        self.shape, self.eps = (size,), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape, in the numbers of the weight; computed in those of ``x``."""
+        return F.rms_norm(x, self.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+
+    def shards(self, name: str) -> Shards:
+        """The whole weight."""
+        yield f"{name}.weight", Shard(self.weight, self.shape)
+
+
+def quantized(module: ParallelLinear | VocabParallelHead, bits: Bits, *, as_stored: bool) -> None:
+    """Let a module's weight be loaded in few bits; see `QuantizedWeight`."""
+    del module.weight  # torch lets no registered parameter be replaced by anything else
+    module.weight = QuantizedWeight.empty(*module.shape, bits, as_stored=as_stored)
+
+
+class ParallelLinear(Loadable):
+    """Base of the linear layers: a weight ``[out, in]`` of this rank, and maybe a bias."""
+
+    weight: nn.Parameter | QuantizedWeight | None
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = empty(out_features, in_features)
+        self.bias = empty(out_features) if bias else None
+        self.shape = (out_features, in_features)
+        self.packed: Tensor | None = None
+        self.multiply: Linear | None = None
+
+    def pack(self, kernel: LinearKernel) -> None:
+        """Bring the weight into the kernel's layout; as it was, it is not needed any more."""
+        assert self.weight is not None
+        self.packed = pack_weight(kernel, self.weight)
+        self.weight = None
+
+    def bind(self, kernel: LinearKernel) -> None:
+        """Be computed by ``kernel``, which has packed the weight."""
+        assert self.packed is not None
+        self.multiply = kernel.linear(self.packed, self.local_bias(), *self.shape)
+
+    def local_bias(self) -> Tensor | None:
+        """The bias that this rank adds."""
+        return self.bias.data if self.bias is not None else None
+
+
+class ColumnParallelLinear(ParallelLinear):
+    """Linear layers side by side, each split over the ranks along its output.
+
+    Args:
+        parts: name in the checkpoint → (outputs in all, first output of this rank, outputs of this rank).
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, tuple[int, int, int]], bias: bool) -> None:
+        super().__init__(in_features, sum(count for _, _, count in parts.values()), bias)
+        self.in_features, self.parts = in_features, parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, in]`` → ``[T, this rank's outputs of all parts]``."""
+        return self.multiply(x)  # type: ignore[misc]  # set by bind
+
+    def shards(self, name: str) -> Shards:
+        """Each part's rows."""
+        prefix, offset = name.rpartition(".")[0], 0
+        for part, (total, start, count) in self.parts.items():
+            assert self.weight is not None
+            rows = slice(offset, offset + count)
+            yield f"{prefix}.{part}.weight", Shard(self.weight[rows], (total, self.in_features), 0, start)
+            if self.bias is not None:
+                yield f"{prefix}.{part}.bias", Shard(self.bias[rows], (total,), 0, start)
+            offset += count
+
+
+class RowParallelLinear(ParallelLinear):
+    """A linear layer split over the ranks along its input; the outputs are summed."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, parallel: ParallelContext) -> None:
+        self.local = parallel.share(in_features, "inputs of a linear layer")
+        super().__init__(self.local, out_features, bias)
+        self.full_shape = (out_features, in_features)
+        self.parallel = parallel
+
+    def local_bias(self) -> Tensor | None:
+        """Only rank 0 adds the bias, since the outputs are summed."""
+        return super().local_bias() if self.parallel.rank == 0 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, this rank's inputs]`` → ``[T, out]``, the same on all ranks."""
+        return self.parallel.all_reduce(self.multiply(x))  # type: ignore[misc]  # set by bind
+
+    def shards(self, name: str) -> Shards:
+        """This rank's columns, and the whole bias."""
+        assert self.weight is not None
+        yield f"{name}.weight", Shard(self.weight, self.full_shape, 1, self.parallel.rank * self.local)
+        if self.bias is not None:
+            yield f"{name}.bias", Shard(self.bias, self.full_shape[:1])
+
+
+class VocabParallel(Loadable):
+    """The embedding or the head: one row per token, split over the ranks; the last one may have padding."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.full_shape, self.parallel = (vocab_size, hidden_size), parallel
+        self.rows = -(-vocab_size // parallel.world_size)
+        self.shape = (self.rows, hidden_size)
+        self.first = min(parallel.rank * self.rows, vocab_size)
+        self.used = min(self.rows, vocab_size - self.first)
+        self.weight: nn.Parameter | QuantizedWeight | None = empty(self.rows, hidden_size)
+
+    def shards(self, name: str) -> Shards:
+        """This rank's rows; none where the weight is tied to another module's."""
+        if self.weight is not None:
+            yield f"{name}.weight", Shard(self.weight[: self.used], self.full_shape, 0, self.first)
+
+
+class VocabParallelEmbedding(VocabParallel):
+    """Token ids → vectors."""
+
+    def table(self) -> Tensor:
+        """One row per token; always plain numbers."""
+        assert isinstance(self.weight, nn.Parameter)
+        return self.weight
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """``[T]`` → ``[T, hidden_size]``, the same on all ranks."""
+        table = self.table()
+        if self.parallel.world_size == 1:
+            return F.embedding(token_ids, table)
+        local = token_ids - self.first
+        elsewhere = (local < 0) | (local >= self.used)
+        rows = F.embedding(local.masked_fill(elsewhere, 0), table)
+        return self.parallel.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
+
+
+class VocabParallelHead(VocabParallel):
+    """Vectors → logits.
+
+    Attributes:
+        table: the same weight where another module keeps it anyway, to sharpen logits with.
+        source: the module in the checkpoint whose weight this one has; None: its own.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, parallel: ParallelContext) -> None:
+        super().__init__(vocab_size, hidden_size, parallel)
+        self.packed: Tensor | None = None
+        self.multiply: Linear | None = None
+        self.table: Tensor | None = None
+        self.source: str | None = None
+
+    def pack(self, kernel: LinearKernel) -> None:
+        """As `ParallelLinear.pack`."""
+        assert self.weight is not None
+        self.packed = pack_weight(kernel, self.weight)
+        self.weight = None
+
+    def bind(self, kernel: LinearKernel) -> None:
+        """As `ParallelLinear.bind`."""
+        assert self.packed is not None
+        self.multiply = kernel.linear(self.packed, None, self.rows, self.full_shape[1])
+
+    def shards(self, name: str) -> Shards:
+        """As the base."""
+        return super().shards(self.source or name)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[rows, hidden_size]`` → ``[rows, vocab_size]``, on all ranks."""
+        logits = self.multiply(hidden)  # type: ignore[misc]  # set by bind
+        if self.table is not None:
+            logits = sharpen(logits, hidden, self.table)
+        return self.parallel.gather_last(logits)[:, : self.full_shape[0]]
+
+
+def sharpen(logits: Tensor, hidden: Tensor, table: Tensor) -> Tensor:
+    """Logits ``[rows, vocab_size]`` in float32, the most likely ones computed anew in it.
+
+    A logit near 20 in bfloat16 is one of 16 values per unit, so the two best tokens are often equal, and
+    the choice between them a matter of their ids.
+    """
+    top = logits.topk(min(SHARPENED, logits.shape[1])).indices
+    exact = torch.bmm(table[top].float(), hidden.float().unsqueeze(2)).squeeze(2)
+    return logits.float().scatter_(1, top, exact)

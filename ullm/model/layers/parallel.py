@@ -1,0 +1,95 @@
+"""Which rank this is, and how it talks to the others of its replica.
+
+There is no global state on ullm's side: whoever needs the ranks gets a `ParallelContext`. With one
+rank there is no process group at all, so several engines can live in one process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ullm.errors import ModelUnsupported
+from ullm.protocol.messages import RankSpec
+
+RENDEZVOUS_TIMEOUT = 300.0
+"""Seconds that ranks wait for each other; a collective that takes longer raises."""
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """The tensor-parallel group of this rank.
+
+    Args:
+        rank: from 0.
+        world_size: ranks that share each layer.
+        group: the process group; None with one rank.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    group: Any = None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over the ranks; ``x`` is overwritten."""
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather_last(self, x: Tensor) -> Tensor:
+        """``[rows, n]`` of every rank side by side: ``[rows, n * world_size]``, on every rank."""
+        if self.group is None:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
+    def agree_least(self, value: int, device: torch.device) -> int:
+        """The least of the ranks' values, so that all use the same."""
+        if self.group is None:
+            return value
+        box = torch.tensor([value], dtype=torch.int64, device=device)
+        dist.all_reduce(box, op=dist.ReduceOp.MIN, group=self.group)
+        return int(box.item())
+
+    def share(self, total: int, what: str) -> int:
+        """This rank's part of ``total``.
+
+        Raises:
+            ModelUnsupported: ``total`` does not divide by the ranks; names both.
+        """
+        if total % self.world_size:
+            raise ModelUnsupported(
+                f"the model's {total} {what} cannot be split over --tp-size {self.world_size}; "
+                "use a size that divides them"
+            )
+        return total // self.world_size
+
+    def close(self) -> None:
+        """Leave the process group. A communicator whose peer is dead is aborted, not waited for."""
+        if self.group is None or not dist.is_initialized():
+            return
+        if dist.get_backend(self.group) == "nccl":
+            dist.distributed_c10d._abort_process_group(self.group)
+        else:
+            dist.destroy_process_group(self.group)
+
+
+def open_parallel(rank: RankSpec, device: torch.device) -> ParallelContext:
+    """Meet the replica's other ranks at ``rank.rendezvous``; returns at once with one rank."""
+    if rank.world_size == 1:
+        return ParallelContext()
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{rank.rendezvous}",
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return ParallelContext(rank.rank, rank.world_size, dist.group.WORLD)

@@ -1,0 +1,93 @@
+"""What a checkpoint is, read from its configuration, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ullm.config import EngineConfig
+from ullm.errors import ModelUnsupported
+from ullm.model.layers.linear_kernels import fast_bfloat16
+from ullm.model.loading.weights import read_config, read_json, reject_quantized
+
+DEFAULT_CONTEXT_LEN = 2048
+"""For configs that name no limit."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's config, understood.
+
+    Args:
+        path: folder or GGUF file.
+        hf: its config.json, or what stands for it.
+        architecture: as in the config.
+        context_len: tokens of prompt and output.
+        eos_token_ids: that end a text.
+    """
+
+    path: Path
+    hf: dict[str, Any]
+    architecture: str
+    context_len: int
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> Checkpoint:
+    """Read what a model is, without its weights.
+
+    Raises:
+        ModelNotFound, ModelFileBroken: no config, or a broken one.
+        ModelUnsupported: quantized weights, or no architecture is named.
+        ConfigError: ``context_len`` is more than the model has.
+    """
+    hf = read_config(path)
+    reject_quantized(hf, path)
+    architectures = hf.get("architectures")
+    if not architectures:
+        raise ModelUnsupported(f"{path}: its config names no architecture")
+    return Checkpoint(
+        path=path,
+        hf=hf,
+        architecture=architectures[0],
+        context_len=choose_context_len(hf, config.context_len),
+        eos_token_ids=eos_token_ids(hf, path),
+        dtype=choose_dtype(config.dtype, hf, device),
+    )
+
+
+def choose_dtype(wanted: str, hf: dict[str, Any], device: torch.device) -> torch.dtype:
+    """``auto``: the checkpoint's on CUDA; on CPUs bfloat16 where it is fast, else float32."""
+    if wanted != "auto":
+        return _dtype(wanted)
+    stored = _dtype(str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch."))
+    if device.type == "cuda":
+        return torch.bfloat16 if stored == torch.float32 else stored
+    return torch.bfloat16 if fast_bfloat16() else torch.float32
+
+
+def choose_context_len(hf: dict[str, Any], wanted: int | None) -> int:
+    """The model's own limit, or the lower one that is wanted; what is wanted beyond it is cut."""
+    limit = int(hf.get("max_position_embeddings") or hf.get("n_positions") or DEFAULT_CONTEXT_LEN)
+    return min(wanted, limit) if wanted is not None else limit
+
+
+def eos_token_ids(hf: dict[str, Any], path: Path) -> tuple[int, ...]:
+    """End-of-sequence tokens: generation_config.json's, else the config's."""
+    generation: dict[str, Any] = {}
+    if path.suffix != ".gguf" and (path / "generation_config.json").exists():
+        generation = read_json(path / "generation_config.json")
+    found = generation.get("eos_token_id", hf.get("eos_token_id"))
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    return tuple(int(token_id) for token_id in ids)
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ModelUnsupported(f"weights in {name} are not supported; use one of {', '.join(known)}")
+    return known[name]

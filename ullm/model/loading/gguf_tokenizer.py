@@ -1,0 +1,240 @@
+"""A tokenizer.json out of a GGUF file's metadata. Needs `tokenizers`, neither torch nor transformers.
+
+The splits of text are those that llama.cpp's src/llama-vocab.cpp has under the same names; the
+result tokenizes like the model's original tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from ullm.errors import ModelUnsupported
+from ullm.model.loading.gguf_file import GgufFile
+
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+"""Token types of GGUF that need more than a place in the vocabulary."""
+SPACE = "▁"
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"), _LLAMA3_SPLIT),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2_SPLIT),
+    "tekken": _TEKKEN_SPLIT,
+}
+_WHOLE_WORDS_FIRST = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
+"""A word that is a token is that token, whatever the merges would make of it."""
+_ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
+_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_GPT2 = ("default", "gpt-2", "gpt2", "olmo", "phi-2", "jina-es", "jina-de", "gigachat", "roberta-bpe", "mpt")
+_SPECIAL_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+
+
+def write_tokenizer(path: str | Path, folder: str | Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json for a GGUF file.
+
+    Args:
+        path: the GGUF file.
+        folder: where to; created if need be.
+
+    Raises:
+        ModelNotFound: there is no such file.
+        ModelFileBroken: the file is damaged or its vocabulary is inconsistent.
+        ModelUnsupported: a kind of tokenizer or of text splitting that is not known here.
+    """
+    file, folder = GgufFile(path), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    build_tokenizer(file).save(str(folder / "tokenizer.json"))
+    for name, content in (
+        ("tokenizer_config.json", _tokenizer_config(file)),
+        ("generation_config.json", token_ids(file)),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def token_ids(file: GgufFile) -> dict[str, Any]:
+    """``bos_token_id``, ``eos_token_id`` (a list if there are several) and ``pad_token_id``."""
+    found = file.metadata.get
+    ends = [found(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    return {
+        "bos_token_id": found("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": found("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def build_tokenizer(file: GgufFile) -> Tokenizer:
+    """The tokenizer that the metadata describe; raises as `write_tokenizer` does."""
+    kind = file.require("tokenizer.ggml.model")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders:
+        raise _unsupported(file, f"its tokenizer is {kind!r}; {' and '.join(builders)} can be read")
+    try:
+        tokenizer = builders[kind](file)
+    except Exception as error:  # what `tokenizers` raises for an inconsistent vocabulary is a bare Exception
+        if type(error) is not Exception:
+            raise
+        raise file.broken(f"the vocabulary is inconsistent: {error}") from error
+    _add_special_tokens(tokenizer, file)
+    _add_template(tokenizer, file)
+    return tokenizer
+
+
+def _unsupported(file: GgufFile, detail: str) -> ModelUnsupported:
+    return ModelUnsupported(f"{file.path}: {detail}; name the model's original tokenizer with --tokenizer")
+
+
+def _vocabulary(file: GgufFile) -> dict[str, int]:
+    return {token: index for index, token in enumerate(file.require("tokenizer.ggml.tokens"))}
+
+
+def _byte_level(file: GgufFile) -> Tokenizer:
+    """BPE over bytes, as GPT-2 has it."""
+    pre = file.metadata.get("tokenizer.ggml.pre", "default")
+    merges = [_pair(file, merge) for merge in file.require("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(BPE(_vocabulary(file), merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
+    prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", False))
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=True)
+    if pre in _SPLITS:
+        steps = [pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated"), bytes_only]
+    elif pre in _SINGLE_DIGITS:
+        steps = [pre_tokenizers.Digits(individual_digits=True), words]
+    elif pre in _GPT2:
+        steps = [words]
+    else:
+        raise _unsupported(file, f"text splitting {pre!r} is not known")
+    if pre in ("qwen2", "deepseek-r1-qwen"):
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _pair(file: GgufFile, merge: str) -> tuple[str, str]:
+    left, separator, right = merge.partition(" ")
+    if not separator:
+        raise file.broken(f"the merge {merge!r} is not two tokens")
+    return left, right
+
+
+def _sentencepiece(file: GgufFile) -> Tokenizer:
+    """BPE over characters with single bytes to fall back to, as Llama 2 has it."""
+    vocabulary = _vocabulary(file)
+    merges = (
+        [_pair(file, merge) for merge in file.metadata["tokenizer.ggml.merges"]]
+        if "tokenizer.ggml.merges" in file.metadata
+        else _implied_merges(file, vocabulary)
+    )
+    unknown = file.metadata.get("tokenizer.ggml.unknown_token_id")
+    unknown_token = None if unknown is None else file.require("tokenizer.ggml.tokens")[unknown]
+    tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True))
+    prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(" ", 1, 0)] if prefix else []),
+        ]
+    )
+    return tokenizer
+
+
+def _implied_merges(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Merges that make each token out of two others, best scores first.
+
+    SentencePiece merges whichever neighbours give the best-scored token, so listing every way to
+    split a token at the place of its score is the same rule.
+    """
+    tokens, scores = file.require("tokenizer.ggml.tokens"), file.require("tokenizer.ggml.scores")
+    if len(tokens) != len(scores):
+        raise file.broken(f"{len(tokens)} tokens but {len(scores)} scores")
+    merges = [
+        (score, token[:cut], token[cut:])
+        for token, score in zip(tokens, scores, strict=True)
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    merges.sort(key=lambda merge: (-merge[0], vocabulary[merge[1]], vocabulary[merge[2]]))
+    return [(left, right) for _, left, right in merges]
+
+
+def _add_special_tokens(tokenizer: Tokenizer, file: GgufFile) -> None:
+    tokens = file.require("tokenizer.ggml.tokens")
+    types = file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    marked = [(token, kind) for token, kind in zip(tokens, types, strict=False) if token]
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token, kind in marked
+            if kind in (UNKNOWN, CONTROL)
+        ]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=False) for token, kind in marked if kind == USER_DEFINED]
+    )
+
+
+def _adds(file: GgufFile, which: str) -> bool:
+    """Whether encoding adds the bos or eos token; llama.cpp's defaults where the file does not say."""
+    default = which == "bos" and (
+        file.require("tokenizer.ggml.model") == "llama"
+        or file.metadata.get("tokenizer.ggml.pre") in _ADDS_BOS
+    )
+    return bool(file.metadata.get(f"tokenizer.ggml.add_{which}_token", default))
+
+
+def _add_template(tokenizer: Tokenizer, file: GgufFile) -> None:
+    text, special = ["$A:0"], []
+    for which in ("bos", "eos"):
+        token_id = file.metadata.get(f"tokenizer.ggml.{which}_token_id")
+        if token_id is None or not _adds(file, which):
+            continue
+        token = file.require("tokenizer.ggml.tokens")[token_id]
+        text.insert(0 if which == "bos" else len(text), token)
+        special.append((token, token_id))
+    if special:
+        pair = [*text, *(part.replace("$A:0", "$B:1") for part in text)]
+        tokenizer.post_processor = processors.TemplateProcessing(text, pair, special)
+
+
+def _tokenizer_config(file: GgufFile) -> dict[str, Any]:
+    tokens = file.require("tokenizer.ggml.tokens")
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": _adds(file, "bos"),
+        "add_eos_token": _adds(file, "eos"),
+    }
+    for name, key in _SPECIAL_TOKENS.items():
+        token_id = file.metadata.get(f"tokenizer.ggml.{key}")
+        if token_id is not None:
+            config[name] = tokens[token_id]
+    if "tokenizer.chat_template" in file.metadata:
+        config["chat_template"] = file.metadata["tokenizer.chat_template"]
+    context = file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length")
+    if context is not None:
+        config["model_max_length"] = context
+    return config

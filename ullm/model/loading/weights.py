@@ -1,0 +1,238 @@
+"""Weights from safetensors (one file or sharded) or GGUF into a model's parameters.
+
+The modules say where every tensor goes (`ullm.model.layers.linear.Shard`); here names are matched, shapes
+are checked, and each rank reads only its slice of the memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
+from ullm.logs import get_logger
+from ullm.model.layers.linear import Loadable, RMSNorm, Shard
+from ullm.model.layers.quantization import QuantizedWeight
+
+log = get_logger(__name__)
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DUMMY_SCALE = 0.02
+"""Standard deviation of random weights, as in GPT-2's initialisation."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint tensor that has not been read yet.
+
+    Args:
+        read: ``(dim, start, count)`` → that slice.
+        codes: what is stored, where that are codes which can be used as they are.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[int, int, int], Tensor]
+    codes: Callable[[], QuantizedWeight | None] = lambda: None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The model's config, shaped like a config.json.
+
+    Raises:
+        ModelNotFound: there is none.
+        ModelFileBroken: it is not a JSON object.
+    """
+    if path.suffix == ".gguf":
+        from ullm.model.loading.gguf import read_gguf_config  # its libraries take long to import
+
+        return read_gguf_config(path)
+    return read_json(path / "config.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelNotFound: no such file.
+        ModelFileBroken: not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelNotFound(f"{file}: no such file; a model folder must have one") from None
+    except (OSError, ValueError) as error:
+        raise ModelFileBroken(file, f"cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelFileBroken(file, "is not a JSON object")
+    return value
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: Path, progress: Callable[[], None]) -> None:
+    """Fill the model's parameters.
+
+    Raises:
+        ModelNotFound: no weights at ``path``.
+        ModelFileBroken: a file is truncated, or a tensor is missing or has another shape; names file
+            and tensor and both shapes.
+    """
+    missing = targets(model)
+    for name, source in iterate_sources(path, missing.keys()):
+        shards = missing.pop(name, None)
+        if shards is None:
+            log.debug("tensor not used", file=str(source.file), tensor=name)
+            continue
+        for shard in shards:
+            copy_shard(name, source, shard)
+        progress()
+    if missing:
+        first = min(missing)
+        shape = missing[first][0].full_shape
+        raise ModelFileBroken(path, f"tensor {first!r} of shape {shape} is missing ({len(missing)} in all)")
+
+
+def targets(model: nn.Module) -> dict[str, list[Shard]]:
+    """Checkpoint name → where it goes."""
+    found: dict[str, list[Shard]] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, Loadable):
+            for name, shard in module.shards(prefix):
+                found.setdefault(name, []).append(shard)
+    return found
+
+
+def copy_shard(name: str, source: Source, shard: Shard) -> None:
+    """Read a shard's slice into its parameter, converting its numbers.
+
+    Raises:
+        ModelFileBroken: the tensor has another shape than the config says.
+    """
+    if source.shape != shard.full_shape:
+        raise ModelFileBroken(
+            source.file, f"tensor {name!r} has shape {source.shape}, the config says {shard.full_shape}"
+        )
+    target, count = shard.target, shard.target.shape[shard.dim]
+    if isinstance(target, QuantizedWeight):
+        codes = source.codes() if target.as_stored else None
+        if codes is not None:
+            return target.copy_(codes.narrow(shard.dim, shard.start, count))
+    try:
+        target.copy_(source.read(shard.dim, shard.start, count))
+    except SafetensorError as error:
+        raise ModelFileBroken(source.file, f"tensor {name!r} cannot be read: {error}") from None
+
+
+@torch.no_grad()
+def fill_dummy(model: nn.Module, seed: int = 0) -> None:
+    """Random weights, norms at 1."""
+    generators: dict[torch.device, torch.Generator] = {}
+    norms = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
+    for parameter in model.parameters():
+        if id(parameter) in norms:
+            parameter.fill_(1.0)
+            continue
+        generator = generators.setdefault(
+            parameter.device, torch.Generator(parameter.device).manual_seed(seed)
+        )
+        parameter.normal_(0.0, DUMMY_SCALE, generator=generator)
+    for number, module in enumerate(model.modules()):
+        if isinstance(weight := getattr(module, "weight", None), QuantizedWeight):
+            random = torch.Generator().manual_seed(seed + number)
+            weight.copy_(torch.empty(weight.shape).normal_(0.0, DUMMY_SCALE, generator=random))
+
+
+def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, Source]]:
+    """Each tensor of a checkpoint; of a sharded one only files with tensors in ``wanted`` are opened."""
+    if path.suffix == ".gguf":
+        from ullm.model.loading.gguf import gguf_sources
+
+        for stored in gguf_sources(path):
+            yield stored.name, Source(path, stored.shape, gguf_reader(stored.values), stored.codes)
+    elif (path / INDEX).exists():
+        for file in shard_files(path, wanted):
+            yield from safetensors_sources(file)
+    elif (path / SINGLE).exists():
+        yield from safetensors_sources(path / SINGLE)
+    else:
+        raise ModelNotFound(f"{path}: has neither {SINGLE} nor {INDEX}; convert the weights to safetensors")
+
+
+def gguf_reader(values: Callable[[], Tensor]) -> Callable[[int, int, int], Tensor]:
+    """See `Source.read`."""
+    return lambda dim, start, count: values().narrow(dim, start, count)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, and what they are listed in.
+
+    Raises:
+        ModelFileBroken: what is listed is not there.
+    """
+    if path.suffix == ".gguf":
+        return [path]
+    if (path / INDEX).exists():
+        return [path / INDEX, *shard_files(path, None)]
+    return [path / SINGLE]
+
+
+def shard_files(path: Path, wanted: Any) -> list[Path]:
+    """The files that an index names for the wanted tensors; None: for all."""
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelFileBroken(path / INDEX, "has no 'weight_map'")
+    files = sorted({path / file for name, file in weight_map.items() if wanted is None or name in wanted})
+    for file in files:
+        if not file.exists():
+            raise ModelFileBroken(path / INDEX, f"names {file.name}, which does not exist")
+    return files
+
+
+def safetensors_sources(file: Path) -> Iterator[tuple[str, Source]]:
+    """Each tensor of one file."""
+    try:
+        handle = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelFileBroken(file, f"is not a complete safetensors file: {error}") from None
+    with handle as tensors:
+        for name in tensors.keys():
+            yield name, _safetensors_source(file, tensors, name)
+
+
+def _safetensors_source(file: Path, tensors: Any, name: str) -> Source:
+    part = tensors.get_slice(name)
+    shape = tuple(part.get_shape())
+
+    def read(dim: int, start: int, count: int) -> Tensor:
+        if count == shape[dim]:
+            whole: Tensor = tensors.get_tensor(name)
+            return whole
+        index = (slice(None),) * dim + (slice(start, start + count),)
+        chunk: Tensor = part[index]
+        return chunk
+
+    return Source(file, shape, read)
+
+
+def reject_quantized(hf: dict[str, Any], file: Path) -> None:
+    """Quantized checkpoints need kernels that ullm does not have.
+
+    Raises:
+        ModelUnsupported: names the method.
+    """
+    quantization = hf.get("quantization_config")
+    if quantization:
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        )
+        raise ModelUnsupported(
+            f"{file}: the weights are quantized ({method}), which is not supported; "
+            "use an unquantized checkpoint or a GGUF file"
+        )

@@ -1,0 +1,114 @@
+"""How many KV blocks there are, and the memory that they live in."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ullm.config import GIB, CacheConfig
+from ullm.errors import OutOfMemory
+from ullm.machine import available_memory
+
+VARLEN_BLOCK_MULTIPLE = 256
+"""Flash Attention's paged kernels, which are behind ``varlen_attn``, want such pages."""
+CPU_SHARE, CPU_LIMIT = 4, 1 * GIB
+"""A CPU's pool gets a quarter of the available memory, at most 1 GiB: more is rarely used before
+compute runs out, and a computer has other things to do."""
+HUGE_PAGES_FROM = 4 << 20
+"""Bytes of a pool that are worth huge pages."""
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What one token's KV looks like on this rank.
+
+    Args:
+        num_layers: layers with attention.
+        num_kv_heads: KV heads of this rank.
+        head_dim: of keys and of values.
+        num_query_heads: query heads of this rank.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    num_query_heads: int
+
+
+def true_block_size(block_size: int, *, varlen: bool) -> int:
+    """The block size that is really used."""
+    return -(-block_size // VARLEN_BLOCK_MULTIPLE) * VARLEN_BLOCK_MULTIPLE if varlen else block_size
+
+
+def kv_bytes_per_token(shape: KvShape, dtype: torch.dtype) -> int:
+    """Keys and values of all layers on this rank."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+
+
+def count_blocks(config: CacheConfig, block_bytes: int, budget: int) -> int:
+    """How many blocks the pool gets.
+
+    Args:
+        config: ``num_blocks`` and ``kv_cache_memory`` are obeyed, in this order.
+        block_bytes: of one block, all layers.
+        budget: bytes to use if neither is set.
+
+    Raises:
+        OutOfMemory: not even one block fits.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    memory = budget if config.kv_cache_memory is None else config.kv_cache_memory
+    if memory < block_bytes:
+        raise OutOfMemory(
+            f"not enough memory for one block of KV: it takes {mib(block_bytes)}, "
+            f"there are {mib(max(memory, 0))}; raise --kv-cache-memory or lower --block-size"
+        )
+    return memory // block_bytes
+
+
+def check_fits(num_blocks: int, block_bytes: int) -> None:
+    """On a CPU the pool's memory is taken as it is used, so that too much would be noticed late.
+
+    Raises:
+        OutOfMemory: the pool could not be filled.
+    """
+    need, free = num_blocks * block_bytes, available_memory()
+    if need > free:
+        raise OutOfMemory(
+            f"the KV cache of {num_blocks} blocks needs {mib(need)}, there are {mib(free)}; "
+            "lower --kv-cache-memory or --num-blocks"
+        )
+
+
+def cpu_budget() -> int:
+    """Bytes that a CPU's pool gets by default."""
+    return min(available_memory() // CPU_SHARE, CPU_LIMIT)
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU that occupy no memory until they are touched, and none once they are freed.
+
+    ``torch.zeros`` touches every page, ``torch.empty`` may hold old NaNs, which survive a probability
+    of 0, and memory from either, or from numpy, may go back to a heap instead of to the system.
+    """
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if sys.platform == "win32":
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype, count=count).view(shape)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux" and size >= HUGE_PAGES_FROM:
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
+
+
+def mib(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / (1 << 20):,.1f} MiB"

@@ -1,0 +1,74 @@
+"""Log probabilities of tokens and of their alternatives, computed now and fetched later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ullm.model.memory.fetch import Fetched
+from ullm.protocol.messages import TokenLogprobs
+from ullm.sampling import MAX_LOGPROBS
+
+CHUNK = 64
+"""Rows converted to float32 at a time."""
+
+
+@dataclass(slots=True)
+class PendingLogprobs:
+    """Log probabilities of some rows, on their way to the host.
+
+    Args:
+        rows: which rows of the step these are.
+        num_rows: of the step.
+        counts: how many alternatives each of ``rows`` reports.
+        columns: ``[rows]`` the tokens themselves, their log probabilities, and their ranks, 1 for the most
+            likely; ``[rows, MAX_LOGPROBS]`` log probabilities of the most likely tokens, and which those are.
+    """
+
+    rows: list[int]
+    num_rows: int
+    counts: list[int]
+    columns: Fetched
+
+    def result(self) -> list[TokenLogprobs | None]:
+        """Wait for them; one entry per row of the step, None for rows that are not in ``rows``."""
+        found: list[TokenLogprobs | None] = [None] * self.num_rows
+        tokens, chosen, ranks, top, top_ids = (column.tolist() for column in self.columns.wait())
+        columns = (self.rows, self.counts, tokens, chosen, ranks)
+        alternatives = zip(top_ids, top, strict=True)
+        for (row, count, token, logprob, rank), (ids, values) in zip(
+            zip(*columns, strict=True), alternatives, strict=True
+        ):
+            best = sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0]))
+            found[row] = TokenLogprobs(token_id=token, logprob=logprob, rank=rank, top=best[:count])
+        return found
+
+
+def start_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> PendingLogprobs:
+    """Log softmax of ``logits`` at ``tokens`` and at the most likely tokens.
+
+    Equal alternatives are ordered by their ids.
+
+    Args:
+        logits: ``[rows, vocab]`` in any float type.
+        tokens: ``[rows]`` int64.
+        counts: how many alternatives each row reports, up to `ullm.sampling.MAX_LOGPROBS`.
+    """
+    starts = range(0, max(len(tokens), 1), CHUNK)
+    pieces = [_logprobs(logits[start : start + CHUNK], tokens[start : start + CHUNK]) for start in starts]
+    chosen, ranks, top, top_ids = (torch.cat(columns) for columns in zip(*pieces, strict=True))
+    return PendingLogprobs(
+        list(range(len(tokens))), len(tokens), list(counts), Fetched(tokens, chosen, ranks, top, top_ids)
+    )
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = logits.float()
+    normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+    own = logits.gather(1, tokens[:, None])
+    ranks = (logits > own).sum(-1) + 1
+    top, top_ids = logits.topk(min(MAX_LOGPROBS, logits.shape[1]), dim=-1)
+    return (own - normaliser)[:, 0], ranks, top - normaliser, top_ids

@@ -1,0 +1,77 @@
+"""Messages as bytes: length-prefixed msgpack frames, for workers that are at the end of a pipe.
+
+A frame is four bytes of length, little endian, and that many bytes of msgpack. The decoder checks
+types, so what comes out of it is one of the messages and nothing else.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Generic, TypeVar
+
+import msgspec
+
+from ullm.errors import FrameBroken
+from ullm.protocol.messages import FromWorker, NotUnderstood, ToWorker
+
+MAX_FRAME = 256 << 20
+"""Bytes. Far above any message; a longer frame means that something else wrote to the pipe."""
+
+_PREFIX = struct.Struct("<I")
+
+M = TypeVar("M")
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """One frame.
+
+    Raises:
+        FrameBroken: the message is longer than `MAX_FRAME`.
+    """
+    body = msgspec.msgpack.encode(message)
+    if len(body) > MAX_FRAME:
+        raise FrameBroken(f"a {type(message).__name__} of {len(body)} bytes; frames have at most {MAX_FRAME}")
+    return _PREFIX.pack(len(body)) + body
+
+
+class FrameReader(Generic[M]):
+    """Cuts a stream of bytes into messages of one language; keeps what is incomplete."""
+
+    def __init__(self, language: object) -> None:
+        """``language`` is `ToWorker` or `FromWorker`."""
+        self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(language)
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes | bytearray) -> None:
+        """Append bytes as they came off the pipe."""
+        self._buffer += data
+
+    def unread(self, data: bytes) -> None:
+        """Put bytes in front of all that has been fed and not yet cut."""
+        self._buffer[:0] = data
+
+    def next(self) -> M | NotUnderstood | None:
+        """The next complete message; `NotUnderstood` for one of no known type; None: feed more.
+
+        Raises:
+            FrameBroken: what was fed is not a frame; nothing after it can be trusted.
+        """
+        if len(self._buffer) < _PREFIX.size:
+            return None
+        (length,) = _PREFIX.unpack_from(self._buffer)
+        if length > MAX_FRAME:
+            raise FrameBroken(f"a frame of {length} bytes; frames have at most {MAX_FRAME}")
+        end = _PREFIX.size + length
+        if len(self._buffer) < end:
+            return None
+        body = bytes(self._buffer[_PREFIX.size : end])
+        del self._buffer[:end]
+        return self._decode(body)
+
+    def _decode(self, body: bytes) -> M | NotUnderstood:
+        try:
+            return self._decoder.decode(body)
+        except msgspec.ValidationError as error:  # msgpack, but none of our messages
+            return NotUnderstood(str(error))
+        except msgspec.DecodeError as error:
+            raise FrameBroken(f"a frame that is not msgpack: {error}") from None

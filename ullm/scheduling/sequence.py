@@ -1,0 +1,102 @@
+"""One sequence: its tokens, its KV blocks, and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from ullm.protocol.messages import TokenLogprobs
+from ullm.sampling import SamplingParams
+from ullm.scheduling.drafting import Drafter
+
+FinishReason = Literal["stop", "length", "abort", "timeout"]
+
+
+class TokenEvent(msgspec.Struct, frozen=True, gc=False):
+    """New tokens of one sequence, or its end, or both.
+
+    Args:
+        seq_id: which sequence.
+        index: of the first token in ``token_ids``, counted from the first generated token; a reader
+            that has seen more drops what it knows.
+        stop_reason: the token that ended it, where that is not an end-of-sequence token.
+        num_cached_tokens: prompt tokens that came from the prefix cache.
+    """
+
+    seq_id: int
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A sequence in the scheduler.
+
+    Args:
+        seq_id: given by the router; unique in its life.
+        token_ids: every token whose value is known, the prompt first.
+        num_prompt_tokens: how many of them are the original prompt.
+        max_total: tokens of prompt and output together at which it ends.
+        order: (priority, arrival); lower runs first and is preempted last.
+        num_computed: leading positions whose KV is computed, or will be by steps already planned.
+        num_pending: tokens that planned steps will sample, whose values are not known yet.
+        num_published: leading blocks offered to the prefix cache.
+        num_sent_blocks: leading blocks that the worker knows.
+        num_drafted: guesses in the planned step; until it is known which were right, nothing can follow.
+        drafter: guesses further tokens; None: they are computed one by one.
+        planned_in: number of the last step that it has a row in.
+        endings: tokens that end it.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    max_total: int
+    order: tuple[int, int]
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_computed: int = 0
+    num_pending: int = 0
+    num_published: int = 0
+    num_sent_blocks: int = 0
+    num_drafted: int = 0
+    drafter: Drafter | None = None
+    num_cached_tokens: int = 0
+    running: bool = False
+    finished: bool = False
+    planned_in: int = 0
+    endings: frozenset[int] = frozenset()
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens whose values are known."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_to_compute(self) -> int:
+        """Positions that can be planned now: none once the pending tokens reach its end."""
+        planned = len(self.token_ids) + self.num_pending
+        return 0 if planned >= self.max_total or self.num_drafted else planned - self.num_computed
+
+    def know_endings(self, eos_token_ids: frozenset[int]) -> None:
+        """Gather the tokens that end it: end-of-sequence tokens, unless ignored, and its own."""
+        eos = frozenset() if self.params.ignore_eos else eos_token_ids
+        self.endings = eos.union(self.params.stop_token_ids) if self.params.stop_token_ids else eos
+
+    def finish_reason(self, token_id: int) -> FinishReason | None:
+        """Whether ``token_id``, just appended, ends the sequence.
+
+        Below ``min_tokens`` the sampler makes ending tokens impossible, but a grammar or a logit
+        bias could still force one, so it is checked here too.
+        """
+        if token_id in self.endings and self.num_output_tokens > self.params.min_tokens:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_total else None

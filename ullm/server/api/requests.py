@@ -1,0 +1,221 @@
+"""From an HTTP request to checked values: JSON into a schema, a schema into sampling parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+from quart import request
+
+from ullm.errors import EngineNotReady, InvalidParameter, ModelUnknown
+from ullm.protocol.messages import ModelInfo
+from ullm.sampling import SamplingParams
+from ullm.server.api import schemas
+from ullm.server.api.errors import InvalidJSON, UnsupportedMediaType, invalid_field
+from ullm.server.api.types import Engine, Tokenizer
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+_SAMPLING_FIELDS = frozenset(SamplingParams.__dataclass_fields__) & frozenset(
+    schemas.Request.__struct_fields__
+)
+
+
+TIMEOUT_HEADER = "X-Request-Timeout"
+"""Seconds that a request may take, for clients that cannot add a field to the body."""
+
+
+def json_reader(schema: type[R], *, optional: bool = False) -> Callable[[], Any]:
+    """An async function that reads the current request's body as ``schema``.
+
+    Args:
+        optional: no body at all is an empty object.
+    """
+    decoder = msgspec.json.Decoder(schema)
+
+    async def read() -> R:
+        body: bytes = await request.get_data(as_text=False)  # type: ignore[assignment]
+        if optional and not body:
+            return _decode(decoder, b"{}")
+        mimetype = request.mimetype
+        if mimetype and mimetype != "application/json" and not mimetype.endswith("+json"):
+            raise UnsupportedMediaType(f"the content type must be application/json, not {mimetype}")
+        return _decode(decoder, body)
+
+    return read
+
+
+def _decode(decoder: msgspec.json.Decoder[R], body: bytes) -> R:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise invalid_field(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidJSON(f"the body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise InvalidJSON("the body's JSON is nested too deeply") from None
+
+
+def query(schema: type[R]) -> R:
+    """The current request's query as ``schema``; parameters that it does not have are ignored."""
+    given = {name: request.args[name] for name in schema.__struct_fields__ if name in request.args}
+    try:
+        return msgspec.convert(given, schema, strict=False)
+    except msgspec.ValidationError as error:
+        raise invalid_field(error) from None
+
+
+def check_model(engine: Engine, model: str | None) -> None:
+    """Raise `ModelUnknown` unless ``model`` is the served one; leaving it out means that one."""
+    if model is not None and model != engine.model_name:
+        raise ModelUnknown(model, engine.model_name)
+
+
+def loaded(engine: Engine) -> tuple[ModelInfo, Tokenizer]:
+    """The model and its tokenizer.
+
+    Raises:
+        EngineNotReady: it is still loading.
+    """
+    if engine.info is None or engine.tokenizer is None:
+        raise EngineNotReady(str(engine.state))
+    return engine.info, engine.tokenizer
+
+
+def sampling_params(fields: schemas.Request, **others: Any) -> SamplingParams:
+    """What the request asks of the sampler; ``others`` win, and None means the default.
+
+    Raises:
+        InvalidParameter: names the field.
+    """
+    values = {name: getattr(fields, name) for name in _SAMPLING_FIELDS} | others
+    if values["timeout"] is None:
+        values["timeout"] = header_timeout()
+    params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    if fields.stream_options is not None and not fields.stream:
+        raise InvalidParameter("stream_options needs stream to be true", "stream_options")
+    return params
+
+
+def header_timeout() -> float | None:
+    """Seconds that the current request may take by its header.
+
+    Raises:
+        InvalidParameter: it is not a number of seconds.
+    """
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InvalidParameter(
+            f"{TIMEOUT_HEADER} must be a number of seconds, at least 0, got {text!r}", TIMEOUT_HEADER
+        )
+    return seconds
+
+
+def wants_usage(fields: schemas.Request) -> bool:
+    """Whether a stream shall end with the usage."""
+    return bool(fields.stream_options and fields.stream_options.include_usage)
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, name: str) -> None:
+    """Raise `InvalidParameter` for a token id that is not in the vocabulary."""
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidParameter(
+                f"{name}: token id {token_id} is not in the model's vocabulary of {vocab_size}", name
+            )
+
+
+def template_messages(messages: list[schemas.Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates know them.
+
+    ``developer`` is OpenAI's newer name of ``system``, which templates do not know. Text parts are
+    joined by newlines. Arguments of earlier tool calls become objects, which is what templates render.
+
+    Raises:
+        InvalidParameter: there are no messages, or a part is not text.
+    """
+    if not messages:
+        raise InvalidParameter("messages is empty; it must have at least one message", "messages")
+    return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _template_message(message: schemas.Message, place: str) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    if message.content is None and not (role == "assistant" and message.tool_calls):
+        raise InvalidParameter(f"{place}.content is missing", f"{place}.content")
+    turn: dict[str, Any] = {"role": role, "content": _text(message.content, place)}
+    for name in ("name", "tool_call_id"):
+        if getattr(message, name) is not None:
+            turn[name] = getattr(message, name)
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            _tool_call(call, f"{place}.tool_calls[{index}]") for index, call in enumerate(message.tool_calls)
+        ]
+    return turn
+
+
+def _text(content: str | list[schemas.ContentPart] | None, place: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    for index, part in enumerate(content):
+        where = f"{place}.content[{index}]"
+        if part.type != "text":
+            raise InvalidParameter(f"{where}: only text parts are supported, not {part.type!r}", where)
+        if part.text is None:
+            raise InvalidParameter(f"{where}.text is missing", f"{where}.text")
+    return "\n".join(part.text or "" for part in content)
+
+
+def _tool_call(call: schemas.ToolCall, place: str) -> dict[str, Any]:
+    where = f"{place}.function.arguments"
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}")
+    except (msgspec.DecodeError, RecursionError):
+        raise InvalidParameter(f"{where} is not JSON", where) from None
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": call.type, "function": function}
+
+
+_RESERVED_KWARGS = frozenset({"messages", "conversation", "tools", "add_generation_prompt", "self"})
+
+
+async def encode_conversation(
+    tokenizer: Tokenizer,
+    messages: list[schemas.Message],
+    tools: list[schemas.Tool] | None,
+    add_generation_prompt: bool | None,
+    kwargs: dict[str, Any] | None,
+) -> list[int]:
+    """The tokens of a conversation.
+
+    Raises:
+        InvalidParameter: messages, or template arguments, that the template cannot take.
+    """
+    reserved = _RESERVED_KWARGS.intersection(kwargs or {})
+    if reserved:
+        name = min(reserved)
+        raise InvalidParameter(
+            f"chat_template_kwargs: {name!r} is not for the template; use the request's own field",
+            "chat_template_kwargs",
+        )
+    return await tokenizer.encode_chat(
+        template_messages(messages),
+        add_generation_prompt=add_generation_prompt is not False,
+        tools=[_tool(tool) for tool in tools] if tools else None,
+        **(kwargs or {}),
+    )
+
+
+def _tool(tool: schemas.Tool) -> dict[str, Any]:
+    function = {
+        key: value for key, value in msgspec.structs.asdict(tool.function).items() if value is not None
+    }
+    return {"type": tool.type, "function": function}

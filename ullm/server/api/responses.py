@@ -1,0 +1,281 @@
+"""Answers as JSON, in OpenAI's shapes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from quart import Response
+
+from ullm.protocol.messages import ModelInfo
+
+
+class PromptTokensDetails(msgspec.Struct):
+    """How many prompt tokens the prefix cache had."""
+
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """Tokens of one request; a prompt counts once, whatever ``n`` is."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class PromptLogprob(msgspec.Struct):
+    """A candidate for one position of the prompt."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""Per prompt token: token id → log probability; the first has none."""
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """OpenAI's older format: one entry per token in each list."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, kw_only=True):
+    """One continuation of one prompt, or what is new in it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    """The answer of ``POST /v1/completions``."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    object: Literal["text_completion"] = "text_completion"
+
+
+class TopLogprob(msgspec.Struct):
+    """An alternative to a token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct):
+    """A token of the answer."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    """One entry per token of the answer."""
+
+    content: list[TokenLogprob]
+
+
+class ChatMessage(msgspec.Struct, kw_only=True):
+    """The assistant's turn."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+
+
+class ChatChoice(msgspec.Struct, kw_only=True):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    """The answer of ``POST /v1/chat/completions``."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What is new in the assistant's turn."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct, kw_only=True):
+    """What is new in one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class ChatCompletionChunk(msgspec.Struct, kw_only=True):
+    """One event of a streamed chat completion."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+class ModelCard(msgspec.Struct, kw_only=True):
+    """A model that is served."""
+
+    id: str
+    created: int
+    max_model_len: int | None
+    object: Literal["model"] = "model"
+    owned_by: str = "ullm"
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    """The answer of ``GET /v1/models``."""
+
+    data: list[ModelCard]
+    object: Literal["list"] = "list"
+
+
+class Tokenized(msgspec.Struct, kw_only=True):
+    """The answer of ``POST /tokenize``."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | None = None
+
+
+class Detokenized(msgspec.Struct):
+    """The answer of ``POST /detokenize``."""
+
+    prompt: str
+
+
+class Version(msgspec.Struct):
+    """The answer of ``GET /version``."""
+
+    version: str
+
+
+class Liveness(msgspec.Struct):
+    """The answer of ``/live`` and ``/ready``; ``/health`` has more."""
+
+    status: str
+    state: str
+
+
+class Sleeping(msgspec.Struct):
+    """The answer of ``GET /is_sleeping``; the level is that of the last sleep until the wake is complete."""
+
+    is_sleeping: bool
+    level: int | None
+
+
+class Inference(msgspec.Struct, kw_only=True):
+    """The answer of ``POST /inference``."""
+
+    text: str
+    finish_reason: str | None
+    num_prompt_tokens: int
+    num_generated_tokens: int
+
+
+class Backend(msgspec.Struct, kw_only=True):
+    """The answer of ``GET /backend``: what serves here, and on what.
+
+    Args:
+        info: of the loaded model; None while it loads.
+        versions: package → version; only of what is installed.
+    """
+
+    model: str
+    state: str
+    transport: str
+    replicas: int
+    tp_size: int
+    info: ModelInfo | None
+    versions: dict[str, str]
+
+
+class Stopping(msgspec.Struct):
+    """The answer of ``POST /admin/shutdown``: within so many seconds, the process is gone."""
+
+    state: str
+    timeout: float
+
+
+class Child(msgspec.Struct):
+    """A child of the supervision tree.
+
+    Args:
+        status: ``starting``, ``running``, ``restarting`` or ``stopped``.
+        kind: ``worker`` or ``supervisor``.
+        restarts: how many times it was started again.
+    """
+
+    name: str
+    status: str
+    kind: str
+    restart: str
+    restarts: int
+    children: list[Child]
+
+
+class Tree(msgspec.Struct):
+    """The answer of ``GET /admin/tree``."""
+
+    state: str
+    children: list[Child]
+
+
+class ErrorDetail(msgspec.Struct):
+    """What went wrong.
+
+    Args:
+        param: the request field at fault, if one is.
+    """
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """OpenAI's error body."""
+
+    error: ErrorDetail
+
+
+def json_response(answer: object, status: int = 200) -> Response:
+    """An answer as the body of a response."""
+    return Response(msgspec.json.encode(answer), status=status, content_type="application/json")

@@ -1,0 +1,183 @@
+"""Listening and serving: the socket before the model is loaded, Hypercorn as a supervised child."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import trio
+from hypercorn.config import Config
+
+from ullm.config import ServerConfig
+from ullm.errors import ConfigError, PortTaken
+from ullm.server.api.types import Engine
+from ullm.server.app import Shutdown, create_app
+from ullm.server.http.descriptors import connection_limit
+from ullm.server.http.listener import Listener
+from ullm.supervision.actor import current_lifetime
+
+BACKLOG = 2048
+KEEP_ALIVE = 75.0
+"""Seconds that an idle connection stays open; longer than the usual load balancer's 60."""
+FLUSH = 5.0
+"""Seconds for running handlers to finish when nobody has set a stop deadline."""
+CUT_RESERVE = 0.5
+"""Seconds before the stop deadline at which connections are cut, so that all is gone in time."""
+
+
+def bind(server_config: ServerConfig) -> socket.socket:
+    """Take the address and listen, so that a taken port is known before the model loads.
+
+    Connections wait in the backlog until `serve_http` runs.
+
+    Raises:
+        PortTaken: something else listens there.
+        ConfigError: the address is not this machine's.
+    """
+    host, port = server_config.host, server_config.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ConfigError(f"--host {host}: {error.strerror or error}") from None
+    sock = socket.socket(family, kind, protocol)
+    try:
+        claim(sock, address)
+    except OSError as error:
+        sock.close()
+        raise _bind_error(error, host, port) from None
+    return sock
+
+
+def claim(sock: socket.socket, address: tuple[Any, ...]) -> None:
+    """Bind a TCP socket, so that no other program can, and listen.
+
+    Raises:
+        OSError: the address is taken, or not this machine's.
+    """
+    if sys.platform == "win32":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+    else:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setblocking(False)
+    sock.bind(address)
+    sock.listen(BACKLOG)
+
+
+def _bind_error(error: OSError, host: str, port: int) -> Exception:
+    import errno
+
+    if error.errno in (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE)):
+        return PortTaken(host, port)
+    return ConfigError(f"cannot listen on --host {host} --port {port}: {error.strerror or error}")
+
+
+def urls(sockets: Sequence[socket.socket]) -> list[str]:
+    """Where the sockets can be reached; with ``--port 0`` this has the real port."""
+    found = []
+    for sock in sockets:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            found.append(f"unix:{sock.getsockname()}")
+            continue
+        host, port = sock.getsockname()[:2]
+        found.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    return found
+
+
+def hypercorn_config() -> Config:
+    """Hypercorn's settings for a connection: no access log; no time limits of its own."""
+    config = Config()
+    config.accesslog = None
+    config.errorlog = None
+    config.keep_alive_timeout = KEEP_ALIVE
+    config.keep_alive_max_requests = sys.maxsize
+    config.include_server_header = False
+    return config
+
+
+async def serve_http(
+    engine: Engine,
+    server_config: ServerConfig,
+    *,
+    sockets: Sequence[socket.socket],
+    shutdown: Shutdown | None = None,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve the whole API until cancelled; started with the URLs. A supervised child; see `serve_app`.
+
+    Args:
+        shutdown: see `ullm.server.app.create_app`.
+    """
+    app = create_app(engine, server_config, shutdown=shutdown)
+    await serve_app(app, server_config, sockets=sockets, task_status=task_status)
+
+
+async def serve_app(
+    app: Any,
+    server_config: ServerConfig,
+    *,
+    sockets: Sequence[socket.socket],
+    max_connections: int | None = None,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve an app until cancelled; started with the URLs.
+
+    When it is cancelled it stops accepting, gives the handlers that run until shortly before its stop
+    deadline to finish, and then cuts their connections. The engine is drained before that, while this
+    still serves, so what is left then is for clients that do not read.
+
+    Args:
+        max_connections: at a time; default: as many as the limit of descriptors allows.
+        sockets: from `bind`. A stop closes them; a failure does not, so that a supervisor can restart this.
+    """
+    limit = connection_limit() if max_connections is None else max_connections
+    listener = Listener(app, hypercorn_config(), server_config.stall_timeout, limit)
+    ended = trio.Event()
+    scope = trio.CancelScope(shield=True)
+
+    async def run(*, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            with scope:
+                await listener.serve(sockets, task_status=task_status)
+        finally:
+            ended.set()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run)
+        task_status.started(urls(sockets))
+        try:
+            await trio.sleep_forever()
+        finally:
+            if not ended.is_set():
+                await _finish(sockets, listener, ended)
+                scope.cancel()
+
+
+async def _finish(sockets: Sequence[socket.socket], listener: Listener, ended: trio.Event) -> None:
+    """Stop accepting, let the handlers finish, and cut what has not finished in time."""
+    for sock in sockets:
+        sock.close()  # the listener closes its duplicate; the port listens until both are
+    listener.stop()
+    with _until_shortly_before_the_stop_deadline():
+        await ended.wait()
+    listener.cut()
+
+
+@contextmanager
+def _until_shortly_before_the_stop_deadline() -> Iterator[None]:
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + FLUSH) as scope:
+        lifetime = current_lifetime()
+        if lifetime is None:
+            yield
+            return
+
+        def follow(deadline: float) -> None:
+            scope.deadline = min(scope.deadline, deadline - CUT_RESERVE)
+
+        with lifetime.followed_by(follow):
+            yield

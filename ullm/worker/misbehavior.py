@@ -1,0 +1,102 @@
+"""What a worker does when a fault plan tells it to, each thing as it happens for real.
+
+A process ends, hangs or is suspended as a whole. A thread can do none of that to itself alone, so the
+nearest thing to it is what it does; see docs/fault-injection.md.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from ullm.errors import FaultInjected, OutOfMemory
+from ullm.protocol.messages import Inject
+
+EXIT_STATUS = 3
+"""What ``exit`` exits with."""
+
+A_LONG_TIME = 1e9
+"""Seconds; stands for ever."""
+
+Misbehave = Callable[[Inject, bool], None]
+"""Carries out a message; the second argument says whether the model is loaded."""
+
+
+class Crashed(BaseException):
+    """Raised in a worker that cannot kill itself: it ends at once, and says nothing more.
+
+    Args:
+        cause: as a transport would describe the end of a process.
+    """
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+def as_process(inject: Inject, loaded: bool) -> None:
+    """In a worker that has a process of its own."""
+    match inject.action:
+        case "crash":
+            kill_this_process()
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "exit":
+            os.write(2, b"injected fault: exit\n")
+            os._exit(EXIT_STATUS)
+        case "hang":
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in a kernel that never returns
+            time.sleep(inject.seconds or A_LONG_TIME)
+        case _:
+            anywhere(inject, loaded)
+
+
+def as_thread(inject: Inject, loaded: bool) -> None:
+    """In a worker that is a thread of somebody else's process."""
+    match inject.action:
+        case "crash" | "exit":
+            raise Crashed(ending(inject.action))
+        case "hang":
+            time.sleep(inject.seconds or A_LONG_TIME)
+        case _:
+            anywhere(inject, loaded)
+
+
+def anywhere(inject: Inject, loaded: bool) -> None:
+    """What is the same in all workers.
+
+    Raises:
+        FaultInjected: for ``raise``, and for actions that this worker cannot do to itself.
+        OutOfMemory: for ``oom`` before the model is loaded, as loading would.
+        MemoryError: for ``oom`` later on; with torch its own error.
+    """
+    match inject.action:
+        case "slow":
+            time.sleep(inject.seconds)
+        case "oom" if not loaded:
+            raise OutOfMemory("injected fault: out of memory while loading")
+        case "oom":
+            torch = sys.modules.get("torch")
+            raise getattr(torch, "OutOfMemoryError", MemoryError)("injected fault: out of memory")
+        case _:
+            raise FaultInjected(inject.action)
+
+
+def ending(action: str) -> str:
+    """How the end of a worker reads where it is only played."""
+    return "was killed by SIGKILL" if action == "crash" else f"exited with status {EXIT_STATUS}"
+
+
+def kill_this_process() -> NoReturn:
+    """As SIGKILL does, or TerminateProcess: nothing is flushed, no handler runs."""
+    if sys.platform == "win32":
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("nothing survives that")
