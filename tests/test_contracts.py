@@ -8,6 +8,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,37 +18,65 @@ from ullm.config import EngineConfig, ServerConfig
 
 PACKAGE = Path(ullm.__file__).parent
 
-LAYERS: dict[str, set[str]] = {
-    "errors": set(),
-    "config": {"errors"},
-    "sampling": {"errors"},
-    "logs": set(),
-    "machine": set(),
-    "messages": {"errors", "config", "sampling"},
-    "faults": {"errors", "logs", "messages"},
-    "core": {"errors", "config", "sampling", "messages"},
-    "hub": {"errors", "config", "logs"},
-    "model": {"errors", "config", "sampling", "logs", "machine", "messages", "core", "hub"},
-    "actors": {"errors", "config", "sampling", "logs", "machine", "messages", "core", "hub", "faults"},
-    "bridge": {"errors", "logs"},
-    "supervision": {"errors", "logs", "actors.base"},
-    "health": set(),
-    "replica": {
-        "errors",
-        "config",
-        "sampling",
-        "logs",
-        "messages",
-        "core",
-        "actors",
-        "faults",
-        "supervision",
-        "health",
-    },
-    "output": {"messages", "core"},
-    "generation": {"errors", "config", "sampling", "logs", "messages", "core", "actors", "output"},
+_BASE = frozenset({"errors", "logs", "config", "sampling", "machine", "protocol"})
+_ENGINE = _BASE | {"scheduling", "tokenization", "supervision", "faults", "hub", "worker", "actors"}
+
+LAYERS: dict[str, frozenset[str]] = {
+    # plain modules
+    "errors": frozenset(),
+    "logs": frozenset(),
+    "machine": frozenset(),
+    "config": frozenset({"errors"}),
+    "sampling": frozenset({"errors"}),
+    # what engine and worker share
+    "protocol": frozenset({"errors", "config", "sampling"}),
+    "scheduling": frozenset({"config", "sampling", "protocol"}),
+    "tokenization": frozenset({"errors"}),
+    "hub": frozenset({"errors", "config", "logs"}),
+    "faults": frozenset({"errors", "logs", "protocol"}),
+    "supervision": frozenset(),
+    # the worker
+    "worker": frozenset({"errors", "logs", "machine", "protocol"}),
+    "model": _BASE | {"scheduling", "hub"},
+    "model.memory": frozenset({"errors", "config", "logs", "machine"}),
+    "model.sampling": frozenset({"sampling", "protocol", "model.memory"}),
+    "model.attention": frozenset({"errors", "model.memory", "model.sampling"}),
+    "model.layers": frozenset({"errors", "protocol", "model.sampling", "model.attention"}),
+    "model.loading": frozenset({"errors", "config", "logs", "hub", "model.layers"}),
+    "model.kernels": frozenset(
+        {"logs", "hub", "model.memory", "model.sampling", "model.attention", "model.layers"}
+    ),
+    "model.architectures": frozenset(
+        {"errors", "config", "machine", "model.memory", "model.sampling", "model.attention"}
+        | {"model.layers", "model.loading", "model.kernels"}
+    ),
+    "model.execution": _BASE | {"scheduling", "model"},
+    # the engine
+    "actors": _ENGINE - {"actors"},
+    "engine": _ENGINE,
+    # its surfaces
+    "hosting.bridge": frozenset({"errors"}),
+    "llm": frozenset({"errors", "config", "sampling", "supervision", "engine", "hosting.bridge"}),
+    "server.api": _BASE | {"tokenization", "supervision", "engine"},
+    "server.http": frozenset({"errors", "logs", "server.api"}),
+    "server.routes": _BASE | {"supervision", "engine", "server.api", "server.http", "server"},
+    "server": _BASE | {"supervision", "engine"},
+    "hosting": _BASE | {"supervision", "engine", "server"},
+    "app": frozenset({"hosting"}),
+    "client": frozenset({"errors"}),
+    "bench": frozenset({"errors", "config", "sampling", "engine", "client"}),
+    "testing": _ENGINE | {"engine", "client"},
+    "chaos": frozenset({"errors", "client", "bench", "testing"}),
+    "cli": _BASE | {"supervision", "hub", "engine", "server", "client", "bench", "testing", "chaos"},
+    "entrypoints": frozenset({"cli"}),
+    "__main__": frozenset({"cli"}),
+    "": frozenset({"config", "sampling", "engine", "llm"}),
 }
-"""What each layer may import of ullm; layers that are not listed are on top and may import all of it."""
+"""What each folder and top-level module may import of ullm, besides itself; "" is ``ullm/__init__.py``.
+
+A folder that names another one may import its subfolders, too; a subfolder has a line of its own where it
+is held to less than its parent.
+"""
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -56,8 +85,8 @@ def modules() -> Iterator[tuple[str, Path]]:
         yield name, path
 
 
-def imports(path: Path) -> Iterator[tuple[str, ast.stmt]]:
-    """Modules that a file imports when it runs, also within functions; not for type checking only."""
+def imports(path: Path, *, typing_only_too: bool = False) -> Iterator[tuple[str, ast.stmt]]:
+    """Modules that a file imports when it runs, also within functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         inner
@@ -66,7 +95,7 @@ def imports(path: Path) -> Iterator[tuple[str, ast.stmt]]:
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if node in typing_only:
+        if node in typing_only and not typing_only_too:
             continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
@@ -75,20 +104,53 @@ def imports(path: Path) -> Iterator[tuple[str, ast.stmt]]:
                 yield f"{node.module}.{alias.name}", node
 
 
+def layer_of(name: str) -> str:
+    """The line of LAYERS that a module is held to: the most special one."""
+    parts = name.split(".")
+    return next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in LAYERS), "")
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_import_only_what_is_below(layer: str) -> None:
     found = []
     for name, path in modules():
-        if name.split(".")[0] != layer:
+        if layer_of(name) != layer:
             continue
         for imported, node in imports(path):
             if not imported.startswith("ullm."):
                 continue
             target = imported.removeprefix("ullm.")
-            allowed = LAYERS[layer] | {layer}
+            allowed = LAYERS[layer] | ({layer} if layer else {"__version__"})
             if not any(target == each or target.startswith(f"{each}.") for each in allowed):
-                found.append(f"{path.name}:{node.lineno} imports {imported}")
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno} imports {imported}")
     assert found == []
+
+
+def test_every_folder_has_a_layer() -> None:
+    folders = {path.parent.relative_to(PACKAGE).parts for _, path in modules()} - {()}
+    tops = {(path.stem,) for path in PACKAGE.glob("*.py")} - {("__init__",)}
+    assert {parts[0] for parts in folders | tops} == {layer.split(".")[0] for layer in LAYERS if layer}
+    assert len(list(PACKAGE.glob("*.py"))) <= 10
+
+
+def test_layers_are_in_order() -> None:
+    """Each layer names only layers above it in the table, so that there is no circle between folders."""
+    seen: set[str] = set()
+    for layer, allowed in LAYERS.items():
+        below = {each for each in allowed if not layer.startswith(f"{each}.") and not each.startswith(layer)}
+        assert below <= seen | {layer}, (layer, below - seen)
+        seen |= {layer, layer.split(".")[0]}
+
+
+def test_there_is_no_circle_of_imports() -> None:
+    """Between files, imports within functions and for type checking counted: a reader follows them, too."""
+    paths = {f"ullm.{name}".rstrip("."): path for name, path in modules()}
+    graph: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        named = {imported for imported, _ in imports(path, typing_only_too=True)}
+        targets = {imported if imported in paths else imported.rpartition(".")[0] for imported in named}
+        graph[name] = (targets & paths.keys()) - {name}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_only_the_model_imports_torch() -> None:
@@ -96,7 +158,7 @@ def test_only_the_model_imports_torch() -> None:
     found = [
         f"{name}:{node.lineno} {imported}"
         for name, path in modules()
-        if name.split(".")[0] not in ("model", "testing") and not name.startswith("bench.scripts.")
+        if name.split(".")[0] not in ("model", "testing")
         for imported, node in imports(path)
         if imported.startswith(tuple(f"{each}." for each in heavy)) or imported in heavy
     ]
@@ -107,7 +169,7 @@ def test_the_core_imports_neither_trio_nor_threads() -> None:
     found = [
         f"{name}:{node.lineno} {imported}"
         for name, path in modules()
-        if name.split(".")[0] in ("core", "errors", "config", "sampling", "messages")
+        if name.split(".")[0] in ("scheduling", "tokenization", "protocol", "errors", "config", "sampling")
         for imported, node in imports(path)
         if imported.split(".")[0] in ("trio", "asyncio", "threading", "socket", "subprocess")
     ]

@@ -15,7 +15,7 @@ from test_sleep import KINDS, quiet, write_native
 from ullm.model.execution import sleep
 from ullm.model.execution.rank import Rank, open_rank, trial_run
 from ullm.model.execution.sleep import SleepingRank
-from ullm.model.memory.device_memory import host_copy
+from ullm.model.memory import host_copy
 from ullm.model.memory.host_copy import HostCopy
 from ullm.protocol.messages import RankSpec, Start
 

@@ -9,7 +9,7 @@ from ullm import machine
 from ullm.config import GIB, CacheConfig
 from ullm.errors import OutOfMemory
 from ullm.machine import available_memory
-from ullm.model.memory.device_memory import kv_pool
+from ullm.model.memory import kv_pool
 from ullm.model.memory.kv_pool import KvShape, count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ullm.model.memory.device_memory import Meter, held, kv_pool
-from ullm.model.memory.device_memory import device_memory as memory
+from ullm.model.memory import device_memory as memory
+from ullm.model.memory import kv_pool
+from ullm.model.memory.device_memory import Meter, held
 
 CPU = torch.device("cpu")
 MIB = 1 << 20

@@ -20,7 +20,7 @@ from ullm.model.execution import sleep
 from ullm.model.execution.rank import Rank, furnish
 from ullm.model.execution.runner import ModelRunner
 from ullm.model.kernels.cpu.kernels import Kernels
-from ullm.model.memory.device_memory import kv_pool
+from ullm.model.memory import kv_pool
 from ullm.protocol.messages import NewSequence, Progress, Row, Sampled, Step
 
 PROMPT = [3 + (7 * i) % 37 for i in range(13)]

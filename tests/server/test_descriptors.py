@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import trio
 
+from ullm.server.http import listener as listening
 from ullm.server.http.descriptors import ENOUGH, RESERVE, connection_limit, raise_limit
 from ullm.server.http.listener import Listener
 from ullm.server.serve import hypercorn_config
-from ullm.server.serve import listener as listening
 
 pytestmark = pytest.mark.process
 

@@ -1,1 +1,5 @@
-"""Long-lived things that talk in messages: mailboxes, workers, and the actors of the engine."""
+"""The engine's actors: router, scheduler, tokenizer, worker group and standby pool.
+
+They carry out what `ullm.scheduling` decides and talk to workers in `ullm.protocol` through a transport.
+Imports supervision, scheduling, tokenization, protocol, faults, hub, worker and what is below them.
+"""

@@ -1,1 +1,4 @@
-"""The commands of ``ullm``, one module each, imported when the command runs."""
+"""The command line: one module per command, imported when the command runs.
+
+The top layer: may import everything but entrypoints.
+"""

@@ -1,1 +1,4 @@
-"""Decisions on plain values: no I/O, no clocks, neither trio nor torch."""
+"""The pure scheduling decisions: sequences, the block pool, batching, speculation and drafting.
+
+No I/O, no clock, neither trio nor torch. Imports config, sampling and protocol.
+"""

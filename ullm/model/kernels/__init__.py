@@ -1,1 +1,4 @@
-"""TODO."""
+"""Kernels of ullm's own: C++ for CPUs (`cpu`), Triton for CUDA (`cuda`), each behind a PyTorch interface.
+
+Imports layers, attention, sampling and memory.
+"""

@@ -1,1 +1,4 @@
-"""TODO."""
+"""Reading checkpoints: configuration, safetensors, GGUF, and weights packed for the kernels.
+
+Imports layers and the hub's cache.
+"""

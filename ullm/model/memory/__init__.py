@@ -1,1 +1,4 @@
-"""TODO."""
+"""A rank's memory: the KV pool, the device's memory, and transfers between host and device.
+
+The lowest folder of the model: imports config, errors, logs and machine.
+"""

@@ -1,1 +1,4 @@
-"""TODO."""
+"""The handlers of every route, one module per surface.
+
+Imports http, api and the engine.
+"""
