@@ -22,8 +22,8 @@ class PoisonedRunner(ScriptedRunner):
 
     def submit(self, step: Step) -> ScriptedStep:
         """As the script has it, or not at all."""
-        prompts = {new.seq_id: new.token_ids[: new.num_prompt_tokens] for new in step.new}
+        prompts = {new.seq_id: new.token_ids[: new.num_prompt_tokens] for new in step.new_sequences}
         self._poisoned.update(seq_id for seq_id, prompt in prompts.items() if POISON in prompt)
-        if any(row.seq_id in self._poisoned and row.sample for row in step.rows):
+        if any(row.seq_id in self._poisoned and row.sample for row in step.scheduled):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().submit(step)

@@ -25,8 +25,8 @@ from ullm.protocol.messages import (
     NewSequence,
     RankSpec,
     Ready,
-    Row,
     Sampled,
+    ScheduledSequence,
     Sleep,
     Start,
     Step,
@@ -72,7 +72,7 @@ class Worker:
         return answer
 
     async def step(
-        self, rows: Sequence[Row], new: Sequence[NewSequence] = (), forget: Sequence[int] = ()
+        self, rows: Sequence[ScheduledSequence], new: Sequence[NewSequence] = (), forget: Sequence[int] = ()
     ) -> list[Sampled]:
         """What one step samples."""
         step = Step(next(self._steps), list(rows), list(new), list(forget))
@@ -87,9 +87,11 @@ class Worker:
             tokens = [100 + (7 * j * (i + 3)) % 40000 for j in range(PROMPT_TOKENS)]
             table = list(range(i * blocks, (i + 1) * blocks))
             new = NewSequence(i, tokens, PROMPT_TOKENS, PARAMS, table)
-            said += await self.step([Row(i, 0, PROMPT_TOKENS, True)], [new])
+            said += await self.step([ScheduledSequence(i, 0, PROMPT_TOKENS, True)], [new])
         for k in range(NEW_TOKENS):
-            said += await self.step([Row(i, PROMPT_TOKENS + k, 1, True) for i in range(SEQUENCES)])
+            said += await self.step(
+                [ScheduledSequence(i, PROMPT_TOKENS + k, 1, True) for i in range(SEQUENCES)]
+            )
         await self.step([], forget=list(range(SEQUENCES)))
         return said
 

@@ -346,7 +346,7 @@ async def test_one_poisoned_request_fails_alone(
     clock: MockClock, opened: Open, script: ScriptedSettings
 ) -> None:
     def poisonous(message: ToWorker) -> bool:
-        return isinstance(message, Step) and any(new.token_ids[:1] == [444] for new in message.new)
+        return isinstance(message, Step) and any(new.token_ids[:1] == [444] for new in message.new_sequences)
 
     async with opened(FakeBehaviour(step_seconds=STEP, die_on=poisonous)) as (engine, _):
         errors: list[BaseException] = []
@@ -371,7 +371,7 @@ async def test_beyond_the_restart_limit_the_engine_is_dead_with_one_cause(
     clock: MockClock, opened: Open
 ) -> None:
     always = FakeBehaviour(
-        step_seconds=STEP, die_on=lambda message: isinstance(message, Step) and bool(message.rows)
+        step_seconds=STEP, die_on=lambda message: isinstance(message, Step) and bool(message.scheduled)
     )
     with pytest.raises(EngineDead, match="SIGKILL"):  # noqa: PT012  # on leaving
         async with opened(always, max_restarts=1) as (engine, _):

@@ -31,7 +31,7 @@ from ullm.model.execution.runner import ModelRunner
 from ullm.model.kernels.cuda.choice import SplitDecode, trial
 from ullm.model.kernels.cuda.ops import FusedOps
 from ullm.model.memory.kv_pool import KvShape
-from ullm.protocol.messages import NewSequence, RankSpec, Row, Start, Step
+from ullm.protocol.messages import NewSequence, RankSpec, ScheduledSequence, Start, Step
 from ullm.sampling import SamplingParams
 
 pytestmark = [
@@ -167,8 +167,8 @@ def arriving(number: int, params: list[SamplingParams]) -> Step:
             prompt = random_tokens(6, seed=i)
             new.append(NewSequence(i, prompt, len(prompt), each, [2 * i, 2 * i + 1]))
         count = (4, 2)[number - i] if number - i < 2 else 1
-        rows.append(Row(i, start, count, number > i))
-    return Step(number, rows, new, forget=list(range(len(params))) if number == 0 else [])
+        rows.append(ScheduledSequence(i, start, count, number > i))
+    return Step(number, rows, new, released=list(range(len(params))) if number == 0 else [])
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
@@ -198,11 +198,21 @@ def test_the_kernel_is_what_its_stand_in_is(name: str, tmp_path: Path) -> None:
     new = [
         NewSequence(i, random_tokens(200 + i, seed=i), 200 + i, GREEDY, [2 * i, 2 * i + 1]) for i in range(3)
     ]
-    runner.submit(Step(0, [Row(0, 0, 200, True), Row(1, 0, 200, False)], new[:2])).result()
     runner.submit(
-        Step(1, [Row(0, 200, 1, True), Row(1, 200, 1, True), Row(2, 0, 150, False)], new[2:])
+        Step(0, [ScheduledSequence(0, 0, 200, True), ScheduledSequence(1, 0, 200, False)], new[:2])
     ).result()
-    runner.submit(Step(2, [Row(0, 201, 1, True), Row(1, 201, 1, True)])).result()
+    runner.submit(
+        Step(
+            1,
+            [
+                ScheduledSequence(0, 200, 1, True),
+                ScheduledSequence(1, 200, 1, True),
+                ScheduledSequence(2, 0, 150, False),
+            ],
+            new[2:],
+        )
+    ).result()
+    runner.submit(Step(2, [ScheduledSequence(0, 201, 1, True), ScheduledSequence(1, 201, 1, True)])).result()
     assert {call[1] for call in fake.calls} == {1, 150, 200}
     for found, expected in pairs:
         torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
@@ -292,12 +302,12 @@ def decode(runner: ModelRunner, prompts: list[list[int]], steps: int = 12) -> li
     new = [
         NewSequence(i, prompt, len(prompt), GREEDY, [2 * i, 2 * i + 1]) for i, prompt in enumerate(prompts)
     ]
-    rows = [Row(i, 0, len(prompt), True) for i, prompt in enumerate(prompts)]
-    pending = [runner.submit(Step(0, rows, new, forget=list(range(8))))]
+    rows = [ScheduledSequence(i, 0, len(prompt), True) for i, prompt in enumerate(prompts)]
+    pending = [runner.submit(Step(0, rows, new, released=list(range(8))))]
     found: list[list[int]] = [[] for _ in prompts]
     for step in range(1, steps + 1):
         if step < steps:
-            rows = [Row(i, len(prompt) + step - 1, 1, True) for i, prompt in enumerate(prompts)]
+            rows = [ScheduledSequence(i, len(prompt) + step - 1, 1, True) for i, prompt in enumerate(prompts)]
             pending.append(runner.submit(Step(step, rows)))
         for sampled in pending.pop(0).result().sampled:
             found[sampled.seq_id] += sampled.token_ids

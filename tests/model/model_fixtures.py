@@ -17,7 +17,7 @@ from ullm.model.execution.runner import ModelRunner
 from ullm.model.execution.sequences import SequenceTable
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.loading.checkpoint import read_checkpoint
-from ullm.protocol.messages import NewSequence, RankSpec, Row, Start, Step
+from ullm.protocol.messages import NewSequence, RankSpec, ScheduledSequence, Start, Step
 from ullm.sampling import SamplingParams
 
 VOCAB = 120
@@ -130,7 +130,9 @@ class LogitsModel:
     @torch.inference_mode()
     def step(self, *rows: tuple[int, int, int]) -> dict[int, Tensor]:
         """Rows ``(seq_id, start, count)`` → logits ``[count, vocab]`` of each."""
-        plan = self.table.plan(Step(0, [Row(seq_id, start, count, False) for seq_id, start, count in rows]))
+        plan = self.table.plan(
+            Step(0, [ScheduledSequence(seq_id, start, count, False) for seq_id, start, count in rows])
+        )
         batch = self.backend.prepare(plan.layout)
         logits = self.model.logits(self.model.forward(batch.token_ids, batch))
         return {
@@ -151,11 +153,11 @@ def generate(runner: ModelRunner, tokens: list[int], count: int, *, chunk: int =
     blocks = list(range(-(-(len(tokens) + count) // 4)))
     new, found = [NewSequence(0, tokens, len(tokens), GREEDY, blocks)], []
     for start in range(0, len(tokens), chunk):
-        rows = [Row(0, start, min(chunk, len(tokens) - start), start + chunk >= len(tokens))]
+        rows = [ScheduledSequence(0, start, min(chunk, len(tokens) - start), start + chunk >= len(tokens))]
         result = runner.submit(Step(start, rows, new)).result()
         new = []
     found += result.sampled[0].token_ids
     for i in range(count - 1):
-        result = runner.submit(Step(i, [Row(0, len(tokens) + i, 1, True)])).result()
+        result = runner.submit(Step(i, [ScheduledSequence(0, len(tokens) + i, 1, True)])).result()
         found += result.sampled[0].token_ids
     return found

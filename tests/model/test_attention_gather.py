@@ -15,7 +15,7 @@ from torch import Tensor
 from ullm.model.attention.gather import GatherAttention, length_groups
 from ullm.model.execution.sequences import SequenceTable
 from ullm.model.memory.kv_pool import KvShape
-from ullm.protocol.messages import NewSequence, Row, Step
+from ullm.protocol.messages import NewSequence, ScheduledSequence, Step
 from ullm.sampling import SamplingParams
 
 SHAPE = KvShape(num_layers=2, num_kv_heads=2, head_dim=8, num_query_heads=6)
@@ -53,7 +53,7 @@ def test_random_steps(window: int | None, softcap: float | None, seed: int) -> N
     done = [0] * len(lengths)
     while any(d < n for d, n in zip(done, lengths, strict=True)):
         rows = [
-            Row(i, done[i], min(rng.choice((1, 1, 7)), n - done[i]), False)
+            ScheduledSequence(i, done[i], min(rng.choice((1, 1, 7)), n - done[i]), False)
             for i, n in enumerate(lengths)
             if done[i] < n
         ]

@@ -20,7 +20,7 @@ from ullm.model.kernels.cpu import build
 from ullm.model.kernels.cpu.kernels import NAMES, Kernels, load_kernels
 from ullm.model.kernels.cpu.ops import KernelAttention, tiles
 from ullm.model.sampling.choose import choose_tokens
-from ullm.protocol.messages import NewSequence, Row, Step
+from ullm.protocol.messages import NewSequence, ScheduledSequence, Step
 from ullm.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
@@ -150,7 +150,7 @@ def outputs(
         for i, known in enumerate(tokens):
             count = min(chunk, len(known) - computed[i])
             if len(known) < len(prompts[i]) + 12:
-                rows.append(Row(i, computed[i], count, computed[i] + count == len(known)))
+                rows.append(ScheduledSequence(i, computed[i], count, computed[i] + count == len(known)))
                 computed[i] += count
         if not rows:
             break

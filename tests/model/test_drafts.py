@@ -10,7 +10,7 @@ import pytest
 from model_fixtures import GREEDY, SHAPE, config, generate, load_runner, random_tokens, save_tiny
 
 from ullm.model.execution.runner import ModelRunner
-from ullm.protocol.messages import NewSequence, Row, Step, StepResult
+from ullm.protocol.messages import NewSequence, ScheduledSequence, Step, StepResult
 from ullm.sampling import SamplingParams
 from ullm.scheduling.block_pool import BlockPool
 from ullm.scheduling.scheduler import Scheduler
@@ -60,7 +60,7 @@ def run(
                 assert [entry.token_id for entry in event.logprobs] == event.token_ids
         steps += 1
         pool.check_integrity()
-    runner.submit(Step(0, [], forget=list(range(len(asked)))))
+    runner.submit(Step(0, [], released=list(range(len(asked)))))
     return found, scheduler.statistics(), steps
 
 
@@ -122,11 +122,11 @@ BLOCKS = list(range(12))
 
 def begin(runner: ModelRunner, params: SamplingParams = GREEDY) -> StepResult:
     new = [NewSequence(0, PROMPT, len(PROMPT), params, BLOCKS)]
-    return runner.submit(Step(0, [Row(0, 0, 10, True)], new, forget=[0])).result()
+    return runner.submit(Step(0, [ScheduledSequence(0, 0, 10, True)], new, released=[0])).result()
 
 
 def drafted(runner: ModelRunner, start: int, draft: list[int]) -> list[int]:
-    row = Row(0, start, 1 + len(draft), True, [], draft)
+    row = ScheduledSequence(0, start, 1 + len(draft), True, [], draft)
     (sampled,) = runner.submit(Step(1, [row])).result().sampled
     return sampled.token_ids
 
@@ -147,18 +147,18 @@ def test_right_guesses_are_returned_with_one_token_more(llama: tuple[Path, Any])
 @pytest.mark.parametrize(
     ("row", "params", "message"),
     [
-        (Row(0, 10, 3, True, [], [5]), GREEDY, "it has 11"),
-        (Row(0, 9, 3, True, [], [5]), GREEDY, "a draft of 1 in a row of 3"),
-        (Row(0, 10, 2, False, [], [5]), GREEDY, "a draft of 1 in a row of 2"),
-        (Row(0, 10, 1, True, [], [5]), GREEDY, "row of 1 from 10"),
-        (Row(0, 9, 2, True, [], [5]), GREEDY, "sampling after token 10 of 11"),
-        (Row(0, 10, 40, True, [], [5] * 39), GREEDY, "needs room for 50 tokens"),
-        (Row(0, 10, 2, True, [], [5]), replace(GREEDY, logprobs=0), "without drafts"),
-        (Row(0, 10, 2, True, [], [5]), replace(GREEDY, presence_penalty=1), "without drafts"),
+        (ScheduledSequence(0, 10, 3, True, [], [5]), GREEDY, "it has 11"),
+        (ScheduledSequence(0, 9, 3, True, [], [5]), GREEDY, "a draft of 1 in a row of 3"),
+        (ScheduledSequence(0, 10, 2, False, [], [5]), GREEDY, "a draft of 1 in a row of 2"),
+        (ScheduledSequence(0, 10, 1, True, [], [5]), GREEDY, "row of 1 from 10"),
+        (ScheduledSequence(0, 9, 2, True, [], [5]), GREEDY, "sampling after token 10 of 11"),
+        (ScheduledSequence(0, 10, 40, True, [], [5] * 39), GREEDY, "needs room for 50 tokens"),
+        (ScheduledSequence(0, 10, 2, True, [], [5]), replace(GREEDY, logprobs=0), "without drafts"),
+        (ScheduledSequence(0, 10, 2, True, [], [5]), replace(GREEDY, presence_penalty=1), "without drafts"),
     ],
 )
 def test_a_draft_that_cannot_be_verified_is_refused(
-    llama: tuple[Path, Any], row: Row, params: SamplingParams, message: str
+    llama: tuple[Path, Any], row: ScheduledSequence, params: SamplingParams, message: str
 ) -> None:
     runner = load_runner(llama[0])
     begin(runner, params)

@@ -17,7 +17,7 @@ from ullm.model.execution.runner import ModelRunner
 from ullm.model.execution.sequences import SequenceTable
 from ullm.model.memory.kv_pool import KvShape
 from ullm.model.memory.upload import move, upload
-from ullm.protocol.messages import NewSequence, Row, Step
+from ullm.protocol.messages import NewSequence, ScheduledSequence, Step
 from ullm.sampling import SamplingParams
 
 SHAPE = KvShape(num_layers=1, num_kv_heads=2, head_dim=8, num_query_heads=4)
@@ -41,7 +41,7 @@ def test_padding_rows_live_in_the_padding_block() -> None:
     table = SequenceTable(4)
     table.add(NewSequence(0, list(range(20, 26)), 6, SamplingParams(), [2, 1]))
     table.add(NewSequence(1, [9], 1, SamplingParams(), [0]))
-    plan = table.plan(Step(0, [Row(1, 0, 1, False), Row(0, 5, 1, False)]))
+    plan = table.plan(Step(0, [ScheduledSequence(1, 0, 1, False), ScheduledSequence(0, 5, 1, False)]))
     header, tables = np.zeros((HEADER, 4), np.int32), np.zeros((4, 2), np.int32)
     pad(header, tables, padding_block=3, block_size=4)
     fill(header, tables, plan.layout, ([1], [7]), slots=10)
@@ -88,7 +88,7 @@ def step_by_step(runner: ModelRunner, prompts: list[list[int]], steps: int) -> l
             if not done[i]:
                 new.append(NewSequence(i, prompt, len(prompt), GREEDY, list(range(8 * i, 8 * i + 8))))
             count = min(4, len(prompt) - done[i]) if done[i] < len(prompt) else 1
-            rows.append(Row(i, done[i], count, done[i] + count >= len(prompt)))
+            rows.append(ScheduledSequence(i, done[i], count, done[i] + count >= len(prompt)))
             done[i] += count
         for sampled in runner.submit(Step(number, rows, new)).result().sampled:
             found[sampled.seq_id] += sampled.token_ids
@@ -110,11 +110,15 @@ def test_mixed_steps_attend_for_decodes_apart(tmp_path: Path) -> None:
     save_tiny(tmp_path, "qwen3")
     cuda = FakeCuda(tmp_path, graphs=False)
     runner = cuda.runner
-    runner.submit(Step(0, [Row(0, 0, 3, True)], [NewSequence(0, [5, 6, 7], 3, GREEDY, [0, 1])])).result()
+    runner.submit(
+        Step(0, [ScheduledSequence(0, 0, 3, True)], [NewSequence(0, [5, 6, 7], 3, GREEDY, [0, 1])])
+    ).result()
     assert set(cuda.kernel.calls) == {(1, 3, 3, CAUSAL)}
     cuda.kernel.calls.clear()
     new = [NewSequence(1, list(range(9, 15)), 6, GREEDY, [2, 3])]
-    runner.submit(Step(1, [Row(1, 0, 5, False), Row(0, 3, 1, True)], new)).result()
+    runner.submit(
+        Step(1, [ScheduledSequence(1, 0, 5, False), ScheduledSequence(0, 3, 1, True)], new)
+    ).result()
     assert cuda.kernel.calls == [(1, 1, 4, FULL), (1, 5, 5, CAUSAL)] * 3
 
 
@@ -128,11 +132,11 @@ def test_the_graph_fits_the_batch_and_its_longest_sequence(tmp_path: Path) -> No
     assert sorted(cuda.graphs) == [(1, 256), (2, 256), (4, 256), (8, 256)]  # the model's own limit
     prompts = [random_tokens(4, seed=i) for i in range(3)]
     new = [NewSequence(i, p, 4, GREEDY, [2 * i, 2 * i + 1]) for i, p in enumerate(prompts)]
-    cuda.runner.submit(Step(0, [Row(i, 0, 4, True) for i in range(3)], new)).result()
+    cuda.runner.submit(Step(0, [ScheduledSequence(i, 0, 4, True) for i in range(3)], new)).result()
     assert not cuda.replays
-    cuda.runner.submit(Step(1, [Row(i, 4, 1, True) for i in range(3)])).result()
+    cuda.runner.submit(Step(1, [ScheduledSequence(i, 4, 1, True) for i in range(3)])).result()
     assert cuda.replays == {(4, 256): 1}
-    cuda.runner.submit(Step(2, [Row(2, 5, 1, True)])).result()
+    cuda.runner.submit(Step(2, [ScheduledSequence(2, 5, 1, True)])).result()
     assert cuda.replays == {(4, 256): 1, (1, 256): 1}
 
 
@@ -143,9 +147,14 @@ def test_a_longer_reach_is_taken_when_it_is_needed(tmp_path: Path, monkeypatch: 
     cuda = FakeCuda(tmp_path, graphs=True, num_blocks=16)
     assert [reach for size, reach in cuda.graphs if size == 1] == [8, 32, 64]
     new = [NewSequence(0, prompt, 5, GREEDY, list(range(16)))]
-    found = cuda.runner.submit(Step(0, [Row(0, 0, 5, True)], new)).result().sampled[0].token_ids
+    found = cuda.runner.submit(Step(0, [ScheduledSequence(0, 0, 5, True)], new)).result().sampled[0].token_ids
     for start in range(5, 40):
-        found += cuda.runner.submit(Step(start, [Row(0, start, 1, True)])).result().sampled[0].token_ids
+        found += (
+            cuda.runner.submit(Step(start, [ScheduledSequence(0, start, 1, True)]))
+            .result()
+            .sampled[0]
+            .token_ids
+        )
     assert found == reference_greedy(reference, prompt, 36)
     assert cuda.replays == {(1, 8): 3, (1, 32): 24, (1, 64): 8}
 
@@ -155,9 +164,11 @@ def test_a_step_ahead_takes_tokens_that_the_host_has_not_seen(tmp_path: Path) ->
     reference, prompts = save_tiny(tmp_path, "llama"), [random_tokens(4, seed=i) for i in range(2)]
     cuda = FakeCuda(tmp_path, graphs=True)
     new = [NewSequence(0, prompts[0], 4, GREEDY, [0, 1, 2]), NewSequence(1, prompts[1], 4, GREEDY, [3, 4, 5])]
-    first = cuda.runner.submit(Step(0, [Row(0, 0, 4, True), Row(1, 0, 3, False)], new))
-    second = cuda.runner.submit(Step(1, [Row(0, 4, 1, True), Row(1, 3, 1, True)]))
-    third = cuda.runner.submit(Step(2, [Row(1, 4, 1, True), Row(0, 5, 1, True)]))
+    first = cuda.runner.submit(
+        Step(0, [ScheduledSequence(0, 0, 4, True), ScheduledSequence(1, 0, 3, False)], new)
+    )
+    second = cuda.runner.submit(Step(1, [ScheduledSequence(0, 4, 1, True), ScheduledSequence(1, 3, 1, True)]))
+    third = cuda.runner.submit(Step(2, [ScheduledSequence(1, 4, 1, True), ScheduledSequence(0, 5, 1, True)]))
     found: dict[int, list[int]] = {0: [], 1: []}
     for pending in (first, second, third):
         for sampled in pending.result().sampled:
@@ -175,8 +186,12 @@ def test_more_sequences_than_slots_are_computed_without_graphs(tmp_path: Path) -
     found = []
     for runner in (cuda.runner, plain):
         new = [NewSequence(i, p, 3, GREEDY, [2 * i, 2 * i + 1]) for i, p in enumerate(prompts)]
-        runner.submit(Step(0, [Row(i, 0, 3, True) for i in range(6)], new)).result()
-        found.append(runner.submit(Step(1, [Row(4, 3, 1, True), Row(5, 3, 1, True)])).result().sampled)
+        runner.submit(Step(0, [ScheduledSequence(i, 0, 3, True) for i in range(6)], new)).result()
+        found.append(
+            runner.submit(Step(1, [ScheduledSequence(4, 3, 1, True), ScheduledSequence(5, 3, 1, True)]))
+            .result()
+            .sampled
+        )
     assert found[0] == found[1]
     assert not cuda.replays
 
@@ -185,7 +200,7 @@ def test_softcaps_are_refused() -> None:
     backend = VarlenAttention(SHAPE, 3, 4, torch.float32, torch.device("cpu"))
     table = SequenceTable(4)
     table.add(NewSequence(0, [9], 1, SamplingParams(), [0]))
-    batch = backend.prepare(table.plan(Step(0, [Row(0, 0, 1, False)])).layout)
+    batch = backend.prepare(table.plan(Step(0, [ScheduledSequence(0, 0, 1, False)])).layout)
     nothing = torch.zeros(1, 2, 8)
     with pytest.raises(ModelUnsupported, match="soft-capped"):
         batch.attention(0, nothing, nothing, nothing, 1.0, None, 30.0)

@@ -26,7 +26,7 @@ from model_fixtures import (
 from ullm.errors import OutOfMemory
 from ullm.model.architectures import registry
 from ullm.model.execution.runner import ModelRunner
-from ullm.protocol.messages import NewSequence, Progress, RankSpec, Row, Start, Step
+from ullm.protocol.messages import NewSequence, Progress, RankSpec, ScheduledSequence, Start, Step
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
@@ -55,7 +55,7 @@ def test_many_sequences_come_and_go(llama: tuple[Path, Any]) -> None:
                 new.append(NewSequence(seq_id, prompt, len(prompt), GREEDY, blocks))
             count = min(7, len(prompt) + len(found[seq_id]) - done[seq_id])
             sample = done[seq_id] + count == len(prompt) + len(found[seq_id])
-            rows.append(Row(seq_id, done[seq_id], count, sample))
+            rows.append(ScheduledSequence(seq_id, done[seq_id], count, sample))
             done[seq_id] += count
         for sampled in runner.submit(Step(step_id, rows, new)).result().sampled:
             found[sampled.seq_id] += sampled.token_ids
@@ -68,11 +68,11 @@ def test_one_step_ahead(llama: tuple[Path, Any]) -> None:
     runner, prompt = load_runner(path), random_tokens(6, seed=3)
     new = [NewSequence(7, prompt, 6, GREEDY, [4, 2])]
     pending = [
-        runner.submit(Step(0, [Row(7, 0, 6, True)], new)),
-        runner.submit(Step(1, [Row(7, 6, 1, True)])),
+        runner.submit(Step(0, [ScheduledSequence(7, 0, 6, True)], new)),
+        runner.submit(Step(1, [ScheduledSequence(7, 6, 1, True)])),
     ]
-    pending.append(runner.submit(Step(2, [Row(7, 7, 1, True)])))
-    pending.append(runner.submit(Step(3, [Row(7, 8, 1, True, [30])])))
+    pending.append(runner.submit(Step(2, [ScheduledSequence(7, 7, 1, True)])))
+    pending.append(runner.submit(Step(3, [ScheduledSequence(7, 8, 1, True, [30])])))
     assert all(step.done() for step in pending)
     tokens = [step.result().sampled[0].token_ids[0] for step in pending]
     assert tokens == reference_greedy(reference, prompt, 4)
@@ -85,9 +85,9 @@ def test_preempted_sequence_resumes(llama: tuple[Path, Any]) -> None:
     assert generate(runner, prompt, 3) == expected[:3]
     resumed = prompt + expected[:3]
     again = NewSequence(0, resumed, len(prompt), GREEDY, [20, 21, 22, 23])
-    result = runner.submit(Step(1, [Row(0, 0, 11, True)], [again], forget=[0, 99])).result()
+    result = runner.submit(Step(1, [ScheduledSequence(0, 0, 11, True)], [again], released=[0, 99])).result()
     assert result.sampled[0].token_ids == expected[3:4]
-    result = runner.submit(Step(2, [Row(0, 11, 1, True)])).result()
+    result = runner.submit(Step(2, [ScheduledSequence(0, 11, 1, True)])).result()
     assert result.sampled[0].token_ids == expected[4:5]
 
 
@@ -97,8 +97,8 @@ def test_more_sequences_than_expected_get_slots(llama: tuple[Path, Any]) -> None
     prompts = [random_tokens(3, seed) for seed in range(5)]
     new = [NewSequence(i, prompt, 3, GREEDY, [i * 2, i * 2 + 1]) for i, prompt in enumerate(prompts)]
     steps = [
-        Step(0, [Row(i, 0, 3, True) for i in range(5)], new),
-        Step(1, [Row(i, 3, 1, True) for i in range(5)]),
+        Step(0, [ScheduledSequence(i, 0, 3, True) for i in range(5)], new),
+        Step(1, [ScheduledSequence(i, 3, 1, True) for i in range(5)]),
     ]
     found = [[s.token_ids[0] for s in runner.submit(step).result().sampled] for step in steps]
     assert list(map(list, zip(*found, strict=True))) == [reference_greedy(reference, p, 2) for p in prompts]
@@ -109,8 +109,10 @@ def test_logprobs(llama: tuple[Path, Any]) -> None:
     runner, prompt = load_runner(path), random_tokens(10, seed=6)
     params = dataclasses.replace(GREEDY, logprobs=2, prompt_logprobs=3)
     new = [NewSequence(0, prompt, 10, params, [0, 1, 2]), NewSequence(1, prompt, 10, GREEDY, [5, 6, 7])]
-    first = runner.submit(Step(0, [Row(0, 0, 6, False), Row(1, 0, 10, True)], new)).result()
-    second = runner.submit(Step(1, [Row(0, 6, 4, True)])).result()
+    first = runner.submit(
+        Step(0, [ScheduledSequence(0, 0, 6, False), ScheduledSequence(1, 0, 10, True)], new)
+    ).result()
+    second = runner.submit(Step(1, [ScheduledSequence(0, 6, 4, True)])).result()
     expected = torch.log_softmax(reference_logits(reference, prompt), -1)
     assert [(s.seq_id, len(s.token_ids)) for s in first.sampled] == [(0, 0), (1, 1)]
     assert first.sampled[1].logprobs is None
@@ -131,22 +133,22 @@ def test_rows_without_samples_answer_nothing(llama: tuple[Path, Any]) -> None:
     runner = load_runner(llama[0])
     assert runner.submit(Step(5, [])).result().sampled == []
     new = [NewSequence(0, [3, 4, 5], 3, GREEDY, [0])]
-    result = runner.submit(Step(6, [Row(0, 0, 2, False)], new)).result()
+    result = runner.submit(Step(6, [ScheduledSequence(0, 0, 2, False)], new)).result()
     assert (result.step_id, result.sampled) == (6, [])
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (Row(1, 0, 1, False), "sequence 1, which is not known"),
-        (Row(0, 0, 0, False), "row of 0"),
-        (Row(0, -1, 2, False), "from -1"),
-        (Row(0, 2, 4, False), "it has 5"),
-        (Row(0, 0, 5, True), "needs room for 5 tokens, but has 1 blocks of 4"),
-        (Row(0, 0, 4, True), "sampling after token 4 of 5"),
+        (ScheduledSequence(1, 0, 1, False), "sequence 1, which is not known"),
+        (ScheduledSequence(0, 0, 0, False), "row of 0"),
+        (ScheduledSequence(0, -1, 2, False), "from -1"),
+        (ScheduledSequence(0, 2, 4, False), "it has 5"),
+        (ScheduledSequence(0, 0, 5, True), "needs room for 5 tokens, but has 1 blocks of 4"),
+        (ScheduledSequence(0, 0, 4, True), "sampling after token 4 of 5"),
     ],
 )
-def test_impossible_rows_are_refused(llama: tuple[Path, Any], row: Row, message: str) -> None:
+def test_impossible_rows_are_refused(llama: tuple[Path, Any], row: ScheduledSequence, message: str) -> None:
     runner = load_runner(llama[0])
     new = [NewSequence(0, [3, 4, 5, 6, 7], 5, GREEDY, [0])]
     with pytest.raises(ValueError, match=message):
@@ -270,8 +272,8 @@ def test_a_long_step_gives_signs_of_life_after_its_layers(
     runner.load(Start(config(tmp_path, step_timeout=7.0), RankSpec(), str(tmp_path)), signs.append)
     new = [NewSequence(0, random_tokens(9, 1), 9, GREEDY, [0, 1, 2])]
     del signs[:]
-    runner.submit(Step(1, [Row(0, 0, 8, sample=False)], new)).result()
+    runner.submit(Step(1, [ScheduledSequence(0, 0, 8, sample=False)], new)).result()
     assert signs == []  # it was short
     monkeypatch.setattr("ullm.model.execution.runner.SIGN_OF_LIFE", 0.0)
-    runner.submit(Step(2, [Row(0, 8, 1, sample=True)])).result()
+    runner.submit(Step(2, [ScheduledSequence(0, 8, 1, sample=True)])).result()
     assert signs == [Progress("step", 7.0)] * SHAPE["num_hidden_layers"]

@@ -163,7 +163,7 @@ def undisturbed(llama: tuple[Path, Any]) -> list[Request]:
 
 def forget_all(count: int) -> Step:
     """A step that clears a runner for another scheduler."""
-    return Step(0, [], forget=list(range(count)))
+    return Step(0, [], released=list(range(count)))
 
 
 def same(found: list[Request], expected: list[Request]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ullm.model.execution.sequences import BlockTables, SequenceTable
-from ullm.protocol.messages import NewSequence, Row, Step
+from ullm.protocol.messages import NewSequence, ScheduledSequence, Step
 from ullm.sampling import SamplingParams
 
 
@@ -20,7 +20,16 @@ def table_of(*lengths: int, block_size: int = 4) -> SequenceTable:
 
 def test_layout_of_a_mixed_step() -> None:
     table = table_of(6, 9, 12)
-    plan = table.plan(Step(0, [Row(0, 2, 4, True), Row(1, 8, 1, True), Row(2, 9, 1, False)]))
+    plan = table.plan(
+        Step(
+            0,
+            [
+                ScheduledSequence(0, 2, 4, True),
+                ScheduledSequence(1, 8, 1, True),
+                ScheduledSequence(2, 9, 1, False),
+            ],
+        )
+    )
     layout = plan.layout
     assert [row.seq_id for row, _ in plan.rows] == [2, 1, 0]
     assert layout.token_ids.tolist() == [209, 108, 2, 3, 4, 5]
@@ -35,12 +44,12 @@ def test_tokens_that_only_the_device_knows() -> None:
     table = table_of(3, 4)
     state = table.sequences[1]
     state.num_sampled = 2
-    plan = table.plan(Step(0, [Row(0, 0, 3, False), Row(1, 5, 1, True, [19])]))
+    plan = table.plan(Step(0, [ScheduledSequence(0, 0, 3, False), ScheduledSequence(1, 5, 1, True, [19])]))
     assert plan.layout.token_ids.tolist() == [0, 0, 1, 2]
     assert plan.fresh == ([0], [state.slot])
     assert plan.layout.slot_mapping.tolist()[0] == 19 * 4 + 1
     with pytest.raises(ValueError, match="only the last token sampled here is kept"):
-        table.plan(Step(1, [Row(1, 4, 1, False)]))
+        table.plan(Step(1, [ScheduledSequence(1, 4, 1, False)]))
 
 
 def test_slots_are_reused() -> None:

@@ -21,7 +21,7 @@ from ullm.model.execution.rank import Rank, furnish
 from ullm.model.execution.runner import ModelRunner
 from ullm.model.kernels.cpu.kernels import Kernels
 from ullm.model.memory import kv_pool
-from ullm.protocol.messages import NewSequence, Progress, Row, Sampled, Step
+from ullm.protocol.messages import NewSequence, Progress, Sampled, ScheduledSequence, Step
 
 PROMPT = [3 + (7 * i) % 37 for i in range(13)]
 PARAMS = dataclasses.replace(GREEDY, logprobs=5, prompt_logprobs=1)
@@ -75,11 +75,11 @@ def quiet(_: Progress) -> None:
 def speak(runner: ModelRunner) -> list[Sampled]:
     """A prompt in two chunks and some tokens, with log probabilities: equal only if every bit is."""
     new = [NewSequence(0, PROMPT, len(PROMPT), PARAMS, list(range(8)))]
-    found = runner.submit(Step(0, [Row(0, 0, 7, False)], new)).result().sampled
-    found += runner.submit(Step(1, [Row(0, 7, 6, True)])).result().sampled
+    found = runner.submit(Step(0, [ScheduledSequence(0, 0, 7, False)], new)).result().sampled
+    found += runner.submit(Step(1, [ScheduledSequence(0, 7, 6, True)])).result().sampled
     for i in range(10):
-        found += runner.submit(Step(2 + i, [Row(0, 13 + i, 1, True)])).result().sampled
-    runner.submit(Step(99, [], forget=[0]))
+        found += runner.submit(Step(2 + i, [ScheduledSequence(0, 13 + i, 1, True)])).result().sampled
+    runner.submit(Step(99, [], released=[0]))
     return found
 
 
@@ -126,11 +126,13 @@ def test_nothing_keeps_the_weights(model: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_sequences_are_forgotten(llama: tuple[Path, Any]) -> None:
     runner = load_runner(llama[0])
-    runner.submit(Step(0, [Row(0, 0, 13, True)], [NewSequence(0, PROMPT, 13, GREEDY, [0, 1, 2, 3])]))
+    runner.submit(
+        Step(0, [ScheduledSequence(0, 0, 13, True)], [NewSequence(0, PROMPT, 13, GREEDY, [0, 1, 2, 3])])
+    )
     runner.sleep(1)
     runner.wake(quiet)
     with pytest.raises(ValueError, match="sequence 0, which is not known"):
-        runner.submit(Step(1, [Row(0, 13, 1, True)]))
+        runner.submit(Step(1, [ScheduledSequence(0, 13, 1, True)]))
     assert speak(runner)  # by the same number
 
 

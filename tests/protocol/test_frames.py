@@ -28,8 +28,8 @@ from ullm.protocol.messages import (
     Progress,
     RankSpec,
     Ready,
-    Row,
     Sampled,
+    ScheduledSequence,
     Sleep,
     Start,
     Step,
@@ -48,7 +48,11 @@ TO_WORKER = [
     Start(EngineConfig(model="m", device_ids=(0, 1), cpu_threads=2), RankSpec(rank=1, epoch=3), "/models/m"),
     Step(
         7,
-        [Row(1, 0, 3, True), Row(2, 5, 1, False, [9]), Row(3, 5, 2, True, [], [8])],
+        [
+            ScheduledSequence(1, 0, 3, True),
+            ScheduledSequence(2, 5, 1, False, [9]),
+            ScheduledSequence(3, 5, 2, True, [], [8]),
+        ],
         [NewSequence(1, [1, 2, 3], 2, PARAMS, [4], 0)],
         [8],
     ),
@@ -160,6 +164,6 @@ def test_values_of_a_step_are_unknown_to_the_collector_of_garbage():
     reader.feed(encode(result))
     found = reader.next()
     assert found == result
-    step = Step(1, [Row(1, 0, 1, sample=True)])
-    assert not any(map(gc.is_tracked, [found, *found.sampled, step, *step.rows]))
+    step = Step(1, [ScheduledSequence(1, 0, 1, sample=True)])
+    assert not any(map(gc.is_tracked, [found, *found.sampled, step, *step.scheduled]))
     assert not gc.is_tracked(TokenEvent(1, 0, [5]))

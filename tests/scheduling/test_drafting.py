@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ullm.config import EngineConfig
-from ullm.protocol.messages import RankSpec, Row, Sampled, Start, Step, StepResult
+from ullm.protocol.messages import RankSpec, Sampled, ScheduledSequence, Start, Step, StepResult
 from ullm.sampling import SamplingParams
 from ullm.scheduling.block_pool import BlockPool
 from ullm.scheduling.drafting import WAIT_IN_ROWS, WINDOW, Drafter, can_draft, find_following, price
@@ -162,7 +162,7 @@ def test_what_depends_on_the_tokens_in_between_gets_no_draft(options: dict[str, 
     for _ in range(2):
         step = scheduler.schedule()
         assert step is not None
-        assert not step.rows[0].draft
+        assert not step.scheduled[0].draft
         scheduler.apply(answer(step, [13]))
 
 
@@ -189,15 +189,15 @@ def make_sequence(
 
 
 def answer(step: Step, *tokens: list[int]) -> StepResult:
-    rows = [row for row in step.rows if row.sample]
+    rows = [row for row in step.scheduled if row.sample]
     return StepResult(step.step_id, [Sampled(row.seq_id, t) for row, t in zip(rows, tokens, strict=True)])
 
 
-def play(scheduler: Scheduler, *tokens: list[int]) -> tuple[Row, ...]:
+def play(scheduler: Scheduler, *tokens: list[int]) -> tuple[ScheduledSequence, ...]:
     step = scheduler.schedule()
     assert step is not None
     scheduler.apply(answer(step, *tokens))
-    return tuple(step.rows)
+    return tuple(step.scheduled)
 
 
 def test_a_draft_is_planned_after_the_last_token_and_accepted_in_part() -> None:
@@ -274,7 +274,7 @@ def test_what_comes_after_the_end_is_dropped() -> None:
     play(scheduler, [13])
     step = scheduler.schedule()
     assert step is not None
-    assert step.rows[0].draft[:3] == [14, EOS, 15]
+    assert step.scheduled[0].draft[:3] == [14, EOS, 15]
     (event,) = scheduler.apply(answer(step, [14, EOS, 15, 16]))
     assert (event.token_ids, event.finish_reason) == ([14, EOS], "stop")
     assert pool.statistics().used == 0
@@ -308,7 +308,7 @@ def test_an_abort_while_a_draft_is_computed() -> None:
     play(scheduler, [13])
     step = scheduler.schedule()
     assert step is not None
-    assert step.rows[0].draft
+    assert step.scheduled[0].draft
     assert scheduler.abort(1)
     assert scheduler.apply(answer(step, [14, 15])) == []
     assert pool.statistics().used == 0
@@ -321,7 +321,7 @@ def test_a_sequence_preempted_while_its_draft_is_computed_goes_on() -> None:
     play(scheduler, [50], [13])
     pending = scheduler.schedule()
     assert pending is not None
-    assert [row.draft for row in pending.rows] == [[], [14, 15]]
+    assert [row.draft for row in pending.scheduled] == [[], [14, 15]]
     for token in range(60, 70):  # 1 goes ahead until it needs the blocks of 2
         if not scheduler.statistics().preemptions:
             play(scheduler, [token])
@@ -331,7 +331,7 @@ def test_a_sequence_preempted_while_its_draft_is_computed_goes_on() -> None:
     assert scheduler.abort(1)
     step = scheduler.schedule()
     assert step is not None
-    assert step.new[0].token_ids == [*REPETITIVE, 13, 14, 15, 99]
+    assert step.new_sequences[0].token_ids == [*REPETITIVE, 13, 14, 15, 99]
     pool.check_integrity()
 
 

@@ -40,12 +40,12 @@ def make_sequence(seq_id: int, prompt: list[int], max_tokens: int = 4, **params:
 
 
 def answer(step: Step, token: int = 7) -> StepResult:
-    return StepResult(step.step_id, [Sampled(row.seq_id, [token]) for row in step.rows if row.sample])
+    return StepResult(step.step_id, [Sampled(row.seq_id, [token]) for row in step.scheduled if row.sample])
 
 
 def shape(step: Step | None) -> list[tuple[int, int, int, bool]]:
     assert step is not None
-    return [(row.seq_id, row.start, row.count, row.sample) for row in step.rows]
+    return [(row.seq_id, row.start, row.count, row.sample) for row in step.scheduled]
 
 
 # --- by hand -----------------------------------------------------------------------------------------
@@ -105,10 +105,10 @@ def test_tokens_travel_once_and_blocks_as_they_are_added() -> None:
     assert first is not None
     assert second is not None
     assert third is not None
-    assert first.new[0].token_ids == [5, 6, 7]
-    assert (len(first.rows[0].new_block_ids), len(second.rows[0].new_block_ids)) == (1, 0)
-    assert len(third.rows[0].new_block_ids) == 1
-    assert second.new == third.new == []
+    assert first.new_sequences[0].token_ids == [5, 6, 7]
+    assert (len(first.scheduled[0].new_block_ids), len(second.scheduled[0].new_block_ids)) == (1, 0)
+    assert len(third.scheduled[0].new_block_ids) == 1
+    assert second.new_sequences == third.new_sequences == []
 
 
 def test_an_end_token_finishes_and_frees() -> None:
@@ -170,7 +170,7 @@ def test_workers_are_told_to_forget_what_ended() -> None:
     scheduler.add(make_sequence(2, [5, 6]))
     step = scheduler.schedule()
     assert step is not None
-    assert step.forget == [1]
+    assert step.released == [1]
 
 
 def test_at_most_max_bs_run() -> None:
@@ -197,8 +197,8 @@ def test_a_shared_prefix_is_computed_once() -> None:
     step = scheduler.schedule()
     assert step is not None
     assert (2, 8, 3, True) in shape(step)
-    assert step.new[0].num_cached_tokens == 8
-    assert len(step.new[0].block_ids) == 2
+    assert step.new_sequences[0].num_cached_tokens == 8
+    assert len(step.new_sequences[0].block_ids) == 2
     assert scheduler.statistics().prefix_hits == 8
 
 
@@ -239,7 +239,7 @@ def test_the_last_to_run_gives_up_its_blocks() -> None:
     step = scheduler.schedule()
     assert step is not None
     assert shape(step) == [(1, 8, 1, True)]
-    assert step.forget == [2]
+    assert step.released == [2]
     assert scheduler.statistics().preemptions == 1
     pool.check_integrity()
 
@@ -254,11 +254,11 @@ def test_a_preempted_sequence_waits_for_its_pending_token() -> None:
     assert second is not None
     scheduler.apply(answer(first))
     third = scheduler.schedule()  # 1 needs nothing more; 2 needs a third block
-    assert third is None or 2 in [row.seq_id for row in third.rows]
+    assert third is None or 2 in [row.seq_id for row in third.scheduled]
     scheduler.apply(answer(second))
     resumed = scheduler.schedule()
     assert resumed is not None
-    assert {row.seq_id for row in resumed.rows} == {2}
+    assert {row.seq_id for row in resumed.scheduled} == {2}
 
 
 # --- against a runner that checks ----------------------------------------------------------------------

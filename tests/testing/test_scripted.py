@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ullm.config import EngineConfig
 from ullm.errors import ModelFileBroken
-from ullm.protocol.messages import NewSequence, RankSpec, Row, Start, Step
+from ullm.protocol.messages import NewSequence, RankSpec, ScheduledSequence, Start, Step
 from ullm.sampling import SamplingParams
 from ullm.testing import ScriptedRunner, ScriptedSettings, ScriptViolation, scripted_tokens
 
@@ -39,7 +39,7 @@ def generate(runner, prompt, params, count, chunk, known=(), seq_id=1):
     while len(generated) < count:
         total = len(prompt) + len(generated)
         size = min(chunk, total - start)
-        result = step(runner, Row(seq_id, start, size, start + size == total), new=new)
+        result = step(runner, ScheduledSequence(seq_id, start, size, start + size == total), new=new)
         start, new = start + size, []
         generated += [token for sampled in result.sampled for token in sampled.token_ids]
     return generated
@@ -73,8 +73,8 @@ def test_end_of_sequence():
 def test_next_step_may_be_submitted_before_the_token_is_known():
     runner = load("asynchronous=true,step_seconds=0.01")
     new = NewSequence(1, PROMPT[:3], 3, GREEDY, [0])
-    first = runner.submit(Step(0, [Row(1, 0, 3, True)], [new]))
-    second = runner.submit(Step(1, [Row(1, 3, 1, True)]))
+    first = runner.submit(Step(0, [ScheduledSequence(1, 0, 3, True)], [new]))
+    second = runner.submit(Step(1, [ScheduledSequence(1, 3, 1, True)]))
     assert not second.done()
     tokens = first.result().sampled[0].token_ids + second.result().sampled[0].token_ids
     assert second.done()
@@ -83,9 +83,9 @@ def test_next_step_may_be_submitted_before_the_token_is_known():
 
 def test_prefix_from_the_cache_is_accepted_and_checked():
     runner = load()
-    step(runner, Row(1, 0, 8, False), new=[NewSequence(1, PROMPT[:9], 9, GREEDY, [0, 1, 2])])
+    step(runner, ScheduledSequence(1, 0, 8, False), new=[NewSequence(1, PROMPT[:9], 9, GREEDY, [0, 1, 2])])
     cached = NewSequence(2, [*PROMPT[:8], 7], 9, GREEDY, [0, 1, 3], num_cached_tokens=8)
-    step(runner, Row(2, 8, 1, True), new=[cached])
+    step(runner, ScheduledSequence(2, 8, 1, True), new=[cached])
     other = NewSequence(3, [*PROMPT[1:9], 7], 9, GREEDY, [0, 1, 4], num_cached_tokens=8)
     with pytest.raises(ScriptViolation, match="not what its block has cached"):
         step(runner, new=[other])
@@ -94,8 +94,10 @@ def test_prefix_from_the_cache_is_accepted_and_checked():
 def test_log_probabilities_are_shaped_as_asked():
     runner = load()
     params = SamplingParams(temperature=0, logprobs=3, prompt_logprobs=2)
-    (first,) = step(runner, Row(1, 0, 3, False), new=[NewSequence(1, PROMPT[:5], 5, params, [0, 1])]).sampled
-    (second,) = step(runner, Row(1, 3, 2, True)).sampled
+    (first,) = step(
+        runner, ScheduledSequence(1, 0, 3, False), new=[NewSequence(1, PROMPT[:5], 5, params, [0, 1])]
+    ).sampled
+    (second,) = step(runner, ScheduledSequence(1, 3, 2, True)).sampled
     assert [p.token_id for p in first.prompt_logprobs + second.prompt_logprobs] == PROMPT[1:5]
     assert all(len(p.top) == 2 for p in first.prompt_logprobs)
     assert first.token_ids == []
@@ -111,18 +113,18 @@ def test_drafts_are_accepted_as_far_as_they_are_right(params):
     text = scripted_tokens(PROMPT[:6], params, 8)
     runner = load()
     new = NewSequence(1, PROMPT[:6], 6, params, [0, 1, 2, 3])
-    assert step(runner, Row(1, 0, 6, True), new=[new]).sampled[0].token_ids == text[:1]
+    assert step(runner, ScheduledSequence(1, 0, 6, True), new=[new]).sampled[0].token_ids == text[:1]
     draft = [*text[1:3], (text[3] + 1) % 1000, text[4]]
-    assert step(runner, Row(1, 6, 5, True, [], draft)).sampled[0].token_ids == text[1:4]
+    assert step(runner, ScheduledSequence(1, 6, 5, True, [], draft)).sampled[0].token_ids == text[1:4]
     with pytest.raises(ScriptViolation, match="only 9 positions are computed"):
-        step(runner, Row(1, 10, 1, False))
-    assert step(runner, Row(1, 9, 3, True, [], text[4:6])).sampled[0].token_ids == text[4:7]
+        step(runner, ScheduledSequence(1, 10, 1, False))
+    assert step(runner, ScheduledSequence(1, 9, 3, True, [], text[4:6])).sampled[0].token_ids == text[4:7]
 
 
 def test_kv_of_a_wrong_guess_is_not_taken_for_another():
     runner = load()
-    step(runner, Row(1, 0, 6, True), new=[NEW])
-    step(runner, Row(1, 6, 2, True, [], [3]))
+    step(runner, ScheduledSequence(1, 0, 6, True), new=[NEW])
+    step(runner, ScheduledSequence(1, 6, 2, True, [], [3]))
     token = scripted_tokens(PROMPT[:6], GREEDY, 2)
     cached = NewSequence(2, [*PROMPT[:6], *token, 9], 6, GREEDY, [0, 1, 2], num_cached_tokens=8)
     with pytest.raises(ScriptViolation, match="not what its block has cached"):
@@ -139,18 +141,18 @@ def test_a_repetitive_script_repeats():
 @pytest.mark.parametrize(
     ("row", "params", "message"),
     [
-        (Row(1, 6, 3, True, [], [5]), GREEDY, "only 7 tokens are known"),
-        (Row(1, 5, 3, True, [], [5]), GREEDY, "not after its last token alone"),
-        (Row(1, 6, 2, False, [], [5]), GREEDY, "not after its last token alone"),
-        (Row(1, 6, 1, True, [], [5]), GREEDY, "empty"),
-        (Row(1, 6, 3, True, [], [5, 6]), GREEDY, "only 2 blocks"),
-        (Row(1, 6, 2, True, [], [1000]), GREEDY, "outside of the vocabulary"),
-        (Row(1, 6, 2, True, [], [5]), SamplingParams(presence_penalty=1.0), "cannot have one"),
+        (ScheduledSequence(1, 6, 3, True, [], [5]), GREEDY, "only 7 tokens are known"),
+        (ScheduledSequence(1, 5, 3, True, [], [5]), GREEDY, "not after its last token alone"),
+        (ScheduledSequence(1, 6, 2, False, [], [5]), GREEDY, "not after its last token alone"),
+        (ScheduledSequence(1, 6, 1, True, [], [5]), GREEDY, "empty"),
+        (ScheduledSequence(1, 6, 3, True, [], [5, 6]), GREEDY, "only 2 blocks"),
+        (ScheduledSequence(1, 6, 2, True, [], [1000]), GREEDY, "outside of the vocabulary"),
+        (ScheduledSequence(1, 6, 2, True, [], [5]), SamplingParams(presence_penalty=1.0), "cannot have one"),
     ],
 )
 def test_drafts_that_cannot_be_verified(row, params, message):
     runner = load()
-    step(runner, Row(1, 0, 6, True), new=[NewSequence(1, PROMPT[:6], 6, params, [0, 1])])
+    step(runner, ScheduledSequence(1, 0, 6, True), new=[NewSequence(1, PROMPT[:6], 6, params, [0, 1])])
     with pytest.raises(ScriptViolation, match=message):
         step(runner, row)
 
@@ -158,16 +160,19 @@ def test_drafts_that_cannot_be_verified(row, params, message):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (Step(0, [Row(9, 0, 1, False)]), "sequence 9 is not known"),
+        (Step(0, [ScheduledSequence(9, 0, 1, False)]), "sequence 9 is not known"),
         (Step(0, [], [NEW, NEW]), "sequence 1 is new, but known"),
-        (Step(0, [Row(1, 2, 1, False)], [NEW]), "only 0 positions are computed"),
-        (Step(0, [Row(1, 0, 7, False)], [NEW]), "only 6 tokens are known"),
-        (Step(0, [Row(1, 0, 0, False)], [NEW]), "empty"),
-        (Step(0, [Row(1, 0, 5, True)], [NEW]), "samples before its last token"),
-        (Step(0, [Row(1, 0, 1, False, [16])], [NEW]), "block 16 does not exist"),
-        (Step(0, [Row(1, 0, 1, False, [1])], [NEW]), "block 1 is there twice"),
+        (Step(0, [ScheduledSequence(1, 2, 1, False)], [NEW]), "only 0 positions are computed"),
+        (Step(0, [ScheduledSequence(1, 0, 7, False)], [NEW]), "only 6 tokens are known"),
+        (Step(0, [ScheduledSequence(1, 0, 0, False)], [NEW]), "empty"),
+        (Step(0, [ScheduledSequence(1, 0, 5, True)], [NEW]), "samples before its last token"),
+        (Step(0, [ScheduledSequence(1, 0, 1, False, [16])], [NEW]), "block 16 does not exist"),
+        (Step(0, [ScheduledSequence(1, 0, 1, False, [1])], [NEW]), "block 1 is there twice"),
         (Step(0, [], [NewSequence(1, [1000], 1, GREEDY, [0])]), "outside of the vocabulary"),
-        (Step(0, [Row(1, 0, 6, False)], [NewSequence(1, PROMPT[:6], 6, GREEDY, [0])]), "only 1 blocks"),
+        (
+            Step(0, [ScheduledSequence(1, 0, 6, False)], [NewSequence(1, PROMPT[:6], 6, GREEDY, [0])]),
+            "only 1 blocks",
+        ),
     ],
 )
 def test_plans_that_cannot_be_followed(plan, message):
@@ -178,24 +183,24 @@ def test_plans_that_cannot_be_followed(plan, message):
 
 def test_block_in_use_is_not_written_over():
     runner = load()
-    step(runner, Row(1, 0, 6, True), new=[NEW])
+    step(runner, ScheduledSequence(1, 0, 6, True), new=[NEW])
     intruder = NewSequence(2, PROMPT[10:14], 4, GREEDY, [0])
     with pytest.raises(ScriptViolation, match="writes position 0 into block 0 over sequence 1's"):
-        step(runner, Row(2, 0, 4, True), new=[intruder])
+        step(runner, ScheduledSequence(2, 0, 4, True), new=[intruder])
 
 
 def test_block_of_a_forgotten_sequence_may_be_written_over():
     runner = load()
-    step(runner, Row(1, 0, 6, True), new=[NEW])
+    step(runner, ScheduledSequence(1, 0, 6, True), new=[NEW])
     successor = NewSequence(2, PROMPT[10:14], 4, GREEDY, [0])
-    assert step(runner, Row(2, 0, 4, True), new=[successor], forget=[1]).sampled
+    assert step(runner, ScheduledSequence(2, 0, 4, True), new=[successor], forget=[1]).sampled
 
 
 def test_equal_content_may_be_computed_twice_into_a_shared_block():
     runner = load()
-    step(runner, Row(1, 0, 6, True), new=[NEW])
+    step(runner, ScheduledSequence(1, 0, 6, True), new=[NEW])
     twin = NewSequence(2, PROMPT[:6], 6, GREEDY, [0, 2], num_cached_tokens=3)
-    assert step(runner, Row(2, 3, 3, True), new=[twin]).sampled
+    assert step(runner, ScheduledSequence(2, 3, 3, True), new=[twin]).sampled
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -206,21 +211,21 @@ def test_asleep_it_has_nothing_and_computes_nothing(level):
     assert given_back["kv_cache"] == 8 * 16 * 4
     assert ("weights" in given_back) == (level == 2)
     with pytest.raises(ScriptViolation, match="step 0 came while asleep"):
-        step(runner, Row(1, 6, 1, True))
+        step(runner, ScheduledSequence(1, 6, 1, True))
     assert runner.wake(lambda progress: None).num_blocks == 16
     with pytest.raises(ScriptViolation, match="sequence 1 is not known here"):
-        step(runner, Row(1, 6, 1, True))
+        step(runner, ScheduledSequence(1, 6, 1, True))
     assert generate(runner, PROMPT[:6], GREEDY, 4, 100) == expected
 
 
 def test_what_was_cached_before_a_sleep_is_gone():
     runner = load()
-    step(runner, Row(1, 0, 6, True), new=[NEW])
+    step(runner, ScheduledSequence(1, 0, 6, True), new=[NEW])
     runner.sleep(1)
     runner.wake(lambda progress: None)
     cached = NewSequence(2, PROMPT[:6], 6, GREEDY, [0, 1], num_cached_tokens=4)
     with pytest.raises(ScriptViolation, match="position 0 is not what its block has cached"):
-        step(runner, Row(2, 4, 2, True), new=[cached])
+        step(runner, ScheduledSequence(2, 4, 2, True), new=[cached])
 
 
 def test_awake_it_is_not_woken():

@@ -36,7 +36,7 @@ class Abort:
 
 
 @dataclass(slots=True, eq=False)
-class Rest:
+class Pause:
     """A pause of the scheduler, and how deep its workers sleep meanwhile.
 
     Args:
@@ -50,11 +50,11 @@ class Rest:
 
 
 @dataclass(frozen=True, slots=True)
-class LookAgain:
+class Recheck:
     """Something that the loop depends on has changed."""
 
 
-SchedulerMessage = Submit | Abort | StepResult | LookAgain
+SchedulerMessage = Submit | Abort | StepResult | Recheck
 
 
 class SchedulerActor:
@@ -81,27 +81,27 @@ class SchedulerActor:
         self._incarnation = 0
         self._in_flight: deque[Step] = deque()
         self._mailbox: Mailbox[SchedulerMessage] | None = None
-        self._rest: Rest | None = None
+        self._pause: Pause | None = None
 
-    def rest(self, level: int) -> Rest:
+    def pause(self, level: int) -> Pause:
         """Plan no more steps; at level 1 and 2, give all requests back and have the workers sleep.
 
-        Lasts until `rise`, over restarts of this actor and of its workers. May be called again with a
+        Lasts until `resume`, over restarts of this actor and of its workers. May be called again with a
         deeper level.
         """
-        self._rest = Rest(level, trio.Event(), self._rest.given_back if self._rest is not None else 0)
-        self._look_again()
-        return self._rest
+        self._pause = Pause(level, trio.Event(), self._pause.given_back if self._pause is not None else 0)
+        self._recheck()
+        return self._pause
 
-    def rise(self) -> None:
-        """End the rest. The router hears when the workers are up again."""
-        self._rest = None
-        self._look_again()
+    def resume(self) -> None:
+        """End the pause. The router hears when the workers are up again."""
+        self._pause = None
+        self._recheck()
 
     def give_up(self) -> None:
-        """It will not run again: nobody shall wait for its rest."""
-        if self._rest is not None:
-            self._rest.reached.set()
+        """It will not run again: nobody shall wait for its pause."""
+        if self._pause is not None:
+            self._pause.reached.set()
 
     def statistics(self) -> SchedulerStatistics | None:
         """What is in the scheduler; None before it has started."""
@@ -113,7 +113,7 @@ class SchedulerActor:
         last_step = await self._attach()
         task_status.started()
         while True:
-            if self._rest is None or self._rest.level == 0:
+            if self._pause is None or self._pause.level == 0:
                 await self._serve(last_step)
             await self._sleep()
             last_step = await self._attach()
@@ -124,7 +124,7 @@ class SchedulerActor:
         return await self._group.attach(self._mailbox.send_nowait)
 
     async def _serve(self, last_step: int) -> None:
-        """Take requests from the router until a deep rest is asked for, or the workers are lost."""
+        """Take requests from the router until a deep pause is asked for, or the workers are lost."""
         group, mailbox = self._group, self._mailbox
         assert group.info is not None, "the group is started before its scheduler"
         assert mailbox is not None, "results are attached before they can come"
@@ -151,25 +151,25 @@ class SchedulerActor:
             raise
         finally:
             group.detach()
-            in_step = frozenset(row.seq_id for step in self._in_flight for row in step.rows)
+            in_step = frozenset(row.seq_id for step in self._in_flight for row in step.scheduled)
             self._router.mailbox.send_nowait(ReplicaDown(group.replica, epoch, in_step, crashed))
 
     async def _loop(self, core: Scheduler, mailbox: Mailbox[SchedulerMessage], epoch: int) -> None:
-        """Ends when a deep rest is asked for and no step is in flight."""
+        """Ends when a deep pause is asked for and no step is in flight."""
         while True:
-            rest = self._rest
+            pause = self._pause
             while (
-                rest is None
+                pause is None
                 and len(self._in_flight) <= core.steps_ahead
                 and (step := core.schedule()) is not None
             ):
                 await self._faults.at("scheduler.step")
                 self._in_flight.append(step)
                 await self._group.send(step)
-            if rest is not None and not self._in_flight:
-                if rest.level > 0:
+            if pause is not None and not self._in_flight:
+                if pause.level > 0:
                     return
-                rest.reached.set()
+                pause.reached.set()
             self._handle(core, await mailbox.receive(), epoch)
             # All that has arrived meanwhile goes into the next plan.
             while mailbox.statistics().queued:
@@ -179,18 +179,18 @@ class SchedulerActor:
         """Have the workers sleep as deep as is asked for, and wake them when it is over."""
         depth, self._core = 0, None
         assert self._mailbox is not None, "it was made when the workers were attached"
-        while (rest := self._rest) is not None:
-            if rest.level > depth:
-                rest.given_back += await self._group.sleep(rest.level)
-                depth = rest.level
-            rest.reached.set()
+        while (pause := self._pause) is not None:
+            if pause.level > depth:
+                pause.given_back += await self._group.sleep(pause.level)
+                depth = pause.level
+            pause.reached.set()
             await self._mailbox.receive()
         if depth > 0:
             await self._group.wake()
 
-    def _look_again(self) -> None:
+    def _recheck(self) -> None:
         if self._mailbox is not None:
-            self._mailbox.send_nowait(LookAgain())
+            self._mailbox.send_nowait(Recheck())
 
     def _handle(self, core: Scheduler, message: SchedulerMessage, epoch: int) -> None:
         match message:
@@ -202,7 +202,7 @@ class SchedulerActor:
                 core.add(to_sequence(record))
             case Abort(seq_id):
                 core.abort(seq_id)
-            case LookAgain():
+            case Recheck():
                 pass
 
 

@@ -14,7 +14,7 @@ SUSPENDED_SECONDS = 1.0
 """How long a rank may be suspended, by SIGSTOP, before it is given up: nobody does that in passing."""
 
 
-class Watchdog:
+class StepWatchdog:
     """Of one rank: which answers it owes, and when its next sign of life is due."""
 
     def __init__(self, patience: float) -> None:

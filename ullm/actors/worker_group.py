@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 
 import trio
 
-from ullm.actors.step_watchdog import LATE_SECONDS, LOOK_SECONDS, SUSPENDED_SECONDS, Watchdog
+from ullm.actors.step_watchdog import LATE_SECONDS, LOOK_SECONDS, SUSPENDED_SECONDS, StepWatchdog
 from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
 from ullm.actors.worker_failure import checked
 from ullm.config import EngineConfig
@@ -68,7 +68,7 @@ class WorkerGroup:
         self._config = config
         self._open_transport = open_transport
         self._transports: list[Transport] = []
-        self._watchdogs: list[Watchdog] = []
+        self._watchdogs: list[StepWatchdog] = []
         self._known: set[int] = set()
         self._starting: dict[str, Progress] = {}
         self._last_step = self._last_ping = 0
@@ -83,8 +83,8 @@ class WorkerGroup:
     async def send(self, step: Step) -> None:
         """Send a step to every rank; its result goes to the attached scheduler."""
         self._last_step = step.step_id
-        self._known.difference_update(step.forget)
-        self._known.update(new.seq_id for new in step.new)
+        self._known.difference_update(step.released)
+        self._known.update(new.seq_id for new in step.new_sequences)
         await self._send(step, ("step", step.step_id))
 
     async def sleep(self, level: int) -> int:
@@ -138,7 +138,7 @@ class WorkerGroup:
                 self._deliver = deliver
 
         self._deliver = drop_until_barrier
-        await self.send(Step(step_id=barrier, rows=[], forget=sorted(self._known)))
+        await self.send(Step(step_id=barrier, scheduled=[], released=sorted(self._known)))
         return barrier
 
     def detach(self) -> None:
@@ -198,7 +198,7 @@ class WorkerGroup:
 
     async def _start_and_watch(self, task_status: trio.TaskStatus[ModelInfo]) -> None:
         infos: list[ModelInfo] = []
-        self._watchdogs = [Watchdog(self._config.step_timeout) for _ in self._transports]
+        self._watchdogs = [StepWatchdog(self._config.step_timeout) for _ in self._transports]
         try:
             async with trio.open_nursery() as starting:
                 for rank in range(len(self._transports)):

@@ -1,4 +1,4 @@
-"""The replicas of an engine: how they start, rest, stop, and are replaced."""
+"""The replicas of an engine: how they start, pause, stop, and are replaced."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Fleet:
         """
         for replica in self.replicas:
             replica.group.restarts -= 1  # this one was asked for
-            replica.scheduler.rise()  # it may have rested before
+            replica.scheduler.resume()  # it may have been paused before
             await self._start_persistently(replica)
         await self.wait_up()
 
@@ -136,7 +136,7 @@ class Fleet:
 
     # --- resting --------------------------------------------------------------------------------------------
 
-    async def rest(self, level: int) -> int:
+    async def pause(self, level: int) -> int:
         """Have all schedulers pause and, from level 1, their workers sleep.
 
         Returns:
@@ -144,15 +144,15 @@ class Fleet:
         """
         if level:
             await self._drop_spares()
-        rests = [replica.scheduler.rest(level) for replica in self.replicas if replica.failure is None]
-        for rest in rests:
-            await rest.reached.wait()
-        return sum(rest.given_back for rest in rests)
+        pauses = [replica.scheduler.pause(level) for replica in self.replicas if replica.failure is None]
+        for pause in pauses:
+            await pause.reached.wait()
+        return sum(pause.given_back for pause in pauses)
 
-    async def rise(self) -> None:
-        """End `rest`; return when all replicas take requests."""
+    async def resume(self) -> None:
+        """End `pause`; return when all replicas take requests."""
         for replica in self.replicas:
-            replica.scheduler.rise()
+            replica.scheduler.resume()
         await self.wait_up()
 
     # --- replacing ------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Fleet:
 
     async def _start_beside(self, old: Replica, new: Replica, *, swap: bool) -> None:
         if swap:
-            await old.scheduler.rest(1).reached.wait()
+            await old.scheduler.pause(1).reached.wait()
         try:
             await self._start(new)
             while not self._is_settled(new):
@@ -193,7 +193,7 @@ class Fleet:
         except StartFailed:
             old.group.epoch = max(old.group.epoch, new.group.epoch)
             if swap:
-                old.scheduler.rise()
+                old.scheduler.resume()
             raise
 
     async def _retire(self, old: Replica, patience: float) -> int:
@@ -203,7 +203,7 @@ class Fleet:
                 await self._router.wait_changed()
         moved = self._router.load(old.index)
         if old.failure is None:
-            await old.scheduler.rest(0).reached.wait()  # the step in flight ends, or is known to hang
+            await old.scheduler.pause(0).reached.wait()  # the step in flight ends, or is known to hang
         await self._stop(old)
         self.former_restarts += max(0, old.group.restarts)
         return moved

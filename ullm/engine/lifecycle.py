@@ -235,7 +235,7 @@ class Lifecycle:
                 self._router.release()
                 self._enter(AWAKE)
                 raise EngineBusy("the engine was woken before it had fallen asleep")
-        self.given_back = await self._rest(level)
+        self.given_back = await self._pause_or_stop(level)
         self.level = level
         self.sleeps[level] = self.sleeps.get(level, 0) + 1
         self.sleep_seconds = trio.current_time() - began
@@ -256,10 +256,10 @@ class Lifecycle:
         overtaken, self._quieting = self._quieting.cancelled_caught, None
         return not overtaken
 
-    async def _rest(self, level: int) -> int:
+    async def _pause_or_stop(self, level: int) -> int:
         if level < MAX_SLEEP_LEVEL:
-            return await self._fleet.rest(level)
-        await self._fleet.rest(0)  # a step that hangs is known to hang only while its scheduler waits for it
+            return await self._fleet.pause(level)
+        await self._fleet.pause(0)  # a step that hangs is known to hang only while its scheduler waits for it
         self._stopped = True
         return max(self.given_back, sum(map(_memory, self._fleet.replicas))) + await self._fleet.stop_all()
 
@@ -270,7 +270,7 @@ class Lifecycle:
         self._enter(WAKING)
         if self._stopped:
             await self._start_workers()
-        await self._fleet.rise()
+        await self._fleet.resume()
         if self._fleet.given_up:
             await trio.sleep_forever()  # until the engine's stop ends this
         self.level, self.given_back = None, 0

@@ -84,7 +84,7 @@ class NewSequence(Frame, frozen=True):
     num_cached_tokens: int = 0
 
 
-class Row(Frame, frozen=True):
+class ScheduledSequence(Frame, frozen=True):
     """One sequence's share of a step: compute KV for positions ``start … start + count - 1``.
 
     Args:
@@ -108,13 +108,13 @@ class Row(Frame, frozen=True):
 class Step(Frame, frozen=True):
     """Run one step; answer with one `StepResult` of the same ``step_id``, in order.
 
-    ``forget`` applies before ``new``, which applies before ``rows``.
+    ``released`` applies before ``new_sequences``, which applies before ``scheduled``.
     """
 
     step_id: int
-    rows: list[Row]
-    new: list[NewSequence] = []
-    forget: list[int] = []
+    scheduled: list[ScheduledSequence]
+    new_sequences: list[NewSequence] = []
+    released: list[int] = []
 
 
 class Ping(Frame, frozen=True):

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 
 from ullm.config import SchedulerConfig
-from ullm.protocol.messages import NewSequence, Row, Sampled, Step, StepResult
+from ullm.protocol.messages import NewSequence, Sampled, ScheduledSequence, Step, StepResult
 from ullm.scheduling.block_pool import ROOT_HASH, BlockPool, block_hash
 from ullm.scheduling.sequence import Sequence, TokenEvent
 from ullm.scheduling.speculation import Speculation
@@ -116,7 +116,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Plan the next step; None if there is nothing to compute now."""
         self._steps += 1
-        rows: list[Row] = []
+        rows: list[ScheduledSequence] = []
         budget = self._continue_running(rows, self._config.max_num_batched_tokens)
         new = self._admit_waiting(rows, budget)
         if not rows:
@@ -124,10 +124,10 @@ class Scheduler:
             return None
         for row in rows:
             self._publish(self._sequences[row.seq_id])
-        forget, self._forget = self._forget, []
-        return Step(step_id=self._steps, rows=rows, new=new, forget=forget)
+        released, self._forget = self._forget, []
+        return Step(step_id=self._steps, scheduled=rows, new_sequences=new, released=released)
 
-    def _continue_running(self, rows: list[Row], budget: int) -> int:
+    def _continue_running(self, rows: list[ScheduledSequence], budget: int) -> int:
         # Guesses take at most half of what the running sequences themselves leave.
         spare = (budget - len(self._running)) // 2 if self._config.speculate else 0
         for sequence, needed in self._in_turn():
@@ -146,7 +146,7 @@ class Scheduler:
         prefills = [need for need in needs if need[1] > 1]
         return [need for need in needs if need[1] == 1] + prefills if prefills else needs
 
-    def _admit_waiting(self, rows: list[Row], budget: int) -> list[NewSequence]:
+    def _admit_waiting(self, rows: list[ScheduledSequence], budget: int) -> list[NewSequence]:
         new: list[NewSequence] = []
         while self._waiting and budget > 0 and len(self._running) < self._config.max_bs:
             sequence = self._waiting[0][1]
@@ -177,7 +177,7 @@ class Scheduler:
             self._make_room(sequence, 1 + len(draft))
         return draft
 
-    def _plan(self, sequence: Sequence, count: int, draft: list[int]) -> Row:
+    def _plan(self, sequence: Sequence, count: int, draft: list[int]) -> ScheduledSequence:
         """The row for the next ``count`` positions, and ``draft``, whose blocks are there already."""
         start = sequence.num_computed
         sequence.planned_in = self._steps
@@ -187,7 +187,7 @@ class Scheduler:
         sample = sequence.num_computed == len(sequence.token_ids) + sequence.num_pending
         sequence.num_pending += sample
         sequence.num_drafted = len(draft)
-        return Row(sequence.seq_id, start, count + len(draft), sample, new_blocks, draft)
+        return ScheduledSequence(sequence.seq_id, start, count + len(draft), sample, new_blocks, draft)
 
     # --- blocks ----------------------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ class Scheduler:
         )
 
 
-def _introduce(sequence: Sequence, row: Row) -> NewSequence:
+def _introduce(sequence: Sequence, row: ScheduledSequence) -> NewSequence:
     """Tell the worker about a sequence; blocks for this step come with the row."""
     cached_blocks = len(sequence.block_ids) - len(row.new_block_ids)
     return NewSequence(

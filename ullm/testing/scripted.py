@@ -16,8 +16,8 @@ from ullm.protocol.messages import (
     NewSequence,
     Prepare,
     Progress,
-    Row,
     Sampled,
+    ScheduledSequence,
     Start,
     Step,
     StepResult,
@@ -131,12 +131,12 @@ class ScriptedRunner:
         """
         began = time.perf_counter()
         _require(not self._asleep, f"step {step.step_id} came while asleep")
-        for seq_id in step.forget:
+        for seq_id in step.released:
             self._forget(seq_id)
-        for new in step.new:
+        for new in step.new_sequences:
             self._add(new)
-        sampled = [answer for row in step.rows if (answer := self._row(row)) is not None]
-        tokens = sum(row.count for row in step.rows)
+        sampled = [answer for row in step.scheduled if (answer := self._row(row)) is not None]
+        tokens = sum(row.count for row in step.scheduled)
         self._busy_until = max(began, self._busy_until) + (
             self._settings.step_seconds + tokens * self._settings.token_seconds
         )
@@ -202,7 +202,7 @@ class ScriptedRunner:
             self._owners[block][seq_id] = len(sequence.table)
             sequence.table.append(block)
 
-    def _row(self, row: Row) -> Sampled | None:
+    def _row(self, row: ScheduledSequence) -> Sampled | None:
         sequence = self._sequences.get(row.seq_id)
         if sequence is None:
             raise ScriptViolation(f"sequence {row.seq_id} is not known here")
@@ -222,7 +222,7 @@ class ScriptedRunner:
         self._write_draft(row, sequence, end)
         return self._sample(row, sequence)
 
-    def _write_draft(self, row: Row, sequence: _Sequence, end: int) -> None:
+    def _write_draft(self, row: ScheduledSequence, sequence: _Sequence, end: int) -> None:
         if not row.draft:
             return
         who = f"sequence {row.seq_id}: a draft after position {end - 1}"
@@ -249,7 +249,7 @@ class ScriptedRunner:
             )
         content[offset] = state
 
-    def _sample(self, row: Row, sequence: _Sequence) -> Sampled | None:
+    def _sample(self, row: ScheduledSequence, sequence: _Sequence) -> Sampled | None:
         end, params = row.start + row.count - len(row.draft), sequence.params
         prompt_logprobs = None
         if params.prompt_logprobs is not None and row.start < sequence.num_prompt_tokens:
@@ -264,7 +264,7 @@ class ScriptedRunner:
             logprobs = [_logprobs(token, params.logprobs) for token in found]
         return Sampled(row.seq_id, found, logprobs, prompt_logprobs)
 
-    def _draw_all(self, row: Row, sequence: _Sequence) -> list[int]:
+    def _draw_all(self, row: ScheduledSequence, sequence: _Sequence) -> list[int]:
         """The next token, and one more for each right guess."""
         found: list[int] = []
         for guess in [*row.draft, None]:

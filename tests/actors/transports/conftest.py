@@ -6,7 +6,7 @@ import pytest
 
 from ullm.actors.transports import WorkerSpec
 from ullm.config import EngineConfig
-from ullm.protocol.messages import NewSequence, RankSpec, Ready, Row, Start, Step
+from ullm.protocol.messages import NewSequence, RankSpec, Ready, ScheduledSequence, Start, Step
 from ullm.sampling import SamplingParams
 
 SCRIPTED = "ullm.testing:ScriptedRunner"
@@ -43,7 +43,9 @@ class Talk:
     def step(step_id=0):
         """A step that repeats the same prompt, for any number."""
         new = [NewSequence(step_id, PROMPT, 3, GREEDY, [step_id % 16])]
-        return Step(step_id, [Row(step_id, 0, 3, True)], new, forget=[step_id - 1] if step_id else [])
+        return Step(
+            step_id, [ScheduledSequence(step_id, 0, 3, True)], new, released=[step_id - 1] if step_id else []
+        )
 
     @staticmethod
     async def until(transport, kind):

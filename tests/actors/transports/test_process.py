@@ -22,7 +22,7 @@ from ullm.protocol.messages import (
     Ping,
     Pong,
     Progress,
-    Row,
+    ScheduledSequence,
     Sleep,
     Step,
     StepResult,
@@ -85,8 +85,8 @@ async def test_large_messages_in_both_directions(talk):
         blocks = list(range(-(-len(prompt) // 16)))[:16]
         for step_id in range(3):
             new = NewSequence(step_id, prompt, len(prompt), talk.GREEDY, [])
-            rows = [Row(step_id, 0, 16 * 16, False, blocks)]
-            await worker.send(Step(step_id, rows, [new], forget=[step_id - 1]))
+            rows = [ScheduledSequence(step_id, 0, 16 * 16, False, blocks)]
+            await worker.send(Step(step_id, rows, [new], released=[step_id - 1]))
             assert (await worker.receive()).step_id == step_id
 
 
@@ -257,7 +257,7 @@ async def test_cancelled_sender_leaves_no_half_frame(talk):
         os.kill(worker.pid, signal.SIGSTOP)
         with trio.move_on_after(0.1):
             for step_id in range(1000):
-                await worker.send(Step(step_id, [], [new], forget=[0]))
+                await worker.send(Step(step_id, [], [new], released=[0]))
         os.kill(worker.pid, signal.SIGCONT)
         await worker.send(Ping(1))
         assert await talk.until(worker, Pong) == Pong(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ullm.model.execution.sequences import Plan, SequenceState
-from ullm.protocol.messages import Row
+from ullm.protocol.messages import ScheduledSequence
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class Draws:
         drafted: whether any row has a draft.
     """
 
-    rows: list[tuple[Row, SequenceState]] = field(default_factory=list)
+    rows: list[tuple[ScheduledSequence, SequenceState]] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     seq_ids: list[int] = field(default_factory=list)

@@ -30,8 +30,8 @@ from ullm.protocol.messages import (
     ModelInfo,
     Prepare,
     Progress,
-    Row,
     Sampled,
+    ScheduledSequence,
     Start,
     Step,
     StepResult,
@@ -153,14 +153,14 @@ class ModelRunner:
         """
         began = time.perf_counter()
         rank, sampler = self._loaded()
-        for seq_id in step.forget:
+        for seq_id in step.released:
             self._table.forget(seq_id)
             sampler.forget(seq_id)
-        for new in step.new:
+        for new in step.new_sequences:
             self._table.add(new)
             sampler.add(new.seq_id, new.params, new.token_ids, new.num_prompt_tokens)
-        pending = Pending(step.step_id, began, order=[row.seq_id for row in step.rows])
-        if step.rows:
+        pending = Pending(step.step_id, began, order=[row.seq_id for row in step.scheduled])
+        if step.scheduled:
             plan = self._table.plan(step)
             self._finish(plan, self._forward(rank, plan), pending)
         return pending
@@ -278,7 +278,9 @@ class ModelRunner:
         for state in states:
             state.num_sampled += 1
 
-    def _add_prompt_logprobs(self, row: Row, state: SequenceState, hidden: Tensor, pending: Pending) -> None:
+    def _add_prompt_logprobs(
+        self, row: ScheduledSequence, state: SequenceState, hidden: Tensor, pending: Pending
+    ) -> None:
         """Position p predicts token p + 1, as long as that belongs to the prompt."""
         rank, sampler = self._loaded()
         count = min(row.start + row.count, state.new.num_prompt_tokens - 1) - row.start

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ullm.model.attention.batch import Layout
-from ullm.protocol.messages import NewSequence, Row, Step
+from ullm.protocol.messages import NewSequence, ScheduledSequence, Step
 from ullm.scheduling.drafting import can_draft
 
 Int32s = npt.NDArray[np.int32]
@@ -78,7 +78,7 @@ class Plan:
     """
 
     layout: Layout
-    rows: list[tuple[Row, SequenceState]]
+    rows: list[tuple[ScheduledSequence, SequenceState]]
     ends: list[int]
     fresh: tuple[list[int], list[int]]
 
@@ -123,11 +123,11 @@ class SequenceTable:
         Raises:
             ValueError: a row that cannot be computed; names the sequence.
         """
-        pairs = [(row, self._update(row)) for row in step.rows]
+        pairs = [(row, self._update(row)) for row in step.scheduled]
         pairs.sort(key=_order)
         return self._lay_out(pairs)
 
-    def _update(self, row: Row) -> SequenceState:
+    def _update(self, row: ScheduledSequence) -> SequenceState:
         state = self.sequences.get(row.seq_id)
         if state is None:
             raise ValueError(f"a step has a row of sequence {row.seq_id}, which is not known")
@@ -156,7 +156,7 @@ class SequenceTable:
             _check_draft(row, state)
         return state
 
-    def _lay_out(self, pairs: list[tuple[Row, SequenceState]]) -> Plan:
+    def _lay_out(self, pairs: list[tuple[ScheduledSequence, SequenceState]]) -> Plan:
         query_lens = [row.count for row, _ in pairs]
         starts = [row.start for row, _ in pairs]
         seq_lens = [row.start + row.count for row, _ in pairs]
@@ -175,7 +175,7 @@ class SequenceTable:
         return Plan(layout, pairs, ends, fresh)
 
 
-def _check_draft(row: Row, state: SequenceState) -> None:
+def _check_draft(row: ScheduledSequence, state: SequenceState) -> None:
     """Raise ValueError for one whose tokens cannot be drawn at once; the scheduler never asks for that."""
     if not row.sample or row.count != 1 + len(row.draft):
         raise ValueError(f"sequence {row.seq_id}: a draft of {len(row.draft)} in a row of {row.count}")
@@ -183,14 +183,14 @@ def _check_draft(row: Row, state: SequenceState) -> None:
         raise ValueError(f"sequence {row.seq_id}: penalties and log probabilities go without drafts")
 
 
-def _order(pair: tuple[Row, SequenceState]) -> tuple[bool, int]:
+def _order(pair: tuple[ScheduledSequence, SequenceState]) -> tuple[bool, int]:
     """Decodes first, the longest first, so that attention can pad neighbours to one length."""
     row, _ = pair
     return row.count > 1, -row.start if row.count == 1 else 0
 
 
 def _tokens(
-    pairs: list[tuple[Row, SequenceState]], ends: list[int]
+    pairs: list[tuple[ScheduledSequence, SequenceState]], ends: list[int]
 ) -> tuple[npt.NDArray[np.int64], tuple[list[int], list[int]]]:
     """Token ids of the batch; those that only the device knows are 0, and listed with their slots."""
     tokens = np.zeros(ends[-1], dtype=np.int64)

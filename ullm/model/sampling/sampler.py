@@ -204,7 +204,7 @@ class Sampler:
         return logits
 
     def _entries(self, ids_of_rows: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor]:
-        """Row and column indices of the given token ids of each row."""
+        """ScheduledSequence and column indices of the given token ids of each row."""
         pairs = [(row, token) for row, ids in ids_of_rows for token in ids]
         rows, columns = upload_list(self._device, pairs).unbind(1)
         return rows, columns
