@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,20 +20,38 @@ from ullm.model.attention.gather import GatherAttention
 from ullm.model.kernels.cpu import build
 from ullm.model.kernels.cpu.kernels import NAMES, Kernels, load_kernels
 from ullm.model.kernels.cpu.ops import KernelAttention, tiles
+from ullm.model.layers.quantization import Bits, quantize
 from ullm.model.sampling.choose import choose_tokens
 from ullm.protocol.messages import NewSequence, ScheduledSequence, Step
 from ullm.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
+BITS: tuple[Bits, ...] = (8, 4)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
+INSTRUCTION_SETS = ["native", "x86-64-v3", "x86-64-v2"]
+"""What kernels are compiled for: this machine, AVX2 without AVX-512, and neither."""
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param != "native":
+        if platform.machine() not in ("x86_64", "AMD64"):
+            pytest.skip("another architecture")
+        if request.param == "x86-64-v3" and "avx2" not in Path("/proc/cpuinfo").read_text():
+            pytest.skip("this machine has no AVX2")
+    flags = tuple(f"-march={request.param}" if flag == "-march=native" else flag for flag in build.FLAGS)
+    monkeypatch.setattr(build, "FLAGS", flags)
+    return str(request.param)
+
+
 @pytest.fixture(params=list(NAMES), ids=list(NAMES.values()))
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    found = load_kernels(request.param)
-    assert found is not None
-    return found
+def kernels(request: pytest.FixtureRequest, instruction_set: str) -> Kernels:
+    loaded = load_kernels(request.param)
+    assert loaded is not None
+    return loaded
 
 
 @pytest.fixture
@@ -60,6 +79,36 @@ def test_linear(kernels: Kernels, rows: int, inputs: int, outputs: int) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
     unbiased = kernels.linear(packed, None, outputs, inputs)
     assert torch.equal(unbiased(x)[-1:], unbiased(x[-1:].contiguous()))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 20])
+def test_quantized_linear(kernels: Kernels, bits: Bits, rows: int) -> None:
+    x, weight = numbers(rows, 96, dtype=kernels.dtype), quantize(numbers(100, 96, seed=1), bits)
+    bias = numbers(100, seed=2)
+    multiply = kernels.linear(kernels.pack_quantized(weight), bias, 100, 96)
+    expected = F.linear(x.double(), weight.dequantize().double(), bias.double())
+    error = (multiply(x).double() - expected).norm() / expected.norm()
+    assert error < 0.01  # inputs are rounded to eight bits
+    assert torch.equal(multiply(x)[-1:], multiply(x[-1:].contiguous()))
+
+
+def test_a_product_is_the_same_with_and_without_avx_512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of each sum does not depend on the width of vectors, and both have fused multiply-add."""
+    if "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this machine has no AVX-512")
+    x, weight = numbers(7, 96), numbers(100, 96, seed=1)
+    products = []
+    for march in ("native", "x86-64-v3"):
+        flags = tuple(f"-march={march}" if flag == "-march=native" else flag for flag in build.FLAGS)
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "FLAGS", flags)
+            kernels = load_kernels(torch.float32)
+        assert kernels is not None
+        packed = [kernels.pack(weight)]
+        packed += [kernels.pack_quantized(quantize(weight, bits)) for bits in BITS]
+        products.append(torch.stack([kernels.linear(each, None, 100, 96)(x) for each in packed]))
+    assert torch.equal(*products)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])

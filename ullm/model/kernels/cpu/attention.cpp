@@ -101,47 +101,56 @@ class NextPages {
     const char *line_ = nullptr, *page_end_ = nullptr;
 };
 
+constexpr int BESIDE = 64 / LANES;  // vectors of keys, or of values, that are computed side by side
+
 // Scores of R queries with K times LANES neighbouring keys. So many sums are independent of each other, and
 // each would keep the next addition to itself waiting.
 template <int R, int K, typename T>
 void score(const float* queries, const T* const* keys, const int64_t* places, float* scores,
            int64_t score_stride, int64_t dim, int64_t size, NextPages<T>& next) {
-    floats sums[R][K] = {};
-    for (int64_t i = 0; i < dim; ++i) {
-        next.fetch(K / 2);
-        for (int k = 0; k < K; ++k) {
-            const floats key = load_floats(keys[k] + i * size);
-            for (int r = 0; r < R; ++r) sums[r][k] += queries[r * dim + i] * key;
+    constexpr int N = at_once(R, K);
+    for (int first = 0; first < K; first += N) {
+        floats sums[R][N] = {};
+        for (int64_t i = 0; i < dim; ++i) {
+            if (first == 0) next.fetch(K * LANES / 32);
+            for (int k = 0; k < N; ++k) {
+                const floats key = load_floats(keys[first + k] + i * size);
+                for (int r = 0; r < R; ++r) sums[r][k] += queries[r * dim + i] * key;
+            }
         }
+        for (int r = 0; r < R; ++r)
+            for (int k = 0; k < N; ++k) store_floats(scores + r * score_stride + places[first + k], sums[r][k]);
     }
-    for (int r = 0; r < R; ++r)
-        for (int k = 0; k < K; ++k) store_floats(scores + r * score_stride + places[k], sums[r][k]);
 }
 
 // Add `count` weighted values to LANES * V neighbouring outputs of R queries.
 template <int R, int V, typename T>
 void add_values(const float* weights, int64_t weight_stride, const T* values, float* out, int64_t count,
                 int64_t dim, NextPages<T>& next) {
-    floats sums[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] = load_floats(out + r * dim + v * LANES);
-    for (int64_t key = 0; key < count; ++key) {
-        next.fetch(V / 2);
-        for (int v = 0; v < V; ++v) {
-            const floats value = load_floats(values + key * dim + v * LANES);
-            for (int r = 0; r < R; ++r) sums[r][v] += weights[r * weight_stride + key] * value;
+    constexpr int N = at_once(R, V);
+    for (int first = 0; first < V; first += N) {
+        floats sums[R][N];
+        float* const to = out + first * LANES;
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < N; ++v) sums[r][v] = load_floats(to + r * dim + v * LANES);
+        for (int64_t key = 0; key < count; ++key) {
+            if (first == 0) next.fetch(V * LANES / 32);
+            for (int v = 0; v < N; ++v) {
+                const floats value = load_floats(values + key * dim + (first + v) * LANES);
+                for (int r = 0; r < R; ++r) sums[r][v] += weights[r * weight_stride + key] * value;
+            }
         }
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < N; ++v) store_floats(to + r * dim + v * LANES, sums[r][v]);
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store_floats(out + r * dim + v * LANES, sums[r][v]);
 }
 
 template <int R, typename T>
 void add_all_values(const float* weights, int64_t weight_stride, const T* values, float* out, int64_t count,
                     int64_t dim, NextPages<T>& next) {
     int64_t i = 0;
-    for (; i + 4 * LANES <= dim; i += 4 * LANES)
-        add_values<R, 4>(weights, weight_stride, values + i, out + i, count, dim, next);
+    for (; i + BESIDE * LANES <= dim; i += BESIDE * LANES)
+        add_values<R, BESIDE>(weights, weight_stride, values + i, out + i, count, dim, next);
     for (; i < dim; i += LANES) add_values<R, 1>(weights, weight_stride, values + i, out + i, count, dim, next);
 }
 
@@ -182,7 +191,6 @@ float softmax(float* scores, int64_t first, int64_t end, int64_t width) {
 }
 
 constexpr int TOGETHER = 6;  // query vectors that share the loads of keys and values
-constexpr int BESIDE = 4;    // vectors of keys whose scores are computed side by side
 
 // The queries of one tile that share one KV head: `tokens` neighbouring tokens of a sequence times the
 // query heads of the group.

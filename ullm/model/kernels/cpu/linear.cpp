@@ -15,9 +15,10 @@
 namespace {
 
 // 4 vectors of outputs times 6 rows take 24 of the 32 registers of AVX-512. Measured with 512 rows in
-// bfloat16 on two cores of Zen 5: 2 x 12 takes 1.7 times as long, 3 x 8 1.5 times.
-constexpr int VECTORS = 4;
-constexpr int COLUMNS = VECTORS * LANES;
+// bfloat16 on two cores of Zen 5: 2 x 12 takes 1.7 times as long, 3 x 8 1.5 times. AVX2 has 16 registers of
+// half the size: there the vectors of a tile are computed in several passes, see `at_once`.
+constexpr int COLUMNS = 64;
+constexpr int VECTORS = COLUMNS / LANES;
 constexpr int ROWS = 6;
 
 // Weights are packed in groups of COLUMNS outputs: for each step of the inputs, what each output needs.
@@ -46,25 +47,26 @@ inline floats multiply_add(floats sum, const bfloat16* weights, const bfloat16* 
 template <typename T, int R>
 void tile(const T* x, int64_t stride, const T* weights, const Ahead& ahead, const float* bias, float* out,
           int64_t out_stride, int64_t steps, int64_t columns) {
-    floats sums[R][VECTORS];
-    float start[COLUMNS] = {};
+    constexpr int V = at_once(R, VECTORS);
+    float start[COLUMNS] = {}, all[R][COLUMNS];
     if (bias) std::copy(bias, bias + columns, start);
-    for (int row = 0; row < R; ++row)
-        for (int v = 0; v < VECTORS; ++v) sums[row][v] = load_floats(start + v * LANES);
-    for (int64_t step = 0; step < steps; ++step) {
-        ahead.fetch(step);
-        const T* here = weights + step * COLUMNS * STEP<T>;
-        for (int row = 0; row < R; ++row) {
-            const T* inputs = x + row * stride + step * STEP<T>;
-            for (int v = 0; v < VECTORS; ++v)
-                sums[row][v] = multiply_add(sums[row][v], here + v * LANES * STEP<T>, inputs);
+    for (int first = 0; first < VECTORS; first += V) {
+        floats sums[R][V];
+        for (int row = 0; row < R; ++row)
+            for (int v = 0; v < V; ++v) sums[row][v] = load_floats(start + (first + v) * LANES);
+        for (int64_t step = 0; step < steps; ++step) {
+            if (first == 0) ahead.fetch(step);
+            const T* here = weights + (step * COLUMNS + first * LANES) * STEP<T>;
+            for (int row = 0; row < R; ++row) {
+                const T* inputs = x + row * stride + step * STEP<T>;
+                for (int v = 0; v < V; ++v)
+                    sums[row][v] = multiply_add(sums[row][v], here + v * LANES * STEP<T>, inputs);
+            }
         }
+        for (int row = 0; row < R; ++row)
+            for (int v = 0; v < V; ++v) store_floats(all[row] + (first + v) * LANES, sums[row][v]);
     }
-    for (int row = 0; row < R; ++row) {
-        float all[COLUMNS];
-        for (int v = 0; v < VECTORS; ++v) store_floats(all + v * LANES, sums[row][v]);
-        std::copy(all, all + columns, out + row * out_stride);
-    }
+    for (int row = 0; row < R; ++row) std::copy(all[row], all[row] + columns, out + row * out_stride);
 }
 
 template <typename T, int R = ROWS>
@@ -86,7 +88,7 @@ void linear(const T* x, const T* packed, const float* bias, float* out, int64_t 
     pool().run(chunks * all, [&](int64_t i) {
         const int64_t part = i / all * chunk, end = std::min(rows, part + chunk), group = i % all;
         const int64_t first = group * COLUMNS, columns = std::min<int64_t>(COLUMNS, out_features - first);
-        const int64_t tiles = (end - part + ROWS - 1) / ROWS, lines = (STEP<T> * VECTORS * sizeof(T)) / 4;
+        const int64_t tiles = (end - part + ROWS - 1) / ROWS, lines = COLUMNS * STEP<T> * sizeof(T) / 64;
         // What this thread will multiply next. Few rows are bound by memory anyway, and later chunks find all
         // in the cache.
         const T* next = rows > ROWS && !part && group + threads < all ? packed + (group + threads) * group_size

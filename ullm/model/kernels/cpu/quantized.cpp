@@ -9,9 +9,6 @@
 
 #include "common.h"
 #include "pool.h"
-#if defined(__AVX512VNNI__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -33,9 +30,10 @@ struct Header {
 
 constexpr int GROUP = 32;
 constexpr int STEP = 4;  // inputs that the processor's instruction multiplies at once
-// 2 vectors of outputs times 6 rows, once in whole numbers and once in float32, take 24 of 32 registers.
-constexpr int VECTORS = 2;
-constexpr int COLUMNS = VECTORS * LANES;
+// 2 vectors of outputs times 6 rows, once in whole numbers and once in float32, take 24 of the 32 registers of
+// AVX-512. With 16 registers the vectors are computed in several passes, see `at_once`.
+constexpr int COLUMNS = 32;
+constexpr int VECTORS = COLUMNS / LANES;
 constexpr int ROWS = 6;
 constexpr int ZERO = 128;  // the code of zero in eight bits: the instruction wants weights without a sign
 
@@ -51,6 +49,8 @@ constexpr int64_t group_bytes(int64_t bits) { return code_bytes(bits) + (bits ==
 inline floats load_float16(const uint16_t* from) {
 #ifdef __AVX512F__
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #else
     const uints bits = __builtin_convertvector(*reinterpret_cast<const halves*>(from), uints);
     const floats size = (floats)((bits & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112: the exponents' bias
@@ -58,12 +58,18 @@ inline floats load_float16(const uint16_t* from) {
 #endif
 }
 
-// sums + codes * x, four neighbouring products per sum.
-inline ints multiply_add(ints sums, bytes codes, const int8_t* x) {
+inline int32_t load_four(const int8_t* from) {
     int32_t four;
-    std::memcpy(&four, x, 4);
+    std::memcpy(&four, from, 4);
+    return four;
+}
+
+// sums + codes * x, four neighbouring products per sum; x is LANES times the same four.
+inline ints multiply_add(ints sums, bytes codes, int32_t four) {
 #ifdef __AVX512VNNI__
     return (ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(four));
+#elif defined(__AVXVNNI__)
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, _mm256_set1_epi32(four));
 #else
     typedef int16_t products __attribute__((vector_size(8 * LANES)));
     typedef int32_t pairs __attribute__((vector_size(8 * LANES)));
@@ -75,6 +81,15 @@ inline ints multiply_add(ints sums, bytes codes, const int8_t* x) {
     return sums + __builtin_convertvector((quads)two, ints) + __builtin_convertvector((quads)two >> 32, ints);
 #endif
 }
+
+// AVX2 without VNNI multiplies bytes into sums of two in 16 bits, which products of unsigned codes of eight bits
+// overflow: there codes become signed, and their sign goes over to the inputs.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
+#define ULLM_MADDUBS 1
+constexpr bool SIGNED_CODES = true;
+#else
+constexpr bool SIGNED_CODES = false;
+#endif
 
 // Inputs as codes times scales.
 struct Inputs {
@@ -94,6 +109,7 @@ struct Inputs {
 // Over all lanes, by halves.
 template <typename F>
 inline int32_t reduce(ints values, const F& combine) {
+#ifdef __AVX512F__
     values = combine(values, __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4,
                                                      5, 6, 7));
     values = combine(values, __builtin_shufflevector(values, values, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8,
@@ -102,6 +118,11 @@ inline int32_t reduce(ints values, const F& combine) {
                                                      15, 12, 13));
     values = combine(values, __builtin_shufflevector(values, values, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13,
                                                      12, 15, 14));
+#else
+    values = combine(values, __builtin_shufflevector(values, values, 4, 5, 6, 7, 0, 1, 2, 3));
+    values = combine(values, __builtin_shufflevector(values, values, 2, 3, 0, 1, 6, 7, 4, 5));
+    values = combine(values, __builtin_shufflevector(values, values, 1, 0, 3, 2, 5, 4, 7, 6));
+#endif
     return values[0];
 }
 inline int32_t largest(ints values) {
@@ -114,19 +135,27 @@ inline int32_t total(ints values) {
 // One group, of which `count` inputs exist: the largest becomes 127. Floats without sign compare as integers.
 template <typename T>
 void quantize_group(const T* x, int64_t count, Inputs& to, int64_t group) {
-    const floats a = load_floats(x), b = count > LANES ? load_floats(x + LANES) : floats{};
-    const ints sizes_a = (ints)a & 0x7fffffff, sizes_b = (ints)b & 0x7fffffff;
-    const int32_t bits = largest(sizes_a > sizes_b ? sizes_a : sizes_b);
+    constexpr int PARTS = GROUP / LANES;
+    floats values[PARTS];
+    ints sizes = {};
+    for (int i = 0; i < PARTS; ++i) {
+        values[i] = count > i * LANES ? load_floats(x + i * LANES) : floats{};
+        const ints size = (ints)values[i] & 0x7fffffff;
+        sizes = size > sizes ? size : sizes;
+    }
+    const int32_t bits = largest(sizes);
     float most;
     std::memcpy(&most, &bits, 4);
     const float inverse = most > 0 ? 127 / most : 0, scale = most / 127;
-    const ints rounded_a = (ints)(a * inverse + 12582912.0f) - 0x4B400000;  // see exponential()
-    const ints rounded_b = (ints)(b * inverse + 12582912.0f) - 0x4B400000;
     signed_bytes* codes = reinterpret_cast<signed_bytes*>(to.codes.data() + group * GROUP);
-    codes[0] = __builtin_convertvector(rounded_a, signed_bytes);
-    codes[1] = __builtin_convertvector(rounded_b, signed_bytes);
-    const int32_t sum = total(rounded_a + rounded_b);
-    to.scales[group] = scale, to.start[group] = -ZERO * sum, to.sums[group] = scale * sum;
+    ints sums = {};
+    for (int i = 0; i < PARTS; ++i) {
+        const ints rounded = (ints)(values[i] * inverse + 12582912.0f) - 0x4B400000;  // see exponential()
+        codes[i] = __builtin_convertvector(rounded, signed_bytes);
+        sums += rounded;
+    }
+    const int32_t sum = total(sums);
+    to.scales[group] = scale, to.start[group] = SIGNED_CODES ? 0 : -ZERO * sum, to.sums[group] = scale * sum;
 }
 
 template <typename T>
@@ -139,41 +168,81 @@ void quantize(const T* x, Inputs& to, int64_t rows, int64_t in) {
     });
 }
 
-// dots += the products of a group's codes.
-template <int BITS, int R>
-inline void add_codes(const uint8_t* packed, const int8_t* x, int64_t stride, ints (&dots)[R][VECTORS]) {
-    for (int step = 0; step < GROUP / STEP; step += 8 / BITS)
-        for (int v = 0; v < VECTORS; ++v, packed += sizeof(bytes)) {
-            const bytes codes = *reinterpret_cast<const bytes*>(packed);
+// dots += the products of the codes of a group for V neighbouring vectors of outputs.
+template <int BITS, int R, int V>
+inline void add_codes(const uint8_t* packed, const int8_t* x, int64_t stride, ints (&dots)[R][V]) {
+#ifdef ULLM_MADDUBS
+    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), zero = _mm256_set1_epi8(char(ZERO));
+    if constexpr (BITS == 4) {
+        // The sums of 16 products below 15 * 127 fit into 16 bits.
+        __m256i sums[R][V] = {};
+        for (int step = 0; step < GROUP / STEP; step += 2, packed += VECTORS * sizeof(bytes))
+            for (int v = 0; v < V; ++v) {
+                const __m256i codes = _mm256_loadu_si256((const __m256i*)(packed + v * sizeof(bytes)));
+                const __m256i even = _mm256_and_si256(codes, low);
+                const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low);
+                for (int r = 0; r < R; ++r) {
+                    const int8_t* inputs = x + r * stride + step * STEP;
+                    const __m256i a = _mm256_maddubs_epi16(even, _mm256_set1_epi32(load_four(inputs)));
+                    const __m256i b = _mm256_maddubs_epi16(odd, _mm256_set1_epi32(load_four(inputs + STEP)));
+                    sums[r][v] = _mm256_add_epi16(sums[r][v], _mm256_add_epi16(a, b));
+                }
+            }
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) dots[r][v] += (ints)_mm256_madd_epi16(sums[r][v], ones);
+        return;
+    }
+    for (int step = 0; step < GROUP / STEP; ++step, packed += VECTORS * sizeof(bytes))
+        for (int v = 0; v < V; ++v) {
+            const __m256i codes =
+                _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(packed + v * sizeof(bytes))), zero);
+            const __m256i sizes = _mm256_abs_epi8(codes);
+            for (int r = 0; r < R; ++r) {
+                const __m256i four = _mm256_set1_epi32(load_four(x + r * stride + step * STEP));
+                const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(four, codes));
+                dots[r][v] += (ints)_mm256_madd_epi16(pairs, ones);
+            }
+        }
+#else
+    for (int step = 0; step < GROUP / STEP; step += 8 / BITS, packed += VECTORS * sizeof(bytes))
+        for (int v = 0; v < V; ++v) {
+            const bytes codes = *reinterpret_cast<const bytes*>(packed + v * sizeof(bytes));
             for (int r = 0; r < R; ++r) {
                 const int8_t* inputs = x + r * stride + step * STEP;
                 if constexpr (BITS == 8) {
-                    dots[r][v] = multiply_add(dots[r][v], codes, inputs);
+                    dots[r][v] = multiply_add(dots[r][v], codes, load_four(inputs));
                 } else {
-                    dots[r][v] = multiply_add(dots[r][v], codes & 15, inputs);
-                    dots[r][v] = multiply_add(dots[r][v], codes >> 4, inputs + STEP);
+                    dots[r][v] = multiply_add(dots[r][v], codes & 15, load_four(inputs));
+                    dots[r][v] = multiply_add(dots[r][v], codes >> 4, load_four(inputs + STEP));
                 }
             }
         }
+#endif
 }
 
 // sums += the dots of a group times the scales of weights and inputs.
 template <int BITS, int R>
 inline void add_group(const Inputs& x, int64_t first, const uint8_t* packed, floats (&sums)[R][VECTORS]) {
-    ints dots[R][VECTORS];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < VECTORS; ++v)
-            dots[r][v] = BITS == 8 ? ints{} + x.start[first + r * x.groups] : ints{};
-    add_codes<BITS, R>(packed, x.codes.data() + first * GROUP, x.groups * GROUP, dots);
+    // With few registers the sums wait in memory, and only the dots are in registers.
+    constexpr int V = at_once(R, VECTORS);
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(packed + code_bytes(BITS));
-    for (int v = 0; v < VECTORS; ++v) {
-        const floats scale = load_float16(scales + v * LANES);
+    for (int begin = 0; begin < VECTORS; begin += V) {
+        ints dots[R][V];
         for (int r = 0; r < R; ++r)
-            sums[r][v] +=
-                __builtin_convertvector(dots[r][v], floats) * (scale * x.scales[first + r * x.groups]);
-        if constexpr (BITS == 4) {
-            const floats minimum = load_float16(scales + COLUMNS + v * LANES);
-            for (int r = 0; r < R; ++r) sums[r][v] += minimum * x.sums[first + r * x.groups];
+            for (int v = 0; v < V; ++v)
+                dots[r][v] = BITS == 8 ? ints{} + x.start[first + r * x.groups] : ints{};
+        add_codes<BITS, R, V>(packed + begin * sizeof(bytes), x.codes.data() + first * GROUP, x.groups * GROUP,
+                              dots);
+        for (int v = 0; v < V; ++v) {
+            const int column = begin + v;
+            const floats scale = load_float16(scales + column * LANES);
+            for (int r = 0; r < R; ++r)
+                sums[r][column] +=
+                    __builtin_convertvector(dots[r][v], floats) * (scale * x.scales[first + r * x.groups]);
+            if constexpr (BITS == 4) {
+                const floats minimum = load_float16(scales + COLUMNS + column * LANES);
+                for (int r = 0; r < R; ++r) sums[r][column] += minimum * x.sums[first + r * x.groups];
+            }
         }
     }
 }
