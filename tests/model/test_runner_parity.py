@@ -56,7 +56,7 @@ class Request:
             num_prompt_tokens=len(self.prompt),
             params=self.params,
             max_total=len(self.prompt) + self.params.max_tokens,
-            order=(0, seq_id),
+            queue_key=(0, seq_id),
         )
 
 

@@ -13,7 +13,7 @@ from ullm.config import EngineConfig
 from ullm.protocol.messages import RankSpec, Sampled, ScheduledSequence, Start, Step, StepResult
 from ullm.sampling import SamplingParams
 from ullm.scheduling.block_pool import BlockPool
-from ullm.scheduling.drafting import WAIT_IN_ROWS, WINDOW, Drafter, can_draft, find_following, price
+from ullm.scheduling.drafting import WAIT_COST, WINDOW, Drafter, can_draft, find_following, price
 from ullm.scheduling.scheduler import Scheduler
 from ullm.scheduling.sequence import Sequence
 from ullm.testing import ScriptedRunner, ScriptedSettings, scripted_tokens
@@ -115,7 +115,7 @@ def test_the_chance_is_learned_without_drafts_too() -> None:
         drafter.observe(tokens)
         lengths.append(len(drafter.propose(tokens, 8, rows=1)))
     assert lengths[:20] == [0] * 20
-    assert drafter.value(rows=1) > WAIT_IN_ROWS
+    assert drafter.value(rows=1) > WAIT_COST
     assert lengths[-1] > 4, "as soon as the guesses are right"
 
 
@@ -130,7 +130,7 @@ def test_wrong_guesses_end_the_drafts() -> None:
         tokens += [100 + number]
         drafter.observe(tokens)
     assert 0 < drafted < 12
-    assert drafter.value(rows=1) < WAIT_IN_ROWS
+    assert drafter.value(rows=1) < WAIT_COST
 
 
 def test_the_more_sequences_the_surer_a_draft_must_be() -> None:
@@ -184,7 +184,7 @@ def make_sequence(
         num_prompt_tokens=len(prompt),
         params=params or SamplingParams(temperature=0, seed=seq_id),
         max_total=len(prompt) + max_tokens,
-        order=(0, seq_id),
+        queue_key=(0, seq_id),
     )
 
 
