@@ -30,7 +30,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "sampling": frozenset({"errors"}),
     # what engine and worker share
     "protocol": frozenset({"errors", "config", "sampling"}),
-    "scheduling": frozenset({"config", "sampling", "protocol"}),
+    "scheduling": frozenset({"errors", "config", "sampling", "protocol"}),
     "tokenization": frozenset({"errors"}),
     "hub": frozenset({"errors", "config", "logs"}),
     "faults": frozenset({"errors", "logs", "protocol"}),

@@ -554,7 +554,7 @@ async def test_a_hung_worker_is_not_asked_to_stop(clock: MockClock, opened: Open
 
 async def test_more_choices_than_ever_fit_are_a_bad_request(clock: MockClock, opened: Open) -> None:
     async with opened(max_bs=2, max_num_batched_tokens=16, max_queue=3) as (engine, _):
-        with pytest.raises(InvalidParameter, match="5 at most"):
+        with pytest.raises(InvalidParameter, match="at most 5"):
             await collect(engine, params=SamplingParams(n=6, max_tokens=2))
 
 

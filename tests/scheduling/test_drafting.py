@@ -90,10 +90,10 @@ def test_a_loop_is_continued() -> None:
 def test_the_text_may_grow_between_drafts() -> None:
     tokens = list(REPETITIVE)
     drafter = Drafter(tokens)
-    assert drafter.propose(tokens, 2, rows=1) == [13, 14]
+    assert drafter.propose(tokens, 2, batch_size=1) == [13, 14]
     tokens += [13, 14, 99, 16, 17]
     drafter.observe(tokens)
-    assert drafter.propose(tokens, 2, rows=1) == [10, 11]
+    assert drafter.propose(tokens, 2, batch_size=1) == [10, 11]
 
 
 def test_a_text_is_followed_where_it_is_copied_from() -> None:
@@ -103,7 +103,7 @@ def test_a_text_is_followed_where_it_is_copied_from() -> None:
     drafter = Drafter(tokens)
     tokens.append(12)
     drafter.observe(tokens)
-    assert drafter.propose(tokens, 3, rows=1) == [20, 11, 12]
+    assert drafter.propose(tokens, 3, batch_size=1) == [20, 11, 12]
 
 
 def test_the_chance_is_learned_without_drafts_too() -> None:
@@ -113,9 +113,9 @@ def test_the_chance_is_learned_without_drafts_too() -> None:
     for token in [*range(100, 120), *[5, 6] * 6]:
         tokens.append(token)
         drafter.observe(tokens)
-        lengths.append(len(drafter.propose(tokens, 8, rows=1)))
+        lengths.append(len(drafter.propose(tokens, 8, batch_size=1)))
     assert lengths[:20] == [0] * 20
-    assert drafter.value(rows=1) > WAIT_COST
+    assert drafter.value(batch_size=1) > WAIT_COST
     assert lengths[-1] > 4, "as soon as the guesses are right"
 
 
@@ -126,11 +126,11 @@ def test_wrong_guesses_end_the_drafts() -> None:
     for number in range(300):
         tokens += [5, 6]
         drafter.observe(tokens)
-        drafted += len(drafter.propose(tokens, 8, rows=1))
+        drafted += len(drafter.propose(tokens, 8, batch_size=1))
         tokens += [100 + number]
         drafter.observe(tokens)
     assert 0 < drafted < 12
-    assert drafter.value(rows=1) < WAIT_COST
+    assert drafter.value(batch_size=1) < WAIT_COST
 
 
 def test_the_more_sequences_the_surer_a_draft_must_be() -> None:
@@ -141,7 +141,7 @@ def test_the_more_sequences_the_surer_a_draft_must_be() -> None:
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > 10 > lengths[-1] >= 1
     assert price(1) < price(32) < 1
-    assert not Drafter(tokens).propose(tokens, 64, rows=64), "not at first"
+    assert not Drafter(tokens).propose(tokens, 64, batch_size=64), "not at first"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A request's record: who is told of what, and when."""
+"""A request's record: when its reader is notified."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from ullm.scheduling.sequence import TokenEvent
 
 def test_a_reader_that_waits_is_told_only_of_the_end() -> None:
     told: list[int] = []
-    record = RequestRecord(
-        1, "r", [1], SamplingParams(), 9, (0, 1), lambda: told.append(len(record.token_ids))
-    )
+    record = RequestRecord(1, "r", [1], SamplingParams(), 9, 1, lambda: told.append(len(record.token_ids)))
     record.take(TokenEvent(1, 0, [5]), now=1.0)
     record.quiet_until = 4.0
     record.take(TokenEvent(1, 1, [6]), now=2.0)
@@ -25,7 +23,7 @@ def test_a_reader_that_waits_is_told_only_of_the_end() -> None:
 
 def test_quiet_or_not_an_error_is_told() -> None:
     told: list[Exception | None] = []
-    record = RequestRecord(1, "r", [1], SamplingParams(), 9, (0, 1), lambda: told.append(record.error))
+    record = RequestRecord(1, "r", [1], SamplingParams(), 9, 1, lambda: told.append(record.error))
     record.quiet_until = 9.0
     error = RuntimeError("lost")
     record.fail(error)
@@ -33,7 +31,7 @@ def test_quiet_or_not_an_error_is_told() -> None:
 
 
 def test_what_is_known_is_dropped_and_events_keep_their_tokens() -> None:
-    record = RequestRecord(1, "r", [1], SamplingParams(), 9, (0, 1), lambda: None)
+    record = RequestRecord(1, "r", [1], SamplingParams(), 9, 1, lambda: None)
     first = TokenEvent(1, 0, [5, 6])
     assert record.take(first, now=0.0) == 2
     assert record.take(TokenEvent(1, 1, [6, 7]), now=0.0) == 1

@@ -221,7 +221,7 @@ class Generation:
             prompt_token_ids=self.prompt_token_ids,
             params=params,
             max_total=max_total,
-            order=(params.priority, arrival),
+            arrival=arrival,
             notify=self._notify,
         )
         decoder = self._tokenizer.detokenizer(

@@ -74,7 +74,7 @@ class Drafter:
         self._following = guess + 1 if guess is not None and right else find_following(self._text)
 
     def value(self, batch_size: int) -> float:
-        """Return what one drafted token is expected to gain, in units of the cost of a sequence; 0 if it loses.
+        """Return the expected gain of one drafted token, in units of the cost of a sequence; 0 if it loses.
 
         Args:
             batch_size: sequences in the step.

@@ -46,7 +46,7 @@ class SequenceBlocks:
         return True
 
     def extend(self, sequence: Sequence, count: int) -> bool:
-        """Allocate the blocks for ``count`` more positions; return False, and do nothing, if too few are left."""
+        """Allocate the blocks for ``count`` more positions, or return False if too few are left."""
         missing = -(-(sequence.num_computed + count) // self._size) - len(sequence.block_ids)
         if missing > 0:
             if missing > self.pool.num_available:
@@ -55,7 +55,7 @@ class SequenceBlocks:
         return True
 
     def room(self, sequence: Sequence, reserved: int) -> int:
-        """Return how many positions beyond its tokens a sequence can have while ``reserved`` blocks stay available."""
+        """Return how many positions fit beyond a sequence's tokens with ``reserved`` blocks left over."""
         blocks = len(sequence.block_ids) + max(0, self.pool.num_available - reserved)
         return blocks * self._size - len(sequence.token_ids)
 
