@@ -27,7 +27,8 @@ from ullm.protocol.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 from ullm.server import bind, serve_http
 from ullm.supervision import ChildInfo, ChildStatus, EngineState, Kind, Restart
-from ullm.tokenization.decoding import ByteLevelDecoder, IncrementalDecoder, TokenBytes
+from ullm.tokenization.decoding import ByteLevelDecoder, TokenBytes
+from ullm.tokenization.detokenizer import IncrementalDecoder
 
 BOS, EOS = "<s>", "</s>"
 ANSWER = "Grüße aus Paris! 🎉 "
@@ -36,8 +37,6 @@ CONTEXT_LEN = 512
 
 class ByteTokenizer:
     """One token per byte of UTF-8, behind the special tokens ``<s>`` and ``</s>``."""
-
-    has_chat_template = True
 
     def __init__(self) -> None:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -96,7 +96,7 @@ class WorkerGroup:
         return sum(sum(a.given_back.values()) for a in answers if isinstance(a, Asleep))
 
     async def wake(self) -> ModelInfo:
-        """Have every rank return to its state after the start, without sequences; return its new `ModelInfo`."""
+        """Have every rank return to its state after the start, without sequences; return its model info."""
         answers = await self._ask_all(Wake(), "wake")
         self._known.clear()
         self.info = next(answer.info for answer in answers if isinstance(answer, Awake))

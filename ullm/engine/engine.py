@@ -21,7 +21,7 @@ import trio
 
 from ullm.actors.router import Router
 from ullm.actors.standby_pool import StandbyPool
-from ullm.actors.tokenizer import Tokenizer
+from ullm.actors.tokenizer import TokenizerActor
 from ullm.actors.transports import OpenTransport, open_transport
 from ullm.actors.transports.faulty import faulty
 from ullm.config import EngineConfig, SleepMode
@@ -89,7 +89,7 @@ class Engine:
         self.config = config
         self.model_name = config.model_name
         self.info: ModelInfo | None = None
-        self.tokenizer: Tokenizer | None = None
+        self.tokenizer: TokenizerActor | None = None
         self.report: ShutdownReport | None = None
         self._first_children = list(first_children)
         self._find_model = find_model or find_local_model
@@ -425,7 +425,7 @@ class Engine:
     async def _prepare(self) -> None:
         """Find the model's files, which the other children need; a download may take minutes."""
         self._lifecycle.local = await trio.to_thread.run_sync(self._find_model, self.config)
-        self.tokenizer = Tokenizer(self._lifecycle.local, self.faults)
+        self.tokenizer = TokenizerActor(self._lifecycle.local, self.faults)
 
     def _children(self) -> list[ChildSpec]:
         """Those that start after the first ones."""

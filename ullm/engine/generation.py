@@ -20,7 +20,7 @@ from ullm.tokenization.detokenizer import TextAssembler
 
 if TYPE_CHECKING:
     from ullm.actors.router import Router
-    from ullm.actors.tokenizer import Tokenizer
+    from ullm.actors.tokenizer import TokenizerActor
 
 
 class Readers:
@@ -72,7 +72,7 @@ class Generation:
         self,
         router: Router,
         readers: Readers,
-        tokenizer: Tokenizer,
+        tokenizer: TokenizerActor,
         info: ModelInfo,
         prompt: Sequence[int] | str,
         params: SamplingParams,

@@ -75,7 +75,7 @@ class FaultReport(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class FaultSite:
     """Who hits a point; None: it is of no one worker, or no frame."""
 
     point: str
@@ -98,7 +98,7 @@ class _Counter:
     def exhausted(self) -> bool:
         return self.fired >= self.fault.limit
 
-    def hit(self, site: Site) -> bool:
+    def hit(self, site: FaultSite) -> bool:
         """Count, and decide."""
         fault = self.fault
         if self.exhausted or not _concerns(fault, site):
@@ -117,7 +117,7 @@ class _Counter:
         return ArmedFault(self.number, str(self.fault), self.hits, self.fired, remaining)
 
 
-def _concerns(fault: Fault, site: Site) -> bool:
+def _concerns(fault: Fault, site: FaultSite) -> bool:
     return fault.point == site.point and all(
         wanted is None or wanted == found
         for wanted, found in (
@@ -199,7 +199,7 @@ class FaultInjector:
 
     # --- for the points ----------------------------------------------------------------------------
 
-    def fire(self, site: Site) -> list[Fault]:
+    def fire(self, site: FaultSite) -> list[Fault]:
         """Count a hit, and return what shall go wrong with it, in the order of the plan."""
         if not self.armed:
             return []
@@ -217,7 +217,7 @@ class FaultInjector:
             FaultInjected: the plan says so.
         """
         if self.armed:
-            for fault in self.fire(Site(point)):
+            for fault in self.fire(FaultSite(point)):
                 _raise_or(fault, time.sleep)
 
     async def at(self, point: str) -> None:
@@ -230,7 +230,7 @@ class FaultInjector:
             return
         import trio
 
-        for fault in self.fire(Site(point)):
+        for fault in self.fire(FaultSite(point)):
             if fault.action in ("slow", "hang"):
                 await trio.sleep(fault.duration or A_LONG_TIME)
             else:
@@ -253,7 +253,7 @@ class FaultInjector:
         self._live = [counter for counter in self._counters if not counter.exhausted]
         self.armed = bool(self._live)
 
-    def _remember(self, counter: _Counter, site: Site) -> None:
+    def _remember(self, counter: _Counter, site: FaultSite) -> None:
         fired = FiredFault(
             counter.number,
             self._clock(),

@@ -17,7 +17,7 @@ import trio
 from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.faults import Fault, FaultInjector
-from ullm.faults.injector import Site
+from ullm.faults.injector import FaultSite
 from ullm.protocol.frames import encode
 from ullm.protocol.messages import (
     FromWorker,
@@ -193,9 +193,9 @@ class FaultyTransport:
         self._inner.kill()
         raise WorkerLost(self.name, "sent a frame that is not msgpack: injected fault")
 
-    def _site(self, point: str, message: ToWorker | FromWorker | None = None) -> Site:
+    def _site(self, point: str, message: ToWorker | FromWorker | None = None) -> FaultSite:
         kind = type(message).__name__ if message is not None else None
-        return Site(point, self._rank.replica, self._rank.rank, self._rank.epoch, kind)
+        return FaultSite(point, self._rank.replica, self._rank.rank, self._rank.epoch, kind)
 
 
 def _point(message: ToWorker) -> str | None:

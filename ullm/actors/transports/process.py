@@ -6,8 +6,6 @@ which then stops its workers in order. The other half is `ullm.worker.main`.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
 from collections import deque
@@ -17,8 +15,9 @@ from contextlib import asynccontextmanager, suppress
 import trio
 
 from ullm.actors.transports.background import background_tasks
-from ullm.actors.transports.base import STDERR_TAIL_LINES, StopReport, Transport, WorkerSpec
+from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
 from ullm.actors.transports.spawn import lifeline, spawn
+from ullm.actors.transports.stderr import StderrForwarder
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.logs import get_logger
 from ullm.protocol.frames import FrameReader, encode
@@ -35,12 +34,6 @@ EXIT_SECONDS = 1.0
 STARTING_SECONDS = 1.0
 """Budget for stopping a worker that has not become ready, and may be in the middle of loading."""
 
-STDERR_SECONDS = 0.2
-"""How long the end of stderr is waited for, for the error's tail; a grandchild may hold it open."""
-
-LINE_BYTES = 8192
-"""A longer line of stderr is cut into several."""
-
 log = get_logger(__name__)
 
 
@@ -56,7 +49,7 @@ async def open_process(spec: WorkerSpec) -> AsyncIterator[Transport]:
         transport = ProcessTransport(spec.rank.name, process)
         async with background_tasks() as nursery:
             nursery.start_soon(transport.write_frames)
-            nursery.start_soon(transport.forward_stderr)
+            nursery.start_soon(transport.stderr.run)
             try:
                 yield transport
             finally:
@@ -71,15 +64,14 @@ class ProcessTransport:
         assert process.stdout is not None
         assert process.stderr is not None
         self.name = name
-        """As in logs; a standby worker gets the name of the one whose place it takes."""
+        """As in logs; a standby worker gets the name of the worker that it replaces."""
+        self.stderr = StderrForwarder(process.stderr, self)
         self._process = process
-        self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
+        self._stdin, self._stdout = process.stdin, process.stdout
         self._outbox, self._to_write = trio.open_memory_channel[bytes](OUTBOX)
         self._reader: FrameReader[FromWorker] = FrameReader(FromWorker)
         self._reading = trio.Lock()
         self._backlog: deque[FromWorker] = deque()
-        self._stderr_tail: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
-        self._stderr_ended = trio.Event()
         self._ready = False
         self._stopped: Stopped | None = None
         self._cause: str | None = None
@@ -165,23 +157,6 @@ class ProcessTransport:
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return  # the worker is gone; `receive` says how
 
-    async def forward_stderr(self) -> None:
-        """Task: what the worker prints goes to the log, line by line, and its tail is kept."""
-        rest = b""
-        try:
-            async for data in self._stderr:
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    self._forward(line)
-                while len(rest) > LINE_BYTES:
-                    self._forward(rest[:LINE_BYTES])
-                    rest = rest[LINE_BYTES:]
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            log.debug("stderr closed", worker=self.name)
-        finally:
-            self._forward(rest)
-            self._stderr_ended.set()
-
     async def reap(self) -> None:
         """Kill what still runs, and wait until the kernel has taken it back."""
         with trio.CancelScope(shield=True):
@@ -190,9 +165,7 @@ class ProcessTransport:
             await self._wait_gone(EXIT_SECONDS)
             for stream in (self._stdin, self._stdout):
                 await stream.aclose()
-            with trio.move_on_after(STDERR_SECONDS):
-                await self._stderr_ended.wait()
-            await self._stderr.aclose()
+            await self.stderr.close()
 
     async def _read_message(self) -> FromWorker:
         while (message := self._next_frame()) is None:
@@ -214,7 +187,7 @@ class ProcessTransport:
         except FrameBroken as error:
             self._cause = f"sent {error}"
             self.kill()
-            raise WorkerLost(self.name, self._cause, tuple(self._stderr_tail)) from None
+            raise WorkerLost(self.name, self._cause, self.stderr.tail) from None
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -245,9 +218,8 @@ class ProcessTransport:
         if not await self._wait_gone(EXIT_SECONDS):
             self._cause = self._cause or "closed its pipe without ending"
             self.kill()
-        with trio.move_on_after(STDERR_SECONDS):
-            await self._stderr_ended.wait()
-        tail = tuple(self._stderr_tail)
+        await self.stderr.wait_ended()
+        tail = self.stderr.tail
         return WorkerLost(self.name, self._cause or _describe_exit(self._process.returncode, tail), tail)
 
     async def _wait_gone(self, seconds: float) -> bool:
@@ -258,25 +230,6 @@ class ProcessTransport:
     def _report(self, outcome: str, began: float) -> StopReport:
         timings = self._stopped.timings if self._stopped else {}
         return StopReport(self.name, outcome, trio.current_time() - began, timings)
-
-    def _forward(self, line: bytes) -> None:
-        text = line.decode("utf-8", "replace").rstrip()
-        if text:
-            logger, level, event = _parse_record(text)
-            self._stderr_tail.append(event)
-            get_logger(logger).log(level, event, worker=self.name)
-
-
-def _parse_record(line: str) -> tuple[str, int, str]:
-    """Logger, level and text of a line: a record of ullm's own, or anything that was printed."""
-    try:
-        record = json.loads(line)
-        level = logging.getLevelNamesMapping()[record.pop("level").upper()]
-        logger, text = record.pop("logger"), record.pop("event")
-        record.pop("time")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return __name__, logging.INFO, line
-    return logger, level, " ".join([text, *(f"{key}={value}" for key, value in record.items())])
 
 
 def _describe_exit(status: int | None, stderr_tail: tuple[str, ...]) -> str:
