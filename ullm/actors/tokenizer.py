@@ -162,7 +162,7 @@ class TokenizerActor:
             variables: further variables of the template, such as ``enable_thinking``.
 
         Raises:
-            InvalidParameter: there is no chat template, or it refuses the messages.
+            InvalidParameter: there is no chat template, or it rejects the messages.
         """
         return await self._ask(
             partial(

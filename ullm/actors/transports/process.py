@@ -1,7 +1,7 @@
-"""A worker as a process: frames over its stdin and stdout, its stderr forwarded to the log.
+"""A worker as a process: frames over its stdin and stdout, stderr forwarded to the log.
 
 The worker is the leader of a session of its own, so that Ctrl-C in a terminal reaches only the parent,
-which then stops its workers in order. The other half is `ullm.worker.main`.
+which then stops its workers in order. The worker's side is `ullm.worker.main`.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from ullm.protocol.frames import FrameReader, encode
 from ullm.protocol.messages import FromWorker, Ready, Stop, Stopped, ToWorker
 
 OUTBOX = 64
-"""Frames that may wait for the pipe before a sender waits itself."""
+"""Frames that may queue for the pipe before senders wait."""
 
 READ_BYTES = 1 << 16
 
 EXIT_SECONDS = 1.0
-"""How long a worker may take from closing its pipe to being gone, and the kernel to reap a killed one."""
+"""How long a worker may take to end after closing its pipe, and the kernel to reap a killed one."""
 
 STARTING_SECONDS = 1.0
-"""Budget for stopping a worker that has not become ready, and may be in the middle of loading."""
+"""Budget for stopping a worker that is not ready, and may be in the middle of loading."""
 
 log = get_logger(__name__)
 
 
 @asynccontextmanager
 async def open_process(spec: WorkerSpec) -> AsyncIterator[Transport]:
-    """Start a worker process; on leaving, it is gone and reaped.
+    """Start a worker process; leaving the context kills and reaps it.
 
     Raises:
-        OSError: the process cannot be started at all.
+        OSError: the process cannot be started.
     """
     with lifeline() as inherited:
         process = await spawn(spec, inherited)
@@ -86,11 +86,11 @@ class ProcessTransport:
         return self._process.poll() is None
 
     def suspended(self) -> bool:
-        """Whether the process is stopped by a signal, as Linux tells; a debugger's stop is another state."""
+        """Whether a signal has stopped the process, on Linux; a debugger's stop is another state."""
         try:
             with open(f"/proc/{self.pid}/stat", "rb") as file:
                 return file.read().rpartition(b") ")[2].startswith(b"T")
-        except OSError:  # it is gone, or this is not Linux
+        except OSError:  # the process is gone, or this is not Linux
             return False
 
     async def send(self, message: ToWorker) -> None:
@@ -98,7 +98,7 @@ class ProcessTransport:
         await self.send_bytes(encode(message))
 
     async def send_bytes(self, frame: bytes) -> None:
-        """As `send`, for a frame that is encoded already, or is none: see `ullm.actors.transports.faulty`."""
+        """Queue bytes that need not be a valid frame: see `ullm.actors.transports.faulty`."""
         try:
             if self.alive():
                 return await self._outbox.send(frame)
@@ -107,27 +107,27 @@ class ProcessTransport:
         raise await self._lost()
 
     async def receive(self) -> FromWorker:
-        """The next message; messages that were sent before the worker's end come first."""
-        async with self._turn():
+        """Return the next message; those sent before the worker's end come first."""
+        async with self._reading_turn():
             return self._backlog.popleft() if self._backlog else await self._read_message()
 
     def unread(self, data: bytes) -> None:
-        """Have these bytes read next, as if the worker had sent them."""
+        """Put bytes in front of those still to be read, as if the worker had sent them."""
         self._reader.unread(data)
 
     def kill(self) -> None:
-        """SIGKILL for the worker and for whatever it started itself."""
+        """Send SIGKILL to the worker and to every process that it started itself."""
         if not self.alive():
             return
         self._process.kill()
         if os.name == "posix":
-            with suppress(ProcessLookupError, PermissionError):  # the group is gone, or only a zombie
+            with suppress(ProcessLookupError, PermissionError):  # the group is gone, or a zombie
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def stop(self, budget: float) -> StopReport:
-        """`Stop`, then SIGTERM for the last quarter of the budget, then SIGKILL.
+        """Send `Stop`, after three quarters of the budget SIGTERM, and near its end SIGKILL.
 
-        A worker that is not ready has nothing to finish: it gets `STARTING_SECONDS` at most.
+        A worker that is not ready has nothing to finish, and gets at most `STARTING_SECONDS`.
         """
         began = trio.current_time()
         if not self.alive():
@@ -135,7 +135,7 @@ class ProcessTransport:
         if not self._ready:
             budget = min(budget, STARTING_SECONDS)
         with trio.move_on_at(began + 0.75 * budget):
-            await self._ask(Stop(0.75 * budget))
+            await self._send_if_alive(Stop(0.75 * budget))
             await self._drain()
         if self.alive() and os.name == "posix":
             log.warning("worker does not stop: SIGTERM", worker=self.name)
@@ -149,16 +149,16 @@ class ProcessTransport:
         return self._report("stopped" if self._stopped else "killed", began)
 
     async def write_frames(self) -> None:
-        """Task: the only writer of the pipe."""
+        """Write queued frames to the pipe; a task of the transport, and the only writer."""
         with self._to_write:
             try:
                 async for frame in self._to_write:
                     await self._stdin.send_all(frame)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return  # the worker is gone; `receive` says how
+                return  # the worker is gone; `receive` reports it
 
     async def reap(self) -> None:
-        """Kill what still runs, and wait until the kernel has taken it back."""
+        """Kill the process if it still runs, and wait until the kernel has reaped it."""
         with trio.CancelScope(shield=True):
             if self.alive():
                 self.kill()
@@ -190,10 +190,10 @@ class ProcessTransport:
             raise WorkerLost(self.name, self._cause, self.stderr.tail) from None
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """One reader at a time: the engine's, or `stop`, which reads on where the engine has ceased to."""
+    async def _reading_turn(self) -> AsyncIterator[None]:
+        """Become the only reader: the engine, or `stop`, which reads on where the engine has ceased to."""
         try:
-            self._reading.acquire_nowait()  # unlike acquire(), without a round through trio's scheduler
+            self._reading.acquire_nowait()  # unlike acquire(), without a checkpoint
         except trio.WouldBlock:
             await self._reading.acquire()
         try:
@@ -201,17 +201,17 @@ class ProcessTransport:
         finally:
             self._reading.release()
 
-    async def _ask(self, message: ToWorker) -> None:
+    async def _send_if_alive(self, message: ToWorker) -> None:
         try:
             await self.send(message)
         except WorkerLost:
-            log.debug("worker ended before it was asked to", worker=self.name)
+            log.debug("worker ended by itself before the stop", worker=self.name)
 
     async def _drain(self) -> None:
-        """Read on, so that the worker can write, until it is gone; what it says can still be received."""
+        """Read on until the worker is gone, so that it can write; its messages can still be received."""
         with suppress(WorkerLost):
             while True:
-                async with self._turn():
+                async with self._reading_turn():
                     self._backlog.append(await self._read_message())
 
     async def _lost(self) -> WorkerLost:
@@ -240,6 +240,6 @@ def _describe_exit(status: int | None, stderr_tail: tuple[str, ...]) -> str:
             return f"was killed by {signal.Signals(-status).name}"
         except ValueError:
             return f"was killed by signal {-status}"
-    shown = f"{status:#x}" if status > 255 else str(status)  # Windows' codes are known in hexadecimal
+    shown = f"{status:#x}" if status > 255 else str(status)  # Windows' codes are customarily hexadecimal
     reason = f": {stderr_tail[-1]}" if status and stderr_tail else ""
     return f"exited with status {shown}{reason}"
