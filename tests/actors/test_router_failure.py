@@ -1,4 +1,4 @@
-"""A router that fails while requests wait, and goes on; and whom it blames for lost workers."""
+"""A router that fails and restarts while requests wait, and the requests that it blames for lost workers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ullm.scheduling.sequence import TokenEvent
 def record(router: Router, crashes: int = 0) -> RequestRecord:
     number = router.arrival()
     params = SamplingParams(seed=0)
-    found = RequestRecord(number, f"r{number}", [1], params, 9, number, lambda: None)
-    found.crashes = crashes
-    return found
+    result = RequestRecord(number, f"r{number}", [1], params, 9, number, lambda: None)
+    result.crashes = crashes
+    return result
 
 
 async def fail_once(router: Router) -> None:

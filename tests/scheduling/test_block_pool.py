@@ -1,4 +1,4 @@
-"""The block pool: who holds what, what can be found again, what is evicted first."""
+"""The block pool: holders, the prefix cache, and the order of eviction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drafts out of a sequence's own tokens, and how a scheduler plans and takes them."""
+"""Drafts from a sequence's own tokens, and how a scheduler plans and verifies them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scheduler, driven by hand and against a runner that refuses every plan it could not follow."""
+"""The scheduler, driven step by step and by random runs against a runner that checks every plan."""
 
 from __future__ import annotations
 

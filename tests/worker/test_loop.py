@@ -34,7 +34,7 @@ INFO = ModelInfo("Test", 0, 10, (), 10, 1, 1, "none", "none")
 
 
 class Device:
-    """A runner whose step n is done after ``polls[n]`` questions; keeps a diary."""
+    """A runner whose step n is done after ``polls[n]`` polls, and which logs its calls."""
 
     def __init__(self, polls):
         self.polls = polls
@@ -91,7 +91,7 @@ def work(device, *messages):
 
 
 def said(device, *kinds):
-    """What the worker said of some kinds, without what differs each time."""
+    """The worker's messages of some kinds, without values that vary."""
     neutral = {Asleep: {"seconds": 0.0}, Awake: {"timings": {}}}
     return [
         msgspec.structs.replace(entry, **neutral.get(type(entry), {}))

@@ -93,7 +93,7 @@ class SchedulerActor:
         self._group = group
         self._router = router
         self._faults = faults
-        self._core: Scheduler | None = None
+        self._scheduler: Scheduler | None = None
         self._incarnation = 0
         self._in_flight: deque[Step] = deque()
         self._mailbox: Mailbox[SchedulerMessage] | None = None
@@ -121,11 +121,11 @@ class SchedulerActor:
 
     def statistics(self) -> SchedulerStatistics | None:
         """Return what is in the scheduler; None before it has started."""
-        return self._core.statistics() if self._core else None
+        return self._scheduler.statistics() if self._scheduler else None
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Run as a supervised child, which is ready once the workers have dropped their former sequences."""
-        self._core = None
+        self._scheduler = None
         last_step = await self._attach()
         task_status.started()
         while True:
@@ -145,14 +145,14 @@ class SchedulerActor:
         assert group.info is not None, "the group is started before its scheduler"
         assert mailbox is not None, "results are attached before they can come"
         config = self._config.on_device(group.info.device)
-        core = self._core = new_scheduler(config, group.info, last_step)
+        scheduler = self._scheduler = new_scheduler(config, group.info, last_step)
         # Not the group's epoch: a scheduler may restart while its group lives on.
         self._incarnation += 1
         handle = MailboxHandle(mailbox)
         self._router.mailbox.send_nowait(ReplicaUp(group.replica, self._incarnation, config.max_bs, handle))
         crashed = True
         try:
-            await self._loop(core, mailbox)
+            await self._loop(scheduler, mailbox)
             crashed = False
         except trio.Cancelled:
             crashed = not group.alive
@@ -163,14 +163,14 @@ class SchedulerActor:
             down = ReplicaDown(group.replica, self._incarnation, in_step, crashed)
             self._router.mailbox.send_nowait(down)
 
-    async def _loop(self, core: Scheduler, mailbox: Mailbox[SchedulerMessage]) -> None:
+    async def _loop(self, scheduler: Scheduler, mailbox: Mailbox[SchedulerMessage]) -> None:
         """Plan steps and apply their results; return when a pause of level 1 or 2 has no step in flight."""
         while True:
             pause = self._pause
             while (
                 pause is None
-                and len(self._in_flight) <= core.steps_ahead
-                and (step := core.schedule()) is not None
+                and len(self._in_flight) <= scheduler.steps_ahead
+                and (step := scheduler.schedule()) is not None
             ):
                 await self._faults.at("scheduler.step")
                 self._in_flight.append(step)
@@ -179,14 +179,14 @@ class SchedulerActor:
                 if pause.level > 0:
                     return
                 pause.reached.set()
-            self._handle(core, await mailbox.receive())
+            self._handle(scheduler, await mailbox.receive())
             # Everything that has arrived meanwhile goes into the next plan.
             while mailbox.statistics().queued:
-                self._handle(core, mailbox.receive_nowait())
+                self._handle(scheduler, mailbox.receive_nowait())
 
     async def _sleep(self) -> None:
         """Put the workers to sleep as deeply as the pause says, and wake them when it is over."""
-        depth, self._core = 0, None
+        depth, self._scheduler = 0, None
         assert self._mailbox is not None, "it was made when the workers were attached"
         while (pause := self._pause) is not None:
             if pause.level > depth:
@@ -201,16 +201,16 @@ class SchedulerActor:
         if self._mailbox is not None:
             self._mailbox.send_nowait(Recheck())
 
-    def _handle(self, core: Scheduler, message: SchedulerMessage) -> None:
+    def _handle(self, scheduler: Scheduler, message: SchedulerMessage) -> None:
         match message:
             case StepResult():
                 self._in_flight.popleft()
-                events = core.apply(message)
+                events = scheduler.apply(message)
                 self._router.mailbox.send_nowait(Tokens(self._group.replica, self._incarnation, events))
             case Submit(record):
-                core.add(to_sequence(record))
+                scheduler.add(to_sequence(record))
             case Abort(seq_id):
-                core.abort(seq_id)
+                scheduler.abort(seq_id)
             case Recheck():
                 pass
 

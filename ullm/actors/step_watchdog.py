@@ -39,11 +39,11 @@ class StepWatchdog:
         self._owed[answer] = trio.current_time()
 
     def settle(self, answer: object) -> float | None:
-        """Note that an answer has come; return when it was asked for, or None if it is not owed."""
-        asked = self._owed.pop(answer, None)
-        if asked is not None:
+        """Note that an answer has come; return since when it was owed, or None if it is not owed."""
+        since = self._owed.pop(answer, None)
+        if since is not None:
             self.extend(self._patience if self._owed else float("inf"))
-        return asked
+        return since
 
     def skipped(self, step_id: int) -> int | None:
         """Return the step whose result must come before that of ``step_id``; None if there is none."""

@@ -239,10 +239,10 @@ class WorkerGroup:
 
     def _settle(self, index: int, owed: object) -> bool:
         """Note an answer, and how long it took; return False for a duplicate, which is not owed."""
-        asked = self._ranks[index].watchdog.settle(owed)
-        if asked is not None:
-            self._round_trip = trio.current_time(), trio.current_time() - asked
-        return asked is not None
+        since = self._ranks[index].watchdog.settle(owed)
+        if since is not None:
+            self._round_trip = trio.current_time(), trio.current_time() - since
+        return since is not None
 
     async def _stop_ranks(self) -> None:
         with cleanup_scope() as scope:
@@ -261,17 +261,24 @@ class WorkerGroup:
         config = self._config
         first = self.slot * config.world_size
         devices = config.device_ids or tuple(range(config.world_size * config.replicas))
-        # A port for each incarnation: a rank must not meet what is left of the previous one.
-        turn = (self.epoch - 1) % RENDEZVOUS_ROUNDS
         rank_spec = RankSpec(
             replica=self.replica,
             rank=rank,
             world_size=config.world_size,
             epoch=self.epoch,
-            rendezvous=f"127.0.0.1:{config.nccl_port + self.slot + config.replicas * turn}",
+            rendezvous=f"127.0.0.1:{rendezvous_port(config, self.slot, self.epoch)}",
             device_index=None if config.device == "cpu" else devices[first + rank],
         )
         return WorkerSpec(rank_spec, config.runner, config.cpu_threads)
+
+
+def rendezvous_port(config: EngineConfig, slot: int, epoch: int) -> int:
+    """Return the port where the ranks of one incarnation meet.
+
+    It differs from those of other slots and of the incarnations just before, because a rank must not meet
+    what is left of them. All are in ``nccl_port … nccl_port + RENDEZVOUS_ROUNDS * replicas - 1``.
+    """
+    return config.nccl_port + slot + config.replicas * ((epoch - 1) % RENDEZVOUS_ROUNDS)
 
 
 async def _stop_rank(transport: Transport, budget: float, reports: list[StopReport]) -> None:

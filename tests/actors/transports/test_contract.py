@@ -1,4 +1,4 @@
-"""What every kind of worker does, whatever it is made of."""
+"""Behaviour that all kinds of workers share."""
 
 import importlib.util
 import sys
