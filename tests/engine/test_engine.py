@@ -287,7 +287,7 @@ async def test_a_failing_scheduler_is_restarted_alone(
     clock: MockClock, opened: Open, script: ScriptedSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fault(engine: Engine, workers: FakeWorkers) -> None:
-        core = engine._fleet.replicas[0].scheduler._core
+        core = engine._fleet.replicas[0].scheduler._scheduler
         assert core is not None
         monkeypatch.setattr(core, "apply", lambda result: 1 / 0)
         fault_seen.append(workers)
