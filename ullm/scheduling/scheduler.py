@@ -121,17 +121,21 @@ class Scheduler:
         if not scheduled:
             self._steps -= 1  # workers accept no gap in the numbers
             return None
+        publish, sequences = self._blocks.publish, self._sequences
         for entry in scheduled:
-            self._blocks.publish(self._sequences[entry.seq_id])
+            publish(sequences[entry.seq_id])
         released, self._released = self._released, []
         return Step(step_id=self._steps, scheduled=scheduled, new_sequences=new, released=released)
 
     def _continue_running(self, scheduled: list[ScheduledSequence], budget: int) -> int:
         # Drafts take at most half of what the running sequences themselves leave.
         spare = (budget - len(self._running)) // 2 if self._config.speculate else 0
+        extend = self._blocks.extend
         for sequence, needed in self._in_turn():
             count = min(needed, budget)
-            if count > 0 and sequence.status is RUNNING and self._make_room(sequence, count):
+            if count <= 0 or sequence.status is not RUNNING:  # the budget is spent, or it was preempted
+                continue
+            if extend(sequence, count) or self._preempt_for(sequence, count):
                 draft = self._draft(sequence, spare) if spare > 0 else []
                 scheduled.append(self._plan(sequence, count, draft))
                 budget -= count + len(draft)
@@ -159,7 +163,7 @@ class Scheduler:
             insort(self._running, sequence, key=_queue_key)
             sequence.status = RUNNING
             count = min(sequence.num_to_compute, budget)
-            self._make_room(sequence, count)
+            self._blocks.extend(sequence, count)  # `admit` has checked that it fits
             entry = self._plan(sequence, count, [])
             scheduled.append(entry)
             new.append(_introduce(sequence, entry))
@@ -172,7 +176,7 @@ class Scheduler:
         room = self._blocks.room(sequence, len(self._running))
         draft = self._speculation.propose(sequence, min(limit, room), len(self._running))
         if draft:
-            self._make_room(sequence, 1 + len(draft))
+            self._blocks.extend(sequence, 1 + len(draft))
         return draft
 
     def _plan(self, sequence: Sequence, count: int, draft: list[int]) -> ScheduledSequence:
@@ -189,19 +193,20 @@ class Scheduler:
 
     # --- preemption and the end --------------------------------------------------------------------
 
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Allocate blocks for ``count`` more positions, preempting others if need be.
+    def _preempt_for(self, sequence: Sequence, count: int) -> bool:
+        """Preempt sequences until ``count`` more positions of this one have blocks.
 
-        Return False if the sequence itself was the one to lose its blocks.
+        Return False if the sequence itself was the last to run, and has lost its blocks.
         """
-        while not self._blocks.extend(sequence, count):
+        while True:
             # A sequence that this step computes already cannot lose its blocks to another one in it.
             idle = (running for running in self._running if running.last_planned != self._steps)
             victim = max(idle, key=_queue_key)
             self._preempt(victim)
             if victim is sequence:
                 return False
-        return True
+            if self._blocks.extend(sequence, count):
+                return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self._preemptions += 1
