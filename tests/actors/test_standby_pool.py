@@ -52,12 +52,12 @@ class Pool:
 async def running(
     behaviour: FakeBehaviour | None = None, memory: Callable[[], int] = lambda: 100 * GIB
 ) -> AsyncIterator[Pool]:
-    found = Pool(FakeWorkers(behaviour or FakeBehaviour()), memory)
+    result = Pool(FakeWorkers(behaviour or FakeBehaviour()), memory)
     async with trio.open_nursery() as nursery:
-        await nursery.start(found.pool.run)
-        yield found
+        await nursery.start(result.pool.run)
+        yield result
         nursery.cancel_scope.cancel()
-    assert not any(worker.alive() for worker in found.workers.started)
+    assert not any(worker.alive() for worker in result.workers.started)
 
 
 async def start(transport: Transport, config: EngineConfig = CONFIG) -> None:

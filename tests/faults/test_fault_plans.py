@@ -75,8 +75,8 @@ def faults(draw: st.DrawFn) -> Fault:
 
 
 @given(st.lists(faults()), st.integers(0, 10**6))
-def test_what_is_written_can_be_read(found: list[Fault], seed: int) -> None:
-    plan = FaultPlan(tuple(found), seed)
+def test_what_is_written_can_be_read(written: list[Fault], seed: int) -> None:
+    plan = FaultPlan(tuple(written), seed)
     assert FaultPlan.parse(str(plan)) == plan
     assert FaultPlan.parse(msgspec.json.encode(plan).decode()) == plan
 
@@ -164,12 +164,12 @@ def test_chance_is_seeded_and_independent_of_other_points() -> None:
     alone = fires(FaultInjector.from_text(plan), 1000)
     assert 150 < len(alone) < 250
     mixed = FaultInjector.from_text(plan)
-    found = []
+    hits = []
     for hit in range(1, 1001):
         mixed.fire(FaultSite("worker.ping"))
         if mixed.fire(STEP):
-            found.append(hit)
-    assert found == alone
+            hits.append(hit)
+    assert hits == alone
     assert fires(FaultInjector.from_text(plan.replace("seed=3", "seed=4")), 1000) != alone
     assert fires(FaultInjector.from_text("worker.step:crash@probability=0.2,seed=3"), 1000) == alone
 

@@ -162,8 +162,8 @@ def test_values_of_a_step_are_not_tracked_by_the_garbage_collector():
     result = StepResult(1, [Sampled(number, [number]) for number in range(3)])
     reader: FrameReader[FromWorker] = FrameReader(FromWorker)
     reader.feed(encode(result))
-    found = reader.next()
-    assert found == result
+    decoded = reader.next()
+    assert decoded == result
     step = Step(1, [ScheduledSequence(1, 0, 1, sample=True)])
-    assert not any(map(gc.is_tracked, [found, *found.sampled, step, *step.scheduled]))
+    assert not any(map(gc.is_tracked, [decoded, *decoded.sampled, step, *step.scheduled]))
     assert not gc.is_tracked(TokenEvent(1, 0, [5]))

@@ -11,8 +11,8 @@ from ullm.scheduling.block_pool import ROOT_HASH, BlockPool, block_hash
 
 def test_blocks_are_handed_out_once() -> None:
     pool = BlockPool(4)
-    taken = pool.allocate(4)
-    assert sorted(taken) == [0, 1, 2, 3]
+    blocks = pool.allocate(4)
+    assert sorted(blocks) == [0, 1, 2, 3]
     assert pool.num_available == 0
     pool.check_integrity()
 

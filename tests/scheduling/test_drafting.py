@@ -30,7 +30,7 @@ def following(tokens: Values[int]) -> int | None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "found"),
+    ("tokens", "expected"),
     [
         ([], None),
         ([5], None),
@@ -43,8 +43,8 @@ def following(tokens: Values[int]) -> int | None:
         ([1 << 16, 1, 0, 1 << 16, 1, 0], 3),
     ],
 )
-def test_the_latest_of_the_longest_occurrences_is_found(tokens: list[int], found: int | None) -> None:
-    assert following(tokens) == found
+def test_the_latest_of_the_longest_occurrences_is_found(tokens: list[int], expected: int | None) -> None:
+    assert following(tokens) == expected
 
 
 def by_hand(tokens: list[int]) -> int | None:
@@ -338,7 +338,7 @@ def test_a_sequence_preempted_while_its_draft_is_computed_goes_on() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_fewer_steps_and_the_same_text(temperature: float) -> None:
     params = SamplingParams(temperature=temperature, seed=3)
-    steps, found = [], []
+    steps, texts = [], []
     for speculate in (0, 8):
         scheduler, _ = make_scheduler(speculate=speculate)
         runner = ScriptedRunner()
@@ -351,7 +351,7 @@ def test_fewer_steps_and_the_same_text(temperature: float) -> None:
                 tokens += event.token_ids
             count += 1
         steps.append(count)
-        found.append(tokens)
-    assert found[0] == found[1] == scripted_tokens([7, 8, 9], params, 120, ScriptedSettings(repeat=5))
+        texts.append(tokens)
+    assert texts[0] == texts[1] == scripted_tokens([7, 8, 9], params, 120, ScriptedSettings(repeat=5))
     assert steps[1] < 0.6 * steps[0]
     assert steps[1] == steps[0] - scheduler.statistics().accepted_tokens == scheduler.statistics().steps
