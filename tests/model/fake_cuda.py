@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_fixtures import load_runner
 from torch import Tensor
 
-from ullm.model.attention.varlen import CAUSAL, FULL, VarlenAttention
-from ullm.model.execution.graphs import Captured, DecodeGraphs
+from tests.model.model_fixtures import load_runner
+from ullm.model.attention.varlen import CAUSAL, FULL, SequenceGroup, VarlenAttention
+from ullm.model.execution.graphs import CapturedStep, DecodeGraphs
 from ullm.model.execution.runner import ModelRunner
 
 
@@ -31,19 +31,15 @@ class Calls:
     def __call__(
         self,
         q: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        query_start: Tensor,
+        pool: Tensor,
+        group: SequenceGroup,
         key_start: Tensor,
-        max_query_len: int,
-        max_seq_len: int,
-        *,
         scale: float,
-        window: tuple[int, int],
-        seq_lens: Tensor,
-        block_tables: Tensor,
+        sliding_window: int | None,
     ) -> Tensor:
-        count = len(seq_lens)
+        query_start, seq_lens, block_tables = group.query_start, group.seq_lens, group.block_tables
+        count, window = len(seq_lens), group.window(sliding_window)
+        max_query_len, max_seq_len = group.max_query_len, group.max_seq_len
         self.calls.append((count, max_query_len, max_seq_len, window))
         for numbers in (query_start, key_start, seq_lens, block_tables):
             assert numbers.dtype == torch.int32
@@ -54,12 +50,12 @@ class Calls:
         assert query_start[-1] == len(q)
         assert block_tables.shape[0] == count
         assert block_tables.stride(1) == q.stride(-1) == 1
-        assert int(seq_lens.max()) <= max_seq_len <= block_tables.shape[1] * keys.shape[1]
+        assert int(seq_lens.max()) <= max_seq_len <= block_tables.shape[1] * pool.shape[2]
         out = torch.empty(q.shape, dtype=q.dtype)
         for i, (start, end) in enumerate(zip(query_start.tolist(), query_start.tolist()[1:], strict=False)):
             assert end - start <= max_query_len
             length = min(int(seq_lens[i]), max_seq_len)
-            k, v = (pool[block_tables[i].long()].flatten(0, 1)[:length] for pool in (keys, values))
+            k, v = (half[block_tables[i].long()].flatten(0, 1)[:length] for half in pool)
             out[start:end] = attend(q[start:end], k, v, scale, window)
         return out
 
@@ -104,7 +100,7 @@ def fake_graphs(graphs: DecodeGraphs) -> dict[tuple[int, int], Anew]:
             graphs._write(size, reach, None, ([], []))
             fake = Anew(graphs, size, reach)
             fake.hidden = graphs._step(size, reach).clone()
-            graphs.graphs[size, reach] = Captured(fake, fake.hidden)
+            graphs.graphs[size, reach] = CapturedStep(fake, fake.hidden)
             found[size, reach] = fake
     return found
 
@@ -140,7 +136,7 @@ class FakeCuda:
             rank.model,
             backend,
             rank.last_tokens,
-            rank.site.config.max_bs,
+            rank.context.config.max_bs,
             rank.info.context_len,
             self._processors,
         )

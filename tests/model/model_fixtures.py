@@ -137,7 +137,7 @@ class LogitsModel:
         logits = self.model.logits(self.model.forward(batch.token_ids, batch))
         return {
             row.seq_id: logits[end - row.count : end]
-            for (row, _), end in zip(plan.rows, plan.ends, strict=True)
+            for (row, _), end in zip(plan.sequences, plan.ends, strict=True)
         }
 
 
@@ -160,4 +160,21 @@ def generate(runner: ModelRunner, tokens: list[int], count: int, *, chunk: int =
     for i in range(count - 1):
         result = runner.submit(Step(i, [ScheduledSequence(0, len(tokens) + i, 1, True)])).result()
         found += result.sampled[0].token_ids
+    return found
+
+
+def step_by_step(runner: ModelRunner, prompts: list[list[int]], steps: int) -> list[list[int]]:
+    """Greedy tokens; prompts come one after the other, so that steps mix their chunks with decodes."""
+    found: list[list[int]] = [[] for _ in prompts]
+    done = [0] * len(prompts)
+    for number in range(steps):
+        rows, new = [], []
+        for i, prompt in enumerate(prompts[: number + 1]):
+            if not done[i]:
+                new.append(NewSequence(i, prompt, len(prompt), GREEDY, list(range(8 * i, 8 * i + 8))))
+            count = min(4, len(prompt) - done[i]) if done[i] < len(prompt) else 1
+            rows.append(ScheduledSequence(i, done[i], count, done[i] + count >= len(prompt)))
+            done[i] += count
+        for sampled in runner.submit(Step(number, rows, new)).result().sampled:
+            found[sampled.seq_id] += sampled.token_ids
     return found

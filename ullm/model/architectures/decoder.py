@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ullm.errors import ModelUnsupported
 from ullm.model.attention.batch import Batch
-from ullm.model.kernels.cpu.kernels import LANES, Kernels
+from ullm.model.kernels.cpu.kernels import LANES, CpuKernels
 from ullm.model.kernels.cpu.ops import KernelOps
 from ullm.model.kernels.cuda.ops import choose_ops
 from ullm.model.layers.layer_ops import LayerOps, StepOps, TorchOps
@@ -27,14 +27,14 @@ from ullm.model.layers.linear import (
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
-    quantized,
+    use_quantized_weight,
 )
 from ullm.model.layers.linear_kernels import LinearKernel, choose_linear_kernel
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.quantization import Bits, Scheme
 from ullm.model.layers.rope import rope_cache
 from ullm.model.memory.kv_pool import KvShape
-from ullm.model.sampling.choose import Filter
+from ullm.model.sampling.choose import SamplingFilter
 
 PACKED = "packed"
 """How a module's packed weight is called among `Decoder.packed_weights`."""
@@ -69,7 +69,7 @@ class DecoderConfig:
     qk_norm: bool = False
 
 
-class Attention(nn.Module):
+class DecoderAttention(nn.Module):
     """Grouped-query attention with rotary embeddings over the paged KV cache."""
 
     def __init__(self, config: DecoderConfig, layer: int, parallel: ParallelContext) -> None:
@@ -116,7 +116,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, parallel: ParallelContext) -> None:
         super().__init__()
         self.world_size = parallel.world_size
-        self.self_attn = Attention(config, layer, parallel)
+        self.self_attn = DecoderAttention(config, layer, parallel)
         self.mlp = GatedMLP(config, parallel)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -190,10 +190,10 @@ class Decoder(nn.Module):
             self.lm_head.source = "model.embed_tokens"
         for _, module in self._packing():
             bits: Bits = 4 if scheme == "int4" and isinstance(module, ParallelLinear) else 8
-            quantized(module, bits, as_stored=scheme == "stored")
+            use_quantized_weight(module, bits, as_stored=scheme == "stored")
 
     @torch.no_grad()
-    def prepare(self, device: torch.device, kernels: Kernels | None = None, *, fuse: bool = True) -> None:
+    def prepare(self, device: torch.device, kernels: CpuKernels | None = None, *, fuse: bool = True) -> None:
         """Called once when the weights are loaded: tie and pack them, and get ready to compute.
 
         Args:
@@ -219,7 +219,7 @@ class Decoder(nn.Module):
         if isinstance(self.ops, TorchOps):
             yield from self.ops.tables
 
-    def restore(self, weights: dict[str, Tensor], kernels: Kernels, dtype: torch.dtype) -> None:
+    def restore(self, weights: dict[str, Tensor], kernels: CpuKernels, dtype: torch.dtype) -> None:
         """Take weights that a model of the same shape and rank has prepared, in place of `prepare`."""
         self._dtype = dtype
         packing = dict(self._packing())
@@ -238,7 +238,7 @@ class Decoder(nn.Module):
 
     def _bind(self, device: torch.device, kernel: LinearKernel, *, fuse: bool = False) -> None:
         """Let ``kernel`` compute with the packed weights, and compute the rotary tables."""
-        if self.config.tie_word_embeddings and device.type == "cpu" and not isinstance(kernel, Kernels):
+        if self.config.tie_word_embeddings and device.type == "cpu" and not isinstance(kernel, CpuKernels):
             # In float32 the logits need no sharpening; on CUDA it would cost more than it is worth.
             embedding = self.model.embed_tokens.table()
             self.lm_head.table = embedding if self._dtype != torch.float32 else None
@@ -247,7 +247,7 @@ class Decoder(nn.Module):
         cos, sin = rope_cache(self.config.rope, self.config.head_dim, self.config.context_len)
         # Sums over many layers lose most in bfloat16, and cost nothing in float32 on CPUs.
         self._residual_dtype = torch.float32 if device.type == "cpu" else self._dtype
-        if isinstance(kernel, Kernels):
+        if isinstance(kernel, CpuKernels):
             self.ops = KernelOps(kernel, cos, sin)
             return
         tables = cos.to(device, self._dtype), sin.to(device, self._dtype)
@@ -275,9 +275,9 @@ class Decoder(nn.Module):
         """``[rows, hidden_size]`` → ``[rows, vocab_size]``."""
         return self.lm_head.forward(hidden)
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `CausalModel.choose`."""
-        return self.ops.choose(logits, filters, draws)
+        return self.ops.choose(logits, filters, uniforms)
 
     def num_parameters(self) -> int:
         """Elements of the weights of the whole model, tied ones once."""

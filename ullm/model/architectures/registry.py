@@ -16,7 +16,7 @@ from ullm.model.architectures.qwen2 import Qwen2ForCausalLM
 from ullm.model.architectures.qwen3 import Qwen3ForCausalLM
 from ullm.model.attention.batch import CausalModel
 from ullm.model.kernels.cpu.build import library_path, why_no_library
-from ullm.model.kernels.cpu.kernels import NAMES, Kernels, load_kernels
+from ullm.model.kernels.cpu.kernels import NAMES, CpuKernels, load_kernels
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.quantization import Scheme
 from ullm.model.loading.checkpoint import Checkpoint
@@ -59,7 +59,7 @@ def load_model(
     native = NATIVE.get(checkpoint.architecture)
     if native is None:
         choose_scheme(checkpoint, config, None)
-        return load_foreign(checkpoint, config, device, parallel)
+        return load_with_transformers(checkpoint, config, device, parallel)
     model = build(native, checkpoint, parallel)
     use_kernels = config.cpu_kernels and device.type == "cpu" and model.suits_kernels()
     packed = find_packed(checkpoint, config, parallel) if use_kernels else None
@@ -80,7 +80,7 @@ def load_model(
     return model
 
 
-def choose_scheme(checkpoint: Checkpoint, config: EngineConfig, kernels: Kernels | None) -> Scheme | None:
+def choose_scheme(checkpoint: Checkpoint, config: EngineConfig, kernels: CpuKernels | None) -> Scheme | None:
     """How the weights are quantized; None: not at all.
 
     Args:
@@ -178,7 +178,7 @@ def allocate(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
     model.materialize(dtype, device)
 
 
-def load_foreign(
+def load_with_transformers(
     checkpoint: Checkpoint, config: EngineConfig, device: torch.device, parallel: ParallelContext
 ) -> CausalModel:
     """Any other causal LM of transformers, through its own modelling code."""

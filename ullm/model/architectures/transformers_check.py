@@ -47,7 +47,7 @@ class LayerUse:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceRun:
     """What a model does with transformers' own attention.
 
     Args:
@@ -63,7 +63,7 @@ class Reference:
     layers: list[LayerUse]
 
 
-def observe(model: Any) -> Reference:
+def observe(model: Any) -> ReferenceRun:
     """Run an untouched model under its own and under the recording attention.
 
     Raises:
@@ -86,10 +86,10 @@ def observe(model: Any) -> Reference:
         ]
         model.set_attn_implementation("eager")
         logits = torch.cat([model(input_ids=text[None], use_cache=False).logits[0] for text in texts])
-        return Reference(name, texts, logits, _record_layers(model, texts))
+        return ReferenceRun(name, texts, logits, _record_layers(model, texts))
 
 
-def compare(model: CausalModel, reference: Reference) -> None:
+def compare(model: CausalModel, reference: ReferenceRun) -> None:
     """Run all texts as one row of tokens, as steps have them; dense attention stands for the paged one.
 
     Raises:
@@ -144,7 +144,7 @@ def _record_layers(model: Any, texts: list[Tensor]) -> list[LayerUse]:
     transformers.AttentionInterface.register(RECORDING, _record)
     transformers.AttentionMaskInterface.register(RECORDING, _mark_mask)
     model.set_attn_implementation(RECORDING)
-    recorder = Recorder()
+    recorder = LayerRecorder()
     for text in texts:
         positions = torch.arange(len(text), device=text.device)[None]
         model.base_model(
@@ -174,7 +174,7 @@ def _dense(
     return (weights @ v).transpose(0, 1).to(q.dtype).contiguous()
 
 
-class Recorder:
+class LayerRecorder:
     """Gathers what the recording attention sees."""
 
     def __init__(self) -> None:
@@ -207,7 +207,7 @@ def _record(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    ullm_recorder: Recorder | None = None,
+    ullm_recorder: LayerRecorder | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     **others: Any,

@@ -21,7 +21,7 @@ from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
 from ullm.model.architectures.transformers_check import compare, observe
 from ullm.model.attention.batch import Batch
 from ullm.model.memory.kv_pool import KvShape
-from ullm.model.sampling.choose import Filter, choose_tokens
+from ullm.model.sampling.choose import SamplingFilter, choose_tokens
 
 if TYPE_CHECKING:
     from ullm.model.loading.checkpoint import Checkpoint
@@ -97,9 +97,9 @@ class TransformersModel:
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `CausalModel.choose`."""
-        return choose_tokens(logits, filters, draws)
+        return choose_tokens(logits, filters, uniforms)
 
     def tensors(self) -> Iterator[Tensor]:
         """See `CausalModel.tensors`."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ullm.model.memory.kv_pool import KvShape
-from ullm.model.sampling.choose import Filter
+from ullm.model.sampling.choose import SamplingFilter
 
 
 class Attend(Protocol):
@@ -56,7 +56,7 @@ class Attend(Protocol):
         """
 
 
-def nothing() -> None:
+def no_progress() -> None:
     """What is called after each layer where nobody waits for a sign of life."""
 
 
@@ -88,7 +88,7 @@ class Batch:
     seq_lens_host: Sequence[int]
     num_decodes: int
     attention: Attend
-    layer_done: Callable[[], None] = nothing
+    layer_done: Callable[[], None] = no_progress
 
 
 class CausalModel(Protocol):
@@ -108,7 +108,7 @@ class CausalModel(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden_size]`` → ``[rows, vocab_size]`` of the whole vocabulary, on every rank."""
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """One token per row of what `logits` returned; see `ullm.model.sampling.choose.choose_tokens`."""
 
     def tensors(self) -> Iterable[Tensor]:
@@ -122,7 +122,7 @@ class CausalModel(Protocol):
 
 
 @dataclass
-class Layout:
+class BatchLayout:
     """A batch as the runner plans it on the host: the same arrays as `Batch`, in numpy."""
 
     token_ids: npt.NDArray[np.int64]
@@ -166,7 +166,7 @@ class AttentionBackend(Protocol):
     num_blocks: int
     block_size: int
 
-    def prepare(self, layout: Layout) -> Batch:
+    def prepare(self, layout: BatchLayout) -> Batch:
         """Bring a step's layout to the device, and whatever all layers share."""
 
     def release(self) -> None:

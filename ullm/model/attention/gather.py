@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ullm.model.attention.batch import Batch, Layout
+from ullm.model.attention.batch import Batch, BatchLayout
 from ullm.model.memory.kv_pool import KvShape, lazy_zeros
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -54,7 +54,7 @@ class GatherAttention:
         self.pages = pools
         self.slots = [pool.view(-1, shape.head_dim) for pool in pools]
 
-    def prepare(self, layout: Layout) -> Batch:
+    def prepare(self, layout: BatchLayout) -> Batch:
         """See `AttentionBackend.prepare`."""
         return layout.batch(GatherStep(self, layout), self.device)
 
@@ -77,7 +77,7 @@ class GatherAttention:
 class GatherStep:
     """Attention of one step; implements `ullm.model.attention.batch.Attend`."""
 
-    def __init__(self, backend: GatherAttention, layout: Layout) -> None:
+    def __init__(self, backend: GatherAttention, layout: BatchLayout) -> None:
         heads, block_size = backend.shape.num_kv_heads, backend.block_size
         block, offset = np.divmod(layout.slot_mapping, block_size)
         keys = (block * (2 * heads * block_size) + offset)[:, None] + np.arange(heads) * block_size
@@ -88,7 +88,7 @@ class GatherStep:
         self.parts: list[_Decodes | _Prefill] = [_Decodes(backend, layout, *group) for group in groups]
         self.parts += self.prefill_parts(layout)
 
-    def prefill_parts(self, layout: Layout) -> list[_Prefill]:
+    def prefill_parts(self, layout: BatchLayout) -> list[_Prefill]:
         """One for each sequence with more than one query."""
         starts = layout.starts.tolist()
         sequences = range(layout.num_decodes, len(layout.seq_lens))
@@ -120,7 +120,7 @@ class GatherStep:
 class _Decodes:
     """Sequences with one query each, padded to the longest."""
 
-    def __init__(self, backend: GatherAttention, layout: Layout, start: int, end: int) -> None:
+    def __init__(self, backend: GatherAttention, layout: BatchLayout, start: int, end: int) -> None:
         self.start, self.end = start, end
         self.shape, self.count = backend.shape, end - start
         blocks = -(-max(layout.seq_lens[start:end]) // backend.block_size)
@@ -162,7 +162,7 @@ class _Decodes:
 class _Prefill:
     """One sequence's chunk of queries, after a prefix that may already be in the pool."""
 
-    def __init__(self, backend: GatherAttention, layout: Layout, index: int, start: int) -> None:
+    def __init__(self, backend: GatherAttention, layout: BatchLayout, index: int, start: int) -> None:
         self.start, self.end = start, start + layout.query_lens[index]
         self.shape, self.keys = backend.shape, layout.seq_lens[index]
         self.prefix = self.keys - layout.query_lens[index]

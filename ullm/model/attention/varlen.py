@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ullm.errors import ModelUnsupported
-from ullm.model.attention.batch import Batch, Layout
+from ullm.model.attention.batch import Batch, BatchLayout
 from ullm.model.memory.kv_pool import KvShape
 from ullm.model.memory.upload import upload
 
 FULL, CAUSAL = (-1, -1), (-1, 0)
 """Windows of keys, to the left and to the right of a query; -1: without end."""
 
-Kernel = Callable[..., Tensor]
-"""As `paged_attention`."""
-Decode = Callable[[Tensor, Tensor, "Part", float, int | None], Tensor]
+PagedKernel = Callable[[Tensor, Tensor, "SequenceGroup", Tensor, float, int | None], Tensor]
+"""The signature of `paged_attention`."""
+DecodeAttention = Callable[[Tensor, Tensor, "SequenceGroup", float, int | None], Tensor]
 """Attention of one query per sequence: queries ``[N, heads, head_dim]``, a layer's pool, the sequences,
 scale, sliding window → as queries."""
 
@@ -39,8 +39,8 @@ class VarlenAttention:
         self, shape: KvShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.shape, self.num_blocks, self.block_size, self.device = shape, num_blocks, block_size, device
-        self.kernel: Kernel = paged_attention
-        self.choose_decode: Callable[[int], Decode | None] | None = None
+        self.kernel: PagedKernel = paged_attention
+        self.choose_decode: Callable[[int], DecodeAttention | None] | None = None
         size = (2, num_blocks + 1, block_size, shape.num_kv_heads, shape.head_dim)
         self.pools = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
 
@@ -49,7 +49,7 @@ class VarlenAttention:
         """The block that padding rows use."""
         return self.num_blocks
 
-    def prepare(self, layout: Layout) -> Batch:
+    def prepare(self, layout: BatchLayout) -> Batch:
         """See `AttentionBackend.prepare`; nothing waits for the device.
 
         Sequences that decode are attended for apart from the others: for one query per sequence the kernel
@@ -61,16 +61,20 @@ class VarlenAttention:
         arrays = (layout.token_ids, layout.positions, layout.slot_mapping, starts, seq_lens, rest)
         *numbers, block_tables = upload(self.device, *arrays, layout.block_tables)
         token_ids, positions, slot_mapping, query_start, lens, rest_start = numbers
-        parts = []
+        groups = []
         if decodes:
             most = max(layout.seq_lens[:decodes])
-            parts.append(
-                Part(query_start[: decodes + 1], lens[:decodes], block_tables[:decodes], decodes, 1, most)
+            groups.append(
+                SequenceGroup(
+                    query_start[: decodes + 1], lens[:decodes], block_tables[:decodes], decodes, 1, most
+                )
             )
         if decodes < count:
             longest, most = max(layout.query_lens[decodes:]), max(layout.seq_lens[decodes:])
             tokens = len(layout.token_ids) - decodes
-            parts.append(Part(rest_start, lens[decodes:], block_tables[decodes:], tokens, longest, most))
+            groups.append(
+                SequenceGroup(rest_start, lens[decodes:], block_tables[decodes:], tokens, longest, most)
+            )
         return Batch(
             token_ids=token_ids,
             positions=positions,
@@ -81,7 +85,7 @@ class VarlenAttention:
             query_lens_host=layout.query_lens,
             seq_lens_host=layout.seq_lens,
             num_decodes=decodes,
-            attention=VarlenStep(self, slot_mapping, parts),
+            attention=VarlenStep(self, slot_mapping, groups),
         )
 
     def release(self) -> None:
@@ -90,7 +94,7 @@ class VarlenAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SequenceGroup:
     """Neighbouring sequences of a batch that one call of the kernel attends for. N sequences.
 
     Args:
@@ -128,12 +132,12 @@ class VarlenStep:
 
     Args:
         slot_mapping: ``[T]`` int64, where each token's KV goes.
-        parts: of the batch, in its order.
+        groups: of the batch, in its order.
     """
 
-    def __init__(self, backend: VarlenAttention, slot_mapping: Tensor, parts: list[Part]) -> None:
-        self.backend, self.slot_mapping, self.parts = backend, slot_mapping, parts
-        self._key_starts = [torch.zeros_like(part.query_start) for part in parts]
+    def __init__(self, backend: VarlenAttention, slot_mapping: Tensor, groups: list[SequenceGroup]) -> None:
+        self.backend, self.slot_mapping, self.groups = backend, slot_mapping, groups
+        self._key_starts = [torch.zeros_like(group.query_start) for group in groups]
 
     def __call__(
         self,
@@ -164,71 +168,71 @@ class VarlenStep:
     def attend(self, layer: int, q: Tensor, scale: float, sliding_window: int | None) -> Tensor:
         """Attend to keys and values that are in the pool already."""
         if layer == 0:  # the kernel insists on them beside seqused_k; here, so that a graph recomputes them
-            for part, key_start in zip(self.parts, self._key_starts, strict=True):
-                torch.cumsum(part.seq_lens, 0, dtype=torch.int32, out=key_start[1:])
+            for group, key_start in zip(self.groups, self._key_starts, strict=True):
+                torch.cumsum(group.seq_lens, 0, dtype=torch.int32, out=key_start[1:])
         found, end = [], 0
-        for part, key_start in zip(self.parts, self._key_starts, strict=True):
-            start, end = end, end + part.tokens
+        for group, key_start in zip(self.groups, self._key_starts, strict=True):
+            start, end = end, end + group.tokens
             found.append(
-                self._call(self.backend.pools[layer], part, key_start, q[start:end], scale, sliding_window)
+                self._call(self.backend.pools[layer], group, key_start, q[start:end], scale, sliding_window)
             )
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _call(
-        self, pool: Tensor, part: Part, key_start: Tensor, q: Tensor, scale: float, sliding_window: int | None
+        self,
+        pool: Tensor,
+        group: SequenceGroup,
+        key_start: Tensor,
+        q: Tensor,
+        scale: float,
+        sliding_window: int | None,
     ) -> Tensor:
-        if part.max_query_len == 1 and self.backend.choose_decode is not None:
-            decode = self.backend.choose_decode(part.tokens)
+        if group.max_query_len == 1 and self.backend.choose_decode is not None:
+            decode = self.backend.choose_decode(group.tokens)
             if decode is not None:
-                return decode(q, pool, part, scale, sliding_window)
-        return self.backend.kernel(
-            q,
-            pool[0],
-            pool[1],
-            part.query_start,
-            key_start,
-            part.max_query_len,
-            part.max_seq_len,
-            scale=scale,
-            window=part.window(sliding_window),
-            seq_lens=part.seq_lens,
-            block_tables=part.block_tables,
-        )
+                return decode(q, pool, group, scale, sliding_window)
+        return self.backend.kernel(q, pool, group, key_start, scale, sliding_window)
 
 
 def paged_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    query_start: Tensor,
+    pool: Tensor,
+    group: SequenceGroup,
     key_start: Tensor,
-    max_query_len: int,
-    max_seq_len: int,
-    *,
     scale: float,
-    window: tuple[int, int],
-    seq_lens: Tensor,
-    block_tables: Tensor,
+    sliding_window: int | None,
 ) -> Tensor:
-    """What ``torch.nn.attention.varlen.varlen_attn`` calls, without what it adds: a compiler's import when
-    first called, 1.5 s, and with each call a kernel that fills the state of a random generator.
+    """Attend for one group of sequences with PyTorch's Flash Attention kernel.
+
+    This is what ``torch.nn.attention.varlen.varlen_attn`` calls, without its extras: importing a compiler
+    on the first call, 1.5 s, and a kernel that fills a random generator's state on every call.
+
+    Args:
+        q: ``[tokens, query heads, head_dim]``.
+        pool: one layer's pool; see `VarlenAttention`.
+        key_start: ``[N + 1]`` int32, cumulative KV lengths; the kernel requires them beside ``seqused_k``.
+        scale: factor of the scores.
+        sliding_window: keys that a query sees, itself included; None: all before it.
+
+    Returns:
+        ``[tokens, query heads, head_dim]``.
     """
-    causal = window == CAUSAL
+    window = group.window(sliding_window)
     out, *_ = torch.ops.aten._flash_attention_forward(
         q,
-        keys,
-        values,
-        query_start,
+        pool[0],
+        pool[1],
+        group.query_start,
         key_start,
-        max_query_len,
-        max_seq_len,
-        0.0,
-        causal,
+        group.max_query_len,
+        group.max_seq_len,
+        0.0,  # dropout
+        window == CAUSAL,
         False,
         scale=scale,
         window_size_left=window[0],
         window_size_right=window[1],
-        seqused_k=seq_lens,
-        block_table=block_tables,
+        seqused_k=group.seq_lens,
+        block_table=group.block_tables,
     )
     return out  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ullm.model.attention.batch import Batch
 from ullm.model.layers.linear import RMSNorm
 from ullm.model.layers.rope import rotate
-from ullm.model.sampling.choose import Filter, choose_tokens
+from ullm.model.sampling.choose import SamplingFilter, choose_tokens
 
 
 class AttentionModule(Protocol):
@@ -115,7 +115,9 @@ class StepOps(Protocol):
         """
 
 
-def one_by_one(step: StepOps, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
+def layer_by_layer(
+    step: StepOps, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]
+) -> Tensor:
     """`StepOps.layers` for layers that call ``step`` for what is between their matrix products."""
     delta: Tensor | None = None
     for module in modules:
@@ -128,7 +130,7 @@ def one_by_one(step: StepOps, modules: Sequence[LayerModule], x: Tensor, done: C
 class LayerOps(Protocol):
     """One implementation of `StepOps`, for all steps of a model."""
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `ullm.model.sampling.choose.choose_tokens`."""
 
     def begin(self, batch: Batch) -> StepOps:
@@ -145,9 +147,9 @@ class TorchOps:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.tables = cos, sin
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `LayerOps`."""
-        return choose_tokens(logits, filters, draws)
+        return choose_tokens(logits, filters, uniforms)
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
@@ -163,7 +165,7 @@ class TorchStep:
 
     def layers(self, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
         """See `StepOps`."""
-        return one_by_one(self, modules, x, done)
+        return layer_by_layer(self, modules, x, done)
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
         """See `StepOps`."""

@@ -73,7 +73,7 @@ class RMSNorm(Loadable):
         yield f"{name}.weight", Shard(self.weight, self.shape)
 
 
-def quantized(module: ParallelLinear | VocabParallelHead, bits: Bits, *, as_stored: bool) -> None:
+def use_quantized_weight(module: ParallelLinear | VocabParallelHead, bits: Bits, *, as_stored: bool) -> None:
     """Let a module's weight be loaded in few bits; see `QuantizedWeight`."""
     del module.weight  # torch lets no registered parameter be replaced by anything else
     module.weight = QuantizedWeight.empty(*module.shape, bits, as_stored=as_stored)

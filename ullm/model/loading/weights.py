@@ -29,7 +29,7 @@ DUMMY_SCALE = 0.02
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """One checkpoint tensor that has not been read yet.
 
     Args:
@@ -109,7 +109,7 @@ def targets(model: nn.Module) -> dict[str, list[Shard]]:
     return found
 
 
-def copy_shard(name: str, source: Source, shard: Shard) -> None:
+def copy_shard(name: str, source: TensorSource, shard: Shard) -> None:
     """Read a shard's slice into its parameter, converting its numbers.
 
     Raises:
@@ -149,13 +149,13 @@ def fill_dummy(model: nn.Module, seed: int = 0) -> None:
             weight.copy_(torch.empty(weight.shape).normal_(0.0, DUMMY_SCALE, generator=random))
 
 
-def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, Source]]:
+def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, TensorSource]]:
     """Each tensor of a checkpoint; of a sharded one only files with tensors in ``wanted`` are opened."""
     if path.suffix == ".gguf":
         from ullm.model.loading.gguf import gguf_sources
 
         for stored in gguf_sources(path):
-            yield stored.name, Source(path, stored.shape, gguf_reader(stored.values), stored.codes)
+            yield stored.name, TensorSource(path, stored.shape, gguf_reader(stored.values), stored.codes)
     elif (path / INDEX).exists():
         for file in shard_files(path, wanted):
             yield from safetensors_sources(file)
@@ -166,7 +166,7 @@ def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, Source]]:
 
 
 def gguf_reader(values: Callable[[], Tensor]) -> Callable[[int, int, int], Tensor]:
-    """See `Source.read`."""
+    """See `TensorSource.read`."""
     return lambda dim, start, count: values().narrow(dim, start, count)
 
 
@@ -195,7 +195,7 @@ def shard_files(path: Path, wanted: Any) -> list[Path]:
     return files
 
 
-def safetensors_sources(file: Path) -> Iterator[tuple[str, Source]]:
+def safetensors_sources(file: Path) -> Iterator[tuple[str, TensorSource]]:
     """Each tensor of one file."""
     try:
         handle = safe_open(file, framework="pt")
@@ -206,7 +206,7 @@ def safetensors_sources(file: Path) -> Iterator[tuple[str, Source]]:
             yield name, _safetensors_source(file, tensors, name)
 
 
-def _safetensors_source(file: Path, tensors: Any, name: str) -> Source:
+def _safetensors_source(file: Path, tensors: Any, name: str) -> TensorSource:
     part = tensors.get_slice(name)
     shape = tuple(part.get_shape())
 
@@ -218,7 +218,7 @@ def _safetensors_source(file: Path, tensors: Any, name: str) -> Source:
         chunk: Tensor = part[index]
         return chunk
 
-    return Source(file, shape, read)
+    return TensorSource(file, shape, read)
 
 
 def reject_quantized(hf: dict[str, Any], file: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 ROLLUP = Path("/proc/self/smaps_rollup")
 
 
-def held(device: torch.device) -> int | None:
+def held_bytes(device: torch.device) -> int | None:
     """Bytes of the device that this process has, unused ones included; on a CPU those that are resident.
 
     None where the system does not say: outside of Linux.
@@ -31,7 +31,7 @@ def held(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:")), None)
 
 
-def let_go(device: torch.device) -> None:
+def release_cached_memory(device: torch.device) -> None:
     """Give the system what is freed but still kept for later."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -42,17 +42,17 @@ def let_go(device: torch.device) -> None:
             trim(ctypes.c_size_t(0))
 
 
-class Meter:
+class MemoryMeter:
     """Measures what releasing something gives back.
 
     Attributes:
-        given_back: what → bytes.
+        freed_bytes: what → bytes.
     """
 
     def __init__(self, device: torch.device) -> None:
-        let_go(device)
-        self._device, self._held = device, held(device)
-        self.given_back: dict[str, int] = {}
+        release_cached_memory(device)
+        self._device, self._held = device, held_bytes(device)
+        self.freed_bytes: dict[str, int] = {}
 
     def release(self, what: str, free: Callable[[], None], nominal: int) -> None:
         """Free something, and measure.
@@ -61,8 +61,8 @@ class Meter:
             nominal: bytes that it should be, where nothing can be measured.
         """
         free()
-        let_go(self._device)
-        now = held(self._device)
+        release_cached_memory(self._device)
+        now = held_bytes(self._device)
         measured = nominal if now is None or self._held is None else max(0, self._held - now)
-        self.given_back[what] = measured
+        self.freed_bytes[what] = measured
         self._held = now

@@ -41,7 +41,7 @@ class KvShape:
     num_query_heads: int
 
 
-def true_block_size(block_size: int, *, varlen: bool) -> int:
+def effective_block_size(block_size: int, *, varlen: bool) -> int:
     """The block size that is really used."""
     return -(-block_size // VARLEN_BLOCK_MULTIPLE) * VARLEN_BLOCK_MULTIPLE if varlen else block_size
 

@@ -32,7 +32,7 @@ def upload_list(device: torch.device, values: Sequence[object], dtype: npt.DType
     return upload(device, np.array(values, dtype=dtype))[0]
 
 
-def pick(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+def select_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     """``tensor[rows]``, rows that ascend; without a copy where they are all."""
     if len(rows) == len(tensor):
         return tensor

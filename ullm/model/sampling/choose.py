@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ullm.model.memory.upload import pick, upload_list
+from ullm.model.memory.upload import select_rows, upload_list
 
 NUCLEUS_CANDIDATES = (256, 4096)
 """Most likely tokens sorted for top_p on a CPU, where sorting all is slow: first so many, then more."""
@@ -20,32 +20,32 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-Filter = tuple[float, int, float, float]
+SamplingFilter = tuple[float, int, float, float]
 """Temperature (0: no draw, but the most likely token), top_k (0: all), top_p and min_p of one row."""
 
-Choose = Callable[[Tensor, Sequence[Filter], Sequence[float]], Tensor]
+ChooseTokens = Callable[[Tensor, Sequence[SamplingFilter], Sequence[float]], Tensor]
 """As `choose_tokens`."""
 
 
-def choose_tokens(logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+def choose_tokens(logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
     """One token per row; in PyTorch.
 
     Args:
         logits: ``[rows, vocab]`` in any float type; left as they are.
         filters: one per row.
-        draws: a number in [0, 1) for each row; of no meaning at temperature 0.
+        uniforms: a number in [0, 1) for each row; of no meaning at temperature 0.
 
     Returns:
         ``[rows]`` int64 on the logits' device; on CUDA nothing waits for it.
     """
     random = [row for row, (temperature, *_) in enumerate(filters) if temperature]
     if random and len(random) == len(filters):
-        return draw_tokens(logits, filters, draws)
+        return sample_tokens(logits, filters, uniforms)
     tokens = first_of_largest(logits)
     if random:
-        chosen = [filters[row] for row in random], [draws[row] for row in random]
+        chosen = [filters[row] for row in random], [uniforms[row] for row in random]
         where = upload_list(logits.device, random)
-        tokens.index_copy_(0, where, draw_tokens(logits.index_select(0, where), *chosen))
+        tokens.index_copy_(0, where, sample_tokens(logits.index_select(0, where), *chosen))
     return tokens
 
 
@@ -73,10 +73,10 @@ def splitmix64(seed: int, index: int) -> int:
     return value ^ (value >> 31)
 
 
-def draw_tokens(logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+def sample_tokens(logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
     """One token per row, by inversion of its filtered distribution; as `choose_tokens`, with temperatures
     above 0."""
-    columns = (*zip(*filters, strict=True), draws)
+    columns = (*zip(*filters, strict=True), uniforms)
     temperature, *limits, draw = upload_list(logits.device, columns, np.float64).unsqueeze(2)
     scaled = logits - logits.amax(dim=-1, keepdim=True).float()  # no overflow, however cold
     weights = torch.softmax(scaled.div_(temperature.float().clamp(min=COLDEST)), dim=-1)
@@ -87,7 +87,7 @@ def draw_tokens(logits: Tensor, filters: Sequence[Filter], draws: Sequence[float
 
 def _floor(
     weights: Tensor,
-    filters: Sequence[Filter],
+    filters: Sequence[SamplingFilter],
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,
@@ -97,11 +97,11 @@ def _floor(
     limited = [row for row, (_, k, _, _) in enumerate(filters) if k]
     if limited:
         most = max(k for _, k, _, _ in filters)
-        chosen = (pick(column, limited) for column in (weights, top_p, top_k.long()))
+        chosen = (select_rows(column, limited) for column in (weights, top_p, top_k.long()))
         floor = _raised(floor, limited, _lowest_kept(next(chosen), most, *chosen)[0])
     nucleus = [row for row, (_, k, p, _) in enumerate(filters) if not k and p < 1]
     if nucleus:
-        lowest = _nucleus_floor(pick(weights, nucleus), pick(top_p, nucleus))
+        lowest = _nucleus_floor(select_rows(weights, nucleus), select_rows(top_p, nucleus))
         floor = _raised(floor, nucleus, lowest)
     return floor
 

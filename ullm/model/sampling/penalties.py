@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullm.model.memory.upload import pick, upload, upload_list
+from ullm.model.memory.upload import select_rows, upload, upload_list
 
 MIN_SLOTS = 8
 MIN_CAPACITY = 256
@@ -75,7 +75,7 @@ class PenaltyTable:
         longest = max(self._lengths[slots[index]] for index in filled)
         tokens = self._history[where[:, 0], :longest]
         counts = self._counts[where, tokens]
-        repetition, presence, frequency = pick(factors, filled).float().unsqueeze(2).unbind(1)
+        repetition, presence, frequency = select_rows(factors, filled).float().unsqueeze(2).unbind(1)
         values = logits[row, tokens]
         values = torch.where(values > 0, values / repetition, values * repetition)
         logits[row, tokens] = values - frequency * counts - presence * (counts > 0)
@@ -93,7 +93,7 @@ class PenaltyTable:
         first = [slot for slot in slots if not self._lengths[slot]]
         if first:
             begun = [index for index, slot in enumerate(slots) if slot in first]
-            self._history[self._index(first)] = pick(tokens, begun)[:, None]
+            self._history[self._index(first)] = select_rows(tokens, begun)[:, None]
         self._history[where, ends] = tokens
         for slot in slots:
             self._lengths[slot] += 1

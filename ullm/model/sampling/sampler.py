@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullm.model.memory.upload import pick, upload_list
-from ullm.model.sampling.choose import Choose, choose_tokens, uniform
+from ullm.model.memory.upload import select_rows, upload_list
+from ullm.model.sampling.choose import ChooseTokens, choose_tokens, uniform
 from ullm.model.sampling.logprobs import PendingLogprobs, start_logprobs
 from ullm.model.sampling.penalties import PenaltyTable
 from ullm.protocol.messages import TokenLogprobs
@@ -30,7 +30,7 @@ from ullm.sampling import SamplingParams
 
 
 @dataclass(slots=True)
-class _Sequence:
+class _SamplingState:
     """What the sampler knows of one sequence.
 
     Args:
@@ -75,13 +75,13 @@ class Sampler:
         vocab_size: int,
         device: torch.device,
         eos_token_ids: tuple[int, ...],
-        choose: Choose = choose_tokens,
+        choose: ChooseTokens = choose_tokens,
     ) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._eos_token_ids = eos_token_ids
         self._choose = choose
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, _SamplingState] = {}
         self._penalties = PenaltyTable(vocab_size, device)
         self._adjusted: tuple[Tensor, dict[int, int]] | None = None
 
@@ -97,7 +97,7 @@ class Sampler:
         banned = {*self._eos_token_ids, *params.stop_token_ids}
         banned = {token for token in banned if token < self._vocab_size}
         bias = {token: value for token, value in params.logit_bias.items() if token < self._vocab_size}
-        sequence = _Sequence(
+        sequence = _SamplingState(
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             index=len(token_ids) - num_prompt_tokens,
@@ -136,11 +136,11 @@ class Sampler:
         adjusted = self._adjust(logits, sequences)
         self._adjusted = None if adjusted is logits else (adjusted, _positions(seq_ids))
         filters = [(s.params.temperature, s.top_k, s.params.top_p, s.params.min_p) for s in sequences]
-        draws = [0.0 if s.params.greedy else uniform(s.seed, s.index) for s in sequences]
-        tokens = self._choose(adjusted, filters, draws)
+        uniforms = [0.0 if s.params.greedy else uniform(s.seed, s.index) for s in sequences]
+        tokens = self._choose(adjusted, filters, uniforms)
         penalised = [row for row, sequence in enumerate(sequences) if sequence.slot is not None]
         if penalised:
-            self._penalties.record(_slots(sequences), pick(tokens, penalised))
+            self._penalties.record(_slots(sequences), select_rows(tokens, penalised))
         for sequence in sequences:
             sequence.index += 1
         return tokens
@@ -161,8 +161,10 @@ class Sampler:
         wanted = [self._sequences[seq_id].params.logprobs for seq_id in seq_ids]
         rows = [row for row, count in enumerate(wanted) if count is not None]
         source, positions = self._adjusted or (logits, _positions(seq_ids))
-        chosen = pick(source, [positions[seq_ids[row]] for row in rows])
-        pending = start_logprobs(chosen, pick(tokens, rows), [count for count in wanted if count is not None])
+        chosen = select_rows(source, [positions[seq_ids[row]] for row in rows])
+        pending = start_logprobs(
+            chosen, select_rows(tokens, rows), [count for count in wanted if count is not None]
+        )
         pending.rows, pending.num_rows = rows, len(seq_ids)
         return pending
 
@@ -183,7 +185,7 @@ class Sampler:
         found = start_logprobs(logits, tokens, [k] * len(logits)).result()
         return [entry for entry in found if entry is not None]
 
-    def _adjust(self, logits: Tensor, sequences: list[_Sequence]) -> Tensor:
+    def _adjust(self, logits: Tensor, sequences: list[_SamplingState]) -> Tensor:
         """A float32 copy with penalties, bias and bans; ``logits`` itself where no row has any."""
         if not any(sequence.adjusts for sequence in sequences):
             return logits
@@ -217,5 +219,5 @@ def _positions(seq_ids: list[int]) -> dict[int, int]:
     return {seq_id: row for row, seq_id in enumerate(seq_ids)}
 
 
-def _slots(sequences: list[_Sequence]) -> list[int]:
+def _slots(sequences: list[_SamplingState]) -> list[int]:
     return [sequence.slot for sequence in sequences if sequence.slot is not None]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ullm.model.kernels.cpu.build import open_library
 from ullm.model.layers.linear_kernels import Linear
 from ullm.model.layers.quantization import QuantizedWeight, num_groups
-from ullm.model.sampling.choose import Filter
+from ullm.model.sampling.choose import SamplingFilter
 
 LANES = 16
 """Floats that are computed side by side; sizes must be multiples. As in common.h."""
@@ -66,7 +66,7 @@ class BlockStruct(ctypes.Structure):
     )
 
 
-class Kernels:
+class CpuKernels:
     """The kernels for one kind of number, ``dtype``: what linear layers take, weights and pages hold.
 
     What lies between is float32. All tensors are contiguous and on the CPU.
@@ -178,10 +178,12 @@ class Kernels:
         self._decoder_layers(byref(step), blocks, layers.start, layers.stop, *pointers)
         return out
 
-    def choose_tokens(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose_tokens(
+        self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]
+    ) -> Tensor:
         """See `ullm.model.sampling.choose.choose_tokens`, for logits in float32."""
         rows, size = logits.shape
-        numbers = np.array([(*row, draw) for row, draw in zip(filters, draws, strict=True)])
+        numbers = np.array([(*row, uniform) for row, uniform in zip(filters, uniforms, strict=True)])
         found = torch.empty(rows, dtype=torch.int64)
         self._choose_tokens(
             logits.data_ptr(), rows, size, logits.stride(0), numbers.ctypes.data, found.data_ptr()
@@ -189,7 +191,7 @@ class Kernels:
         return found
 
 
-def load_kernels(dtype: torch.dtype) -> Kernels | None:
+def load_kernels(dtype: torch.dtype) -> CpuKernels | None:
     """The kernels for ``dtype``; None where there are none, with a line in the log."""
     library = open_library() if dtype in NAMES else None
-    return None if library is None else Kernels(library, dtype)
+    return None if library is None else CpuKernels(library, dtype)

@@ -11,18 +11,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ullm.model.attention.batch import Batch, Layout
-from ullm.model.kernels.cpu.kernels import BlockStruct, Kernels, LayerStruct, MatrixStruct, StepStruct
+from ullm.model.attention.batch import Batch, BatchLayout
+from ullm.model.kernels.cpu.kernels import BlockStruct, CpuKernels, LayerStruct, MatrixStruct, StepStruct
 from ullm.model.layers.layer_ops import (
     AttentionModule,
     LayerModule,
     LinearModule,
     StepOps,
-    one_by_one,
+    layer_by_layer,
 )
 from ullm.model.layers.linear import RMSNorm
 from ullm.model.memory.kv_pool import KvShape, lazy_zeros
-from ullm.model.sampling.choose import Filter, choose_tokens
+from ullm.model.sampling.choose import SamplingFilter, choose_tokens
 
 TILE_ROWS = 12
 """Query vectors that are attended together: those of one KV head times neighbouring tokens of a prompt."""
@@ -43,7 +43,7 @@ class KernelAttention:
         self.pages = [lazy_zeros(size, dtype) for _ in range(shape.num_layers)]
         self.pointers = (c_void_p * shape.num_layers)(*(pages.data_ptr() for pages in self.pages))
 
-    def prepare(self, layout: Layout) -> Batch:
+    def prepare(self, layout: BatchLayout) -> Batch:
         """See `AttentionBackend.prepare`."""
         return layout.batch(KernelAttend(self, tiles(layout, self.tile_tokens)))
 
@@ -73,7 +73,7 @@ class KernelAttend:
         raise TypeError("this pool is attended by KernelStep only")
 
 
-def tiles(layout: Layout, tokens: int) -> npt.NDArray[np.int32]:
+def tiles(layout: BatchLayout, tokens: int) -> npt.NDArray[np.int32]:
     """``[n, 3]``: sequence, first token, tokens; at most ``tokens`` neighbouring ones of a sequence."""
     starts = layout.starts
     if layout.num_decodes == len(layout.query_lens):
@@ -104,7 +104,7 @@ class KernelOps:
         cos, sin: of `ullm.model.layers.rope.rope_cache`, in float32.
     """
 
-    def __init__(self, kernels: Kernels, cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, kernels: CpuKernels, cos: Tensor, sin: Tensor) -> None:
         half = cos.shape[-1] // 2
         self.kernels = kernels
         self._cosines = cos[:, 0, half:].contiguous()
@@ -114,10 +114,10 @@ class KernelOps:
         self._biases: list[Tensor] = []
         self._weights: dict[RMSNorm, Tensor] = {}
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `LayerOps`."""
         kernel = self.kernels.choose_tokens if logits.dtype == torch.float32 else choose_tokens
-        return kernel(logits, filters, draws)
+        return kernel(logits, filters, uniforms)
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
@@ -203,7 +203,7 @@ class KernelStep:
     def layers(self, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
         """See `StepOps`. With other ranks, their sums come in between."""
         if modules[0].world_size > 1:
-            return one_by_one(self, modules, x, done)
+            return layer_by_layer(self, modules, x, done)
         delta, blocks, pages = None, self._ops.blocks(modules), self._attention.pointers
         each = layers_at_once(modules[0], len(x))
         for first in range(0, len(modules), each):

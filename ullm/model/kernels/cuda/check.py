@@ -11,12 +11,12 @@ from torch import Tensor
 from ullm.model.attention.batch import Batch
 from ullm.model.layers.layer_ops import AttentionModule, TorchOps
 from ullm.model.layers.linear import RMSNorm
-from ullm.model.sampling.choose import Filter
+from ullm.model.sampling.choose import SamplingFilter
 
 ROWS = (1, 5)
 BLOCKS, BLOCK_SIZE = 2, 8
 VOCAB, CHOICES = 5000, 4
-FILTERS: tuple[Filter, ...] = (
+FILTERS: tuple[SamplingFilter, ...] = (
     (0, 0, 1, 0),
     (0.7, 0, 1, 0),
     (1, 0, 0.9, 0),
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Of numbers near 1: a few roundings."""
 
 
-class Paper:
+class RecordingAttention:
     """Attention that only writes down what it is asked; as `Attend` and as `PagedAttend`."""
 
     def __init__(self, pool: Tensor, slot_mapping: Tensor) -> None:
@@ -82,8 +82,8 @@ def _same_tokens(fused: TorchOps, plain: TorchOps, like: Tensor, dtype: torch.dt
     for filters in (FILTERS[:2], FILTERS):
         asked = [*filters] * CHOICES
         logits = (3 * torch.randn(len(asked), VOCAB, generator=source)).to(like.device, dtype)
-        draws = torch.rand(len(asked), generator=source).tolist()
-        tokens = (ops.choose(logits, asked, draws).tolist() for ops in (fused, plain))
+        uniforms = torch.rand(len(asked), generator=source).tolist()
+        tokens = (ops.choose(logits, asked, uniforms).tolist() for ops in (fused, plain))
         differ += sum(a != b for a, b in zip(*tokens, strict=True))
     return differ <= 1
 
@@ -101,7 +101,7 @@ def _results(
     slots = torch.randperm(BLOCKS * BLOCK_SIZE, generator=source)[:rows].to(like.device)
     positions = torch.randint(len(like), (rows,), generator=source).to(like.device)
     pool = random(2, BLOCKS, BLOCK_SIZE, module.num_kv_heads, module.head_dim)
-    paper = Paper(pool, slots)
+    paper = RecordingAttention(pool, slots)
     step = ops.begin(_batch(positions, slots, paper))
     norm = RMSNorm(hidden, 1e-6)
     norm.weight.data = random(hidden)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ullm.model.memory.upload import upload_list
-from ullm.model.sampling.choose import COLDEST, Filter
+from ullm.model.sampling.choose import COLDEST, SamplingFilter
 
 CHUNK = 4096
 BITS = {torch.bfloat16: 16}
@@ -163,11 +163,11 @@ def _pick(
     tl.store(out + row, picked.to(tl.int64))
 
 
-def choose_tokens(logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+def choose_tokens(logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
     """See `ullm.model.sampling.choose.choose_tokens`."""
     rows, vocab = logits.shape
     device, chunks, stride = logits.device, triton.cdiv(vocab, CHUNK), logits.stride(0)
-    numbers = upload_list(device, (*zip(*filters, strict=True), draws), np.float64)
+    numbers = upload_list(device, (*zip(*filters, strict=True), uniforms), np.float64)
     floors = torch.empty(rows, dtype=torch.float32, device=device)
     filtered = any(top_k or top_p < 1 or min_p for _, top_k, top_p, min_p in filters)
     if filtered:

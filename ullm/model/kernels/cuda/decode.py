@@ -123,8 +123,7 @@ def _combine(partial, weights, out, splits, SIZE: tl.constexpr, COLUMNS: tl.cons
 
 def decode_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    pool: Tensor,
     seq_lens: Tensor,
     block_tables: Tensor,
     *,
@@ -137,7 +136,7 @@ def decode_attention(
 
     Args:
         q: ``[N, query heads, head_dim]``; heads and dimensions side by side.
-        keys, values: ``[blocks, block size, KV heads, head_dim]``, contiguous.
+        pool: ``[keys or values, blocks, block size, KV heads, head_dim]``, contiguous.
         seq_lens: ``[N]`` int32, the query's own position included.
         block_tables: ``[N, W]`` int32.
         window: keys that a query sees; 0: all.
@@ -147,7 +146,7 @@ def decode_attention(
         ``[N, query heads, head_dim]``.
     """
     count, heads, size = q.shape
-    page, kv_heads = keys.shape[1:3]
+    page, kv_heads = pool.shape[2:4]
     group, columns = heads // kv_heads, max(16, triton.next_power_of_2(size))
     out = q.new_empty(q.shape)
     partial = weights = out
@@ -155,7 +154,7 @@ def decode_attention(
         partial = q.new_empty((count, heads, splits, size), dtype=torch.float32)
         weights = q.new_empty((count, heads, splits), dtype=torch.float32)
     _decode[(count, kv_heads, splits)](
-        *(q, keys, values, block_tables, seq_lens, out, partial, weights),
+        *(q, pool[0], pool[1], block_tables, seq_lens, out, partial, weights),
         *(q.stride(0), block_tables.stride(0), splits),
         *(scale * LOG2_E, window, kv_heads, group, size, page),
         *(max(LEAST_ROWS, triton.next_power_of_2(group)), columns, min(tiling.keys, page), splits > 1),

@@ -13,7 +13,7 @@ from ullm.model.attention.batch import Batch
 from ullm.model.kernels.cuda.check import disagreements
 from ullm.model.layers.layer_ops import AttentionModule, StepOps, TorchOps, TorchStep
 from ullm.model.layers.linear import RMSNorm
-from ullm.model.sampling.choose import Choose, Filter
+from ullm.model.sampling.choose import ChooseTokens, SamplingFilter
 
 log = get_logger("ullm.kernels")
 
@@ -30,7 +30,7 @@ class PagedAttend(Protocol):
         """Attend to keys and values that are in the pool already."""
 
 
-class Fused(Protocol):
+class FusedKernels(Protocol):
     """`ullm.model.kernels.cuda.kernels`."""
 
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
@@ -47,13 +47,13 @@ class FusedOps(TorchOps):
         choose_kernel: see `ullm.model.sampling.choose.choose_tokens`.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, kernels: Fused, choose_kernel: Choose) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor, kernels: FusedKernels, choose_kernel: ChooseTokens) -> None:
         super().__init__(cos, sin)
         self.kernels, self._choose = kernels, choose_kernel
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `LayerOps`."""
-        return self._choose(logits, filters, draws)
+        return self._choose(logits, filters, uniforms)
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
@@ -97,8 +97,8 @@ def choose_ops(cos: Tensor, sin: Tensor, module: AttentionModule, hidden: int, i
     """
     plain = TorchOps(cos, sin)
     try:
-        kernels = cast(Fused, import_module("ullm.model.kernels.cuda.kernels"))
-        choose = cast(Choose, import_module("ullm.model.kernels.cuda.choose").choose_tokens)
+        kernels = cast(FusedKernels, import_module("ullm.model.kernels.cuda.kernels"))
+        choose = cast(ChooseTokens, import_module("ullm.model.kernels.cuda.choose").choose_tokens)
         fused = FusedOps(cos, sin, kernels, choose)
         found = disagreements(fused, plain, module, hidden, inner)
     except Exception as error:  # no Triton, no C compiler, or whatever its compiler raises

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_fixtures import GREEDY, SHAPE, load_runner, save_tiny
 from test_gguf import write_model
 
+from tests.model.model_fixtures import GREEDY, SHAPE, load_runner, save_tiny
 from ullm.errors import ModelNotFound, OutOfMemory
 from ullm.model.execution import sleep
-from ullm.model.execution.rank import Rank, furnish
+from ullm.model.execution.rank import Rank, attach_kv_pool
 from ullm.model.execution.runner import ModelRunner
-from ullm.model.kernels.cpu.kernels import Kernels
+from ullm.model.kernels.cpu.kernels import CpuKernels
 from ullm.model.memory import kv_pool
 from ullm.protocol.messages import NewSequence, Progress, Sampled, ScheduledSequence, Step
 
@@ -108,11 +108,11 @@ def test_nothing_keeps_the_weights(model: Path, monkeypatch: pytest.MonkeyPatch)
     models: list[weakref.ref[Any]] = []
 
     def furnish_and_tell(*arguments: Any) -> Rank:
-        rank = furnish(*arguments)
+        rank = attach_kv_pool(*arguments)
         models.append(weakref.ref(rank.model))
         return rank
 
-    monkeypatch.setattr(sleep, "furnish", furnish_and_tell)
+    monkeypatch.setattr(sleep, "attach_kv_pool", furnish_and_tell)
     runner = load_runner(model)
     runner.sleep(2)
     runner.wake(quiet)
@@ -228,13 +228,13 @@ def test_kernels_compute_with_as_many_threads_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    use_threads = Kernels.use_threads
+    use_threads = CpuKernels.use_threads
 
-    def record(kernels: Kernels, threads: int) -> None:
+    def record(kernels: CpuKernels, threads: int) -> None:
         asked.append(threads)
         use_threads(kernels, threads)
 
-    monkeypatch.setattr(Kernels, "use_threads", record)
+    monkeypatch.setattr(CpuKernels, "use_threads", record)
     runner = load_runner(write_native(tmp_path), cpu_threads=2, dtype="bfloat16")
     runner.sleep(2)
     runner.wake(quiet)

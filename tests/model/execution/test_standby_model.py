@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_fixtures import config, generate, load_runner, random_tokens, save_tiny
 
+from tests.model.model_fixtures import config, generate, load_runner, random_tokens, save_tiny
 from ullm.errors import ModelNotFound
 from ullm.model.architectures import registry
 from ullm.model.execution import standby

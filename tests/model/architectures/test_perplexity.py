@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from model_fixtures import LogitsModel
 from tokenizers import Tokenizer
 
+from tests.model.model_fixtures import LogitsModel
 from ullm.config import ModelConfig
 from ullm.hub import resolve
 from ullm.model.kernels.cpu import build

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ullm.logs import get_logger
-from ullm.model.attention.varlen import Decode, Part, VarlenAttention, VarlenStep
+from ullm.model.attention.varlen import DecodeAttention, SequenceGroup, VarlenAttention, VarlenStep
 
 log = get_logger("ullm.kernels")
 
@@ -40,19 +40,18 @@ class SplitDecode:
         self._kernels, self.tiling, self._processors = kernels, tiling, processors
 
     def __call__(
-        self, q: Tensor, pool: Tensor, part: Part, scale: float, sliding_window: int | None
+        self, q: Tensor, pool: Tensor, group: SequenceGroup, scale: float, sliding_window: int | None
     ) -> Tensor:
         """See `Decode`."""
         kv_heads = pool.shape[3]
         splits = self._kernels.choose_splits(
-            len(q), kv_heads, self._processors, part.max_seq_len, self.tiling.keys
+            len(q), kv_heads, self._processors, group.max_seq_len, self.tiling.keys
         )
         found: Tensor = self._kernels.decode_attention(
             q,
-            pool[0],
-            pool[1],
-            part.seq_lens,
-            part.block_tables,
+            pool,
+            group.seq_lens,
+            group.block_tables,
             scale=scale,
             window=sliding_window or 0,
             splits=splits,
@@ -62,7 +61,7 @@ class SplitDecode:
 
 
 @dataclass(frozen=True)
-class Choice:
+class DecodeChoice:
     """A kernel for few sequences, which are split, and one for many.
 
     Args:
@@ -70,11 +69,11 @@ class Choice:
         limit: sequences from which on there are many.
     """
 
-    few: Decode | None
-    many: Decode | None
+    few: DecodeAttention | None
+    many: DecodeAttention | None
     limit: int
 
-    def __call__(self, count: int) -> Decode | None:
+    def __call__(self, count: int) -> DecodeAttention | None:
         """The one for so many sequences."""
         return self.many if count >= self.limit else self.few
 
@@ -86,7 +85,7 @@ def choose_decode(
     processors: int,
     progress: Callable[[], None],
     seconds: Seconds | None = None,
-) -> Choice | None:
+) -> DecodeChoice | None:
     """The fastest kernels that agree with Flash Attention here; None: always that.
 
     Args:
@@ -98,7 +97,9 @@ def choose_decode(
     limit = max(1, 2 * processors // backend.shape.num_kv_heads)
     try:
         kernels = import_module("ullm.model.kernels.cuda.decode")
-        candidates: list[Decode] = [SplitDecode(kernels, tiling, processors) for tiling in kernels.TILINGS]
+        candidates: list[DecodeAttention] = [
+            SplitDecode(kernels, tiling, processors) for tiling in kernels.TILINGS
+        ]
         few, many = (
             fastest(backend, candidates, count, seconds or seconds_on_gpu, progress)
             for count in (min(max_bs, max(1, limit // 8)), max_bs)
@@ -106,37 +107,37 @@ def choose_decode(
     except Exception as error:  # no Triton, no C compiler, or whatever its compiler raises
         log.warning("decodes are attended for by Flash Attention", reason=str(error).strip()[:200])
         return None
-    return None if few is None and many is None else Choice(few, many, limit)
+    return None if few is None and many is None else DecodeChoice(few, many, limit)
 
 
 def fastest(
     backend: VarlenAttention,
-    candidates: list[Decode],
+    candidates: list[DecodeAttention],
     count: int,
     seconds: Seconds,
     progress: Callable[[], None],
-) -> Decode | None:
+) -> DecodeAttention | None:
     """Of those that agree with Flash Attention; None if that itself is the fastest.
 
     Args:
         count: sequences.
         progress: called after each.
     """
-    part = trial(backend, count)
+    group = random_group(backend, count)
     shape = backend.shape
     pool, scale = backend.pools[0], shape.head_dim**-0.5
     q = torch.randn(count, shape.num_query_heads, shape.head_dim, device=backend.device).to(pool.dtype)
-    step = VarlenStep(backend, part.query_start, [part])
+    step = VarlenStep(backend, group.query_start, [group])
     expected = step.attend(0, q, scale, None)
     best, least = None, seconds(lambda: step.attend(0, q, scale, None))
     found = {"Flash Attention": least}
     for attend in candidates:
         progress()
-        difference = (attend(q, pool, part, scale, None).float() - expected.float()).abs().max().item()
+        difference = (attend(q, pool, group, scale, None).float() - expected.float()).abs().max().item()
         if not difference <= TOLERANCE:
             log.warning("a kernel disagrees with Flash Attention and is not used", by=difference)
             continue
-        taken = seconds(lambda: attend(q, pool, part, scale, None))  # noqa: B023  # called at once
+        taken = seconds(lambda: attend(q, pool, group, scale, None))  # noqa: B023  # called at once
         found[str(getattr(attend, "tiling", attend))] = taken
         if taken <= WORTH * least:
             best, least = attend, taken
@@ -146,7 +147,7 @@ def fastest(
     return best
 
 
-def trial(backend: VarlenAttention, count: int) -> Part:
+def random_group(backend: VarlenAttention, count: int) -> SequenceGroup:
     """Sequences of random numbers, spread over the pool as far as it reaches; what was there is gone."""
     size, device = backend.block_size, backend.device
     width = max(1, min(LENGTH // size, backend.num_blocks))
@@ -158,11 +159,11 @@ def trial(backend: VarlenAttention, count: int) -> Part:
     lens = torch.full((count,), width * size, dtype=torch.int32)
     lens[count // 2 :] = max(1, width * size // 2)
     starts = torch.arange(count + 1, dtype=torch.int32)
-    return Part(starts.to(device), lens.to(device), tables.to(device), count, 1, width * size)
+    return SequenceGroup(starts.to(device), lens.to(device), tables.to(device), count, 1, width * size)
 
 
 def seconds_on_gpu(work: Callable[[], Tensor]) -> float:
-    """Of one call, without what launching takes: as part of a graph."""
+    """Of one call, without what launching takes: as group of a graph."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_fixtures import MODELS, LogitsModel, random_tokens, reference_logits, save_tiny
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tests.model.model_fixtures import MODELS, LogitsModel, random_tokens, reference_logits, save_tiny
 from ullm.errors import ModelUnsupported
 from ullm.model.layers.rope import rope_cache
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_fixtures import (
+
+from tests.model.model_fixtures import (
     VOCAB,
     LogitsModel,
     config,
@@ -19,7 +20,6 @@ from model_fixtures import (
     reference_greedy,
     reference_logits,
 )
-
 from ullm.errors import ModelError, ModelFileBroken, ModelNotFound, ModelUnsupported
 from ullm.model.architectures.transformers_model import TransformersModel
 from ullm.model.loading.checkpoint import read_checkpoint

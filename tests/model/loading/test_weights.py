@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from model_fixtures import SHAPE, VOCAB, LogitsModel, load_runner, random_tokens, reference_logits, save_tiny
 from safetensors.torch import load_file, save_file
 
+from tests.model.model_fixtures import (
+    SHAPE,
+    VOCAB,
+    LogitsModel,
+    load_runner,
+    random_tokens,
+    reference_logits,
+    save_tiny,
+)
 from ullm.errors import ModelError, ModelFileBroken, ModelNotFound, ModelUnsupported, OutOfMemory
 from ullm.model.architectures import registry
 from ullm.model.loading import checkpoint

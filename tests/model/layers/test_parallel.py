@@ -11,12 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from model_fixtures import LogitsModel, random_tokens, reference_greedy, reference_logits, save_tiny
 
+from tests.model.model_fixtures import (
+    LogitsModel,
+    random_tokens,
+    reference_greedy,
+    reference_logits,
+    save_tiny,
+)
 from ullm.errors import ModelUnsupported
 from ullm.model.layers.parallel import ParallelContext
 
 WAIT = 120
+ROOT = Path(__file__).parents[3]
+"""The folder that `tests` is imported from."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -29,16 +37,22 @@ def free_ports(count: int) -> list[int]:
 
 def run_ranks(folder: Path, out: Path, world_size: int) -> list[dict[str, Any]]:
     """Each rank opens two process groups, one after the other; each needs a port of its own."""
-    script, files = (
-        Path(__file__).with_name("tp_rank.py"),
-        [out / f"rank{rank}.pt" for rank in range(world_size)],
-    )
+    files = [out / f"rank{rank}.pt" for rank in range(world_size)]
     meet = [f"127.0.0.1:{port}" for port in free_ports(2)]
     with contextlib.ExitStack() as stack:
         ranks = []
         for rank, file in enumerate(files):
-            command = [sys.executable, script, folder, str(rank), str(world_size), *meet, file]
-            ranks.append(stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE)))
+            command = [
+                sys.executable,
+                "-m",
+                "tests.model.layers.tp_rank",
+                folder,
+                str(rank),
+                str(world_size),
+                *meet,
+                file,
+            ]
+            ranks.append(stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT)))
             stack.callback(ranks[-1].kill)
         for process in ranks:
             _, stderr = process.communicate(timeout=WAIT)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_fixtures import LogitsModel, random_tokens, save_tiny
 from torch import Tensor
 
+from tests.model.model_fixtures import LogitsModel, random_tokens, save_tiny
 from ullm.errors import OutOfMemory
 from ullm.model.architectures import registry
 from ullm.model.kernels.cpu.build import find_compiler

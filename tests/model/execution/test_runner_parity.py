@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_fixtures import (
+
+from tests.model.model_fixtures import (
     SHAPE,
     config,
     load_runner,
@@ -23,7 +24,6 @@ from model_fixtures import (
     reference_logits,
     save_tiny,
 )
-
 from ullm.model.execution.runner import ModelRunner
 from ullm.protocol.messages import Step, TokenLogprobs
 from ullm.sampling import SamplingParams
