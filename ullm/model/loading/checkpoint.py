@@ -11,7 +11,8 @@ import torch
 from ullm.config import EngineConfig
 from ullm.errors import ModelUnsupported
 from ullm.model.layers.linear_kernels import fast_bfloat16
-from ullm.model.loading.weights import read_config, read_json, reject_quantized
+from ullm.model.loading.eos_tokens import eos_token_ids
+from ullm.model.loading.weights import read_config, reject_quantized
 
 DEFAULT_CONTEXT_LEN = 2048
 """For configs that name no limit."""
@@ -55,7 +56,7 @@ def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> C
         hf=hf,
         architecture=architectures[0],
         context_len=choose_context_len(hf, config.context_len),
-        eos_token_ids=eos_token_ids(hf, path),
+        eos_token_ids=eos_token_ids(hf, path, config),
         dtype=choose_dtype(config.dtype, hf, device),
     )
 
@@ -74,16 +75,6 @@ def choose_context_len(hf: dict[str, Any], wanted: int | None) -> int:
     """The model's own limit, or the lower one that is wanted; what is wanted beyond it is cut."""
     limit = int(hf.get("max_position_embeddings") or hf.get("n_positions") or DEFAULT_CONTEXT_LEN)
     return min(wanted, limit) if wanted is not None else limit
-
-
-def eos_token_ids(hf: dict[str, Any], path: Path) -> tuple[int, ...]:
-    """End-of-sequence tokens: generation_config.json's, else the config's."""
-    generation: dict[str, Any] = {}
-    if path.suffix != ".gguf" and (path / "generation_config.json").exists():
-        generation = read_json(path / "generation_config.json")
-    found = generation.get("eos_token_id", hf.get("eos_token_id"))
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    return tuple(int(token_id) for token_id in ids)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -6,7 +6,6 @@ are checked, and each rank reads only its slice of the memory-mapped files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
+from ullm.hub.files import read_json
 from ullm.logs import get_logger
 from ullm.model.layers.linear import Loadable, RMSNorm, Shard
 from ullm.model.layers.quantization import QuantizedWeight
@@ -55,24 +55,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
         return read_gguf_config(path)
     return read_json(path / "config.json")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ModelNotFound: no such file.
-        ModelFileBroken: not JSON, or not an object.
-    """
-    try:
-        value = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelNotFound(f"{file}: no such file; a model folder must have one") from None
-    except (OSError, ValueError) as error:
-        raise ModelFileBroken(file, f"cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelFileBroken(file, "is not a JSON object")
-    return value
 
 
 @torch.no_grad()
