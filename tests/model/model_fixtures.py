@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from ullm.config import EngineConfig
@@ -66,6 +65,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def save_tiny(folder: Path, name: str, **save: Any) -> Any:
     """Save a random model of `MODELS` and return it, for its answers."""
+    import transformers  # takes seconds, which processes that only load models need not spend
+
     family, changes = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**(SHAPE | changes))
     torch.manual_seed(0)
@@ -178,3 +179,35 @@ def step_by_step(runner: ModelRunner, prompts: list[list[int]], steps: int) -> l
         for sampled in runner.submit(Step(number, rows, new)).result().sampled:
             found[sampled.seq_id] += sampled.token_ids
     return found
+
+
+def outputs(
+    path: Path, prompts: list[list[int]], *, chunk: int, lose_after: int | None = None, **options: Any
+) -> list[list[int]]:
+    """Twelve greedy tokens of each prompt, computed together, in chunks; perhaps with a loss of all KV."""
+    runner = load_runner(path, dtype="bfloat16", num_blocks=400, **options)
+    tokens = [list(prompt) for prompt in prompts]
+    computed = [0] * len(prompts)
+    greedy = SamplingParams(temperature=0, seed=0)
+
+    def introduce() -> list[NewSequence]:
+        blocks = [list(range(40 * i, 40 * i + 40)) for i in range(len(prompts))]
+        return [NewSequence(i, tokens[i], len(prompts[i]), greedy, blocks[i]) for i in range(len(prompts))]
+
+    new, forget = introduce(), list[int]()
+    for number in range(1, 200):
+        rows = []
+        for i, known in enumerate(tokens):
+            count = min(chunk, len(known) - computed[i])
+            if len(known) < len(prompts[i]) + 12:
+                rows.append(ScheduledSequence(i, computed[i], count, computed[i] + count == len(known)))
+                computed[i] += count
+        if not rows:
+            break
+        for sampled in runner.submit(Step(number, rows, new, forget)).result().sampled:
+            tokens[sampled.seq_id] += sampled.token_ids
+        new, forget = [], []
+        if number == lose_after:
+            new, forget, computed = introduce(), list(range(len(prompts))), [0] * len(prompts)
+    runner.close()
+    return [known[len(prompt) :] for known, prompt in zip(tokens, prompts, strict=True)]

@@ -1,7 +1,7 @@
-"""The real model on a text: what quantization costs.
+"""The real model on a text: how much quality quantization costs.
 
 alice.txt is the first chapter of Lewis Carroll's "Alice's Adventures in Wonderland" (1865), which is in the
-public domain everywhere.
+public domain everywhere. `test_quantized_models` has the same promise for tiny models.
 """
 
 from __future__ import annotations
@@ -21,35 +21,36 @@ from ullm.model.kernels.cpu import build
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.slow,
     pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler"),
 ]
 
-WINDOW = 512
+WINDOW = 256
 """Tokens that are predicted from each other."""
+SAMPLE, WHOLE = 512, 10**9
+"""Tokens of the text that are predicted: a part, or all of them."""
 WORST = {"int8": 1.01, "int4": 1.015}
 """Perplexity as a multiple of bfloat16's. Measured: 1.006, 1.004; these weights had four bits once."""
 
 
-@pytest.fixture(scope="module")
-def real_model() -> Path:
-    return resolve(ModelConfig()).path
-
-
-def perplexity(path: Path, quantization: str) -> float:
+def perplexity(path: Path, quantization: str, count: int) -> float:
+    """Perplexity of the first ``count`` tokens of the text."""
     text = (Path(__file__).parent / "alice.txt").read_text(encoding="utf-8")
-    tokens = Tokenizer.from_file(str(path / "tokenizer.json")).encode(text).ids
+    tokens = Tokenizer.from_file(str(path / "tokenizer.json")).encode(text).ids[: count + 1]
     model = LogitsModel(path, dtype="bfloat16", quantization=quantization, block_size=16)
     total = 0.0
     for start in range(0, len(tokens) - 1, WINDOW):
-        given = tokens[start : start + WINDOW + 1]
-        model.add(start, given[:-1], list(range(WINDOW // 16)))
-        logits = model.step((start, 0, len(given) - 1))[start].float()
-        total += F.cross_entropy(logits, torch.tensor(given[1:]), reduction="sum").item()
+        window = tokens[start : start + WINDOW + 1]
+        model.add(start, window[:-1], list(range(WINDOW // 16)))
+        logits = model.step((start, 0, len(window) - 1))[start].float()
+        total += F.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum").item()
     return math.exp(total / (len(tokens) - 1))
 
 
-def test_quantization_costs_little_perplexity(real_model: Path) -> None:
-    base = perplexity(real_model, "none")
+@pytest.mark.parametrize("count", [SAMPLE, pytest.param(WHOLE, marks=pytest.mark.long)])
+def test_quantization_costs_little_perplexity(count: int) -> None:
+    path = resolve(ModelConfig()).path
+    base = perplexity(path, "none", count)
     assert 15 < base < 30
-    ratios = {quantization: perplexity(real_model, quantization) / base for quantization in WORST}
+    ratios = {quantization: perplexity(path, quantization, count) / base for quantization in WORST}
     assert all(ratio < WORST[quantization] for quantization, ratio in ratios.items()), ratios

@@ -11,10 +11,9 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
-from test_cpu_kernels import outputs
-from test_gguf import write_model
 
-from tests.model.model_fixtures import MODELS, LogitsModel, random_tokens, save_tiny
+from tests.model.gguf_fixtures import write_model
+from tests.model.model_fixtures import MODELS, LogitsModel, outputs, random_tokens, save_tiny
 from ullm.errors import ConfigError
 from ullm.model.architectures.decoder import Decoder, DecoderLayer
 from ullm.model.kernels.cpu import build

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from test_gguf import write_model
 
-from tests.model.model_fixtures import GREEDY, SHAPE, load_runner, save_tiny
+from tests.model.checkpoint_kinds import KINDS, quiet, write_native
+from tests.model.model_fixtures import GREEDY, load_runner
 from ullm.errors import ModelNotFound, OutOfMemory
 from ullm.model.execution import sleep
 from ullm.model.execution.rank import Rank, attach_kv_pool
@@ -33,43 +30,10 @@ NUMBERS: dict[str, dict[str, Any]] = {
 STAGES = ["steps", "graphs", "kv_cache", "weights", "process_group", "device_cache"]
 
 
-def write_foreign(folder: Path) -> Path:
-    torch.manual_seed(0)
-    shape = SHAPE | {"intermediate_size": 128, "initializer_range": 0.2}
-    transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape)).save_pretrained(folder)
-    return folder
-
-
-def write_native(folder: Path) -> Path:
-    save_tiny(folder, "llama-bias")
-    return folder
-
-
-def write_tied(folder: Path) -> Path:
-    save_tiny(folder, "llama-tied")
-    return folder
-
-
-def write_gguf(folder: Path) -> Path:
-    return write_model(folder / "model.gguf")
-
-
-KINDS: dict[str, Callable[[Path], Path]] = {
-    "native": write_native,
-    "tied": write_tied,
-    "foreign": write_foreign,
-    "gguf": write_gguf,
-}
-
-
 @pytest.fixture(scope="session", params=KINDS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder or a file, one for each way of loading."""
     return KINDS[request.param](tmp_path_factory.mktemp(request.param))
-
-
-def quiet(_: Progress) -> None:
-    """For signs of life that nobody looks at."""
 
 
 def speak(runner: ModelRunner) -> list[Sampled]:

@@ -6,7 +6,6 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.model.model_fixtures import MODELS, LogitsModel, load_runner, random_tokens, save_tiny
+from tests.model.model_fixtures import MODELS, LogitsModel, outputs, random_tokens, save_tiny
 from ullm.model.attention.batch import BatchLayout
 from ullm.model.attention.gather import GatherAttention
 from ullm.model.kernels.cpu import build
@@ -22,8 +21,6 @@ from ullm.model.kernels.cpu.kernels import NAMES, CpuKernels, load_kernels
 from ullm.model.kernels.cpu.ops import KernelAttention, tiles
 from ullm.model.layers.quantization import Bits, quantize
 from ullm.model.sampling.choose import choose_tokens
-from ullm.protocol.messages import NewSequence, ScheduledSequence, Step
-from ullm.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -178,38 +175,6 @@ def test_models_have_the_same_logits_with_and_without(name: str, tmp_path: Path)
         results.append([model.step((0, 0, 9))[0], model.step((0, 9, 14))[0], model.step((0, 23, 1))[0]])
     for with_kernels, without in zip(*results, strict=True):
         torch.testing.assert_close(with_kernels.float(), without.float(), rtol=1e-4, atol=1e-4)
-
-
-def outputs(
-    path: Path, prompts: list[list[int]], *, chunk: int, lose_after: int | None = None, **options: Any
-) -> list[list[int]]:
-    """Twelve greedy tokens of each prompt, computed together, in chunks; perhaps with a loss of all KV."""
-    runner = load_runner(path, dtype="bfloat16", num_blocks=400, **options)
-    tokens = [list(prompt) for prompt in prompts]
-    computed = [0] * len(prompts)
-    greedy = SamplingParams(temperature=0, seed=0)
-
-    def introduce() -> list[NewSequence]:
-        blocks = [list(range(40 * i, 40 * i + 40)) for i in range(len(prompts))]
-        return [NewSequence(i, tokens[i], len(prompts[i]), greedy, blocks[i]) for i in range(len(prompts))]
-
-    new, forget = introduce(), list[int]()
-    for number in range(1, 200):
-        rows = []
-        for i, known in enumerate(tokens):
-            count = min(chunk, len(known) - computed[i])
-            if len(known) < len(prompts[i]) + 12:
-                rows.append(ScheduledSequence(i, computed[i], count, computed[i] + count == len(known)))
-                computed[i] += count
-        if not rows:
-            break
-        for sampled in runner.submit(Step(number, rows, new, forget)).result().sampled:
-            tokens[sampled.seq_id] += sampled.token_ids
-        new, forget = [], []
-        if number == lose_after:
-            new, forget, computed = introduce(), list(range(len(prompts))), [0] * len(prompts)
-    runner.close()
-    return [known[len(prompt) :] for known, prompt in zip(tokens, prompts, strict=True)]
 
 
 def test_in_bfloat16_a_text_is_the_same_alone_among_others_in_chunks_and_resumed(

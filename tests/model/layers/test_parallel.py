@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from tests.model.model_fixtures import (
     save_tiny,
 )
 from ullm.errors import ModelUnsupported
+from ullm.model.architectures.decoder import split_heads
+from ullm.model.architectures.llama import LlamaForCausalLM
 from ullm.model.layers.parallel import ParallelContext
 
 WAIT = 120
@@ -61,7 +64,9 @@ def run_ranks(folder: Path, out: Path, world_size: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("name", "world_size"), [("llama-bias", 2), ("qwen3", 4)])
+@pytest.mark.parametrize(
+    ("name", "world_size"), [("llama-bias", 2), pytest.param("qwen3", 4, marks=pytest.mark.slow)]
+)
 def test_ranks_agree_with_one(name: str, world_size: int, tmp_path: Path) -> None:
     """Qwen3's two KV heads over four ranks are held twice; 120 tokens divide, 122 would be padded."""
     reference = save_tiny(tmp_path / "model", name)
@@ -71,6 +76,16 @@ def test_ranks_agree_with_one(name: str, world_size: int, tmp_path: Path) -> Non
         torch.testing.assert_close(rank["logits"], reference_logits(reference, tokens), atol=1e-4, rtol=0)
         assert rank["generated"] == [reference_greedy(reference, tokens, 8)] * 4
         assert rank["closed"][4] == "process_group"
+
+
+@pytest.mark.parametrize(("kv_heads", "firsts"), [(4, [0, 1, 2, 3]), (2, [0, 0, 1, 1]), (1, [0, 0, 0, 0])])
+def test_more_ranks_than_kv_heads_share_them(kv_heads: int, firsts: list[int], tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    hf = json.loads((tmp_path / "config.json").read_text()) | {"num_key_value_heads": kv_heads}
+    shape = LlamaForCausalLM.read_config(hf, 64)
+    assert [split_heads(shape, ParallelContext(rank, 4)) for rank in range(4)] == [
+        (1, 1, first) for first in firsts
+    ]
 
 
 @pytest.mark.parametrize("rank", range(3))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_sleep import KINDS, quiet, write_native
 
+from tests.model.checkpoint_kinds import KINDS, quiet, write_native
 from tests.model.model_fixtures import config
 from ullm.model.execution import sleep
 from ullm.model.execution.rank import Rank, open_rank, trial_run

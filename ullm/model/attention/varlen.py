@@ -1,4 +1,4 @@
-"""Paged attention on CUDA: Flash Attention inside PyTorch, with block tables."""
+"""Paged attention on CUDA: PyTorch's Flash Attention with block tables."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ullm.model.memory.kv_pool import KvShape
 from ullm.model.memory.upload import upload
 
 FULL, CAUSAL = (-1, -1), (-1, 0)
-"""Windows of keys, to the left and to the right of a query; -1: without end."""
+"""Windows of keys to the left and to the right of a query; -1: unlimited."""
 
 PagedKernel = Callable[[Tensor, Tensor, "SequenceGroup", Tensor, float, int | None], Tensor]
 """The signature of `paged_attention`."""
 DecodeAttention = Callable[[Tensor, Tensor, "SequenceGroup", float, int | None], Tensor]
 """Attention of one query per sequence: queries ``[N, heads, head_dim]``, a layer's pool, the sequences,
-scale, sliding window → as queries."""
+scale, sliding window → shaped as the queries."""
 
 
 class VarlenAttention:
     """Implements `ullm.model.attention.batch.AttentionBackend`.
 
     Attributes:
-        kernel: what attends.
-        choose_decode: number of sequences → what attends in its place, with one query per sequence.
+        kernel: computes attention.
+        choose_decode: number of sequences → a kernel to use instead with one query per sequence, or None.
 
-    The pool of each layer is ``[keys or values, num_blocks + 1, block_size, KV heads, head_dim]``. The
-    extra block is for padding: rows that fill a CUDA graph's batch write and read there.
+    The pool of each layer is ``[keys or values, num_blocks + 1, block_size, KV heads, head_dim]``. The extra
+    block is for padding: sequences that fill up a CUDA graph's batch write and read there.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class VarlenAttention:
 
     @property
     def padding_block(self) -> int:
-        """The block that padding rows use."""
+        """The block of padding sequences."""
         return self.num_blocks
 
     def prepare(self, layout: BatchLayout) -> Batch:
-        """See `AttentionBackend.prepare`; nothing waits for the device.
+        """See `AttentionBackend.prepare`; the host does not wait for the device.
 
-        Sequences that decode are attended for apart from the others: for one query per sequence the kernel
-        reads keys and values once for all query heads that share them.
+        Decodes are a group of their own: with one query per sequence, the kernel reads keys and values only
+        once for all query heads that share them.
         """
         decodes, count = layout.num_decodes, len(layout.query_lens)
         starts, seq_lens = layout.starts, np.asarray(layout.seq_lens, dtype=np.int32)
@@ -95,16 +95,16 @@ class VarlenAttention:
 
 @dataclass(frozen=True, slots=True)
 class SequenceGroup:
-    """Neighbouring sequences of a batch that one call of the kernel attends for. N sequences.
+    """Neighbouring sequences of a batch that share one call of the kernel: N sequences.
 
     Args:
-        query_start: ``[N + 1]`` int32, first query of each sequence, from 0, and their number.
-        seq_lens: ``[N]`` int32, KV length of each.
+        query_start: ``[N + 1]`` int32, index of each sequence's first query, from 0, and their number.
+        seq_lens: ``[N]`` int32, KV length of each sequence.
         block_tables: ``[N, W]`` int32.
-        tokens: their number of queries.
-        max_query_len: of any of the sequences.
-        max_seq_len: of any of the sequences, or more. With few sequences the kernel splits each into
-            as many pieces as would keep the GPU busy at this length, so it should not be much more.
+        tokens: number of queries.
+        max_query_len: queries of the longest sequence.
+        max_seq_len: KV length of the longest sequence, or more. The kernel splits few sequences into as many
+            pieces as would keep the GPU busy at this length, so it should not be much more.
     """
 
     query_start: Tensor
@@ -115,11 +115,11 @@ class SequenceGroup:
     max_seq_len: int
 
     def window(self, sliding_window: int | None) -> tuple[int, int]:
-        """What the kernel calls a window.
+        """Return the kernel's window arguments.
 
-        A single query is the last one, so it sees all keys, causal or not. To the kernel that is not the
-        same: it takes query heads that share a KV head together only where there is no window at all
-        (``seqlenq_ngroups_swapped`` in PyTorch's flash_api.cpp), and otherwise reads the keys once for each.
+        A single query is the last one and sees all keys, causal or not. The kernel distinguishes the two: it
+        computes query heads that share a KV head together only without any window
+        (``seqlenq_ngroups_swapped`` in PyTorch's flash_api.cpp), and otherwise reads the keys once per head.
         """
         if sliding_window is not None and sliding_window < self.max_seq_len:
             return sliding_window - 1, 0
@@ -127,12 +127,14 @@ class SequenceGroup:
 
 
 class VarlenStep:
-    """Attention of one step; implements `batch.Attend`. Reads its tensors when called, so that
-    a CUDA graph sees what is in them at replay.
+    """Attention of one step; implements `ullm.model.attention.batch.Attend`.
+
+    Reads its tensors when it is called, so that a CUDA graph uses their content at replay.
 
     Args:
-        slot_mapping: ``[T]`` int64, where each token's KV goes.
-        groups: of the batch, in its order.
+        backend: the KV pool.
+        slot_mapping: ``[T]`` int64, the slot of each token's KV.
+        groups: the batch's sequences, in its order.
     """
 
     def __init__(self, backend: VarlenAttention, slot_mapping: Tensor, groups: list[SequenceGroup]) -> None:
@@ -152,7 +154,7 @@ class VarlenStep:
         """See `Attend`.
 
         Raises:
-            ModelUnsupported: the model caps its scores, which the kernel cannot.
+            ModelUnsupported: the model caps its scores, which the kernel cannot do.
         """
         if softcap is not None:
             raise ModelUnsupported("soft-capped attention scores are not supported on CUDA; use --device cpu")
@@ -162,21 +164,21 @@ class VarlenStep:
         return self.attend(layer, q, scale, sliding_window)
 
     def pool(self, layer: int) -> Tensor:
-        """Where a layer's keys and values are; see `VarlenAttention`."""
+        """Return a layer's keys and values; see `VarlenAttention`."""
         return self.backend.pools[layer]
 
     def attend(self, layer: int, q: Tensor, scale: float, sliding_window: int | None) -> Tensor:
-        """Attend to keys and values that are in the pool already."""
-        if layer == 0:  # the kernel insists on them beside seqused_k; here, so that a graph recomputes them
+        """Compute attention over keys and values that are already in the pool."""
+        if layer == 0:  # required beside seqused_k; computed here, so that a graph recomputes them
             for group, key_start in zip(self.groups, self._key_starts, strict=True):
                 torch.cumsum(group.seq_lens, 0, dtype=torch.int32, out=key_start[1:])
-        found, end = [], 0
+        outputs, end = [], 0
         for group, key_start in zip(self.groups, self._key_starts, strict=True):
             start, end = end, end + group.tokens
-            found.append(
+            outputs.append(
                 self._call(self.backend.pools[layer], group, key_start, q[start:end], scale, sliding_window)
             )
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _call(
         self,

@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its configuration, without its weights."""
+"""The description of a checkpoint, from its configuration, without its weights."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from ullm.model.loading.eos_tokens import eos_token_ids
 from ullm.model.loading.weights import read_config, reject_quantized
 
 DEFAULT_CONTEXT_LEN = 2048
-"""For configs that name no limit."""
+"""Context length, in tokens, of configs that name none."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's config, understood.
+    """A checkpoint and the options that apply to it.
 
     Args:
-        path: folder or GGUF file.
-        hf: its config.json, or what stands for it.
-        architecture: as in the config.
-        context_len: tokens of prompt and output.
-        eos_token_ids: that end a text.
+        path: the model's folder or GGUF file.
+        hf: the content of config.json, or of a GGUF file's metadata in that form.
+        architecture: the first one that the config names.
+        context_len: most tokens of prompt and output together.
+        eos_token_ids: the tokens that end a text.
+        dtype: dtype to compute in.
     """
 
     path: Path
@@ -39,12 +40,12 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> Checkpoint:
-    """Read what a model is, without its weights.
+    """Read a checkpoint's configuration, without its weights.
 
     Raises:
-        ModelNotFound, ModelFileBroken: no config, or a broken one.
-        ModelUnsupported: quantized weights, or no architecture is named.
-        ConfigError: ``context_len`` is more than the model has.
+        ModelNotFound: there is no config.
+        ModelFileBroken: the config, or the tokenizer's, cannot be read.
+        ModelUnsupported: the weights are quantized, or the config names no architecture.
     """
     hf = read_config(path)
     reject_quantized(hf, path)
@@ -62,7 +63,11 @@ def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> C
 
 
 def choose_dtype(wanted: str, hf: dict[str, Any], device: torch.device) -> torch.dtype:
-    """``auto``: the checkpoint's on CUDA; on CPUs bfloat16 where it is fast, else float32."""
+    """Return the dtype. ``auto``: the checkpoint's on CUDA; on CPUs bfloat16 if it is fast, else float32.
+
+    Raises:
+        ModelUnsupported: the checkpoint has another dtype.
+    """
     if wanted != "auto":
         return _dtype(wanted)
     stored = _dtype(str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch."))
@@ -72,7 +77,7 @@ def choose_dtype(wanted: str, hf: dict[str, Any], device: torch.device) -> torch
 
 
 def choose_context_len(hf: dict[str, Any], wanted: int | None) -> int:
-    """The model's own limit, or the lower one that is wanted; what is wanted beyond it is cut."""
+    """Return the context length: the model's own limit, or ``wanted`` if it is lower."""
     limit = int(hf.get("max_position_embeddings") or hf.get("n_positions") or DEFAULT_CONTEXT_LEN)
     return min(wanted, limit) if wanted is not None else limit
 

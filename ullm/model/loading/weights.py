@@ -1,7 +1,7 @@
-"""Weights from safetensors (one file or sharded) or GGUF into a model's parameters.
+"""Load weights from safetensors (one file or sharded) or GGUF into a model's parameters.
 
-The modules say where every tensor goes (`ullm.model.layers.linear.Shard`); here names are matched, shapes
-are checked, and each rank reads only its slice of the memory-mapped files.
+The modules describe where every tensor goes (`ullm.model.layers.linear.Shard`). Here names are matched and
+shapes checked, and each rank reads only its slices of the memory-mapped files.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ DUMMY_SCALE = 0.02
 
 @dataclass(frozen=True)
 class TensorSource:
-    """One checkpoint tensor that has not been read yet.
+    """A checkpoint tensor that has not been read yet.
 
     Args:
+        file: the file that holds it.
+        shape: its shape.
         read: ``(dim, start, count)`` → that slice.
-        codes: what is stored, where that are codes which can be used as they are.
+        codes: returns the stored codes, if they can be used as they are.
     """
 
     file: Path
@@ -44,10 +46,10 @@ class TensorSource:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The model's config, shaped like a config.json.
+    """Return the model's config in the form of a config.json.
 
     Raises:
-        ModelNotFound: there is none.
+        ModelNotFound: there is no config.
         ModelFileBroken: it is not a JSON object.
     """
     if path.suffix == ".gguf":
@@ -63,8 +65,8 @@ def load_weights(model: nn.Module, path: Path, progress: Callable[[], None]) -> 
 
     Raises:
         ModelNotFound: no weights at ``path``.
-        ModelFileBroken: a file is truncated, or a tensor is missing or has another shape; names file
-            and tensor and both shapes.
+        ModelFileBroken: a file is truncated, or a tensor is missing or has another shape; names file,
+            tensor and both shapes.
     """
     missing = targets(model)
     for name, source in iterate_sources(path, missing.keys()):
@@ -82,20 +84,20 @@ def load_weights(model: nn.Module, path: Path, progress: Callable[[], None]) -> 
 
 
 def targets(model: nn.Module) -> dict[str, list[Shard]]:
-    """Checkpoint name → where it goes."""
-    found: dict[str, list[Shard]] = {}
+    """Return, for each tensor of the checkpoint, the shards that it is copied to."""
+    shards: dict[str, list[Shard]] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, Loadable):
             for name, shard in module.shards(prefix):
-                found.setdefault(name, []).append(shard)
-    return found
+                shards.setdefault(name, []).append(shard)
+    return shards
 
 
 def copy_shard(name: str, source: TensorSource, shard: Shard) -> None:
-    """Read a shard's slice into its parameter, converting its numbers.
+    """Read a shard's slice into its parameter, converted to its dtype.
 
     Raises:
-        ModelFileBroken: the tensor has another shape than the config says.
+        ModelFileBroken: the tensor has another shape than the config says, or cannot be read.
     """
     if source.shape != shard.full_shape:
         raise ModelFileBroken(
@@ -114,7 +116,7 @@ def copy_shard(name: str, source: TensorSource, shard: Shard) -> None:
 
 @torch.no_grad()
 def fill_dummy(model: nn.Module, seed: int = 0) -> None:
-    """Random weights, norms at 1."""
+    """Fill the parameters with random weights, and norms with 1."""
     generators: dict[torch.device, torch.Generator] = {}
     norms = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
     for parameter in model.parameters():
@@ -132,7 +134,7 @@ def fill_dummy(model: nn.Module, seed: int = 0) -> None:
 
 
 def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, TensorSource]]:
-    """Each tensor of a checkpoint; of a sharded one only files with tensors in ``wanted`` are opened."""
+    """Iterate over a checkpoint's tensors; of its shards, only those with tensors in ``wanted`` are opened."""
     if path.suffix == ".gguf":
         from ullm.model.loading.gguf import gguf_sources
 
@@ -148,15 +150,15 @@ def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, TensorSource
 
 
 def gguf_reader(values: Callable[[], Tensor]) -> Callable[[int, int, int], Tensor]:
-    """See `TensorSource.read`."""
+    """Return a function for `TensorSource.read`."""
     return lambda dim, start, count: values().narrow(dim, start, count)
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, and what they are listed in.
+    """Return the files that hold a checkpoint's weights, and the index that lists them.
 
     Raises:
-        ModelFileBroken: what is listed is not there.
+        ModelFileBroken: a listed file does not exist.
     """
     if path.suffix == ".gguf":
         return [path]
@@ -166,7 +168,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def shard_files(path: Path, wanted: Any) -> list[Path]:
-    """The files that an index names for the wanted tensors; None: for all."""
+    """Return the files that an index names for the wanted tensors; None: for all."""
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ModelFileBroken(path / INDEX, "has no 'weight_map'")
@@ -178,7 +180,7 @@ def shard_files(path: Path, wanted: Any) -> list[Path]:
 
 
 def safetensors_sources(file: Path) -> Iterator[tuple[str, TensorSource]]:
-    """Each tensor of one file."""
+    """Iterate over the tensors of one file."""
     try:
         handle = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -204,10 +206,10 @@ def _safetensors_source(file: Path, tensors: Any, name: str) -> TensorSource:
 
 
 def reject_quantized(hf: dict[str, Any], file: Path) -> None:
-    """Quantized checkpoints need kernels that ullm does not have.
+    """Refuse quantized checkpoints, which need kernels that ullm does not have.
 
     Raises:
-        ModelUnsupported: names the method.
+        ModelUnsupported: the checkpoint is quantized; names the method.
     """
     quantization = hf.get("quantization_config")
     if quantization:

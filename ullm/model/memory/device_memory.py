@@ -1,7 +1,7 @@
-"""What this process holds of a device's memory, and how the system gets it back.
+"""The device memory that this process holds, and how it returns to the system.
 
-Freeing is not giving back: PyTorch keeps freed blocks of a GPU for later, and the C library keeps freed
-pages of the heap. Both are asked to let go, and what is reported is the difference that it made.
+Freed memory is not yet returned: PyTorch keeps freed blocks of a GPU for later, and the C library keeps freed
+pages of the heap. Both are told to release them, and the measured difference is reported.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ ROLLUP = Path("/proc/self/smaps_rollup")
 
 
 def held_bytes(device: torch.device) -> int | None:
-    """Bytes of the device that this process has, unused ones included; on a CPU those that are resident.
+    """Return the bytes of the device that this process holds, unused ones included; on a CPU, resident ones.
 
     None where the system does not say: outside of Linux.
     """
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     try:
-        # Not statm: what it says may be off by some pages for each of the machine's cores.
+        # Not statm, which may be off by some pages per core.
         lines = ROLLUP.read_text().splitlines()
     except OSError:
         return None
@@ -32,7 +32,7 @@ def held_bytes(device: torch.device) -> int | None:
 
 
 def release_cached_memory(device: torch.device) -> None:
-    """Give the system what is freed but still kept for later."""
+    """Return memory to the system that is freed but still cached."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -43,10 +43,10 @@ def release_cached_memory(device: torch.device) -> None:
 
 
 class MemoryMeter:
-    """Measures what releasing something gives back.
+    """Measures how much memory each release returns to the system.
 
     Attributes:
-        freed_bytes: what → bytes.
+        freed_bytes: name of what was released → bytes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,10 +55,12 @@ class MemoryMeter:
         self.freed_bytes: dict[str, int] = {}
 
     def release(self, what: str, free: Callable[[], None], nominal: int) -> None:
-        """Free something, and measure.
+        """Free something and measure the difference.
 
         Args:
-            nominal: bytes that it should be, where nothing can be measured.
+            what: its name in ``freed_bytes``.
+            free: frees it.
+            nominal: bytes to report where nothing can be measured.
         """
         free()
         release_cached_memory(self._device)

@@ -1,4 +1,4 @@
-"""Which kernel attends for decodes: measured when the KV pool is made, on the GPU that it is on."""
+"""The choice of the attention kernel for decodes, measured on the GPU when the KV pool is allocated."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from ullm.model.attention.varlen import DecodeAttention, SequenceGroup, VarlenAt
 log = get_logger("ullm.kernels")
 
 LENGTH = 1024
-"""Tokens of the sequences that are measured, at most; half of them are half as long."""
+"""Longest sequences that are measured, in tokens; half of them are half as long."""
 CALLS, REPEATS = 8, 5
-"""Calls per measurement, and measurements, of which the least counts."""
+"""Calls per measurement, and number of measurements, of which the fastest counts."""
 WORTH = 0.95
-"""A kernel is taken in another's place if it needs this share of its time, or less."""
+"""A kernel replaces another one if it needs at most this fraction of its time."""
 TOLERANCE = 0.005
-"""Between kernels' results, which are means of many random numbers: a few roundings."""
+"""Largest difference between kernels' results, which are means of many random numbers: a few roundings."""
 
 Seconds = Callable[[Callable[[], Tensor]], float]
+"""Measures the seconds that one call takes."""
 
 
 class SplitDecode:
-    """`ullm.model.kernels.cuda.decode` as `ullm.model.attention.varlen.Decode`.
+    """`ullm.model.kernels.cuda.decode` in the form of a `ullm.model.attention.varlen.DecodeAttention`.
 
     Args:
         kernels: that module.
         tiling: one of its ``TILINGS``.
-        processors: of the GPU.
+        processors: number of the GPU's multiprocessors.
     """
 
     def __init__(self, kernels: Any, tiling: Any, processors: int) -> None:
@@ -47,7 +48,7 @@ class SplitDecode:
         splits = self._kernels.choose_splits(
             len(q), kv_heads, self._processors, group.max_seq_len, self.tiling.keys
         )
-        found: Tensor = self._kernels.decode_attention(
+        out: Tensor = self._kernels.decode_attention(
             q,
             pool,
             group.seq_lens,
@@ -57,7 +58,7 @@ class SplitDecode:
             splits=splits,
             tiling=self.tiling,
         )
-        return found
+        return out
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class DecodeChoice:
     """A kernel for few sequences, which are split, and one for many.
 
     Args:
-        few, many: None stands for Flash Attention.
-        limit: sequences from which on there are many.
+        few, many: the kernels; None: Flash Attention.
+        limit: least number of sequences that counts as many.
     """
 
     few: DecodeAttention | None
@@ -74,7 +75,7 @@ class DecodeChoice:
     limit: int
 
     def __call__(self, count: int) -> DecodeAttention | None:
-        """The one for so many sequences."""
+        """Return the kernel for ``count`` sequences."""
         return self.many if count >= self.limit else self.few
 
 
@@ -86,13 +87,14 @@ def choose_decode(
     progress: Callable[[], None],
     seconds: Seconds | None = None,
 ) -> DecodeChoice | None:
-    """The fastest kernels that agree with Flash Attention here; None: always that.
+    """Return the fastest kernels that agree with Flash Attention on this GPU; None: always Flash Attention.
 
     Args:
-        max_bs: most sequences.
-        processors: of the GPU.
+        backend: the KV pool, whose content is overwritten.
+        max_bs: most sequences of a batch.
+        processors: number of the GPU's multiprocessors.
         progress: called after each kernel.
-        seconds: measures one call.
+        seconds: measures one call; None: on the GPU.
     """
     limit = max(1, 2 * processors // backend.shape.num_kv_heads)
     try:
@@ -105,7 +107,7 @@ def choose_decode(
             for count in (min(max_bs, max(1, limit // 8)), max_bs)
         )
     except Exception as error:  # no Triton, no C compiler, or whatever its compiler raises
-        log.warning("decodes are attended for by Flash Attention", reason=str(error).strip()[:200])
+        log.warning("using Flash Attention for decode", reason=str(error).strip()[:200])
         return None
     return None if few is None and many is None else DecodeChoice(few, many, limit)
 
@@ -117,11 +119,12 @@ def fastest(
     seconds: Seconds,
     progress: Callable[[], None],
 ) -> DecodeAttention | None:
-    """Of those that agree with Flash Attention; None if that itself is the fastest.
+    """Return the fastest candidate that agrees with Flash Attention; None if Flash Attention is the fastest.
 
     Args:
-        count: sequences.
-        progress: called after each.
+        count: number of sequences.
+        seconds: measures one call.
+        progress: called before each candidate.
     """
     group = random_group(backend, count)
     shape = backend.shape
@@ -130,25 +133,25 @@ def fastest(
     step = VarlenStep(backend, group.query_start, [group])
     expected = step.attend(0, q, scale, None)
     best, least = None, seconds(lambda: step.attend(0, q, scale, None))
-    found = {"Flash Attention": least}
+    timings = {"Flash Attention": least}
     for attend in candidates:
         progress()
         difference = (attend(q, pool, group, scale, None).float() - expected.float()).abs().max().item()
         if not difference <= TOLERANCE:
             log.warning("a kernel disagrees with Flash Attention and is not used", by=difference)
             continue
-        taken = seconds(lambda: attend(q, pool, group, scale, None))  # noqa: B023  # called at once
-        found[str(getattr(attend, "tiling", attend))] = taken
-        if taken <= WORTH * least:
-            best, least = attend, taken
+        duration = seconds(lambda: attend(q, pool, group, scale, None))  # noqa: B023  # called at once
+        timings[str(getattr(attend, "tiling", attend))] = duration
+        if duration <= WORTH * least:
+            best, least = attend, duration
     log.info(
-        "attention for decodes", sequences=count, microseconds={k: round(v * 1e6) for k, v in found.items()}
+        "attention for decodes", sequences=count, microseconds={k: round(v * 1e6) for k, v in timings.items()}
     )
     return best
 
 
 def random_group(backend: VarlenAttention, count: int) -> SequenceGroup:
-    """Sequences of random numbers, spread over the pool as far as it reaches; what was there is gone."""
+    """Overwrite a layer's pool with random numbers; return sequences that are spread over it."""
     size, device = backend.block_size, backend.device
     width = max(1, min(LENGTH // size, backend.num_blocks))
     blocks = min(backend.num_blocks, count * width)
@@ -163,7 +166,7 @@ def random_group(backend: VarlenAttention, count: int) -> SequenceGroup:
 
 
 def seconds_on_gpu(work: Callable[[], Tensor]) -> float:
-    """Of one call, without what launching takes: as group of a graph."""
+    """Return the seconds of one call without the cost of launching it: inside a CUDA graph."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
