@@ -134,7 +134,7 @@ def fill_dummy(model: nn.Module, seed: int = 0) -> None:
 
 
 def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, TensorSource]]:
-    """Iterate over a checkpoint's tensors; of its shards, only those with tensors in ``wanted`` are opened."""
+    """Iterate over a checkpoint's tensors; of its shards, open only those with ``wanted`` ones."""
     if path.suffix == ".gguf":
         from ullm.model.loading.gguf import gguf_sources
 

@@ -70,8 +70,8 @@ def _open_library() -> ctypes.CDLL:
     except subprocess.SubprocessError as error:
         output = " ".join(str(getattr(error, "stderr", None) or error).split())[-400:]
         raise NoLibrary(
-            f"{compiler} could not compile them: {output}; set CXX to another compiler, such as g++ or
-            clang++, and " "make sure that its folder for temporary files and ULLM_CACHE have free space"
+            f"{compiler} could not compile them: {output}; set CXX to another compiler, such as g++ or "
+            "clang++, and make sure that its folder for temporary files and ULLM_CACHE have free space"
         ) from None
     except OSError as error:
         raise NoLibrary(
