@@ -274,7 +274,7 @@ def test_foreign_model_sleeps(load_format: str, tmp_path: Path) -> None:
 
 
 def test_sleep_gives_the_device_back(tmp_path: Path) -> None:
-    """As the driver counts it, and as it is reported; awake again, as many blocks as before."""
+    """Driver and report agree on the freed memory; awake again, there are as many blocks as before."""
     shape = SHAPE | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(tmp_path)
     runner = ModelRunner()

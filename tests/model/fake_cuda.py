@@ -1,7 +1,7 @@
-"""What runs only on CUDA, on a CPU: the paged kernel in plain PyTorch, and graphs that compute anew.
+"""CUDA's code paths on a CPU: the paged kernel in plain PyTorch, and graphs that compute their step again.
 
-The kernel insists on what Flash Attention's insists on, and wastes as it does: what lies beyond the length
-that it is told is not looked at.
+The kernel checks its arguments for what Flash Attention's kernel requires, and ignores keys beyond the
+longest length that it is given.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ullm.model.execution.runner import ModelRunner
 
 
 class Calls:
-    """A kernel that remembers how it was called.
+    """A kernel that records its calls.
 
     Attributes:
-        calls: (sequences, longest query, longest sequence, window).
+        calls: per call, (sequences, longest query, longest sequence, window).
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Calls:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: tuple[int, int]) -> Tensor:
-    """One sequence; the last query is at the last key."""
+    """Compute attention of one sequence; the last query is at the last key."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     distance = torch.arange(len(k)) - torch.arange(len(k) - len(q), len(k))[:, None]
@@ -76,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: tuple[int, int
 
 
 class Anew:
-    """Stands for a CUDA graph: computes the same step from what its inputs hold now."""
+    """Stands in for a CUDA graph: computes the same step from the current inputs."""
 
     def __init__(self, graphs: DecodeGraphs, size: int, reach: int) -> None:
         self.graphs, self.size, self.reach = graphs, size, reach
@@ -84,16 +84,16 @@ class Anew:
         self.replays = 0
 
     def replay(self) -> None:
-        """As a replay: the result is where it always is."""
+        """Compute the step into the tensor that a replay would write to."""
         self.replays += 1
         self.hidden.copy_(self.graphs._step(self.size, self.reach))
 
     def reset(self) -> None:
-        """Nothing is held."""
+        """Do nothing; there is nothing to free."""
 
 
 def fake_graphs(graphs: DecodeGraphs) -> dict[tuple[int, int], Anew]:
-    """In place of `DecodeGraphs.capture`."""
+    """Fill in graphs as `DecodeGraphs.capture` does."""
     found = {}
     for size in graphs.sizes:
         for reach in graphs.reaches[size]:
@@ -109,8 +109,8 @@ class FakeCuda:
     """A runner whose rank computes as on CUDA, with a model in float32 on the CPU.
 
     Args:
-        graphs: whether decodes are "captured".
-        processors: of the GPU that there is not.
+        graphs: "capture" decodes.
+        processors: number of the imaginary GPU's multiprocessors.
     """
 
     def __init__(self, path: Path, *, graphs: bool, processors: int = 132, **options: Any) -> None:
@@ -129,7 +129,7 @@ class FakeCuda:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Make graphs of what the model computes now."""
+        """Make graphs of the model's steps."""
         rank, backend = self.rank, self.rank.backend
         assert isinstance(backend, VarlenAttention)
         rank.graphs = DecodeGraphs(
@@ -145,5 +145,5 @@ class FakeCuda:
 
     @property
     def replays(self) -> dict[tuple[int, int], int]:
-        """(size, reach) → how often that graph ran."""
+        """(size, reach) → number of replays of that graph."""
         return {key: graph.replays for key, graph in self.graphs.items() if graph.replays}

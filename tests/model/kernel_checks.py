@@ -16,7 +16,7 @@ from ullm.model.sampling.choose import choose_tokens, uniform
 
 
 class PlainDecode:
-    """As `ullm.model.kernels.cuda.decode`, whose pieces do not matter to the result."""
+    """Stands in for `ullm.model.kernels.cuda.decode`; splitting into pieces does not change the result."""
 
     TILINGS = (SimpleNamespace(keys=64), SimpleNamespace(keys=128))
 
@@ -43,7 +43,7 @@ def check_decode(
     kernels: Any, tiling: Any, kv_heads: int, group: int, size: int, page: int, dtype: torch.dtype,
     window: int, splits: int,
 ) -> None:  # fmt: skip
-    """A kernel against the one above: sequences of several lengths, of queries that are part of something."""
+    """Compare a kernel with `PlainDecode`, for sequences of several lengths and sliced queries."""
     torch.manual_seed(0)
     lens = torch.tensor([1, 17, 40, 64, 5], dtype=torch.int32)
     width = -(-64 // page)
@@ -59,7 +59,7 @@ def check_decode(
 
 
 def check_choice(choose: Any, dtype: torch.dtype) -> None:
-    """Tokens against PyTorch's: every kind of filter, impossible and equally likely tokens, extreme draws."""
+    """Compare tokens with PyTorch's: all filters, impossible and equally likely tokens, extreme numbers."""
     filters = [
         *((0, 0, 1, 0), (0.6, 0, 1, 0), (1, 0, 0.9, 0), (1, 20, 1, 0), (1.3, 50, 0.5, 0)),
         *((0.8, 0, 1, 0.05), (0.7, 5, 0.95, 0.02), (1e-20, 0, 1, 0), (5, 0, 0.3, 0), (0, 3, 0.5, 0)),
@@ -78,13 +78,13 @@ def check_choice(choose: Any, dtype: torch.dtype) -> None:
 
 
 def tables(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Of a rotary embedding for 64 positions."""
+    """Return the tables of a rotary embedding for 64 positions."""
     cos, sin = rope_cache({"rope_type": "default", "rope_theta": 10000.0}, size, 64)
     return cos.to(dtype), sin.to(dtype)
 
 
 def attention(heads: int, kv_heads: int, size: int, norm: bool, dtype: torch.dtype = torch.float32) -> Any:
-    """One layer's attention."""
+    """Return one layer's attention."""
     norms = [RMSNorm(size, 1e-6) if norm else None for _ in range(2)]
     torch.manual_seed(3)
     for each in norms:

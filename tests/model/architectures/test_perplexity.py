@@ -28,10 +28,10 @@ pytestmark = [
 WINDOW = 256
 """Tokens that are predicted from each other."""
 SAMPLE = 512
-"""Tokens of the text that are predicted: a part of it, because CPUs without AVX-512 take long for all of it."""
+"""Tokens of the text that are predicted: only a part of it, since CPUs without AVX-512 are slow."""
 WORST = {"int8": 1.01, "int4": 1.015}
-"""Most perplexity, as a multiple of bfloat16's. Measured: 0.997 and 1.006 of the sample, 1.006 and 1.002 of the
-whole text in windows of 512 tokens. The released weights had four bits once, so four bits cost little."""
+"""Most perplexity, as a multiple of bfloat16's. Measured: 0.997 and 1.006 for the sample, 1.006 and 1.002 for
+the whole text in windows of 512 tokens. The released weights had four bits once, so four bits cost little."""
 
 
 def perplexity(path: Path, quantization: str, count: int) -> float:

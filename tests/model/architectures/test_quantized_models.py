@@ -33,15 +33,17 @@ def logits(path: Path, prompt: list[int], **options: Any) -> torch.Tensor:
 
 
 def packed_kinds(model: LogitsModel) -> set[torch.dtype]:
-    """What the linear layers multiply by."""
+    """Return the weights that the linear layers multiply by."""
     assert isinstance(model.model, Decoder)
     weights = model.model.packed_weights()
     return {tensor.dtype for name, tensor in weights.items() if name.endswith(".packed")}
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """As a share of the logits' own spread. Random models enlarge it from layer to layer; of a wrong product
-    it would be above 1."""
+    """Return the error relative to the spread of the logits; a wrong product's is above 1.
+
+    Random models enlarge it from layer to layer.
+    """
     return ((got - expected).square().mean() / expected.var()).sqrt().item()
 
 

@@ -160,7 +160,7 @@ def test_half_precision_and_dummy_weights(saved: Any) -> None:
 
 
 def test_two_models_live_in_one_process(saved: Any) -> None:
-    """What is registered with transformers belongs to no model."""
+    """The functions registered with transformers belong to no single model."""
     names = ("gemma2", "gpt2")
     ours = [LogitsModel(saved(name)[0]) for name in names]
     tokens = random_tokens(12, 2)

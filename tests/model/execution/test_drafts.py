@@ -46,7 +46,7 @@ def run(
     speculate: int,
     **options: Any,
 ) -> tuple[list[list[int]], SchedulerStatistics, int]:
-    """What comes out, the scheduler's statistics, and the number of steps."""
+    """Return the texts, the scheduler's statistics, and the number of steps."""
     scheduler, pool = open_scheduler(path, speculate, **options)
     found: list[list[int]] = [[] for _ in asked]
     for seq_id, (prompt, params) in enumerate(asked):

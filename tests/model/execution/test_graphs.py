@@ -1,4 +1,4 @@
-"""What runs only on CUDA, without CUDA: graphs' sizes, padding and inputs, and how attention is called."""
+"""CUDA graphs without CUDA: their sizes, padding and inputs, and the calls of attention."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def test_two_runners_in_one_process(llama: tuple[Path, Any], tmp_path: Path) -> 
 
 
 def test_foreign_architecture(tmp_path: Path) -> None:
-    """What is not native runs through transformers' own code, on the same pool and steps."""
+    """Models that are not native run through transformers' code, on the same pool and steps."""
     torch.manual_seed(0)
     shape = SHAPE | {"intermediate_size": 128, "initializer_range": 0.2}
     reference = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape)).eval()

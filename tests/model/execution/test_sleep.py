@@ -1,4 +1,4 @@
-"""Asleep, a rank gives its memory back; awake again, it computes what it computed before, bit by bit."""
+"""A sleeping rank frees its memory; awake again, it computes the same results as before, bit by bit."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_random_weights_are_the_same_ones_again(kind: str, tmp_path: Path) -> No
 
 
 def test_less_memory_than_before(llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many blocks as before where they still fit, else as many as a start would take."""
+    """The pool has as many blocks as before if they still fit, else as many as a start would allocate."""
     runner = load_runner(llama[0], num_blocks=None)
     before = kv_pool.cpu_budget() // (4 * 2 * 3 * 2 * 16 * 4)
     runner.sleep(1)

@@ -55,7 +55,7 @@ print("agreed")
 
 
 class PlainKernels:
-    """What the Triton kernels compute, said another way."""
+    """The computations of the Triton kernels, in PyTorch."""
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         if delta is not None:

@@ -72,7 +72,7 @@ def test_parts_of_different_formats_lie_side_by_side() -> None:
 
 
 def reference(x: Tensor, weight: QuantizedWeight, bias: Tensor) -> Tensor:
-    """What quantized.cpp computes, in float64: inputs in eight bits per group, too."""
+    """Compute what quantized.cpp does, in float64: inputs have eight bits per group, too."""
     rows, inputs = x.shape
     padded = torch.nn.functional.pad(x.float(), (0, num_groups(inputs) * GROUP - inputs))
     groups = padded.view(rows, -1, GROUP)

@@ -70,7 +70,7 @@ def test_a_folder_without_any_file_names_no_token(tmp_path: Path) -> None:
     ids=["decoder", "added", "object", "map", "vocabulary", "unigram"],
 )
 def test_the_tokenizers_own_token_ends_a_text_too(files: dict[str, Any], tmp_path: Path) -> None:
-    """As of chat models whose config still names only the base model's token."""
+    """Some chat models' config still names only the base model's token."""
     assert ends(write(tmp_path, **files), {"eos_token_id": 0}) == (0, 2)
 
 

@@ -169,7 +169,7 @@ def test_gguf(tmp_path: Path) -> None:
 
 
 def write_gguf(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """As llama.cpp's converter does: other names, and query and key rows in pairs."""
+    """Write a file as llama.cpp's converter does: other names, and query and key rows in pairs."""
     writer = GGUFWriter(str(file), "llama")
     writer.add_context_length(SHAPE["max_position_embeddings"])
     writer.add_embedding_length(SHAPE["hidden_size"])

@@ -1,4 +1,4 @@
-"""What is reported as given back is what the system has back."""
+"""The bytes reported as freed are those that the system has back."""
 
 from __future__ import annotations
 

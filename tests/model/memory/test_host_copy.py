@@ -1,4 +1,4 @@
-"""Weights that wait in host memory, as on a GPU; here the device is a CPU as well."""
+"""Weights kept in host memory, as on a GPU; here the device is a CPU as well."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Graphs:
 
 
 def test_a_gpu_gets_graphs_pool_and_weights_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the device would say is played; weights and pool are real ones, on the CPU."""
+    """The GPU's answers are simulated; weights and pool are real ones, on the CPU."""
     rank, diary = opened(write_native(tmp_path), dtype="float16"), list[str]()
     expected, context = logits(rank), rank.context
     rank.graphs = Graphs(diary)  # type: ignore[assignment]

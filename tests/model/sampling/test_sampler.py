@@ -388,7 +388,7 @@ STEPS = 12
 
 
 def row_logits(seq_id: int, index: int) -> torch.Tensor:
-    """Of one sequence at one token index, rounded so that equals abound."""
+    """Return the logits of a sequence at a token index, rounded so that there are many ties."""
     return logits_of(1000 * seq_id + index, VOCAB, scale=2.5).bfloat16()
 
 

@@ -21,11 +21,7 @@ from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.quantization import Scheme
 from ullm.model.loading.checkpoint import Checkpoint
 from ullm.model.loading.packed import PackedFile, packed_file
-from ullm.model.loading.weights import (
-    fill_dummy,
-    load_weights,
-    weight_files,
-)
+from ullm.model.loading.weights import fill_dummy, load_weights, weight_files
 from ullm.model.memory.kv_pool import mib
 
 NATIVE: dict[str, type[Decoder]] = {
@@ -202,9 +198,8 @@ def load_with_transformers(
         raise ModelUnsupported(
             f"{checkpoint.path}: GGUF files of {checkpoint.architecture} are not supported"
         )
-    from ullm.model.architectures.transformers_model import (
-        TransformersModel,  # transformers takes seconds to import
-    )
+    # transformers takes seconds to import
+    from ullm.model.architectures.transformers_model import TransformersModel
 
     return TransformersModel.load(checkpoint, config, device)
 
