@@ -55,26 +55,21 @@ class VarlenAttention:
         Decodes are a group of their own: with one query per sequence, the kernel reads keys and values only
         once for all query heads that share them.
         """
-        decodes, count = layout.num_decodes, len(layout.query_lens)
-        starts, seq_lens = layout.starts, np.asarray(layout.seq_lens, dtype=np.int32)
+        decodes, starts = layout.num_decodes, layout.starts
         rest = starts[decodes:] - starts[decodes]
-        arrays = (layout.token_ids, layout.positions, layout.slot_mapping, starts, seq_lens, rest)
-        *numbers, block_tables = upload(self.device, *arrays, layout.block_tables)
-        token_ids, positions, slot_mapping, query_start, lens, rest_start = numbers
-        groups = []
-        if decodes:
-            most = max(layout.seq_lens[:decodes])
-            groups.append(
-                SequenceGroup(
-                    query_start[: decodes + 1], lens[:decodes], block_tables[:decodes], decodes, 1, most
-                )
+        numbers = (layout.token_ids, layout.positions, layout.slot_mapping, starts, rest)
+        seq_lens = np.asarray(layout.seq_lens, dtype=np.int32)
+        token_ids, positions, slot_mapping, query_start, rest_start, lens, block_tables = upload(
+            self.device, *numbers, seq_lens, layout.block_tables
+        )
+        groups = [
+            _group(layout, sequences, first, lens, block_tables)
+            for sequences, first in (
+                (slice(decodes), query_start[: decodes + 1]),
+                (slice(decodes, None), rest_start),
             )
-        if decodes < count:
-            longest, most = max(layout.query_lens[decodes:]), max(layout.seq_lens[decodes:])
-            tokens = len(layout.token_ids) - decodes
-            groups.append(
-                SequenceGroup(rest_start, lens[decodes:], block_tables[decodes:], tokens, longest, most)
-            )
+            if layout.seq_lens[sequences]
+        ]
         return Batch(
             token_ids=token_ids,
             positions=positions,
@@ -124,6 +119,21 @@ class SequenceGroup:
         if sliding_window is not None and sliding_window < self.max_seq_len:
             return sliding_window - 1, 0
         return FULL if self.max_query_len == 1 else CAUSAL
+
+
+def _group(
+    layout: BatchLayout, sequences: slice, query_start: Tensor, seq_lens: Tensor, block_tables: Tensor
+) -> SequenceGroup:
+    """Return a group of some sequences of a batch; lengths and tables are those of the whole batch."""
+    query_lens = layout.query_lens[sequences]
+    return SequenceGroup(
+        query_start,
+        seq_lens[sequences],
+        block_tables[sequences],
+        tokens=sum(query_lens),
+        max_query_len=max(query_lens),
+        max_seq_len=max(layout.seq_lens[sequences]),
+    )
 
 
 class VarlenStep:
