@@ -16,7 +16,7 @@ from ullm.model.layers.quantization import QuantizedWeight, num_groups
 from ullm.model.sampling.choose import SamplingFilter
 
 LANES = 16
-"""Floats per vector; sizes must be multiples. As in common.h."""
+"""Floats of the widest vector in common.h; sizes must be multiples."""
 COLUMNS = 64
 """Outputs of a linear layer that are packed together. As in linear.cpp."""
 QUANTIZED_COLUMNS = 32
