@@ -11,10 +11,9 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
-from model_fixtures import MODELS, LogitsModel, random_tokens, save_tiny
-from test_cpu_kernels import outputs
-from test_gguf import write_model
 
+from tests.model.gguf_fixtures import write_model
+from tests.model.model_fixtures import MODELS, LogitsModel, outputs, random_tokens, save_tiny
 from ullm.errors import ConfigError
 from ullm.model.architectures.decoder import Decoder, DecoderLayer
 from ullm.model.kernels.cpu import build
@@ -34,15 +33,17 @@ def logits(path: Path, prompt: list[int], **options: Any) -> torch.Tensor:
 
 
 def packed_kinds(model: LogitsModel) -> set[torch.dtype]:
-    """What the linear layers multiply by."""
+    """Return the weights that the linear layers multiply by."""
     assert isinstance(model.model, Decoder)
     weights = model.model.packed_weights()
     return {tensor.dtype for name, tensor in weights.items() if name.endswith(".packed")}
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """As a share of the logits' own spread. Random models enlarge it from layer to layer; of a wrong product
-    it would be above 1."""
+    """Return the error relative to the spread of the logits; a wrong product's is above 1.
+
+    Random models enlarge it from layer to layer.
+    """
     return ((got - expected).square().mean() / expected.var()).sqrt().item()
 
 

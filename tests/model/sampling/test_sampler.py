@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ullm.model.kernels.cpu.kernels import load_kernels
-from ullm.model.sampling.choose import Choose, choose_tokens, splitmix64, uniform
+from ullm.model.sampling.choose import ChooseTokens, choose_tokens, splitmix64, uniform
 from ullm.model.sampling.sampler import Sampler
 from ullm.sampling import SamplingParams
 
@@ -27,7 +27,7 @@ EOS = 7
 
 
 @pytest.fixture(params=["torch", "kernels"])
-def draw(request: pytest.FixtureRequest) -> Choose:
+def draw(request: pytest.FixtureRequest) -> ChooseTokens:
     """Each implementation."""
     if request.param == "torch":
         return choose_tokens
@@ -37,7 +37,7 @@ def draw(request: pytest.FixtureRequest) -> Choose:
     return lambda logits, *how: kernels.choose_tokens(logits.float(), *how)
 
 
-def sampler(vocab: int = VOCAB, choose: Choose = choose_tokens) -> Sampler:
+def sampler(vocab: int = VOCAB, choose: ChooseTokens = choose_tokens) -> Sampler:
     return Sampler(vocab, torch.device("cpu"), (EOS,), choose)
 
 
@@ -45,7 +45,7 @@ def sample_one(
     logits: torch.Tensor,
     params: SamplingParams,
     tokens: tuple[int, ...] = (1,),
-    choose: Choose = choose_tokens,
+    choose: ChooseTokens = choose_tokens,
 ) -> int:
     """One token for a fresh sequence whose prompt is ``tokens``."""
     fresh = sampler(len(logits), choose)
@@ -64,19 +64,19 @@ def test_uniform_is_the_same_everywhere() -> None:
     """Against published outputs, and values a resumed request must find again in any later release."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert [splitmix64(1234567, index) for index in range(4)] == published
-    draws = [uniform(42, index) for index in range(3)]
-    assert draws == [0.34329192209867343, 0.9557467261317436, 0.48634953628166855]
+    uniforms = [uniform(42, index) for index in range(3)]
+    assert uniforms == [0.34329192209867343, 0.9557467261317436, 0.48634953628166855]
     assert uniform(-1, 0) == uniform(2**64 - 1, 0)
 
 
 def test_uniform_is_uniform_and_seeds_are_unrelated() -> None:
-    draws = np.array([[uniform(seed, index) for index in range(500)] for seed in range(100)])
-    assert ((draws >= 0) & (draws < 1)).all()
-    counts = np.histogram(draws, bins=64, range=(0, 1))[0]
-    assert chi_square(counts, np.full(64, draws.size / 64)) < 3
-    along, across = draws[:, 1:] - 0.5, draws[1:] - 0.5
-    assert abs((along * (draws[:, :-1] - 0.5)).mean()) < 0.002
-    assert abs((across * (draws[:-1] - 0.5)).mean()) < 0.002
+    uniforms = np.array([[uniform(seed, index) for index in range(500)] for seed in range(100)])
+    assert ((uniforms >= 0) & (uniforms < 1)).all()
+    counts = np.histogram(uniforms, bins=64, range=(0, 1))[0]
+    assert chi_square(counts, np.full(64, uniforms.size / 64)) < 3
+    along, across = uniforms[:, 1:] - 0.5, uniforms[1:] - 0.5
+    assert abs((along * (uniforms[:, :-1] - 0.5)).mean()) < 0.002
+    assert abs((across * (uniforms[:-1] - 0.5)).mean()) < 0.002
 
 
 def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
@@ -92,7 +92,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_distributed_as_the_softmax(draw: Choose, temperature: float) -> None:
+def test_tokens_are_distributed_as_the_softmax(draw: ChooseTokens, temperature: float) -> None:
     logits, size = logits_of(1, 200, scale=2.0), 20_000
     tokens = draw(
         logits.expand(size, -1), [(temperature, 0, 1.0, 0.0)] * size, [uniform(5, i) for i in range(size)]
@@ -101,21 +101,21 @@ def test_tokens_are_distributed_as_the_softmax(draw: Choose, temperature: float)
     assert chi_square(np.bincount(tokens.numpy(), minlength=200), expected) < 3
 
 
-def test_draw_inverts_the_cumulative_distribution(draw: Choose) -> None:
+def test_draw_inverts_the_cumulative_distribution(draw: ChooseTokens) -> None:
     for vocab in (1, 5, 128, 129, 1000, 4096):
         logits = logits_of(vocab, vocab)
-        draws = [0.0, *(uniform(vocab, index) for index in range(200)), 1 - 2**-53]
-        tokens = draw(logits.expand(len(draws), -1), [(1.0, 0, 1.0, 0.0)] * len(draws), draws)
+        uniforms = [0.0, *(uniform(vocab, index) for index in range(200)), 1 - 2**-53]
+        tokens = draw(logits.expand(len(uniforms), -1), [(1.0, 0, 1.0, 0.0)] * len(uniforms), uniforms)
         cumulated = np.cumsum(torch.softmax(logits, -1).double().numpy())
-        expected = np.searchsorted(cumulated, np.array(draws) * cumulated[-1], side="right")
+        expected = np.searchsorted(cumulated, np.array(uniforms) * cumulated[-1], side="right")
         assert tokens.tolist() == expected.tolist()
 
 
-def test_tokens_without_probability_are_never_drawn(draw: Choose) -> None:
+def test_tokens_without_probability_are_never_drawn(draw: ChooseTokens) -> None:
     logits = torch.full((300,), -math.inf)
     logits[[3, 140, 297]] = 0.0
-    draws = [0.0, 0.3, 1 / 3, 0.5, 2 / 3, 0.9, 1 - 2**-53]
-    tokens = draw(logits.expand(len(draws), -1), [(1.0, 0, 1.0, 0.0)] * len(draws), draws)
+    uniforms = [0.0, 0.3, 1 / 3, 0.5, 2 / 3, 0.9, 1 - 2**-53]
+    tokens = draw(logits.expand(len(uniforms), -1), [(1.0, 0, 1.0, 0.0)] * len(uniforms), uniforms)
     assert set(tokens.tolist()) == {3, 140, 297}
 
 
@@ -123,7 +123,7 @@ def test_tokens_without_probability_are_never_drawn(draw: Choose) -> None:
 
 
 def kept(
-    draw: Choose, logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+    draw: ChooseTokens, logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> set[int]:
     """The tokens that can be drawn: a scan of the distribution fine enough to meet each of them."""
     scan = [step / 20_000 for step in range(20_000)]
@@ -171,7 +171,7 @@ def reference(logits: torch.Tensor, temperature: float, top_k: int, top_p: float
     ],
 )
 def test_filters_keep_what_the_reference_keeps(
-    draw: Choose, temperature: float, top_k: int, top_p: float, min_p: float
+    draw: ChooseTokens, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     for seed in range(3):
         logits = logits_of(seed, 80, scale=1.5)
@@ -179,7 +179,7 @@ def test_filters_keep_what_the_reference_keeps(
         assert kept(draw, logits, temperature, top_k, top_p, min_p) == expected
 
 
-def test_filters_keep_what_those_of_transformers_keep(draw: Choose) -> None:
+def test_filters_keep_what_those_of_transformers_keep(draw: ChooseTokens) -> None:
     generator = random.Random(3)
     for seed in range(8):
         logits = logits_of(seed, 60, scale=1.5)
@@ -198,22 +198,22 @@ def test_filters_keep_what_those_of_transformers_keep(draw: Choose) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0, 4.0])
-def test_nucleus_of_any_size(draw: Choose, scale: float) -> None:
+def test_nucleus_of_any_size(draw: ChooseTokens, scale: float) -> None:
     """Flat distributions need more candidates than are sorted first."""
     logits = logits_of(9, 6000, scale=scale)
-    filters, draws = [(1.0, 0, 0.9, 0.0)] * 400, [index / 400 for index in range(400)]
-    tokens = draw(logits.expand(400, -1), filters, draws)
+    filters, uniforms = [(1.0, 0, 0.9, 0.0)] * 400, [index / 400 for index in range(400)]
+    tokens = draw(logits.expand(400, -1), filters, uniforms)
     weights = torch.softmax(logits, -1).double()
     ranked, order = weights.sort(descending=True)
     count = int((ranked.cumsum(0) < 0.9).sum()) + 1
     inside = torch.zeros(6000, dtype=torch.float64).index_copy(0, order[:count], ranked[:count])
     cumulated = inside.cumsum(0)
-    expected = torch.searchsorted(cumulated, torch.tensor(draws).double() * cumulated[-1], right=True)
+    expected = torch.searchsorted(cumulated, torch.tensor(uniforms).double() * cumulated[-1], right=True)
     assert tokens.tolist() == expected.tolist()
     assert count > {0.05: 4096, 1.0: 256, 4.0: 0}[scale]
 
 
-def test_ties_do_not_depend_on_the_order_of_a_sort(draw: Choose) -> None:
+def test_ties_do_not_depend_on_the_order_of_a_sort(draw: ChooseTokens) -> None:
     logits = torch.zeros(512).bfloat16()
     logits[100:140] = 2.0
     assert kept(draw, logits, 1.0, 7, 1.0, 0.0) == set(range(100, 140))
@@ -224,26 +224,26 @@ def test_ties_do_not_depend_on_the_order_of_a_sort(draw: Choose) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
-def test_very_cold_is_greedy(draw: Choose, temperature: float) -> None:
+def test_very_cold_is_greedy(draw: ChooseTokens, temperature: float) -> None:
     for seed in range(20):
         logits = logits_of(seed)
         token = sample_one(logits, SamplingParams(temperature=temperature, seed=seed), choose=draw)
         assert token == int(logits.argmax())
 
 
-def test_rows_have_filters_of_their_own(draw: Choose) -> None:
+def test_rows_have_filters_of_their_own(draw: ChooseTokens) -> None:
     """Greedy ones among them; as each alone."""
     logits = logits_of(5, 9, VOCAB)
     filters = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 0, 0.9, 0.0), (2.0, 40, 1.0, 0.0)] * 2
     filters.append((1.5, 200, 0.5, 0.01))
-    draws = [uniform(1, row) for row in range(9)]
-    together = draw(logits, filters, draws).tolist()
-    alone = [draw(logits[row : row + 1], filters[row : row + 1], draws[row : row + 1]) for row in range(9)]
+    uniforms = [uniform(1, row) for row in range(9)]
+    together = draw(logits, filters, uniforms).tolist()
+    alone = [draw(logits[row : row + 1], filters[row : row + 1], uniforms[row : row + 1]) for row in range(9)]
     assert together == [int(token) for token in alone]
     assert [together[0], together[4]] == [int(logits[0].argmax()), int(logits[4].argmax())]
 
 
-def test_very_hot_is_uniform(draw: Choose) -> None:
+def test_very_hot_is_uniform(draw: ChooseTokens) -> None:
     tokens = draw(
         logits_of(4, 50).expand(5000, -1),
         [(100.0, 0, 1.0, 0.0)] * 5000,
@@ -388,7 +388,7 @@ STEPS = 12
 
 
 def row_logits(seq_id: int, index: int) -> torch.Tensor:
-    """Of one sequence at one token index, rounded so that equals abound."""
+    """Return the logits of a sequence at a token index, rounded so that there are many ties."""
     return logits_of(1000 * seq_id + index, VOCAB, scale=2.5).bfloat16()
 
 

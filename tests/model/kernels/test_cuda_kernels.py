@@ -9,32 +9,29 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_cuda import Calls, FakeCuda, attend
-from model_fixtures import random_tokens, reference_greedy, save_tiny
-from test_graphs import step_by_step
 from torch import Tensor
 
+from tests.model.fake_cuda import Calls, FakeCuda
+from tests.model.kernel_checks import PlainDecode, attention, tables
+from tests.model.model_fixtures import random_tokens, reference_greedy, save_tiny, step_by_step
 from ullm.model.architectures.decoder import Decoder
-from ullm.model.attention.varlen import FULL, VarlenAttention
+from ullm.model.attention.varlen import VarlenAttention
 from ullm.model.kernels.cuda.check import disagreements
-from ullm.model.kernels.cuda.choice import Choice, SplitDecode, choose_decode
+from ullm.model.kernels.cuda.decode_choice import DecodeChoice, SplitDecode, choose_decode
 from ullm.model.kernels.cuda.ops import FusedOps, choose_ops
 from ullm.model.layers.layer_ops import TorchOps
-from ullm.model.layers.linear import RMSNorm
-from ullm.model.layers.rope import rope_cache
 from ullm.model.memory.kv_pool import KvShape
-from ullm.model.sampling.choose import choose_tokens, uniform
+from ullm.model.sampling.choose import choose_tokens
 
 INTERPRETED = """
 import itertools
 import torch
-from test_cuda_ops import attention, check_choice, check_decode, tables
+from tests.model.kernel_checks import attention, check_choice, check_decode, tables
 from ullm.model.kernels.cuda import check, choose, decode, kernels
 from ullm.model.kernels.cuda.check import disagreements
 from ullm.model.kernels.cuda.ops import FusedOps
@@ -58,7 +55,7 @@ print("agreed")
 
 
 class PlainKernels:
-    """What the Triton kernels compute, said another way."""
+    """The computations of the Triton kernels, in PyTorch."""
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         if delta is not None:
@@ -84,87 +81,6 @@ class PlainKernels:
         for target, new in zip(pool, (k, v), strict=True):
             target.view(-1, kv_heads, size)[slots] = new.to(pool.dtype)
         return q.to(qkv.dtype)
-
-
-class PlainDecode:
-    """As `ullm.model.kernels.cuda.decode`, whose pieces do not matter to the result."""
-
-    TILINGS = (SimpleNamespace(keys=64), SimpleNamespace(keys=128))
-
-    def __init__(self) -> None:
-        self.splits: list[int] = []
-
-    def choose_splits(self, count: int, kv_heads: int, processors: int, longest: int, tile: int) -> int:
-        return 1
-
-    def decode_attention(
-        self, q: Tensor, keys: Tensor, values: Tensor, seq_lens: Tensor, block_tables: Tensor, *,
-        scale: float, window: int, splits: int, tiling: Any,
-    ) -> Tensor:  # fmt: skip
-        self.splits.append(splits)
-        out = torch.empty_like(q)
-        for i, length in enumerate(seq_lens.tolist()):
-            k, v = (pool[block_tables[i].long()].flatten(0, 1)[:length].float() for pool in (keys, values))
-            sides = (window - 1, 0) if window else FULL
-            out[i] = attend(q[i, None].float(), k, v, scale, sides)[0].to(q.dtype)
-        return out
-
-
-def check_decode(
-    kernels: Any, tiling: Any, kv_heads: int, group: int, size: int, page: int, dtype: torch.dtype,
-    window: int, splits: int,
-) -> None:  # fmt: skip
-    """A kernel against the one above: sequences of several lengths, of queries that are part of something."""
-    torch.manual_seed(0)
-    lens = torch.tensor([1, 17, 40, 64, 5], dtype=torch.int32)
-    width = -(-64 // page)
-    pool = torch.randn(2, 24, page, kv_heads, size).to(dtype)
-    block_tables = torch.randint(24, (len(lens), width), dtype=torch.int32)
-    q = torch.randn(len(lens), kv_heads * group + 2, size).to(dtype)[:, : kv_heads * group]
-    asked = (q, pool[0], pool[1], lens, block_tables)
-    options: dict[str, Any] = {"scale": size**-0.5, "window": window, "splits": splits, "tiling": tiling}
-    found = kernels.decode_attention(*asked, **options)
-    expected = PlainDecode().decode_attention(*asked, **options)
-    tolerance = 1e-4 if dtype == torch.float32 else 0.01
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
-
-
-def check_choice(choose: Any, dtype: torch.dtype) -> None:
-    """Tokens against PyTorch's: every kind of filter, impossible and equally likely tokens, extreme draws."""
-    filters = [
-        *((0, 0, 1, 0), (0.6, 0, 1, 0), (1, 0, 0.9, 0), (1, 20, 1, 0), (1.3, 50, 0.5, 0)),
-        *((0.8, 0, 1, 0.05), (0.7, 5, 0.95, 0.02), (1e-20, 0, 1, 0), (5, 0, 0.3, 0), (0, 3, 0.5, 0)),
-    ]
-    torch.manual_seed(0)
-    for case in range(4):
-        logits = (3 * torch.randn(len(filters), 300)).to(dtype)
-        draws = [uniform(case, row) for row in range(len(filters))]
-        if case == 1:
-            logits[:, 5:150] = -torch.inf
-        if case == 2:
-            logits[:] = 1
-        if case == 3:
-            draws = [1 - 2**-53] * len(filters)
-        assert torch.equal(choose(logits, filters, draws), choose_tokens(logits, filters, draws)), case
-
-
-def tables(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Of a rotary embedding for 64 positions."""
-    cos, sin = rope_cache({"rope_type": "default", "rope_theta": 10000.0}, size, 64)
-    return cos.to(dtype), sin.to(dtype)
-
-
-def attention(heads: int, kv_heads: int, size: int, norm: bool, dtype: torch.dtype = torch.float32) -> Any:
-    """One layer's attention."""
-    norms = [RMSNorm(size, 1e-6) if norm else None for _ in range(2)]
-    torch.manual_seed(3)
-    for each in norms:
-        if each is not None:
-            each.weight.data = torch.rand(size).to(dtype)
-    return SimpleNamespace(
-        layer=0, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, scale=1.0, window=None,
-        q_norm=norms[0], k_norm=norms[1],
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -296,7 +212,7 @@ def test_the_fastest_attention_is_taken(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("ullm.model.kernels.cuda.choice.import_module", lambda _: PlainDecode())
+    monkeypatch.setattr("ullm.model.kernels.cuda.decode_choice.import_module", lambda _: PlainDecode())
     backend, ticks = backend_of(), []
     with caplog.at_level("INFO"):
         choice = choose_decode(backend, 40, 10, lambda: ticks.append(1), timed(*seconds))
@@ -313,7 +229,7 @@ def test_attention_that_is_wrong_is_not_taken(
     kernels: Any = PlainDecode()
     right = kernels.decode_attention
     kernels.decode_attention = lambda *args, **options: right(*args, **options) * wrong
-    monkeypatch.setattr("ullm.model.kernels.cuda.choice.import_module", lambda _: kernels)
+    monkeypatch.setattr("ullm.model.kernels.cuda.decode_choice.import_module", lambda _: kernels)
     assert choose_decode(backend_of(), 40, 10, lambda: None, timed(1.0, 1.0)) is None
     assert "disagrees" in caplog.records[0].getMessage()
 
@@ -323,7 +239,7 @@ def test_attention_that_cannot_be_compiled_is_not_taken(
 ) -> None:
     kernels: Any = PlainDecode()
     monkeypatch.setattr(kernels, "decode_attention", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr("ullm.model.kernels.cuda.choice.import_module", lambda _: kernels)
+    monkeypatch.setattr("ullm.model.kernels.cuda.decode_choice.import_module", lambda _: kernels)
     assert choose_decode(backend_of(), 40, 10, lambda: None, timed(1.0, 1.0)) is None
     assert "Flash Attention" in caplog.records[0].getMessage()
 
@@ -334,7 +250,7 @@ def test_tokens_are_transformers_with_another_attention(name: str, tmp_path: Pat
     cuda = FakeCuda(tmp_path, graphs=False)
     assert isinstance(cuda.rank.backend, VarlenAttention)
     other = SplitDecode(kernels, kernels.TILINGS[0], 10)
-    cuda.rank.backend.choose_decode = Choice(other, None, 3)
+    cuda.rank.backend.choose_decode = DecodeChoice(other, None, 3)
     cuda.capture()
     prompts = [random_tokens(length, seed=length) for length in (5, 1, 9)]
     found = step_by_step(cuda.runner, prompts, 12)
@@ -346,7 +262,7 @@ def test_tokens_are_transformers_with_another_attention(name: str, tmp_path: Pat
 @pytest.mark.process
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which comes with CUDA")
 def test_triton_kernels_by_its_interpreter() -> None:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     environ = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED], env=environ, capture_output=True, text=True, check=False

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_fixtures import GREEDY, SHAPE, config, generate, load_runner, random_tokens, save_tiny
 
+from tests.model.model_fixtures import GREEDY, SHAPE, config, generate, load_runner, random_tokens, save_tiny
 from ullm.model.execution.runner import ModelRunner
 from ullm.protocol.messages import NewSequence, ScheduledSequence, Step, StepResult
 from ullm.sampling import SamplingParams
@@ -46,7 +46,7 @@ def run(
     speculate: int,
     **options: Any,
 ) -> tuple[list[list[int]], SchedulerStatistics, int]:
-    """What comes out, the scheduler's statistics, and the number of steps."""
+    """Return the texts, the scheduler's statistics, and the number of steps."""
     scheduler, pool = open_scheduler(path, speculate, **options)
     found: list[list[int]] = [[] for _ in asked]
     for seq_id, (prompt, params) in enumerate(asked):
@@ -148,13 +148,21 @@ def test_right_guesses_are_returned_with_one_token_more(llama: tuple[Path, Any])
     ("row", "params", "message"),
     [
         (ScheduledSequence(0, 10, 3, True, [], [5]), GREEDY, "it has 11"),
-        (ScheduledSequence(0, 9, 3, True, [], [5]), GREEDY, "a draft of 1 in a row of 3"),
-        (ScheduledSequence(0, 10, 2, False, [], [5]), GREEDY, "a draft of 1 in a row of 2"),
-        (ScheduledSequence(0, 10, 1, True, [], [5]), GREEDY, "row of 1 from 10"),
+        (ScheduledSequence(0, 9, 3, True, [], [5]), GREEDY, "a draft of 1 among 3 tokens"),
+        (ScheduledSequence(0, 10, 2, False, [], [5]), GREEDY, "a draft of 1 among 2 tokens"),
+        (ScheduledSequence(0, 10, 1, True, [], [5]), GREEDY, "1 tokens from 10 are scheduled"),
         (ScheduledSequence(0, 9, 2, True, [], [5]), GREEDY, "sampling after token 10 of 11"),
-        (ScheduledSequence(0, 10, 40, True, [], [5] * 39), GREEDY, "needs room for 50 tokens"),
-        (ScheduledSequence(0, 10, 2, True, [], [5]), replace(GREEDY, logprobs=0), "without drafts"),
-        (ScheduledSequence(0, 10, 2, True, [], [5]), replace(GREEDY, presence_penalty=1), "without drafts"),
+        (ScheduledSequence(0, 10, 40, True, [], [5] * 39), GREEDY, "50 tokens do not fit"),
+        (
+            ScheduledSequence(0, 10, 2, True, [], [5]),
+            replace(GREEDY, logprobs=0),
+            "penalties or log probabilities",
+        ),
+        (
+            ScheduledSequence(0, 10, 2, True, [], [5]),
+            replace(GREEDY, presence_penalty=1),
+            "penalties or log probabilities",
+        ),
     ],
 )
 def test_a_draft_that_cannot_be_verified_is_refused(

@@ -13,92 +13,21 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
-from gguf.quants import quantize
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from tests.model.gguf_fixtures import HEADS, HIDDEN, VOCAB, finish, start_file, write_model
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
 from ullm.model.loading.gguf import iterate_gguf_tensors, read_gguf_config, write_tokenizer
 
-HIDDEN, HEADS, KV_HEADS, LAYERS, FFN, VOCAB = 64, 4, 2, 2, 96, 40
-SHAPES = {
-    "attn_norm.weight": (HIDDEN,),
-    "ffn_norm.weight": (HIDDEN,),
-    "attn_q.weight": (HIDDEN, HIDDEN),
-    "attn_k.weight": (HIDDEN // 2, HIDDEN),
-    "attn_v.weight": (HIDDEN // 2, HIDDEN),
-    "attn_output.weight": (HIDDEN, HIDDEN),
-    "ffn_gate.weight": (FFN, HIDDEN),
-    "ffn_up.weight": (FFN, HIDDEN),
-    "ffn_down.weight": (HIDDEN, FFN),
-}
-EXTRA_SHAPES = {
-    "llama": {},
-    "qwen2": {
-        "attn_q.bias": (HIDDEN,),
-        "attn_k.bias": (HIDDEN // 2,),
-        "attn_v.bias": (HIDDEN // 2,),
-    },
-    "qwen3": {"attn_q_norm.weight": (16,), "attn_k_norm.weight": (16,)},
-}
 TEXTS = [
     "The capital of France is",
     "Hello  world\n\n\tx = 12345; y=\u00e9\u00ef",
     "I'll say \U0001f642 \u4f60\u597d, don't!  ",
     "<|im_start|>user\nhi<|im_end|>",
 ]
-
-
-def block_shapes(arch: str) -> dict[str, tuple[int, ...]]:
-    blocks = {**SHAPES, **EXTRA_SHAPES[arch]}
-    return {f"blk.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in blocks.items()}
-
-
-def start_file(path: Path, arch: str = "llama") -> GGUFWriter:
-    writer = GGUFWriter(path, arch)
-    writer.add_name("tiny")  # transformers cannot read a file without one
-    writer.add_context_length(256)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_freq_base(50000.0)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    if arch == "qwen3":
-        writer.add_key_length(HIDDEN // HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_token_list([f"t{index}" for index in range(VOCAB)])
-    return writer
-
-
-def finish(writer: GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def write_model(path: Path, arch: str = "llama", kind: Kind = Kind.F32, *, tied: bool = True) -> Path:
-    random = np.random.default_rng(7)
-    writer = start_file(path, arch)
-    shapes = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,), **block_shapes(arch)}
-    if not tied:
-        shapes["output.weight"] = (VOCAB, HIDDEN)
-    for name, shape in shapes.items():
-        values = random.standard_normal(shape, dtype=np.float32)
-        if len(shape) == 1 or kind == Kind.F32:
-            writer.add_tensor(name, values)
-        elif kind == Kind.F16:
-            writer.add_tensor(name, values.astype(np.float16))
-        else:
-            writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
-    finish(writer)
-    return path
 
 
 def by_transformers(path: Path) -> tuple[Any, dict[str, torch.Tensor]]:

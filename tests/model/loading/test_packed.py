@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_fixtures import LogitsModel, random_tokens, save_tiny
 from torch import Tensor
 
+from tests.model.model_fixtures import LogitsModel, random_tokens, save_tiny
 from ullm.errors import OutOfMemory
 from ullm.model.architectures import registry
 from ullm.model.kernels.cpu.build import find_compiler
@@ -158,7 +158,7 @@ def test_a_new_version_replaces_the_old_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
 def test_a_file_that_was_not_written_to_its_end_is_not_used(cache: Path, where: float) -> None:
-    """As after a loss of power: whole by its length, but with a part of zeros."""
+    """After a loss of power, a file may have its full length, but zeros in a part of it."""
     cache.mkdir(parents=True)
     file = PackedFile(cache / "some-1.safetensors")
     assert file.write({name: torch.rand(4_000_000) for name in "abc"})

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_fixtures import (
+
+from tests.model.model_fixtures import (
     SHAPE,
     config,
     load_runner,
@@ -23,7 +24,6 @@ from model_fixtures import (
     reference_logits,
     save_tiny,
 )
-
 from ullm.model.execution.runner import ModelRunner
 from ullm.protocol.messages import Step, TokenLogprobs
 from ullm.sampling import SamplingParams
@@ -39,7 +39,7 @@ ROOMY, TIGHT = 400, 26
 
 @dataclass
 class Request:
-    """What is asked, and what has come back so far."""
+    """A request and its results so far."""
 
     prompt: list[int]
     params: SamplingParams
@@ -48,7 +48,7 @@ class Request:
     finish_reason: str | None = None
 
     def sequence(self, seq_id: int) -> Sequence:
-        """As the router hands it to a scheduler: resumed from what was emitted."""
+        """Return the sequence as a router gives it to a scheduler: resumed after the emitted tokens."""
         assert self.params.max_tokens is not None
         return Sequence(
             seq_id=seq_id,
@@ -63,7 +63,7 @@ class Request:
 def run(
     runner: ModelRunner, path: Path, requests: list[Request], steps: int = 10_000, **options: Any
 ) -> SchedulerStatistics:
-    """Serve the unfinished requests for at most so many steps."""
+    """Serve the unfinished requests for at most ``steps`` steps."""
     settings = config(path, **options)
     pool = BlockPool(settings.num_blocks or 1)
     scheduler = Scheduler(settings, pool, BLOCK, [EOS], prefix_cache=settings.prefix_cache)
@@ -89,7 +89,7 @@ def run(
 
 
 def prompts() -> list[list[int]]:
-    """Of 1 to 50 tokens; some begin alike, by whole blocks and by parts of blocks."""
+    """Return prompts of 1 to 50 tokens; some share prefixes of whole blocks and of parts of blocks."""
     common = random_tokens(22, seed=99)
     alone = [random_tokens(count, seed) for seed, count in enumerate((1, 3, 4, 5, 17, 50))]
     return alone + [common + random_tokens(count, 50 + count) for count in (1, 2, 9, 20)] + [common[:16]]

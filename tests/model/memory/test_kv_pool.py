@@ -10,12 +10,18 @@ from ullm.config import GIB, CacheConfig
 from ullm.errors import OutOfMemory
 from ullm.machine import available_memory
 from ullm.model.memory import kv_pool
-from ullm.model.memory.kv_pool import KvShape, count_blocks, cpu_budget, kv_bytes_per_token, true_block_size
+from ullm.model.memory.kv_pool import (
+    KvShape,
+    count_blocks,
+    cpu_budget,
+    effective_block_size,
+    kv_bytes_per_token,
+)
 
 
 def test_block_size_on_cuda_is_a_multiple_of_256() -> None:
-    assert [true_block_size(size, varlen=True) for size in (1, 16, 256, 257)] == [256, 256, 256, 512]
-    assert true_block_size(16, varlen=False) == 16
+    assert [effective_block_size(size, varlen=True) for size in (1, 16, 256, 257)] == [256, 256, 256, 512]
+    assert effective_block_size(16, varlen=False) == 16
 
 
 def test_bytes_per_token() -> None:

@@ -1,4 +1,4 @@
-"""Weights that wait in host memory, as on a GPU; here the device is a CPU as well."""
+"""Weights kept in host memory, as on a GPU; here the device is a CPU as well."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_fixtures import config
-from test_sleep import KINDS, quiet, write_native
 
+from tests.model.checkpoint_kinds import KINDS, quiet, write_native
+from tests.model.model_fixtures import config
 from ullm.model.execution import sleep
 from ullm.model.execution.rank import Rank, open_rank, trial_run
 from ullm.model.execution.sleep import SleepingRank
@@ -91,11 +91,11 @@ class Graphs:
 
 
 def test_a_gpu_gets_graphs_pool_and_weights_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the device would say is played; weights and pool are real ones, on the CPU."""
+    """The GPU's answers are simulated; weights and pool are real ones, on the CPU."""
     rank, diary = opened(write_native(tmp_path), dtype="float16"), list[str]()
-    expected, site = logits(rank), rank.site
+    expected, context = logits(rank), rank.context
     rank.graphs = Graphs(diary)  # type: ignore[assignment]
-    rank.site = dataclasses.replace(site, device=torch.device("cuda"))
+    rank.context = dataclasses.replace(context, device=torch.device("cuda"))
     reserved = iter([1000, 900, 850, 350, 50, 50, 50, 50])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: diary.append("empty cache"))
@@ -106,5 +106,5 @@ def test_a_gpu_gets_graphs_pool_and_weights_back(tmp_path: Path, monkeypatch: py
     assert diary == ["empty cache", "graphs", "empty cache", "empty cache", "empty cache"]
     assert asleep.sleep(2) == {"weights": 0}
     assert not asleep._still_fits()  # 950 are needed, the caches included
-    asleep.site = site
+    asleep.context = context
     assert torch.equal(logits(asleep.wake(quiet)), expected)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ullm.model.kernels.cpu import build
-from ullm.model.kernels.cpu.kernels import NAMES, Kernels, load_kernels
+from ullm.model.kernels.cpu.kernels import NAMES, CpuKernels, load_kernels
 from ullm.model.layers.quantization import GROUP, ZERO, Bits, QuantizedWeight, num_groups, quantize
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
@@ -18,7 +18,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(params=list(NAMES), ids=list(NAMES.values()))
-def kernels(request: pytest.FixtureRequest) -> Kernels:
+def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     found = load_kernels(request.param)
     assert found is not None
     return found
@@ -72,7 +72,7 @@ def test_parts_of_different_formats_lie_side_by_side() -> None:
 
 
 def reference(x: Tensor, weight: QuantizedWeight, bias: Tensor) -> Tensor:
-    """What quantized.cpp computes, in float64: inputs in eight bits per group, too."""
+    """Compute what quantized.cpp does, in float64: inputs have eight bits per group, too."""
     rows, inputs = x.shape
     padded = torch.nn.functional.pad(x.float(), (0, num_groups(inputs) * GROUP - inputs))
     groups = padded.view(rows, -1, GROUP)
@@ -96,7 +96,7 @@ def mixed(outputs: int, inputs: int) -> QuantizedWeight:
 @pytest.mark.parametrize("bits", ["8", "4", "mixed"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 49, 100])
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 1), (64, 64), (48, 100), (576, 320)])
-def test_linear(kernels: Kernels, bits: str, rows: int, inputs: int, outputs: int) -> None:
+def test_linear(kernels: CpuKernels, bits: str, rows: int, inputs: int, outputs: int) -> None:
     x, bias = numbers(rows, inputs).to(kernels.dtype), numbers(outputs, seed=2)
     if bits == "mixed":
         weight = mixed(outputs, inputs)
@@ -109,7 +109,7 @@ def test_linear(kernels: Kernels, bits: str, rows: int, inputs: int, outputs: in
 @needs_compiler
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_row_is_the_same_alone_and_in_any_batch_on_any_number_of_threads(
-    kernels: Kernels, bits: Bits
+    kernels: CpuKernels, bits: Bits
 ) -> None:
     weight = quantize(numbers(200, 576, seed=1), bits)
     multiply = kernels.linear(kernels.pack_quantized(weight), numbers(200, seed=2), 200, 576)
@@ -125,7 +125,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch_on_any_number_of_threads(
 
 
 @needs_compiler
-def test_inputs_of_all_sizes_keep_their_accuracy(kernels: Kernels) -> None:
+def test_inputs_of_all_sizes_keep_their_accuracy(kernels: CpuKernels) -> None:
     weight = quantize(numbers(32, 64, seed=1), 8)
     multiply = kernels.linear(kernels.pack_quantized(weight), None, 32, 64)
     for size in (0.0, 1e-20, 1e-3, 1e3, 1e20):
@@ -135,7 +135,7 @@ def test_inputs_of_all_sizes_keep_their_accuracy(kernels: Kernels) -> None:
 
 
 @needs_compiler
-def test_codes_at_both_ends_do_not_overflow(kernels: Kernels) -> None:
+def test_codes_at_both_ends_do_not_overflow(kernels: CpuKernels) -> None:
     codes = torch.tensor([[255] * 64, [1] * 64], dtype=torch.uint8)
     scales, bits = torch.ones((2, 2), dtype=torch.float16), torch.full((2,), 8, dtype=torch.uint8)
     weight = QuantizedWeight(codes, scales, torch.zeros_like(scales), bits)

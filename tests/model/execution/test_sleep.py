@@ -1,25 +1,22 @@
-"""Asleep, a rank gives its memory back; awake again, it computes what it computed before, bit by bit."""
+"""A sleeping rank frees its memory; awake again, it computes the same results as before, bit by bit."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from model_fixtures import GREEDY, SHAPE, load_runner, save_tiny
-from test_gguf import write_model
 
+from tests.model.checkpoint_kinds import KINDS, quiet, write_native
+from tests.model.model_fixtures import GREEDY, load_runner
 from ullm.errors import ModelNotFound, OutOfMemory
 from ullm.model.execution import sleep
-from ullm.model.execution.rank import Rank, furnish
+from ullm.model.execution.rank import Rank, attach_kv_pool
 from ullm.model.execution.runner import ModelRunner
-from ullm.model.kernels.cpu.kernels import Kernels
+from ullm.model.kernels.cpu.kernels import CpuKernels
 from ullm.model.memory import kv_pool
 from ullm.protocol.messages import NewSequence, Progress, Sampled, ScheduledSequence, Step
 
@@ -33,43 +30,10 @@ NUMBERS: dict[str, dict[str, Any]] = {
 STAGES = ["steps", "graphs", "kv_cache", "weights", "process_group", "device_cache"]
 
 
-def write_foreign(folder: Path) -> Path:
-    torch.manual_seed(0)
-    shape = SHAPE | {"intermediate_size": 128, "initializer_range": 0.2}
-    transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape)).save_pretrained(folder)
-    return folder
-
-
-def write_native(folder: Path) -> Path:
-    save_tiny(folder, "llama-bias")
-    return folder
-
-
-def write_tied(folder: Path) -> Path:
-    save_tiny(folder, "llama-tied")
-    return folder
-
-
-def write_gguf(folder: Path) -> Path:
-    return write_model(folder / "model.gguf")
-
-
-KINDS: dict[str, Callable[[Path], Path]] = {
-    "native": write_native,
-    "tied": write_tied,
-    "foreign": write_foreign,
-    "gguf": write_gguf,
-}
-
-
 @pytest.fixture(scope="session", params=KINDS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder or a file, one for each way of loading."""
     return KINDS[request.param](tmp_path_factory.mktemp(request.param))
-
-
-def quiet(_: Progress) -> None:
-    """For signs of life that nobody looks at."""
 
 
 def speak(runner: ModelRunner) -> list[Sampled]:
@@ -108,11 +72,11 @@ def test_nothing_keeps_the_weights(model: Path, monkeypatch: pytest.MonkeyPatch)
     models: list[weakref.ref[Any]] = []
 
     def furnish_and_tell(*arguments: Any) -> Rank:
-        rank = furnish(*arguments)
+        rank = attach_kv_pool(*arguments)
         models.append(weakref.ref(rank.model))
         return rank
 
-    monkeypatch.setattr(sleep, "furnish", furnish_and_tell)
+    monkeypatch.setattr(sleep, "attach_kv_pool", furnish_and_tell)
     runner = load_runner(model)
     runner.sleep(2)
     runner.wake(quiet)
@@ -204,7 +168,7 @@ def test_random_weights_are_the_same_ones_again(kind: str, tmp_path: Path) -> No
 
 
 def test_less_memory_than_before(llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many blocks as before where they still fit, else as many as a start would take."""
+    """The pool has as many blocks as before if they still fit, else as many as a start would allocate."""
     runner = load_runner(llama[0], num_blocks=None)
     before = kv_pool.cpu_budget() // (4 * 2 * 3 * 2 * 16 * 4)
     runner.sleep(1)
@@ -228,13 +192,13 @@ def test_kernels_compute_with_as_many_threads_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    use_threads = Kernels.use_threads
+    use_threads = CpuKernels.use_threads
 
-    def record(kernels: Kernels, threads: int) -> None:
+    def record(kernels: CpuKernels, threads: int) -> None:
         asked.append(threads)
         use_threads(kernels, threads)
 
-    monkeypatch.setattr(Kernels, "use_threads", record)
+    monkeypatch.setattr(CpuKernels, "use_threads", record)
     runner = load_runner(write_native(tmp_path), cpu_threads=2, dtype="bfloat16")
     runner.sleep(2)
     runner.wake(quiet)

@@ -1,4 +1,4 @@
-"""What runs only on CUDA, without CUDA: graphs' sizes, padding and inputs, and how attention is called."""
+"""CUDA graphs without CUDA: their sizes, padding and inputs, and the calls of attention."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_cuda import FakeCuda
-from model_fixtures import GREEDY, load_runner, random_tokens, reference_greedy, save_tiny
 
+from tests.model.fake_cuda import FakeCuda
+from tests.model.model_fixtures import (
+    GREEDY,
+    load_runner,
+    random_tokens,
+    reference_greedy,
+    save_tiny,
+    step_by_step,
+)
 from ullm.errors import ModelUnsupported
-from ullm.model.attention.varlen import CAUSAL, FULL, Part, VarlenAttention
+from ullm.model.attention.varlen import CAUSAL, FULL, SequenceGroup, VarlenAttention
 from ullm.model.execution.graphs import HEADER, fill, graph_reaches, graph_sizes, pad
-from ullm.model.execution.runner import ModelRunner
 from ullm.model.execution.sequences import SequenceTable
 from ullm.model.memory.kv_pool import KvShape
 from ullm.model.memory.upload import move, upload
@@ -55,9 +61,9 @@ def test_the_pool_has_a_block_for_padding() -> None:
     assert backend.padding_block == 3
 
 
-def part(max_query_len: int, max_seq_len: int) -> Part:
+def part(max_query_len: int, max_seq_len: int) -> SequenceGroup:
     nothing = torch.zeros(1, dtype=torch.int32)
-    return Part(nothing, nothing, nothing, 1, max_query_len, max_seq_len)
+    return SequenceGroup(nothing, nothing, nothing, 1, max_query_len, max_seq_len)
 
 
 def test_one_query_per_sequence_has_no_window() -> None:
@@ -76,23 +82,6 @@ def test_uploads_are_packed_into_one_copy() -> None:
         assert [tensor.tolist() for tensor in found] == [[0, 1, 2], [[1], [3], [5]], [0.5]]
     packed = move(torch.device("cpu"), arrays, pinned=False)
     assert len({tensor.untyped_storage().data_ptr() for tensor in packed}) == 1
-
-
-def step_by_step(runner: ModelRunner, prompts: list[list[int]], steps: int) -> list[list[int]]:
-    """Greedy tokens; prompts come one after the other, so that steps mix their chunks with decodes."""
-    found: list[list[int]] = [[] for _ in prompts]
-    done = [0] * len(prompts)
-    for number in range(steps):
-        rows, new = [], []
-        for i, prompt in enumerate(prompts[: number + 1]):
-            if not done[i]:
-                new.append(NewSequence(i, prompt, len(prompt), GREEDY, list(range(8 * i, 8 * i + 8))))
-            count = min(4, len(prompt) - done[i]) if done[i] < len(prompt) else 1
-            rows.append(ScheduledSequence(i, done[i], count, done[i] + count >= len(prompt)))
-            done[i] += count
-        for sampled in runner.submit(Step(number, rows, new)).result().sampled:
-            found[sampled.seq_id] += sampled.token_ids
-    return found
 
 
 @pytest.mark.parametrize("graphs", [True, False])

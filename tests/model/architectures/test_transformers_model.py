@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_fixtures import (
+
+from tests.model.model_fixtures import (
     VOCAB,
     LogitsModel,
     config,
@@ -19,7 +20,6 @@ from model_fixtures import (
     reference_greedy,
     reference_logits,
 )
-
 from ullm.errors import ModelError, ModelFileBroken, ModelNotFound, ModelUnsupported
 from ullm.model.architectures.transformers_model import TransformersModel
 from ullm.model.loading.checkpoint import read_checkpoint
@@ -160,7 +160,7 @@ def test_half_precision_and_dummy_weights(saved: Any) -> None:
 
 
 def test_two_models_live_in_one_process(saved: Any) -> None:
-    """What is registered with transformers belongs to no model."""
+    """The functions registered with transformers belong to no single model."""
     names = ("gemma2", "gpt2")
     ours = [LogitsModel(saved(name)[0]) for name in names]
     tokens = random_tokens(12, 2)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 import torch
-from model_fixtures import LogitsModel, generate, load_runner, random_tokens
 
+from tests.model.model_fixtures import LogitsModel, generate, load_runner, random_tokens
 from ullm.model.layers.parallel import open_parallel
 from ullm.protocol.messages import RankSpec
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_fixtures import (
+
+from tests.model.model_fixtures import (
     GREEDY,
     SHAPE,
     VOCAB,
@@ -22,7 +23,6 @@ from model_fixtures import (
     reference_logits,
     save_tiny,
 )
-
 from ullm.errors import OutOfMemory
 from ullm.model.architectures import registry
 from ullm.model.execution.runner import ModelRunner
@@ -141,10 +141,10 @@ def test_rows_without_samples_answer_nothing(llama: tuple[Path, Any]) -> None:
     ("row", "message"),
     [
         (ScheduledSequence(1, 0, 1, False), "sequence 1, which is not known"),
-        (ScheduledSequence(0, 0, 0, False), "row of 0"),
-        (ScheduledSequence(0, -1, 2, False), "from -1"),
+        (ScheduledSequence(0, 0, 0, False), "0 tokens from 0 are scheduled"),
+        (ScheduledSequence(0, -1, 2, False), "2 tokens from -1"),
         (ScheduledSequence(0, 2, 4, False), "it has 5"),
-        (ScheduledSequence(0, 0, 5, True), "needs room for 5 tokens, but has 1 blocks of 4"),
+        (ScheduledSequence(0, 0, 5, True), "5 tokens do not fit its 1 blocks of 4"),
         (ScheduledSequence(0, 0, 4, True), "sampling after token 4 of 5"),
     ],
 )
@@ -235,7 +235,7 @@ def test_two_runners_in_one_process(llama: tuple[Path, Any], tmp_path: Path) -> 
 
 
 def test_foreign_architecture(tmp_path: Path) -> None:
-    """What is not native runs through transformers' own code, on the same pool and steps."""
+    """Models that are not native run through transformers' code, on the same pool and steps."""
     torch.manual_seed(0)
     shape = SHAPE | {"intermediate_size": 128, "initializer_range": 0.2}
     reference = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape)).eval()
@@ -274,6 +274,6 @@ def test_a_long_step_gives_signs_of_life_after_its_layers(
     del signs[:]
     runner.submit(Step(1, [ScheduledSequence(0, 0, 8, sample=False)], new)).result()
     assert signs == []  # it was short
-    monkeypatch.setattr("ullm.model.execution.runner.SIGN_OF_LIFE", 0.0)
+    monkeypatch.setattr("ullm.model.execution.runner.PROGRESS_SECONDS", 0.0)
     runner.submit(Step(2, [ScheduledSequence(0, 8, 1, sample=True)])).result()
     assert signs == [Progress("step", 7.0)] * SHAPE["num_hidden_layers"]

@@ -6,24 +6,21 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from model_fixtures import MODELS, LogitsModel, load_runner, random_tokens, save_tiny
 from torch import Tensor
 
-from ullm.model.attention.batch import Layout
+from tests.model.model_fixtures import MODELS, LogitsModel, outputs, random_tokens, save_tiny
+from ullm.model.attention.batch import BatchLayout
 from ullm.model.attention.gather import GatherAttention
 from ullm.model.kernels.cpu import build
-from ullm.model.kernels.cpu.kernels import NAMES, Kernels, load_kernels
+from ullm.model.kernels.cpu.kernels import NAMES, CpuKernels, load_kernels
 from ullm.model.kernels.cpu.ops import KernelAttention, tiles
 from ullm.model.layers.quantization import Bits, quantize
 from ullm.model.sampling.choose import choose_tokens
-from ullm.protocol.messages import NewSequence, ScheduledSequence, Step
-from ullm.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -48,7 +45,7 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(params=list(NAMES), ids=list(NAMES.values()))
-def kernels(request: pytest.FixtureRequest, instruction_set: str) -> Kernels:
+def kernels(request: pytest.FixtureRequest, instruction_set: str) -> CpuKernels:
     loaded = load_kernels(request.param)
     assert loaded is not None
     return loaded
@@ -67,7 +64,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 24, 25, 100])
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 1), (64, 64), (48, 100), (576, 960)])
-def test_linear(kernels: Kernels, rows: int, inputs: int, outputs: int) -> None:
+def test_linear(kernels: CpuKernels, rows: int, inputs: int, outputs: int) -> None:
     x, weight = (
         numbers(rows, inputs, dtype=kernels.dtype),
         numbers(outputs, inputs, dtype=kernels.dtype, seed=1),
@@ -83,7 +80,7 @@ def test_linear(kernels: Kernels, rows: int, inputs: int, outputs: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 20])
-def test_quantized_linear(kernels: Kernels, bits: Bits, rows: int) -> None:
+def test_quantized_linear(kernels: CpuKernels, bits: Bits, rows: int) -> None:
     x, weight = numbers(rows, 96, dtype=kernels.dtype), quantize(numbers(100, 96, seed=1), bits)
     bias = numbers(100, seed=2)
     multiply = kernels.linear(kernels.pack_quantized(weight), bias, 100, 96)
@@ -112,7 +109,7 @@ def test_a_product_is_the_same_with_and_without_avx_512(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_add_rms_norm(kernels: Kernels, rows: int) -> None:
+def test_add_rms_norm(kernels: CpuKernels, rows: int) -> None:
     x, delta, weight = numbers(rows, 96), numbers(rows, 96, seed=1), numbers(96, seed=2)
     expected = F.rms_norm(x + delta, (96,), weight, 1e-5)
     stream = x.clone()
@@ -122,7 +119,7 @@ def test_add_rms_norm(kernels: Kernels, rows: int) -> None:
     torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_silu_and_mul(kernels: Kernels) -> None:
+def test_silu_and_mul(kernels: CpuKernels) -> None:
     gate_up = torch.cat((torch.linspace(-120, 120, 64), numbers(64))).repeat(9, 1)
     expected = F.silu(gate_up[:, :64]) * gate_up[:, 64:]
     tolerance = TOLERANCE[kernels.dtype]
@@ -132,7 +129,7 @@ def test_silu_and_mul(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 1000])
-def test_the_most_likely_token_is_the_first_of_the_largest(kernels: Kernels, size: int) -> None:
+def test_the_most_likely_token_is_the_first_of_the_largest(kernels: CpuKernels, size: int) -> None:
     logits = torch.randint(-20, 3, (7, size + 5), generator=torch.Generator().manual_seed(size)).float()
     logits = logits[:, :size]  # rows that do not follow each other at once
     expected = [row.tolist().index(max(row.tolist())) for row in logits]
@@ -156,7 +153,7 @@ def test_layers_have_the_same_outcome_in_one_call_and_in_several(
 
 def test_tiles_cover_each_query_once() -> None:
     lens = [1, 1, 7, 3, 12]
-    layout = Layout(*(np.empty(0),) * 2, lens, lens, *(np.empty(0),) * 2, 2)  # type: ignore[arg-type]
+    layout = BatchLayout(*(np.empty(0),) * 2, lens, lens, *(np.empty(0),) * 2, 2)  # type: ignore[arg-type]
     starts = layout.starts
     covered = [
         (sequence, token)
@@ -178,38 +175,6 @@ def test_models_have_the_same_logits_with_and_without(name: str, tmp_path: Path)
         results.append([model.step((0, 0, 9))[0], model.step((0, 9, 14))[0], model.step((0, 23, 1))[0]])
     for with_kernels, without in zip(*results, strict=True):
         torch.testing.assert_close(with_kernels.float(), without.float(), rtol=1e-4, atol=1e-4)
-
-
-def outputs(
-    path: Path, prompts: list[list[int]], *, chunk: int, lose_after: int | None = None, **options: Any
-) -> list[list[int]]:
-    """Twelve greedy tokens of each prompt, computed together, in chunks; perhaps with a loss of all KV."""
-    runner = load_runner(path, dtype="bfloat16", num_blocks=400, **options)
-    tokens = [list(prompt) for prompt in prompts]
-    computed = [0] * len(prompts)
-    greedy = SamplingParams(temperature=0, seed=0)
-
-    def introduce() -> list[NewSequence]:
-        blocks = [list(range(40 * i, 40 * i + 40)) for i in range(len(prompts))]
-        return [NewSequence(i, tokens[i], len(prompts[i]), greedy, blocks[i]) for i in range(len(prompts))]
-
-    new, forget = introduce(), list[int]()
-    for number in range(1, 200):
-        rows = []
-        for i, known in enumerate(tokens):
-            count = min(chunk, len(known) - computed[i])
-            if len(known) < len(prompts[i]) + 12:
-                rows.append(ScheduledSequence(i, computed[i], count, computed[i] + count == len(known)))
-                computed[i] += count
-        if not rows:
-            break
-        for sampled in runner.submit(Step(number, rows, new, forget)).result().sampled:
-            tokens[sampled.seq_id] += sampled.token_ids
-        new, forget = [], []
-        if number == lose_after:
-            new, forget, computed = introduce(), list(range(len(prompts))), [0] * len(prompts)
-    runner.close()
-    return [known[len(prompt) :] for known, prompt in zip(tokens, prompts, strict=True)]
 
 
 def test_in_bfloat16_a_text_is_the_same_alone_among_others_in_chunks_and_resumed(

@@ -62,7 +62,7 @@ def test_random_steps(window: int | None, softcap: float | None, seed: int) -> N
         for layer in range(SHAPE.num_layers):
             q, k, v = (torch.randn(plan.ends[-1], heads, 8) for heads in (6, 2, 2))
             out = batch.attention(layer, q, k, v, 8**-0.5, window, softcap)
-            for (row, _), end in zip(plan.rows, plan.ends, strict=True):
+            for (row, _), end in zip(plan.sequences, plan.ends, strict=True):
                 keys, values = history[layer][row.seq_id]
                 for token in range(end - row.count, end):
                     keys, values = torch.cat((keys, k[token, None])), torch.cat((values, v[token, None]))

@@ -1,4 +1,4 @@
-"""Which kernel attends for decodes: measured when the KV pool is made, on the GPU that it is on."""
+"""The choice of the attention kernel for decodes, measured on the GPU when the KV pool is allocated."""
 
 from __future__ import annotations
 
@@ -11,71 +11,71 @@ import torch
 from torch import Tensor
 
 from ullm.logs import get_logger
-from ullm.model.attention.varlen import Decode, Part, VarlenAttention, VarlenStep
+from ullm.model.attention.varlen import DecodeAttention, SequenceGroup, VarlenAttention, VarlenStep
 
 log = get_logger("ullm.kernels")
 
 LENGTH = 1024
-"""Tokens of the sequences that are measured, at most; half of them are half as long."""
+"""Longest sequences that are measured, in tokens; half of them are half as long."""
 CALLS, REPEATS = 8, 5
-"""Calls per measurement, and measurements, of which the least counts."""
+"""Calls per measurement, and number of measurements, of which the fastest counts."""
 WORTH = 0.95
-"""A kernel is taken in another's place if it needs this share of its time, or less."""
+"""A kernel replaces another one if it needs at most this fraction of its time."""
 TOLERANCE = 0.005
-"""Between kernels' results, which are means of many random numbers: a few roundings."""
+"""Largest difference between kernels' results, which are means of many random numbers: a few roundings."""
 
 Seconds = Callable[[Callable[[], Tensor]], float]
+"""Measures the seconds that one call takes."""
 
 
 class SplitDecode:
-    """`ullm.model.kernels.cuda.decode` as `ullm.model.attention.varlen.Decode`.
+    """`ullm.model.kernels.cuda.decode` in the form of a `ullm.model.attention.varlen.DecodeAttention`.
 
     Args:
         kernels: that module.
         tiling: one of its ``TILINGS``.
-        processors: of the GPU.
+        processors: number of the GPU's multiprocessors.
     """
 
     def __init__(self, kernels: Any, tiling: Any, processors: int) -> None:
         self._kernels, self.tiling, self._processors = kernels, tiling, processors
 
     def __call__(
-        self, q: Tensor, pool: Tensor, part: Part, scale: float, sliding_window: int | None
+        self, q: Tensor, pool: Tensor, group: SequenceGroup, scale: float, sliding_window: int | None
     ) -> Tensor:
         """See `Decode`."""
         kv_heads = pool.shape[3]
         splits = self._kernels.choose_splits(
-            len(q), kv_heads, self._processors, part.max_seq_len, self.tiling.keys
+            len(q), kv_heads, self._processors, group.max_seq_len, self.tiling.keys
         )
-        found: Tensor = self._kernels.decode_attention(
+        out: Tensor = self._kernels.decode_attention(
             q,
-            pool[0],
-            pool[1],
-            part.seq_lens,
-            part.block_tables,
+            pool,
+            group.seq_lens,
+            group.block_tables,
             scale=scale,
             window=sliding_window or 0,
             splits=splits,
             tiling=self.tiling,
         )
-        return found
+        return out
 
 
 @dataclass(frozen=True)
-class Choice:
+class DecodeChoice:
     """A kernel for few sequences, which are split, and one for many.
 
     Args:
-        few, many: None stands for Flash Attention.
-        limit: sequences from which on there are many.
+        few, many: the kernels; None: Flash Attention.
+        limit: least number of sequences that counts as many.
     """
 
-    few: Decode | None
-    many: Decode | None
+    few: DecodeAttention | None
+    many: DecodeAttention | None
     limit: int
 
-    def __call__(self, count: int) -> Decode | None:
-        """The one for so many sequences."""
+    def __call__(self, count: int) -> DecodeAttention | None:
+        """Return the kernel for ``count`` sequences."""
         return self.many if count >= self.limit else self.few
 
 
@@ -86,68 +86,72 @@ def choose_decode(
     processors: int,
     progress: Callable[[], None],
     seconds: Seconds | None = None,
-) -> Choice | None:
-    """The fastest kernels that agree with Flash Attention here; None: always that.
+) -> DecodeChoice | None:
+    """Return the fastest kernels that agree with Flash Attention on this GPU; None: always Flash Attention.
 
     Args:
-        max_bs: most sequences.
-        processors: of the GPU.
+        backend: the KV pool, whose content is overwritten.
+        max_bs: most sequences of a batch.
+        processors: number of the GPU's multiprocessors.
         progress: called after each kernel.
-        seconds: measures one call.
+        seconds: measures one call; None: on the GPU.
     """
     limit = max(1, 2 * processors // backend.shape.num_kv_heads)
     try:
         kernels = import_module("ullm.model.kernels.cuda.decode")
-        candidates: list[Decode] = [SplitDecode(kernels, tiling, processors) for tiling in kernels.TILINGS]
+        candidates: list[DecodeAttention] = [
+            SplitDecode(kernels, tiling, processors) for tiling in kernels.TILINGS
+        ]
         few, many = (
             fastest(backend, candidates, count, seconds or seconds_on_gpu, progress)
             for count in (min(max_bs, max(1, limit // 8)), max_bs)
         )
     except Exception as error:  # no Triton, no C compiler, or whatever its compiler raises
-        log.warning("decodes are attended for by Flash Attention", reason=str(error).strip()[:200])
+        log.warning("using Flash Attention for decode", reason=str(error).strip()[:200])
         return None
-    return None if few is None and many is None else Choice(few, many, limit)
+    return None if few is None and many is None else DecodeChoice(few, many, limit)
 
 
 def fastest(
     backend: VarlenAttention,
-    candidates: list[Decode],
+    candidates: list[DecodeAttention],
     count: int,
     seconds: Seconds,
     progress: Callable[[], None],
-) -> Decode | None:
-    """Of those that agree with Flash Attention; None if that itself is the fastest.
+) -> DecodeAttention | None:
+    """Return the fastest candidate that agrees with Flash Attention; None if Flash Attention is the fastest.
 
     Args:
-        count: sequences.
-        progress: called after each.
+        count: number of sequences.
+        seconds: measures one call.
+        progress: called before each candidate.
     """
-    part = trial(backend, count)
+    group = random_group(backend, count)
     shape = backend.shape
     pool, scale = backend.pools[0], shape.head_dim**-0.5
     q = torch.randn(count, shape.num_query_heads, shape.head_dim, device=backend.device).to(pool.dtype)
-    step = VarlenStep(backend, part.query_start, [part])
+    step = VarlenStep(backend, group.query_start, [group])
     expected = step.attend(0, q, scale, None)
     best, least = None, seconds(lambda: step.attend(0, q, scale, None))
-    found = {"Flash Attention": least}
+    timings = {"Flash Attention": least}
     for attend in candidates:
         progress()
-        difference = (attend(q, pool, part, scale, None).float() - expected.float()).abs().max().item()
+        difference = (attend(q, pool, group, scale, None).float() - expected.float()).abs().max().item()
         if not difference <= TOLERANCE:
             log.warning("a kernel disagrees with Flash Attention and is not used", by=difference)
             continue
-        taken = seconds(lambda: attend(q, pool, part, scale, None))  # noqa: B023  # called at once
-        found[str(getattr(attend, "tiling", attend))] = taken
-        if taken <= WORTH * least:
-            best, least = attend, taken
+        duration = seconds(lambda: attend(q, pool, group, scale, None))  # noqa: B023  # called at once
+        timings[str(getattr(attend, "tiling", attend))] = duration
+        if duration <= WORTH * least:
+            best, least = attend, duration
     log.info(
-        "attention for decodes", sequences=count, microseconds={k: round(v * 1e6) for k, v in found.items()}
+        "attention for decodes", sequences=count, microseconds={k: round(v * 1e6) for k, v in timings.items()}
     )
     return best
 
 
-def trial(backend: VarlenAttention, count: int) -> Part:
-    """Sequences of random numbers, spread over the pool as far as it reaches; what was there is gone."""
+def random_group(backend: VarlenAttention, count: int) -> SequenceGroup:
+    """Overwrite a layer's pool with random numbers; return sequences that are spread over it."""
     size, device = backend.block_size, backend.device
     width = max(1, min(LENGTH // size, backend.num_blocks))
     blocks = min(backend.num_blocks, count * width)
@@ -158,11 +162,11 @@ def trial(backend: VarlenAttention, count: int) -> Part:
     lens = torch.full((count,), width * size, dtype=torch.int32)
     lens[count // 2 :] = max(1, width * size // 2)
     starts = torch.arange(count + 1, dtype=torch.int32)
-    return Part(starts.to(device), lens.to(device), tables.to(device), count, 1, width * size)
+    return SequenceGroup(starts.to(device), lens.to(device), tables.to(device), count, 1, width * size)
 
 
 def seconds_on_gpu(work: Callable[[], Tensor]) -> float:
-    """Of one call, without what launching takes: as part of a graph."""
+    """Return the seconds of one call without the cost of launching it: inside a CUDA graph."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

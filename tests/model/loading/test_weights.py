@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from model_fixtures import SHAPE, VOCAB, LogitsModel, load_runner, random_tokens, reference_logits, save_tiny
 from safetensors.torch import load_file, save_file
 
+from tests.model.model_fixtures import (
+    SHAPE,
+    VOCAB,
+    LogitsModel,
+    load_runner,
+    random_tokens,
+    reference_logits,
+    save_tiny,
+)
 from ullm.errors import ModelError, ModelFileBroken, ModelNotFound, ModelUnsupported, OutOfMemory
 from ullm.model.architectures import registry
-from ullm.model.loading import checkpoint
+from ullm.model.loading.checkpoint import choose_context_len
 
 
 @pytest.fixture
@@ -116,10 +124,10 @@ def test_configs_that_cannot_run(
 
 def test_config_is_not_json(copy: Path) -> None:
     (copy / "config.json").write_text("{")
-    with pytest.raises(ModelFileBroken, match=r"config\.json: cannot be read as JSON"):
+    with pytest.raises(ModelFileBroken, match=r"config\.json: not readable as JSON"):
         LogitsModel(copy)
     (copy / "config.json").write_text("[]")
-    with pytest.raises(ModelFileBroken, match="is not a JSON object"):
+    with pytest.raises(ModelFileBroken, match="must hold a JSON object"):
         LogitsModel(copy)
 
 
@@ -133,7 +141,7 @@ def test_nothing_there(copy: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("wanted", "gets"), [(None, 256), (100, 100), (257, 256)])
 def test_the_context_is_never_longer_than_the_models(wanted: int | None, gets: int) -> None:
-    assert checkpoint.choose_context_len({"max_position_embeddings": 256}, wanted) == gets
+    assert choose_context_len({"max_position_embeddings": 256}, wanted) == gets
 
 
 @pytest.mark.parametrize(
@@ -152,15 +160,6 @@ def test_weights_that_do_not_fit(copy: Path, monkeypatch: pytest.MonkeyPatch) ->
         LogitsModel(copy)
 
 
-def test_eos_tokens(copy: Path) -> None:
-    hf = {"eos_token_id": 2}
-    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert checkpoint.eos_token_ids(hf, copy) == (5, 6)
-    (copy / "generation_config.json").unlink()
-    assert checkpoint.eos_token_ids(hf, copy) == (2,)
-    assert checkpoint.eos_token_ids({}, copy) == ()
-
-
 def test_gguf(tmp_path: Path) -> None:
     reference = save_tiny(tmp_path, "llama")
     file = tmp_path / "tiny.gguf"
@@ -170,7 +169,7 @@ def test_gguf(tmp_path: Path) -> None:
 
 
 def write_gguf(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """As llama.cpp's converter does: other names, and query and key rows in pairs."""
+    """Write a file as llama.cpp's converter does: other names, and query and key rows in pairs."""
     writer = GGUFWriter(str(file), "llama")
     writer.add_context_length(SHAPE["max_position_embeddings"])
     writer.add_embedding_length(SHAPE["hidden_size"])

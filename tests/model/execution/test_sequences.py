@@ -31,13 +31,13 @@ def test_layout_of_a_mixed_step() -> None:
         )
     )
     layout = plan.layout
-    assert [row.seq_id for row, _ in plan.rows] == [2, 1, 0]
+    assert [row.seq_id for row, _ in plan.sequences] == [2, 1, 0]
     assert layout.token_ids.tolist() == [209, 108, 2, 3, 4, 5]
     assert layout.positions.tolist() == [9, 8, 2, 3, 4, 5]
     assert (layout.query_lens, layout.seq_lens, layout.num_decodes) == ([1, 1, 4], [10, 9, 6], 2)
     assert layout.block_tables.tolist() == [[20, 21, 22], [10, 11, 12], [0, 1, 0]]
     assert layout.slot_mapping.tolist() == [22 * 4 + 1, 12 * 4, 2, 3, 4, 5]
-    assert (plan.ends, plan.fresh) == ([1, 2, 6], ([], []))
+    assert (plan.ends, plan.device_only_tokens) == ([1, 2, 6], ([], []))
 
 
 def test_tokens_that_only_the_device_knows() -> None:
@@ -46,7 +46,7 @@ def test_tokens_that_only_the_device_knows() -> None:
     state.num_sampled = 2
     plan = table.plan(Step(0, [ScheduledSequence(0, 0, 3, False), ScheduledSequence(1, 5, 1, True, [19])]))
     assert plan.layout.token_ids.tolist() == [0, 0, 1, 2]
-    assert plan.fresh == ([0], [state.slot])
+    assert plan.device_only_tokens == ([0], [state.slot])
     assert plan.layout.slot_mapping.tolist()[0] == 19 * 4 + 1
     with pytest.raises(ValueError, match="only the last token sampled here is kept"):
         table.plan(Step(1, [ScheduledSequence(1, 4, 1, False)]))

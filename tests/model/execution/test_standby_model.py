@@ -1,4 +1,4 @@
-"""What a standby worker prepares: the model where it can be shared, and else nothing but read files."""
+"""A standby worker prepares the model if its weights can be shared; otherwise it only reads files ahead."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_fixtures import config, generate, load_runner, random_tokens, save_tiny
 
+from tests.model.model_fixtures import config, generate, load_runner, random_tokens, save_tiny
 from ullm.errors import ModelNotFound
 from ullm.model.architectures import registry
 from ullm.model.execution import standby
@@ -37,7 +37,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def files_read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What was read ahead."""
+    """Return the files that were read ahead."""
     found: list[Path] = []
     monkeypatch.setattr(standby, "read_ahead", found.extend)
     return found
