@@ -276,6 +276,10 @@ class FakeGeneration:
 
     async def __aenter__(self) -> FakeGeneration:
         await trio.lowlevel.checkpoint()
+        if not self.prompt_token_ids:
+            raise InvalidParameter("the prompt is empty; it must have at least one token", "prompt")
+        if not all(0 <= token_id < self._engine._info.vocab_size for token_id in self.prompt_token_ids):
+            raise InvalidParameter("prompt: a token id is not in the model's vocabulary", "prompt")
         if len(self.prompt_token_ids) >= CONTEXT_LEN:
             raise PromptTooLong(len(self.prompt_token_ids), CONTEXT_LEN)
         assert self.request_id not in self._engine.active

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import trio
 
-from ullm.server.http import listener as listening
+from ullm.server.http import hypercorn_connection, places
 from ullm.server.http.descriptors import ENOUGH, RESERVE, connection_limit, raise_limit
 from ullm.server.http.listener import Listener
-from ullm.server.serve import hypercorn_config
 
 pytestmark = pytest.mark.process
 
@@ -59,7 +58,7 @@ class Reading(Held):
 
 @asynccontextmanager
 async def served(app: Held) -> AsyncIterator[tuple[Listener, Connect]]:
-    listener = Listener(app, hypercorn_config(), stall_timeout=5, max_connections=ROOM)
+    listener = Listener(app, stall_timeout=5, max_connections=ROOM)
     async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
         sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         await nursery.start(lambda task_status: listener.serve([sock], task_status=task_status))
@@ -98,7 +97,7 @@ async def has_ended(connection: trio.SocketStream) -> bool:
 
 @pytest.mark.parametrize("sent", [b"", b"G", ASK[:-1]])
 async def test_who_does_not_ask_is_not_kept(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(listening, "REQUEST_WITHIN", 0.2)
+    monkeypatch.setattr(hypercorn_connection, "REQUEST_WITHIN", 0.2)
     async with served(Held()) as (listener, connect):
         connection = await connect()
         await connection.send_all(sent)
@@ -107,7 +106,7 @@ async def test_who_does_not_ask_is_not_kept(monkeypatch: pytest.MonkeyPatch, sen
 
 
 async def test_who_asks_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "REQUEST_WITHIN", 0.2)
+    monkeypatch.setattr(hypercorn_connection, "REQUEST_WITHIN", 0.2)
     app = Held()
     async with served(app) as (_, connect):
         connection = await connect()
@@ -123,7 +122,7 @@ async def test_who_asks_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> No
 async def test_the_silent_give_way_one_by_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(listening, "UNDISTURBED", 0.05)
+    monkeypatch.setattr(places, "UNDISTURBED", 0.05)
     app = Held()
     app.release.set()
     with caplog.at_level(logging.WARNING, "ullm"):
@@ -140,7 +139,7 @@ async def test_the_silent_give_way_one_by_one(
 
 
 async def test_half_a_body_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "UNDISTURBED", 0.05)
+    monkeypatch.setattr(places, "UNDISTURBED", 0.05)
     app = Reading()
     async with served(app) as (listener, connect):
         halves = [await connect() for _ in range(ROOM)]
@@ -156,7 +155,7 @@ async def test_half_a_body_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_those_that_are_served_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "UNDISTURBED", 0.05)
+    monkeypatch.setattr(places, "UNDISTURBED", 0.05)
     app = Held()
     async with served(app) as (listener, connect):
         asking = [await connect() for _ in range(ROOM)]

@@ -14,7 +14,6 @@ from test_connection import connected, request
 
 from ullm.server.http.accepting import AT_ONCE
 from ullm.server.http.listener import Listener
-from ullm.server.serve import hypercorn_config
 
 pytestmark = pytest.mark.process
 
@@ -89,7 +88,7 @@ async def test_a_connection_goes_on_after_a_stream(engine: FakeEngine) -> None:
 
 async def test_a_crowd_is_let_in_at_once() -> None:
     """Not one by one, each after a turn of an event loop that is busy with others."""
-    listener = Listener(None, hypercorn_config(), stall_timeout=5, max_connections=CROWD - 10)
+    listener = Listener(None, stall_timeout=5, max_connections=CROWD - 10)
     with ExitStack() as stack:
         sock = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=CROWD))
         for _ in range(CROWD):

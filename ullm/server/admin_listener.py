@@ -19,8 +19,9 @@ import trio
 
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError
-from ullm.server.api.types import Engine
-from ullm.server.app import Shutdown, create_admin_app
+from ullm.server.api.types import EngineInterface
+from ullm.server.app import create_admin_app
+from ullm.server.routes.service import Shutdown
 from ullm.server.serve import BACKLOG, claim, serve_app
 
 UNIX = "unix:"
@@ -30,7 +31,7 @@ MAX_CONNECTIONS = 16
 
 
 async def serve_admin(
-    engine: Engine,
+    engine: EngineInterface,
     server_config: ServerConfig,
     *,
     sock: socket.socket,

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from ullm.config import MAX_SLEEP_LEVEL
 from ullm.engine.status import EngineStatistics, Health
-from ullm.server.api.types import Engine
+from ullm.server.api.types import EngineInterface
 from ullm.supervision.state import EngineState
 
 STATES = (*(state.value for state in EngineState), "restarting", "sleeping")
@@ -93,7 +93,7 @@ class Histogram:
 class Metrics(Collector):
     """Everything that ``/metrics`` shows of one app."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineInterface) -> None:
         self._engine = engine
         self._responses: Counter[tuple[str, str, int]] = Counter()
         self.first_token = Histogram(

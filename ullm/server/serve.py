@@ -9,19 +9,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import trio
-from hypercorn.config import Config
 
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError, PortTaken
-from ullm.server.api.types import Engine
-from ullm.server.app import Shutdown, create_app
+from ullm.server.api.types import EngineInterface
+from ullm.server.app import create_app
 from ullm.server.http.descriptors import connection_limit
 from ullm.server.http.listener import Listener
+from ullm.server.routes.service import Shutdown
 from ullm.supervision.actor import current_lifetime
 
 BACKLOG = 2048
-KEEP_ALIVE = 75.0
-"""Seconds that an idle connection stays open; longer than the usual load balancer's 60."""
 FLUSH = 5.0
 """Seconds for running handlers to finish when nobody has set a stop deadline."""
 CUT_RESERVE = 0.5
@@ -89,19 +87,8 @@ def urls(sockets: Sequence[socket.socket]) -> list[str]:
     return found
 
 
-def hypercorn_config() -> Config:
-    """Hypercorn's settings for a connection: no access log; no time limits of its own."""
-    config = Config()
-    config.accesslog = None
-    config.errorlog = None
-    config.keep_alive_timeout = KEEP_ALIVE
-    config.keep_alive_max_requests = sys.maxsize
-    config.include_server_header = False
-    return config
-
-
 async def serve_http(
-    engine: Engine,
+    engine: EngineInterface,
     server_config: ServerConfig,
     *,
     sockets: Sequence[socket.socket],
@@ -136,7 +123,7 @@ async def serve_app(
         sockets: from `bind`. A stop closes them; a failure does not, so that a supervisor can restart this.
     """
     limit = connection_limit() if max_connections is None else max_connections
-    listener = Listener(app, hypercorn_config(), server_config.stall_timeout, limit)
+    listener = Listener(app, stall_timeout=server_config.stall_timeout, max_connections=limit)
     ended = trio.Event()
     scope = trio.CancelScope(shield=True)
 

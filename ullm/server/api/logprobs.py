@@ -13,7 +13,7 @@ from ullm.server.api.responses import (
     TokenLogprob,
     TopLogprob,
 )
-from ullm.server.api.types import Tokenizer
+from ullm.server.api.types import TokenizerInterface
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
@@ -37,7 +37,7 @@ class Offsets:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: TokenizerInterface,
         start: int = 0,
         *,
         prompt_token_ids: Sequence[int] = (),
@@ -58,7 +58,7 @@ class Offsets:
 def completion_logprobs(
     token_ids: Sequence[int],
     scores: Sequence[TokenLogprobs | None],
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerInterface,
     offsets: Offsets,
 ) -> CompletionLogprobs:
     """One entry per token; a token without a score, such as a prompt's first, has null."""
@@ -72,7 +72,7 @@ def completion_logprobs(
     return found
 
 
-def _top(text: str, score: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, float]:
+def _top(text: str, score: TokenLogprobs, tokenizer: TokenizerInterface) -> dict[str, float]:
     top = {tokenizer.token_text(token_id): finite(logprob) for token_id, logprob in score.top}
     return {**top, text: finite(score.logprob)}
 
@@ -85,12 +85,12 @@ def extend(into: CompletionLogprobs, more: CompletionLogprobs) -> None:
     into.text_offset += more.text_offset
 
 
-def chat_logprobs(scores: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> ChatLogprobs:
+def chat_logprobs(scores: Sequence[TokenLogprobs], tokenizer: TokenizerInterface) -> ChatLogprobs:
     """One entry per token."""
     return ChatLogprobs([_token(score, tokenizer) for score in scores])
 
 
-def _token(score: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprob:
+def _token(score: TokenLogprobs, tokenizer: TokenizerInterface) -> TokenLogprob:
     top = [
         TopLogprob(tokenizer.token_text(token_id), finite(logprob), list(tokenizer.token_bytes(token_id)))
         for token_id, logprob in score.top
@@ -104,7 +104,7 @@ def _token(score: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprob:
 
 
 def prompt_logprobs(
-    scores: Sequence[TokenLogprobs | None] | None, tokenizer: Tokenizer
+    scores: Sequence[TokenLogprobs | None] | None, tokenizer: TokenizerInterface
 ) -> PromptLogprobs | None:
     """Per prompt token: the candidates by token id, its own among them; None where there is no score."""
     if scores is None:
@@ -112,7 +112,7 @@ def prompt_logprobs(
     return [None if score is None else _candidates(score, tokenizer) for score in scores]
 
 
-def _candidates(score: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, PromptLogprob]:
+def _candidates(score: TokenLogprobs, tokenizer: TokenizerInterface) -> dict[str, PromptLogprob]:
     def candidate(token_id: int, logprob: float, rank: int | None) -> PromptLogprob:
         return PromptLogprob(finite(logprob), rank, tokenizer.token_text(token_id))
 

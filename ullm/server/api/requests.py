@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,12 +14,12 @@ from ullm.protocol.messages import ModelInfo
 from ullm.sampling import SamplingParams
 from ullm.server.api import schemas
 from ullm.server.api.errors import InvalidJSON, UnsupportedMediaType, invalid_field
-from ullm.server.api.types import Engine, Tokenizer
+from ullm.server.api.types import EngineInterface, TokenizerInterface
 
 R = TypeVar("R", bound=msgspec.Struct)
 
 _SAMPLING_FIELDS = frozenset(SamplingParams.__dataclass_fields__) & frozenset(
-    schemas.Request.__struct_fields__
+    schemas.GenerationRequest.__struct_fields__
 )
 
 
@@ -58,22 +58,28 @@ def _decode(decoder: msgspec.json.Decoder[R], body: bytes) -> R:
         raise InvalidJSON("the body's JSON is nested too deeply") from None
 
 
-def query(schema: type[R]) -> R:
-    """The current request's query as ``schema``; parameters that it does not have are ignored."""
-    given = {name: request.args[name] for name in schema.__struct_fields__ if name in request.args}
+def with_query(body: R) -> R:
+    """Return ``body`` with the fields that it leaves out taken from the current request's query.
+
+    Parameters that the schema does not have are ignored.
+    """
+    schema = type(body)
+    parameters = {name: request.args[name] for name in schema.__struct_fields__ if name in request.args}
     try:
-        return msgspec.convert(given, schema, strict=False)
+        fields = msgspec.convert(parameters, schema, strict=False)
     except msgspec.ValidationError as error:
         raise invalid_field(error) from None
+    present = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not None}
+    return msgspec.structs.replace(fields, **present)
 
 
-def check_model(engine: Engine, model: str | None) -> None:
+def check_model(engine: EngineInterface, model: str | None) -> None:
     """Raise `ModelUnknown` unless ``model`` is the served one; leaving it out means that one."""
     if model is not None and model != engine.model_name:
         raise ModelUnknown(model, engine.model_name)
 
 
-def loaded(engine: Engine) -> tuple[ModelInfo, Tokenizer]:
+def loaded(engine: EngineInterface) -> tuple[ModelInfo, TokenizerInterface]:
     """The model and its tokenizer.
 
     Raises:
@@ -84,7 +90,7 @@ def loaded(engine: Engine) -> tuple[ModelInfo, Tokenizer]:
     return engine.info, engine.tokenizer
 
 
-def sampling_params(fields: schemas.Request, **others: Any) -> SamplingParams:
+def sampling_params(fields: schemas.GenerationRequest, **others: Any) -> SamplingParams:
     """What the request asks of the sampler; ``others`` win, and None means the default.
 
     Raises:
@@ -117,20 +123,6 @@ def header_timeout() -> float | None:
             f"{TIMEOUT_HEADER} must be a number of seconds, at least 0, got {text!r}", TIMEOUT_HEADER
         )
     return seconds
-
-
-def wants_usage(fields: schemas.Request) -> bool:
-    """Whether a stream shall end with the usage."""
-    return bool(fields.stream_options and fields.stream_options.include_usage)
-
-
-def check_token_ids(token_ids: Sequence[int], vocab_size: int, name: str) -> None:
-    """Raise `InvalidParameter` for a token id that is not in the vocabulary."""
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidParameter(
-                f"{name}: token id {token_id} is not in the model's vocabulary of {vocab_size}", name
-            )
 
 
 def template_messages(messages: list[schemas.Message]) -> list[dict[str, Any]]:
@@ -188,7 +180,7 @@ _RESERVED_KWARGS = frozenset({"messages", "conversation", "tools", "add_generati
 
 
 async def encode_conversation(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerInterface,
     messages: list[schemas.Message],
     tools: list[schemas.Tool] | None,
     add_generation_prompt: bool | None,

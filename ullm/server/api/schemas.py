@@ -22,7 +22,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
 
 
-class Request(msgspec.Struct, kw_only=True):
+class GenerationRequest(msgspec.Struct, kw_only=True):
     """The fields that completions and chat completions share; see `ullm.sampling.SamplingParams`."""
 
     model: str | None = None
@@ -49,8 +49,13 @@ class Request(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    @property
+    def wants_usage(self) -> bool:
+        """True if a stream is to end with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
-class CompletionRequest(Request, kw_only=True):
+
+class CompletionRequest(GenerationRequest, kw_only=True):
     """``POST /v1/completions``.
 
     Args:
@@ -121,7 +126,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
     type: str
 
 
-class ChatCompletionRequest(Request, kw_only=True):
+class ChatCompletionRequest(GenerationRequest, kw_only=True):
     """``POST /v1/chat/completions``.
 
     Args:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ullm.tokenization.detokenizer import IncrementalDecoder
 
 
-class Tokenizer(Protocol):
+class TokenizerInterface(Protocol):
     """Text to token ids and back."""
 
     @property
@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
         """One token's bytes, which may be part of a character."""
 
 
-class Generation(Protocol):
+class GenerationInterface(Protocol):
     """One admitted request; see `ullm.engine.generation.Generation`."""
 
     pace: Callable[[], float] | None
@@ -69,7 +69,7 @@ class Generation(Protocol):
     def prompt_logprobs(self) -> Sequence[TokenLogprobs | None] | None:
         """One per prompt token once the first output is there, if asked for."""
 
-    async def __aenter__(self) -> Generation:
+    async def __aenter__(self) -> GenerationInterface:
         """Admit the request."""
 
     async def __aexit__(
@@ -88,7 +88,7 @@ class Generation(Protocol):
         """
 
 
-class Faults(Protocol):
+class FaultsInterface(Protocol):
     """Plans of faults; see `ullm.faults`."""
 
     def arm(self, plan: str) -> object:
@@ -105,7 +105,7 @@ class Faults(Protocol):
         """What is armed, and what has happened; encodes to JSON."""
 
 
-class Engine(Protocol):
+class EngineInterface(Protocol):
     """An engine in any state; before it is ready, ``info`` and ``tokenizer`` may be None."""
 
     @property
@@ -117,7 +117,7 @@ class Engine(Protocol):
         """What the loaded model is."""
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> TokenizerInterface | None:
         """The loaded model's tokenizer."""
 
     @property
@@ -125,7 +125,7 @@ class Engine(Protocol):
         """As it serves now."""
 
     @property
-    def faults(self) -> Faults:
+    def faults(self) -> FaultsInterface:
         """What is made to go wrong."""
 
     @property
@@ -141,7 +141,7 @@ class Engine(Protocol):
 
     def generate(
         self, prompt: Sequence[int] | str, params: SamplingParams, *, request_id: str | None = None
-    ) -> Generation:
+    ) -> GenerationInterface:
         """A request that is admitted when the result is entered."""
 
     def health(self) -> Health:

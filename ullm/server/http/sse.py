@@ -1,84 +1,108 @@
-"""Server-sent events: what a stream's chunks share is encoded once, the rest per chunk."""
+"""Server-sent events: a stream that a handler opens, writes to, and leaves."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Generic, Protocol, TypeVar
 
-import msgspec
+import trio
 
-from ullm.server.api.errors import as_request_error, error_body
-from ullm.server.http.connection import Push, Writer
-from ullm.server.http.pacing import Pacer
-from ullm.server.routes.outputs import Job, Outputs
-
-if TYPE_CHECKING:
-    from ullm.engine.output import Output
+from ullm.server.api.chunks import error_event
+from ullm.server.http.quart_connection import current_wire
+from ullm.server.http.wire import Wire
 
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, which clients skip (HTML standard, server-sent events, 9.2.6), and proxies do not."""
-DONE = b"data: [DONE]\n\n"
 
-_encoder = msgspec.json.Encoder()
+_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache"}
 
-
-def error_event(error: BaseException) -> bytes:
-    """How a stream that has begun ends with an error."""
-    return b"data: " + error_body(as_request_error(error)) + b"\n\n" + DONE
+T = TypeVar("T", covariant=True)
 
 
-def response(job: Job, pacer: Pacer, produce: Callable[[Writer], Awaitable[None]]) -> Push:
-    """A stream of events, written as often as ``pacer`` allows.
+class Source(Protocol[T]):
+    """Items that come at times of their own."""
 
-    Args:
-        produce: writes the outputs of ``job``.
-    """
+    async def next(self, deadline: float) -> T | None:
+        """Return the next item, or None if none comes before ``deadline``, in trio's time.
 
-    async def stream(writer: Writer) -> None:
-        job.pace = pacer.interval
-        with pacer.stream():
-            await produce(writer)
-
-    return Push(stream, error_event)
+        Raises:
+            StopAsyncIteration: nothing more will come.
+        """
 
 
-class KeptAlive:
-    """Outputs as they come; the client gets a comment whenever it has heard nothing for a while.
-
-    As while its request waits in the queue, for a worker to be restarted, or for the engine to wake up.
+class EventStream:
+    """The body of one response; the status and the headers go with its first piece.
 
     Args:
-        seconds: of silence.
+        headers: beside those that every event stream has.
+        keep_alive: seconds of silence after which the client gets a comment.
     """
 
-    def __init__(self, outputs: Outputs, writer: Writer, seconds: float) -> None:
-        self._outputs, self._writer, self._seconds = outputs, writer, seconds
+    def __init__(self, wire: Wire, headers: Mapping[str, str], keep_alive: float) -> None:
+        self._wire = wire
+        self._headers = headers
+        self._keep_alive = keep_alive
+        self._silent_since = trio.current_time()
+        self.started = False
 
-    def __aiter__(self) -> KeptAlive:
+    async def write(self, data: bytes) -> None:
+        """Send events."""
+        if not self.started:
+            headers = {**_HEADERS, **self._headers}
+            await self._wire.start(200, [(name.lower().encode(), v.encode()) for name, v in headers.items()])
+            self.started = True
+        await self._wire.write(data)
+        self._silent_since = trio.current_time()
+
+    def each(self, source: Source[T]) -> KeptAlive[T]:
+        """Iterate over the items of ``source``, with a comment for the client after each silence.
+
+        It is silent while the request waits in the queue, for a restarted worker, or for the engine to wake.
+        """
+        return KeptAlive(self, source)
+
+    async def next_of(self, source: Source[T]) -> T:
+        """Return the next item of ``source``, with a comment for each silence until it comes."""
+        while (item := await source.next(self._silent_since + self._keep_alive)) is None:
+            await self.write(KEEP_ALIVE)
+        return item
+
+
+class KeptAlive(Generic[T]):
+    """See `EventStream.each`. No generator, which would have to be closed."""
+
+    def __init__(self, stream: EventStream, source: Source[T]) -> None:
+        self._stream, self._source = stream, source
+
+    def __aiter__(self) -> KeptAlive[T]:
         return self
 
-    async def __anext__(self) -> tuple[int, Output]:
-        while (found := await self._outputs.next(self._writer.silent_since + self._seconds)) is None:
-            await self._writer.write(KEEP_ALIVE)
-        return found
+    async def __anext__(self) -> T:
+        return await self._stream.next_of(self._source)
 
 
-class ChunkEncoder:
-    """Encodes the chunks of one stream.
+@asynccontextmanager
+async def open_event_stream(headers: Mapping[str, str], keep_alive: float) -> AsyncIterator[EventStream]:
+    """Open the event stream that answers the current request; its handler then returns `sent`.
+
+    An error before the first write is raised: the answer is then an error response with a status of its own.
+    A later one ends the stream as an event.
 
     Args:
-        head: the fields that all chunks share.
-        with_usage: chunks say ``"usage": null``, because the last one will have it.
+        headers: beside those that every event stream has.
+        keep_alive: see `EventStream`.
     """
+    wire = current_wire()
+    stream = EventStream(wire, headers, keep_alive)
+    try:
+        yield stream
+    except (Exception, BaseExceptionGroup) as error:
+        if not stream.started or _is_cancelled(error):
+            raise
+        await stream.write(error_event(error))
+    await wire.finish()
 
-    def __init__(self, head: dict[str, object], *, with_usage: bool) -> None:
-        self._head = b"data: " + _encoder.encode(head)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
 
-    def choice(self, choice: msgspec.Struct) -> bytes:
-        """An event about one choice."""
-        return b"".join((self._head, _encoder.encode(choice), self._tail))
-
-    def usage(self, usage: msgspec.Struct) -> bytes:
-        """The event with the usage."""
-        return b"".join((self._head, b'],"usage":', _encoder.encode(usage), b"}\n\n"))
+def _is_cancelled(error: BaseException) -> bool:
+    return isinstance(error, BaseExceptionGroup) and error.subgroup(trio.Cancelled) is not None
