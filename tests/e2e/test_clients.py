@@ -193,10 +193,7 @@ def test_other_bad_requests(scripted_server: Server) -> None:
             assert answer.status_code == status
             assert answer.json()["error"]["message"]
         large = b'{"prompt": "' + b"x" * (33 << 20) + b'"}'
-        try:
-            answer = client.post("/v1/completions", content=large)
-        except httpx.HTTPError:  # it hung up while we still wrote, as it may
-            return
+        answer = client.post("/v1/completions", content=large)  # the server reads all of it, to be heard
         assert answer.status_code == 413
 
 

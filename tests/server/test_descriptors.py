@@ -29,10 +29,12 @@ class Held:
 
     def __init__(self) -> None:
         self.release = trio.Event()
+        self.called = trio.Event()
         self.asked = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.asked += 1
+        self.called.set()
         await self.release.wait()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok", "more_body": False})
@@ -105,16 +107,18 @@ async def test_who_does_not_ask_is_not_kept(monkeypatch: pytest.MonkeyPatch, sen
         await until(lambda: listener.connections == 0)
 
 
-async def test_who_asks_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_has_asked_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silent connection, which ends at the limit of new ones, tells when that limit has passed."""
     monkeypatch.setattr(hypercorn_connection, "REQUEST_WITHIN", 0.2)
     app = Held()
     async with served(app) as (_, connect):
         connection = await connect()
         await connection.send_all(ASK)
-        await trio.sleep(0.4)
+        await app.called.wait()
+        assert await has_ended(await connect())
         app.release.set()
         assert await answered(connection)
-        await trio.sleep(0.4)  # a kept connection has the longer time of idle ones
+        assert await has_ended(await connect())  # a kept connection has the longer time of idle ones
         await connection.send_all(ASK)
         assert await answered(connection)
 
@@ -156,6 +160,17 @@ async def test_half_a_body_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_those_that_are_served_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "UNDISTURBED", 0.05)
+    searches, searched = 0, trio.Event()
+    free_a_place = places.Places._free_a_place
+
+    def counting(self: places.Places) -> None:
+        nonlocal searches
+        free_a_place(self)
+        searches += 1
+        if searches == 5:
+            searched.set()
+
+    monkeypatch.setattr(places.Places, "_free_a_place", counting)
     app = Held()
     async with served(app) as (listener, connect):
         asking = [await connect() for _ in range(ROOM)]
@@ -164,7 +179,7 @@ async def test_those_that_are_served_are_waited_for(monkeypatch: pytest.MonkeyPa
         await until(lambda: app.asked == ROOM)
         late = await connect()
         await late.send_all(ASK)
-        await trio.sleep(0.3)
+        await searched.wait()
         assert (listener.connections, app.asked) == (ROOM, ROOM)
         app.release.set()
         assert all([await answered(connection) for connection in asking])

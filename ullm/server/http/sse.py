@@ -41,6 +41,7 @@ class EventStream:
 
     def __init__(self, wire: Wire, headers: Mapping[str, str], keep_alive: float) -> None:
         self._wire = wire
+        self._send_piece = wire.write
         self._headers = headers
         self._keep_alive = keep_alive
         self._silent_since = trio.current_time()
@@ -52,7 +53,7 @@ class EventStream:
             headers = {**_HEADERS, **self._headers}
             await self._wire.start(200, [(name.lower().encode(), v.encode()) for name, v in headers.items()])
             self.started = True
-        await self._wire.write(data)
+        await self._send_piece(data)
         self._silent_since = trio.current_time()
 
     def each(self, source: Source[T]) -> KeptAlive[T]:
@@ -62,11 +63,10 @@ class EventStream:
         """
         return KeptAlive(self, source)
 
-    async def next_of(self, source: Source[T]) -> T:
-        """Return the next item of ``source``, with a comment for each silence until it comes."""
-        while (item := await source.next(self._silent_since + self._keep_alive)) is None:
-            await self.write(KEEP_ALIVE)
-        return item
+    @property
+    def comment_due(self) -> float:
+        """Trio time at which the client gets a comment, unless something is written before."""
+        return self._silent_since + self._keep_alive
 
 
 class KeptAlive(Generic[T]):
@@ -79,7 +79,9 @@ class KeptAlive(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
-        return await self._stream.next_of(self._source)
+        while (item := await self._source.next(self._stream.comment_due)) is None:
+            await self._stream.write(KEEP_ALIVE)
+        return item
 
 
 @asynccontextmanager

@@ -30,12 +30,13 @@ class Wire:
         """Send the status and the headers."""
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
-    async def write(self, data: bytes) -> None:
-        """Send a piece of the body."""
-        if self.send_chunk is not None:
-            await self.send_chunk(data)
-        else:
-            await self.send({"type": "http.response.body", "body": data, "more_body": True})
+    @property
+    def write(self) -> Callable[[bytes], Awaitable[None]]:
+        """Sends a piece of the body."""
+        return self.send_chunk or self._send_body
+
+    async def _send_body(self, data: bytes) -> None:
+        await self.send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def finish(self) -> None:
         """End the body."""
