@@ -88,7 +88,7 @@ class ByteTokenizer:
 
 
 class FakeFaults:
-    """Plans are words; ``nonsense`` is none."""
+    """Accepts every plan that does not contain ``nonsense``."""
 
     def __init__(self) -> None:
         self.armed: list[str] = []
@@ -106,17 +106,17 @@ class FakeFaults:
 
 
 Script = Callable[[int], list[int]]
-"""What choice number so-and-so says."""
+"""Choice number → the tokens that it generates."""
 
 
 class FakeEngine:
-    """Has what the server needs of an engine.
+    """Implements `EngineInterface`.
 
     Args:
         hold_after: tokens of each choice after which it waits for `release`.
         fail_after: tokens of each choice after which `failure` is raised.
         busy: what sleep, wake and reload raise.
-        asked: what was asked of the engine as a whole; a shutdown only shows here.
+        asked: calls that concern the whole engine; a shutdown has no other effect.
     """
 
     def __init__(self, *, loaded: bool = True) -> None:
@@ -256,7 +256,7 @@ class FakeEngine:
 
 
 class FakeGeneration:
-    """One request; its outputs are made as they are asked for."""
+    """One request; its outputs are made on demand."""
 
     def __init__(
         self, engine: FakeEngine, prompt: list[int], params: SamplingParams, request_id: str
@@ -353,7 +353,7 @@ def _end(number: int, script: list[int], limit: int) -> str | None:
 
 
 class _Text:
-    """Text of whole characters, as they become complete."""
+    """Assembles text of whole characters."""
 
     def __init__(self, tokenizer: ByteTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -375,7 +375,7 @@ def _score(token: int, count: int) -> TokenLogprobs:
 
 @asynccontextmanager
 async def serving(engine: FakeEngine, **server_options: Any) -> AsyncIterator[str]:
-    """The app on a real Hypercorn server on loopback; yields its URL."""
+    """Serve the app on a real server on loopback; yield its URL."""
     config = ServerConfig(port=0, **server_options)
     async with trio.open_nursery() as nursery:
 

@@ -1,4 +1,4 @@
-"""A client that closes its connection takes nothing of the server's with it."""
+"""A client that closes its connection leaves nothing open in the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections that say nothing: they end, give way to others, and leave descriptors for the rest."""
+"""Silent connections end, give way to others, and leave descriptors for the rest of the program."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Connect = Callable[[], Awaitable[trio.SocketStream]]
 
 
 class Held:
-    """An app that answers when it is told to."""
+    """An app that answers once it is released."""
 
     def __init__(self) -> None:
         self.release = trio.Event()

@@ -1,4 +1,4 @@
-"""The published document is complete and true: a fuzzer that believes it finds nothing."""
+"""The OpenAPI document is complete and true: a fuzzer that relies on it finds no contradiction."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OPERATIONS = [
     result.ok() for result in schemathesis.openapi.from_dict(openapi_document(ROUTES)).get_all_operations()
 ]
 FEW, MANY = 10, 50
-"""Examples per operation, of which the second number takes minutes for all of them."""
+"""Examples per operation; the second number takes minutes for all operations."""
 EXPECTED = {
     ("/admin/faults", "delete"),
     ("/admin/faults", "get"),

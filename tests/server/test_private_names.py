@@ -1,4 +1,4 @@
-"""Names of Hypercorn, Quart and Quart-Trio that ullm depends on without a promise of theirs.
+"""Private names of Hypercorn, Quart and Quart-Trio that ullm depends on.
 
 A new release that moves one of them fails here first, and the message says which module to look at.
 """
@@ -61,7 +61,7 @@ def test_methods_of_hypercorns_connection(name: str, expected: list[str]) -> Non
     ],
 )
 def test_calls_within_hypercorns_connection(method: str, call: str) -> None:
-    """What ullm overrides is still what Hypercorn calls."""
+    """Hypercorn still calls the methods that ullm overrides."""
     source = "".join(inspect.getsource(getattr(TCPServer, method)).split())
     assert "".join(call.split()) in source, f"TCPServer.{method} no longer does {call}; {HYPERCORN}"
 

@@ -1,4 +1,4 @@
-"""What surrounds the routes: probes, states, keys, CORS, request ids, metrics, tokenize."""
+"""Probes, states, keys, CORS, request ids, metrics, timeouts, and the smaller routes."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
 
 
 async def test_every_metric_of_the_table_is_exposed(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    """With its type and its labels; and nothing that the table does not have."""
+    """With its type, help and labels; and no other metric is."""
     await client.post("/v1/completions", json={"prompt": "hi"})
     families = {
         family.name: family for family in text_string_to_metric_families((await client.get("/metrics")).text)
@@ -369,7 +369,7 @@ async def test_a_wrong_timeout_header(client: httpx.AsyncClient, value: str) -> 
 async def test_the_timeout_counts_from_the_arrival(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """Encoding takes its share; what has none left is admitted to end at once."""
+    """Encoding counts; a request whose time is over is admitted and ends at once."""
     seconds = [3.0]
 
     async def slowly(text: str, *, add_special_tokens: bool = True) -> list[int]:

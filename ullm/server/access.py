@@ -41,9 +41,10 @@ def install_common_headers(app: QuartTrio) -> None:
 
 
 def install_keys(app: QuartTrio, config: ServerConfig) -> None:
-    """Ask clients for the API key, if there is one, and administrators for theirs; 403 if there is none.
+    """Require the API key of clients, if there is one, and the admin key of administrators.
 
-    Neither key opens what the other does. A comparison takes the same time for any key.
+    Without an admin key, admin endpoints answer 403. Neither key is accepted in place of the other.
+    Comparing takes the same time for every key.
     """
 
     async def check() -> None:
@@ -67,12 +68,12 @@ def _has_key(key: str) -> bool:
 
 
 def install_local_only(app: QuartTrio, *, by_name: bool) -> None:
-    """Refuse what a web page makes its visitor's browser send here: no key protects this app.
+    """Refuse requests that a web page makes its visitor's browser send: no key protects this app.
 
-    Browsers name the page's origin, and call a loopback address by the name that the page resolved.
+    Browsers send the page's origin, and as the host the name that the page used for the loopback address.
 
     Args:
-        by_name: it listens on an address, which names resolve to; no browser reaches a unix socket.
+        by_name: check the host's name, too; not needed on a unix socket, which no browser reaches.
     """
 
     async def check() -> None:
@@ -81,7 +82,7 @@ def install_local_only(app: QuartTrio, *, by_name: bool) -> None:
         host = request.headers.get("Host", "")
         if by_name and not _is_loopback(host):
             raise errors.ForeignOrigin(
-                f"the admin listener is called localhost or by its address, not {host}"
+                f"the admin listener accepts localhost or its address as the host, not {host}"
             )
 
     app.before_request(check)
@@ -98,7 +99,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def install_cors(app: QuartTrio, origins: tuple[str, ...]) -> None:
-    """Let pages of these origins call the API (Fetch standard, CORS protocol); ``*`` is any."""
+    """Allow web pages of these origins to call the API (Fetch standard, CORS); ``*`` allows all."""
 
     async def grant() -> Response | None:
         origin: str | None = request.headers.get("Origin")

@@ -1,4 +1,4 @@
-"""What every answer to a request to generate has, streamed or whole."""
+"""The common parts of answers to requests to generate, streamed or whole."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class AnswerHead:
         return {"id": self.id, "object": object_name, "created": self.created, "model": self.model}
 
 
-class Answer(Protocol):
+class AnswerFormat(Protocol):
     """Puts outputs into the shape of one route; either `events` and `end`, or `add` and `whole`."""
 
     def events(self, prompt: int, output: Output) -> bytes:

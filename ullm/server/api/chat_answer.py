@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ChatAnswer:
-    """The answer to one conversation; see `ullm.server.api.answers.Answer`.
+    """The answer to one conversation; see `ullm.server.api.answers.AnswerFormat`.
 
     Args:
         n: number of choices.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ullm.server.api.answers import AnswerHead, Scores
 from ullm.server.api.chunks import ChunkEncoder
 from ullm.server.api.logprobs import Offsets, completion_logprobs, extend, prompt_logprobs
-from ullm.server.api.responses import Completion, CompletionChoice, Usage
+from ullm.server.api.responses import CompletionChoice, TextCompletion, Usage
 from ullm.server.api.schemas import CompletionRequest
 from ullm.server.api.types import TokenizerInterface
 
@@ -21,7 +21,7 @@ class Prompt:
     """A prompt as tokens.
 
     Args:
-        text: the text that it was given as; None for token ids.
+        text: None if the client sent token ids.
     """
 
     token_ids: list[int]
@@ -29,7 +29,7 @@ class Prompt:
 
 
 class CompletionAnswer:
-    """The answer to one request of one or several prompts; see `ullm.server.api.answers.Answer`.
+    """The answer to one request of one or several prompts; see `ullm.server.api.answers.AnswerFormat`.
 
     Args:
         scores: returns the log probabilities of a prompt's tokens, if the client wants them.
@@ -72,9 +72,9 @@ class CompletionAnswer:
         delta = self._delta(prompt, output)
         _grow(self._choices.setdefault(delta.index, delta), delta)
 
-    def whole(self, usage: Usage) -> Completion:
+    def whole(self, usage: Usage) -> TextCompletion:
         """Return the whole answer."""
-        return Completion(
+        return TextCompletion(
             id=self._head.id,
             created=self._head.created,
             model=self._head.model,

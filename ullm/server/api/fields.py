@@ -1,4 +1,4 @@
-"""What becomes of each request field of OpenAI's API: honoured, refused, or without effect.
+"""The effect of each request field of OpenAI's API: honoured, refused, or without effect.
 
 Includes the fields that the schemas do not have: unknown fields are ignored, whatever their value.
 """
@@ -14,11 +14,11 @@ from ullm.server.api import schemas
 
 
 class Effect(enum.Enum):
-    """What a field does."""
+    """The effect of a field."""
 
     HONOURED = "honoured"
     REFUSED = "refused"
-    """A value that asks for something gets status 400; the note names the values that are taken."""
+    """Status 400, except for the values that the note names."""
     IGNORED = "without effect"
 
 
@@ -27,7 +27,7 @@ class FieldRule:
     """One request field.
 
     Args:
-        note: what a client should know about it.
+        note: accepted values, defaults, alternatives.
         is_openai: OpenAI's API has it, too.
     """
 
@@ -128,4 +128,4 @@ FIELDS: dict[type[msgspec.Struct], tuple[FieldRule, ...]] = {
     schemas.ChatCompletionRequest: CHAT_FIELDS,
     schemas.CompletionRequest: COMPLETION_FIELDS,
 }
-"""Schema → what becomes of its fields, and of those that only OpenAI's API has."""
+"""Schema → its fields, and those that only OpenAI's API has."""

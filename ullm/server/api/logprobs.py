@@ -20,19 +20,18 @@ LEAST_LOGPROB = -9999.0
 
 
 def finite(logprob: float) -> float:
-    """A log probability as JSON can hold it."""
+    """Return a log probability that JSON can represent."""
     return max(logprob, LEAST_LOGPROB)
 
 
 class Offsets:
-    """Where each token of a text begins: a function of the tokens, in whatever portions they come.
+    """Computes where each token begins in the text; the result does not depend on how tokens are batched.
 
-    Tokens that a character is spread over begin where it does. Neither a stop string, which is held back,
-    nor the portion's end changes anything.
+    Tokens that share a character begin where it begins. A stop string that is held back changes nothing.
 
     Args:
         start: characters before the first token.
-        prompt_token_ids: what the tokens continue.
+        prompt_token_ids: the tokens that precede them.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Offsets:
         self._offset = start
 
     def next(self, token_id: int) -> int:
-        """Of one token after the other."""
+        """Return the offset of the next token."""
         offset = self._offset
         self._offset += len(self._decoder.push((token_id,)))
         return offset
@@ -61,15 +60,15 @@ def completion_logprobs(
     tokenizer: TokenizerInterface,
     offsets: Offsets,
 ) -> CompletionLogprobs:
-    """One entry per token; a token without a score, such as a prompt's first, has null."""
-    found = CompletionLogprobs([], [], [], [])
+    """Return one entry per token; a token without a score, such as a prompt's first, has null."""
+    logprobs = CompletionLogprobs([], [], [], [])
     for token_id, score in zip(token_ids, scores, strict=True):
         text = tokenizer.token_text(token_id)
-        found.tokens.append(text)
-        found.text_offset.append(offsets.next(token_id))
-        found.token_logprobs.append(None if score is None else finite(score.logprob))
-        found.top_logprobs.append(None if score is None else _top(text, score, tokenizer))
-    return found
+        logprobs.tokens.append(text)
+        logprobs.text_offset.append(offsets.next(token_id))
+        logprobs.token_logprobs.append(None if score is None else finite(score.logprob))
+        logprobs.top_logprobs.append(None if score is None else _top(text, score, tokenizer))
+    return logprobs
 
 
 def _top(text: str, score: TokenLogprobs, tokenizer: TokenizerInterface) -> dict[str, float]:
@@ -86,7 +85,7 @@ def extend(into: CompletionLogprobs, more: CompletionLogprobs) -> None:
 
 
 def chat_logprobs(scores: Sequence[TokenLogprobs], tokenizer: TokenizerInterface) -> ChatLogprobs:
-    """One entry per token."""
+    """Return one entry per token."""
     return ChatLogprobs([_token(score, tokenizer) for score in scores])
 
 
@@ -106,7 +105,7 @@ def _token(score: TokenLogprobs, tokenizer: TokenizerInterface) -> TokenLogprob:
 def prompt_logprobs(
     scores: Sequence[TokenLogprobs | None] | None, tokenizer: TokenizerInterface
 ) -> PromptLogprobs | None:
-    """Per prompt token: the candidates by token id, its own among them; None where there is no score."""
+    """Return the candidates per prompt token by token id, its own included; None where there is no score."""
     if scores is None:
         return None
     return [None if score is None else _candidates(score, tokenizer) for score in scores]

@@ -26,7 +26,7 @@ DESCRIPTIONS = {
     500: "The engine failed.",
     503: "The engine is starting, restarting, asleep, or stopping; `Retry-After` says when to come back.",
 }
-"""What each status means, for readers of the documents."""
+"""Status → its meaning, for the documents."""
 
 _REF = "#/components/schemas/{name}"
 _BEARER = {"type": "http", "scheme": "bearer"}

@@ -24,14 +24,14 @@ _SAMPLING_FIELDS = frozenset(SamplingParams.__dataclass_fields__) & frozenset(
 
 
 TIMEOUT_HEADER = "X-Request-Timeout"
-"""Seconds that a request may take, for clients that cannot add a field to the body."""
+"""Header with a request's timeout in seconds, for clients that cannot add a field to the body."""
 
 
 def json_reader(schema: type[R], *, optional: bool = False) -> Callable[[], Any]:
-    """An async function that reads the current request's body as ``schema``.
+    """Return an async function that reads the current request's body as ``schema``.
 
     Args:
-        optional: no body at all is an empty object.
+        optional: an empty body stands for an empty object.
     """
     decoder = msgspec.json.Decoder(schema)
 
@@ -74,16 +74,20 @@ def with_query(body: R) -> R:
 
 
 def check_model(engine: EngineInterface, model: str | None) -> None:
-    """Raise `ModelUnknown` unless ``model`` is the served one; leaving it out means that one."""
+    """Check that a request names the served model, or none.
+
+    Raises:
+        ModelUnknown: it names another.
+    """
     if model is not None and model != engine.model_name:
         raise ModelUnknown(model, engine.model_name)
 
 
 def loaded(engine: EngineInterface) -> tuple[ModelInfo, TokenizerInterface]:
-    """The model and its tokenizer.
+    """Return the model's description and its tokenizer.
 
     Raises:
-        EngineNotReady: it is still loading.
+        EngineNotReady: the model is still loading.
     """
     if engine.info is None or engine.tokenizer is None:
         raise EngineNotReady(str(engine.state))
@@ -91,10 +95,13 @@ def loaded(engine: EngineInterface) -> tuple[ModelInfo, TokenizerInterface]:
 
 
 def sampling_params(fields: schemas.GenerationRequest, **others: Any) -> SamplingParams:
-    """What the request asks of the sampler; ``others`` win, and None means the default.
+    """Return the sampling parameters of a request.
+
+    Args:
+        others: override the request's fields. None means the default.
 
     Raises:
-        InvalidParameter: names the field.
+        InvalidParameter: a value is out of range; names the field.
     """
     values = {name: getattr(fields, name) for name in _SAMPLING_FIELDS} | others
     if values["timeout"] is None:
@@ -106,7 +113,7 @@ def sampling_params(fields: schemas.GenerationRequest, **others: Any) -> Samplin
 
 
 def header_timeout() -> float | None:
-    """Seconds that the current request may take by its header.
+    """Return the timeout in the current request's header, in seconds.
 
     Raises:
         InvalidParameter: it is not a number of seconds.
@@ -126,7 +133,7 @@ def header_timeout() -> float | None:
 
 
 def template_messages(messages: list[schemas.Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates know them.
+    """Return messages in the form that chat templates expect.
 
     ``developer`` is OpenAI's newer name of ``system``, which templates do not know. Text parts are
     joined by newlines. Arguments of earlier tool calls become objects, which is what templates render.
@@ -186,16 +193,16 @@ async def encode_conversation(
     add_generation_prompt: bool | None,
     kwargs: dict[str, Any] | None,
 ) -> list[int]:
-    """The tokens of a conversation.
+    """Return the tokens of a conversation.
 
     Raises:
-        InvalidParameter: messages, or template arguments, that the template cannot take.
+        InvalidParameter: the template does not accept the messages or the arguments.
     """
     reserved = _RESERVED_KWARGS.intersection(kwargs or {})
     if reserved:
         name = min(reserved)
         raise InvalidParameter(
-            f"chat_template_kwargs: {name!r} is not for the template; use the request's own field",
+            f"chat_template_kwargs: {name!r} is set by the server; use the request's own field",
             "chat_template_kwargs",
         )
     return await tokenizer.encode_chat(

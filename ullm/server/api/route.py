@@ -1,4 +1,4 @@
-"""One route of the API, as the routes of the app, the access rules and the documents derive from it."""
+"""The description of one route, from which the app, the access rules and the documents derive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Handler = Callable[..., Awaitable[Response]]
 
 
 class Access(enum.Enum):
-    """Who may call a route."""
+    """The clients that may call a route."""
 
     OPEN = "open"
     """Everybody, without a key."""
@@ -26,7 +26,7 @@ class Access(enum.Enum):
 
 
 class Needs(enum.Enum):
-    """What the engine must offer before the body of a request is read."""
+    """The state of the engine that a route requires before it reads the body of a request."""
 
     NOTHING = enum.auto()
     MODEL = enum.auto()
@@ -36,7 +36,7 @@ class Needs(enum.Enum):
 
 
 _UNMET = {Needs.NOTHING: (), Needs.MODEL: (503,), Needs.ADMISSION: (429, 500, 503)}
-"""Statuses of the answers where the engine does not offer it."""
+"""Statuses of the errors where the engine is in another state."""
 
 
 @dataclass(frozen=True)

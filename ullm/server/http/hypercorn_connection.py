@@ -67,21 +67,21 @@ def _config() -> Config:
     return config
 
 
-class State(enum.Enum):
+class ConnectionState(enum.Enum):
     """State of a connection."""
 
     NEW = enum.auto()
     """Has not sent the head of a request yet."""
     ACTIVE = enum.auto()
-    """Has a request, whose body may still be on its way."""
+    """Has a request, whose body may still be arriving."""
     IDLE = enum.auto()
     """Waits for its next request."""
     CLOSED = enum.auto()
-    """The client has left, or the connection was closed on it."""
+    """The client has disconnected, or the server has closed the connection."""
 
 
 class HypercornConnection(TCPServer):
-    """One connection, whose sends end when the client stops reading."""
+    """One connection; a send ends it when the client stops reading."""
 
     def __init__(self, worker: HypercornWorker, stream: trio.SocketStream) -> None:
         super().__init__(worker.app, worker.config, worker.context, LifespanState(), stream)  # type: ignore[arg-type]  # takes either
@@ -91,25 +91,25 @@ class HypercornConnection(TCPServer):
         self.app = cast(AppWrapper, self._call_app)  # Hypercorn calls this one instead
         self._app = worker.app
         self._stall_timeout = worker.stall_timeout
-        self._state = State.NEW
+        self._state = ConnectionState.NEW
         self._owes_since: float | None = trio.current_time()
 
     @property
     def owes_since(self) -> float | None:
         """Trio time since which it owes a whole request; None while it has one, or is closed.
 
-        That is when its last request ended, or it began, or the last part of a request's body came.
+        That is when the connection was opened, its last request ended, or the last piece of a body arrived.
         """
-        return None if self._state is State.CLOSED or not self._is_open else self._owes_since
+        return None if self._state is ConnectionState.CLOSED or not self._is_open else self._owes_since
 
     def give_way(self) -> None:
         """Close the connection, which owes a request, in favour of another."""
-        self._state = State.CLOSED
+        self._state = ConnectionState.CLOSED
         self._socket.close()
 
     def cut(self) -> None:
         """Close the connection at once, and forget what has not been sent."""
-        self._state = State.CLOSED
+        self._state = ConnectionState.CLOSED
         if self._is_open:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._socket.close()
@@ -143,21 +143,21 @@ class HypercornConnection(TCPServer):
             await self._send_bytes(event.data)
         elif not isinstance(event, Updated):
             await super().protocol_send(event)
-        elif self._state is not State.CLOSED:
-            self._state = State.IDLE if event.idle else State.ACTIVE
+        elif self._state is not ConnectionState.CLOSED:
+            self._state = ConnectionState.IDLE if event.idle else ConnectionState.ACTIVE
             self._owes_since = trio.current_time() if event.idle else None
             await super().protocol_send(event)
 
     async def _read_data(self) -> None:
-        # Hypercorn's own keeps the socket of a client that has left until its idle time is over.
+        # Hypercorn would keep the socket of a client that has left until the idle timeout.
         try:
             await super()._read_data()
         finally:
-            self._state = State.CLOSED
+            self._state = ConnectionState.CLOSED
             await self.idle_task.stop()
 
     async def _idle_timeout(self) -> None:
-        if self._state is not State.NEW:
+        if self._state is not ConnectionState.NEW:
             await super()._idle_timeout()
             return
         with trio.move_on_after(REQUEST_WITHIN):
@@ -166,11 +166,11 @@ class HypercornConnection(TCPServer):
             await self._initiate_server_close()
 
     async def _call_app(self, scope: Any, receive: Any, *others: Any) -> None:
-        """Call the app with `send_chunk` in reach, and note when a body is still on its way."""
+        """Call the app, with `send_chunk` as an extension; note when a body is still arriving."""
         if scope["type"] == "http" and scope["http_version"] == "1.1":
             scope["extensions"][CHUNKS] = self.send_chunk
 
-        async def receive_noting() -> Any:
+        async def receive_and_note() -> Any:
             message = await receive()
             if message["type"] == "http.request":
                 self._owes_since = trio.current_time() if message.get("more_body") else None
@@ -178,7 +178,7 @@ class HypercornConnection(TCPServer):
 
         if scope["type"] == "http" and _has_body(scope["headers"]):
             self._owes_since = trio.current_time()
-        await self._app(scope, receive_noting, *others)
+        await self._app(scope, receive_and_note, *others)
 
     # --- sending -------------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class HypercornConnection(TCPServer):
             if rest:
                 async with self.send_lock:
                     await self._send(rest)
-        except (OSError, trio.ClosedResourceError):  # the client has left, or was cut
+        except (OSError, trio.ClosedResourceError):  # the client has left, or the connection was cut
             await self.protocol.handle(Closed())
 
     def _send_now(self, data: bytes) -> bytes | memoryview:

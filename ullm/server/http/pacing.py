@@ -1,4 +1,4 @@
-"""How often each of many streams is written to.
+"""Pacing: the more streams there are, the less often each of them is written to.
 
 An event costs a front end about as much whether it carries one token or ten, so a server with many
 streams writes to each less often, and with more tokens. Few streams get every token as it comes; the first

@@ -1,4 +1,4 @@
-"""How one HTTP request meets Quart: bodies within bounds, sends that finish, handlers that stream themselves.
+"""HTTP requests in Quart: bounded bodies, sends that finish, handlers that write their own streams.
 
 Three things differ from Quart-Trio's own connection. A disconnect cancels the request, but not the send
 that ends it. A handler may write its answer itself, on the request's `Wire`, and then return `sent`. And a
@@ -22,13 +22,13 @@ from quart_trio.wrappers.request import TrioBody
 from ullm.server.http.wire import CHUNKS, Wire
 
 LINGER_SECONDS = 5.0
-"""How long an unwanted body may take to arrive before the connection is closed on it."""
+"""Seconds for an unwanted body to arrive before the connection is closed."""
 LINGER_BYTES = 256 << 20
-"""How much of an unwanted body is thrown away before the connection is closed on it."""
+"""Bytes of an unwanted body that are discarded before the connection is closed."""
 
 
 class BoundedBody(TrioBody):
-    """A body that stops buffering at its limit, and knows when all of it has come."""
+    """A body that stops buffering at its limit, and knows when all of it has arrived."""
 
     def __init__(self, expected_content_length: int | None, max_content_length: int | None) -> None:
         super().__init__(expected_content_length, max_content_length)
@@ -37,7 +37,7 @@ class BoundedBody(TrioBody):
         self._appending = False
 
     def append(self, data: bytes) -> None:
-        """Take a piece; once the body is too large, throw pieces away."""
+        """Buffer a piece; discard it once the body is too large."""
         if self._must_raise is not None:
             self._discarded += len(data)
             if self._discarded > LINGER_BYTES:
@@ -78,7 +78,7 @@ def sent() -> SentResponse:
 
 
 class QuartConnection(TrioASGIHTTPConnection):
-    """One HTTP request; see the module."""
+    """One HTTP request; see the module's docstring."""
 
     _request: Any = None
 
@@ -95,7 +95,7 @@ class QuartConnection(TrioASGIHTTPConnection):
         try:
             await super().__call__(receive, send_shielded)
         finally:
-            self._request = None  # a circle, which only the garbage collector would free
+            self._request = None  # a reference cycle, which only the garbage collector would free
 
     def _create_request_from_scope(self, send: Any) -> Any:
         if not self.scope["path"].startswith("/"):

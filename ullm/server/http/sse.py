@@ -1,4 +1,4 @@
-"""Server-sent events: a stream that a handler opens, writes to, and leaves."""
+"""Server-sent events: a stream that a handler opens, writes to, and closes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ullm.server.http.quart_connection import current_wire
 from ullm.server.http.wire import Wire
 
 KEEP_ALIVE = b": keep-alive\n\n"
-"""A comment, which clients skip (HTML standard, server-sent events, 9.2.6), and proxies do not."""
+"""A comment, which clients skip (HTML standard, server-sent events, 9.2.6) and proxies count as traffic."""
 
 _HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache"}
 
 T = TypeVar("T", covariant=True)
 
 
-class Source(Protocol[T]):
-    """Items that come at times of their own."""
+class TimedSource(Protocol[T]):
+    """Items that arrive over time."""
 
     async def next(self, deadline: float) -> T | None:
         """Return the next item, or None if none comes before ``deadline``, in trio's time.
@@ -56,7 +56,7 @@ class EventStream:
         await self._send_piece(data)
         self._silent_since = trio.current_time()
 
-    def each(self, source: Source[T]) -> KeptAlive[T]:
+    def each(self, source: TimedSource[T]) -> KeptAlive[T]:
         """Iterate over the items of ``source``, with a comment for the client after each silence.
 
         It is silent while the request waits in the queue, for a restarted worker, or for the engine to wake.
@@ -72,7 +72,7 @@ class EventStream:
 class KeptAlive(Generic[T]):
     """See `EventStream.each`. No generator, which would have to be closed."""
 
-    def __init__(self, stream: EventStream, source: Source[T]) -> None:
+    def __init__(self, stream: EventStream, source: TimedSource[T]) -> None:
         self._stream, self._source = stream, source
 
     def __aiter__(self) -> KeptAlive[T]:

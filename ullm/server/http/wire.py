@@ -1,4 +1,4 @@
-"""How the parts of an answer get to the server: ASGI's messages, and a short cut for small pieces."""
+"""The way of an answer to the server: ASGI's messages, and a short cut for small pieces."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from quart import Response
 
 from ullm.errors import ConfigError, InvalidParameter
-from ullm.server.api.responses import Child, Stopping, Tree, json_response
+from ullm.server.api.responses import Stopping, Tree, TreeNode, json_response
 from ullm.server.api.schemas import FaultsRequest, ReloadRequest, ShutdownRequest, SleepRequest
 from ullm.server.routes.service import Service
 
@@ -67,8 +67,8 @@ async def clear_faults(service: Service) -> Response:
     return json_response(service.engine.faults.describe())
 
 
-def _child(info: ChildInfo) -> Child:
+def _child(info: ChildInfo) -> TreeNode:
     children = [_child(child) for child in info.children]
-    return Child(
+    return TreeNode(
         info.child_id, info.status.value, info.kind.value, info.restart.value, info.restarts, children
     )

@@ -8,7 +8,7 @@ from importlib import metadata
 
 from quart import Response
 
-from ullm.server.api.responses import Backend, json_response
+from ullm.server.api.responses import BackendInfo, json_response
 from ullm.server.routes.service import Service
 
 PACKAGES = ("ullm", "torch", "transformers", "trio", "hypercorn", "quart")
@@ -18,7 +18,7 @@ async def backend(service: Service) -> Response:
     """Describe the model, its workers, and the versions of the packages."""
     engine = service.engine
     return json_response(
-        Backend(
+        BackendInfo(
             model=engine.model_name,
             state=engine.health().state,
             transport=engine.config.worker_transport,

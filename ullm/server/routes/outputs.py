@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Submission:
-    """What one HTTP request submits to the engine.
+    """The prompts and parameters that one HTTP request submits to the engine.
 
     Args:
         request_id: the response's id; the engine's requests are numbered under it.

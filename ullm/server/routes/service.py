@@ -1,4 +1,4 @@
-"""What the handlers of one app are given: the engine, and what they share."""
+"""The service behind one app, which every handler gets: the engine, and what handlers share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 from quart import Response, g
 
 from ullm.config import ServerConfig
-from ullm.server.api.answers import Answer
+from ullm.server.api.answers import AnswerFormat
 from ullm.server.api.openapi import openapi_document
 from ullm.server.api.responses import json_response
 from ullm.server.api.route import Route
@@ -29,12 +29,12 @@ Shutdown = Callable[[float | None], object]
 
 @dataclass(frozen=True)
 class Service:
-    """One app's share of everything.
+    """The engine, the metrics and the settings of one app.
 
     Args:
-        routes: that the app has.
+        routes: the app's routes.
         shutdown: carries out ``POST /admin/shutdown``.
-        created: seconds since 1970.
+        created: time of the app's creation, in seconds since 1970.
     """
 
     engine: EngineInterface
@@ -51,7 +51,7 @@ class Service:
         return msgspec.json.encode(openapi_document(self.routes, secured=self.config.api_key is not None))
 
     def outputs(self, submission: Submission) -> Outputs:
-        """Return the outputs of a submission, which are yet to be opened."""
+        """Return the outputs of a submission; they are to be opened."""
         return Outputs(self.engine, self.metrics, submission)
 
     @asynccontextmanager
@@ -61,7 +61,7 @@ class Service:
             with self.pacer.stream():
                 yield stream
 
-    async def stream(self, outputs: Outputs, answer: Answer) -> Response:
+    async def stream(self, outputs: Outputs, answer: AnswerFormat) -> Response:
         """Write the answer's events as the outputs come, paced by the number of streams."""
         async with self.event_stream() as stream, outputs.open(self.pacer.interval):
             async for prompt, output in stream.each(outputs):
@@ -71,7 +71,7 @@ class Service:
             await stream.write(answer.end(outputs.usage()))
         return sent()
 
-    async def whole(self, outputs: Outputs, answer: Answer) -> Response:
+    async def whole(self, outputs: Outputs, answer: AnswerFormat) -> Response:
         """Wait for all outputs and return the answer in one piece."""
         async with outputs.open(unhurried):
             async for prompt, output in outputs:

@@ -11,14 +11,14 @@ from ullm.server.api.route import Access, Needs, Route
 from ullm.server.routes import admin, backend, chat, completions, inference, models, probes
 
 _CHANGE = (409, 500, 503)
-"""Errors of a change of the engine."""
+"""Statuses of the errors of a change of the engine."""
 
 PROBES = (
     Route(
         "GET",
         "/live",
         probes.live,
-        "Whether the process is worth keeping.",
+        "Liveness: 503 once the engine has failed.",
         access=Access.OPEN,
         answer=responses.Liveness,
         verdict=True,
@@ -27,7 +27,7 @@ PROBES = (
         "GET",
         "/ready",
         probes.ready,
-        "Whether new requests are taken.",
+        "Readiness: 200 while new requests are admitted.",
         access=Access.OPEN,
         answer=responses.Liveness,
         verdict=True,
@@ -36,7 +36,7 @@ PROBES = (
         "GET",
         "/health",
         probes.show_health,
-        "The state, in detail.",
+        "The state in detail; 503 while not ready.",
         access=Access.OPEN,
         answer=status.Health,
         verdict=True,
@@ -45,7 +45,7 @@ PROBES = (
         "GET",
         "/is_sleeping",
         probes.is_sleeping,
-        "Whether the engine sleeps.",
+        "Sleep state and level.",
         access=Access.OPEN,
         answer=responses.Sleeping,
     ),
@@ -87,15 +87,15 @@ API = (
         "Continue prompts.",
         needs=Needs.ADMISSION,
         request=schemas.CompletionRequest,
-        answer=responses.Completion,
-        event=responses.Completion,
+        answer=responses.TextCompletion,
+        event=responses.TextCompletion,
         errors=(404,),
     ),
     Route(
         "POST",
         "/inference",
         inference.inference,
-        "Continue a prompt.",
+        "Continue one prompt; a simpler form of `/v1/completions`.",
         needs=Needs.ADMISSION,
         request=schemas.InferenceRequest,
         answer=responses.Inference,
@@ -129,8 +129,14 @@ API = (
         answer=responses.Detokenized,
         errors=(404,),
     ),
-    Route("GET", "/backend", backend.backend, "What serves here, and on what.", answer=responses.Backend),
-    Route("GET", "/openapi.json", probes.openapi, "This document.", access=Access.OPEN),
+    Route(
+        "GET",
+        "/backend",
+        backend.backend,
+        "The model, its workers and the versions of the packages.",
+        answer=responses.BackendInfo,
+    ),
+    Route("GET", "/openapi.json", probes.openapi, "The OpenAPI document.", access=Access.OPEN),
 )
 """Routes of the server only."""
 
@@ -140,7 +146,7 @@ ADMIN = (
         "POST",
         "/sleep",
         admin.sleep,
-        "Give memory back.",
+        "Put the engine to sleep, which gives memory back.",
         access=Access.ADMIN,
         request=schemas.SleepRequest,
         optional=True,
@@ -153,7 +159,7 @@ ADMIN = (
             "POST",
             path,
             admin.wake,
-            "Be awake.",
+            "Wake the engine.",
             access=Access.ADMIN,
             answer=status.SleepHealth,
             errors=_CHANGE,
@@ -174,7 +180,7 @@ ADMIN = (
         "POST",
         "/admin/reload",
         admin.reload,
-        "Load the model again.",
+        "Reload the model, or load another, in new workers.",
         access=Access.ADMIN,
         request=schemas.ReloadRequest,
         optional=True,
@@ -193,14 +199,14 @@ ADMIN = (
         "GET",
         "/admin/faults",
         admin.show_faults,
-        "The faults that are armed, and those that happened.",
+        "The faults that are armed and those that have happened.",
         access=Access.ADMIN,
     ),
     Route(
         "POST",
         "/admin/faults",
         admin.arm_faults,
-        "Arm a plan of faults.",
+        "Arm a fault plan.",
         access=Access.ADMIN,
         request=schemas.FaultsRequest,
     ),
