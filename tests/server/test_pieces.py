@@ -12,8 +12,7 @@ import trio
 from fake_engine import ByteTokenizer, FakeEngine, serving
 from test_connection import connected, request
 
-from ullm.server.http.accepting import AT_ONCE
-from ullm.server.http.listener import Listener
+from ullm.server.http.listener import AT_ONCE, Listener
 
 pytestmark = pytest.mark.process
 

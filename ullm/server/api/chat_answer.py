@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ullm.server.api.answers import AnswerHead, Scores
-from ullm.server.api.chunks import ChunkEncoder
+from ullm.server.api.answers import AnswerHead, ChunkEncoder, Scores
 from ullm.server.api.logprobs import chat_logprobs, prompt_logprobs
 from ullm.server.api.responses import (
     ChatChoice,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ullm.server.api.answers import AnswerHead, Scores
-from ullm.server.api.chunks import ChunkEncoder
+from ullm.server.api.answers import AnswerHead, ChunkEncoder, Scores
 from ullm.server.api.logprobs import Offsets, completion_logprobs, extend, prompt_logprobs
 from ullm.server.api.responses import CompletionChoice, TextCompletion, Usage
 from ullm.server.api.schemas import CompletionRequest

@@ -26,7 +26,7 @@ from hypercorn.typing import AppWrapper, LifespanState
 from hypercorn.utils import wrap_app
 
 from ullm.logs import get_logger
-from ullm.server.http.wire import CHUNKS
+from ullm.server.http.sse import CHUNKS
 
 log = get_logger(__name__)
 

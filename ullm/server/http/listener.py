@@ -1,19 +1,25 @@
-"""Serving an ASGI app on listening sockets, each connection in a task of its own."""
+"""Accepting connections and serving an ASGI app on them, each in a task of its own.
+
+Many connections are accepted in one turn of the event loop, and only as many as there are places.
+"""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
-from socket import socket
 from typing import Any
 
 import trio
 
 from ullm.logs import get_logger
-from ullm.server.http.accepting import PlacedListener
 from ullm.server.http.hypercorn_connection import HypercornConnection, HypercornWorker
 from ullm.server.http.places import Places
 
 log = get_logger(__name__)
+
+
+AT_ONCE = 64
+"""Connections that are accepted in one turn of the event loop, if that many wait."""
 
 
 class Listener:
@@ -42,7 +48,7 @@ class Listener:
         """Close every connection at once, whatever its client has not read yet."""
         self._places.cut_all()
 
-    async def serve(self, sockets: Sequence[socket], *, task_status: trio.TaskStatus[None]) -> None:
+    async def serve(self, sockets: Sequence[socket.socket], *, task_status: trio.TaskStatus[None]) -> None:
         """Serve until stopped and every connection has ended.
 
         Args:
@@ -68,3 +74,46 @@ class Listener:
             except Exception:
                 log.exception("connection failed")  # the failure ends this connection only
                 connection.cut()
+
+
+class PlacedListener(trio.abc.Listener[trio.SocketStream]):
+    """Accepts a connection only when there is a place for it; until then it waits in the kernel's queue.
+
+    Args:
+        sock: listens; a duplicate of it is used.
+    """
+
+    def __init__(self, sock: socket.socket, places: Places) -> None:
+        self._direct = sock.dup()
+        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._direct))
+        self._places = places
+        self._at_once = 0
+
+    async def accept(self) -> trio.SocketStream:
+        """Wait for the next connection and take a place for it."""
+        stream = self._accept_waiting()
+        if stream is None:
+            await self._places.wait_for_room(self._listener.socket)
+            stream = await self._listener.accept()
+            self._at_once = AT_ONCE
+        self._places.take()
+        return stream
+
+    def _accept_waiting(self) -> trio.SocketStream | None:
+        """Accept one that came together with the previous one, if any.
+
+        With a turn of the event loop for each, a thousand of them would take seconds.
+        """
+        if self._at_once == 0 or not self._places.has_room:
+            return None
+        self._at_once -= 1
+        try:
+            sock, _ = self._direct.accept()
+        except OSError:  # none waits, or the error comes again in the next turn
+            self._at_once = 0
+            return None
+        return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+    async def aclose(self) -> None:
+        """Stop listening; the socket that this was made of stays open."""
+        await self._listener.aclose()

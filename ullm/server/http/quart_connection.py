@@ -19,7 +19,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers import TrioRequest, TrioResponse
 from quart_trio.wrappers.request import TrioBody
 
-from ullm.server.http.wire import CHUNKS, Wire
+from ullm.server.http.sse import CHUNKS, Wire
 
 LINGER_SECONDS = 5.0
 """Seconds for an unwanted body to arrive before the connection is closed."""

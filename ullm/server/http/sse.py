@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
-from ullm.server.api.chunks import error_event
-from ullm.server.http.quart_connection import current_wire
-from ullm.server.http.wire import Wire
+from ullm.server.api.answers import error_event
+
+CHUNKS = "ullm.chunks"
+"""An extension in the scope of a request (ASGI 3, extensions): ``async (bytes) -> None`` sends a piece of a
+body of unknown length, after the start of the response and in place of ``http.response.body``. It is optional
+for the server, and meant for many small pieces, which cost half as much this way."""
 
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, which clients skip (HTML standard, server-sent events, 9.2.6) and proxies count as traffic."""
 
+Send = Callable[[Any], Awaitable[None]]
+"""ASGI's ``send``."""
+
 _HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache"}
 
 T = TypeVar("T", covariant=True)
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Sends the answer to one request.
+
+    Args:
+        send_chunk: see `CHUNKS`; None where the server does not have it.
+    """
+
+    send: Send
+    send_chunk: Callable[[bytes], Awaitable[None]] | None = None
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Send the status and the headers."""
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    @property
+    def write(self) -> Callable[[bytes], Awaitable[None]]:
+        """Sends a piece of the body."""
+        return self.send_chunk or self._send_body
+
+    async def _send_body(self, data: bytes) -> None:
+        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def finish(self) -> None:
+        """End the body."""
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class TimedSource(Protocol[T]):
@@ -85,17 +120,19 @@ class KeptAlive(Generic[T]):
 
 
 @asynccontextmanager
-async def open_event_stream(headers: Mapping[str, str], keep_alive: float) -> AsyncIterator[EventStream]:
-    """Open the event stream that answers the current request; its handler then returns `sent`.
+async def open_event_stream(
+    wire: Wire, headers: Mapping[str, str], keep_alive: float
+) -> AsyncIterator[EventStream]:
+    """Open the event stream that answers a request; its handler writes to it.
 
     An error before the first write is raised: the answer is then an error response with a status of its own.
     A later one ends the stream as an event.
 
     Args:
+        wire: of the request.
         headers: beside those that every event stream has.
         keep_alive: see `EventStream`.
     """
-    wire = current_wire()
     stream = EventStream(wire, headers, keep_alive)
     try:
         yield stream

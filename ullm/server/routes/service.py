@@ -18,7 +18,7 @@ from ullm.server.api.responses import json_response
 from ullm.server.api.route import Route
 from ullm.server.api.types import EngineInterface
 from ullm.server.http.pacing import Pacer, unhurried
-from ullm.server.http.quart_connection import sent
+from ullm.server.http.quart_connection import current_wire, sent
 from ullm.server.http.sse import EventStream, open_event_stream
 from ullm.server.metrics import Metrics
 from ullm.server.routes.outputs import Outputs, Submission
@@ -57,7 +57,8 @@ class Service:
     @asynccontextmanager
     async def event_stream(self) -> AsyncIterator[EventStream]:
         """Open the event stream that answers the current request; see `open_event_stream`."""
-        async with open_event_stream(g.common_headers, self.config.sse_keep_alive) as stream:
+        wire, keep_alive = current_wire(), self.config.sse_keep_alive
+        async with open_event_stream(wire, g.common_headers, keep_alive) as stream:
             with self.pacer.stream():
                 yield stream
 
