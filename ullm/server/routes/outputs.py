@@ -82,9 +82,8 @@ class Outputs:
 
     def _start(self, pace: Callable[[], float]) -> list[GenerationInterface]:
         params = self._submission.params_from_now()
-        name = (
-            f"{self._submission.request_id}-{secrets.token_hex(4)}"  # clients may use an X-Request-Id twice
-        )
+        # Made unique, because clients may use an X-Request-Id twice.
+        name = f"{self._submission.request_id}-{secrets.token_hex(4)}"
         generations = []
         for index, prompt in enumerate(self._submission.prompts):
             generation = self._engine.generate(prompt, params, request_id=f"{name}-{index}")
