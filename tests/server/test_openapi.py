@@ -31,11 +31,10 @@ CHECKS = [
     checks.response_headers_conformance,
     checks.response_schema_conformance,
 ]
+EXAMPLES = [10, pytest.param(50, marks=pytest.mark.slow)]
 OPERATIONS = [
     result.ok() for result in schemathesis.openapi.from_dict(openapi_document(ROUTES)).get_all_operations()
 ]
-FEW, MANY = 10, 50
-"""Examples per operation; the second number takes minutes for all operations."""
 EXPECTED = {
     ("/admin/faults", "delete"),
     ("/admin/faults", "get"),
@@ -89,38 +88,22 @@ def url() -> Iterator[str]:
     assert not thread.is_alive()
 
 
-each_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
-each_post = pytest.mark.parametrize(
+@pytest.mark.process
+@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
+def test_what_the_document_allows(url: str, operation: Any, examples: int) -> None:
+    fuzz(url, operation, GenerationMode.POSITIVE, examples)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize(
     "operation",
     [operation for operation in OPERATIONS if operation.method == "post"],
     ids=lambda operation: operation.label,
 )
-
-
-@pytest.mark.process
-@each_operation
-def test_what_the_document_allows(url: str, operation: Any) -> None:
-    fuzz(url, operation, GenerationMode.POSITIVE, FEW)
-
-
-@pytest.mark.process
-@each_post
-def test_what_the_document_forbids(url: str, operation: Any) -> None:
-    fuzz(url, operation, GenerationMode.NEGATIVE, FEW)
-
-
-@pytest.mark.slow
-@pytest.mark.process
-@each_operation
-def test_much_that_the_document_allows(url: str, operation: Any) -> None:
-    fuzz(url, operation, GenerationMode.POSITIVE, MANY)
-
-
-@pytest.mark.slow
-@pytest.mark.process
-@each_post
-def test_much_that_the_document_forbids(url: str, operation: Any) -> None:
-    fuzz(url, operation, GenerationMode.NEGATIVE, MANY)
+def test_what_the_document_forbids(url: str, operation: Any, examples: int) -> None:
+    fuzz(url, operation, GenerationMode.NEGATIVE, examples)
 
 
 def fuzz(url: str, operation: Any, mode: GenerationMode, examples: int) -> None:

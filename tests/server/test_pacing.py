@@ -44,7 +44,7 @@ async def opened(folder: Path, behaviour: FakeBehaviour) -> AsyncIterator[Engine
 async def read(
     engine: Engine, pace: Callable[[], float] | None, params: SamplingParams = TEN
 ) -> list[tuple[float, Output]]:
-    """Return each output with its time; the first one comes at 1."""
+    """Each output with its time, the first one's being 1."""
     async with engine.generate(PROMPT, params) as generation:
         generation.pace = pace
         outputs = [(trio.current_time(), output) async for output in generation]

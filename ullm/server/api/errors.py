@@ -29,20 +29,32 @@ _FIELD = re.compile(r"field `(?P<field>[^`]+)`")
 
 
 class Unauthorized(RequestError):
-    """The API key is missing or wrong."""
+    """The API key is missing or wrong.
+
+    Raised by: the server, if it was started with ``--api-key``.
+    Remedy: send ``Authorization: Bearer KEY``.
+    """
 
     status = 401
     code = "invalid_api_key"
 
 
 class AdminUnauthorized(Unauthorized):
-    """The admin key is missing or wrong."""
+    """The admin key is missing or wrong.
+
+    Raised by: the admin endpoints, if the server was started with ``--admin-key``.
+    Remedy: send ``Authorization: Bearer KEY`` with that key; the API key does not open them.
+    """
 
     code = "invalid_admin_key"
 
 
 class AdminDisabled(RequestError):
-    """The admin endpoints are closed."""
+    """The admin endpoints are closed.
+
+    Raised by: the admin endpoints on the API's port, if there is no admin key.
+    Remedy: start the server with ``--admin-key``, or with ``--admin-listen`` and ask there.
+    """
 
     status = 403
     code = "admin_disabled"
@@ -55,21 +67,33 @@ class AdminDisabled(RequestError):
 
 
 class ForeignOrigin(RequestError):
-    """The request comes from a web page of another site."""
+    """A web page has sent its visitor's browser to the admin listener.
+
+    Raised by: the listener of ``--admin-listen``, for requests with an origin or a foreign host name.
+    Remedy: use a client that is no browser, and address the listener as localhost or by its address.
+    """
 
     status = 403
     code = "foreign_origin"
 
 
 class UnsupportedMediaType(RequestError):
-    """The content type of the body is not JSON."""
+    """The content type of the body is not JSON.
+
+    Raised by: the server.
+    Remedy: send ``Content-Type: application/json``.
+    """
 
     status = 415
     code = "unsupported_media_type"
 
 
 class InvalidJSON(RequestError):
-    """The body cannot be parsed as JSON."""
+    """The body is not valid JSON.
+
+    Raised by: the server.
+    Remedy: correct the body; the message says where it breaks off.
+    """
 
     code = "invalid_json"
 
