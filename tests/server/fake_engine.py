@@ -87,7 +87,7 @@ class ByteTokenizer:
 
 
 class FakeFaults:
-    """Plans are words; ``nonsense`` is none."""
+    """Accepts every plan that does not contain ``nonsense``."""
 
     def __init__(self) -> None:
         self.armed: list[str] = []
@@ -105,17 +105,17 @@ class FakeFaults:
 
 
 Script = Callable[[int], list[int]]
-"""What choice number so-and-so says."""
+"""Choice number → the tokens that it generates."""
 
 
 class FakeEngine:
-    """Has what the server needs of an engine.
+    """Implements `EngineInterface`.
 
     Args:
         hold_after: tokens of each choice after which it waits for `release`.
         fail_after: tokens of each choice after which `failure` is raised.
         busy: what sleep, wake and reload raise.
-        asked: what was asked of the engine as a whole; a shutdown only shows here.
+        asked: calls that concern the whole engine; a shutdown has no other effect.
     """
 
     def __init__(self, *, loaded: bool = True) -> None:
@@ -255,7 +255,7 @@ class FakeEngine:
 
 
 class FakeGeneration:
-    """One request; its outputs are made as they are asked for."""
+    """One request; its outputs are made on demand."""
 
     def __init__(
         self, engine: FakeEngine, prompt: list[int], params: SamplingParams, request_id: str
@@ -275,6 +275,10 @@ class FakeGeneration:
 
     async def __aenter__(self) -> FakeGeneration:
         await trio.lowlevel.checkpoint()
+        if not self.prompt_token_ids:
+            raise InvalidParameter("the prompt is empty; it must have at least one token", "prompt")
+        if not all(0 <= token_id < self._engine._info.vocab_size for token_id in self.prompt_token_ids):
+            raise InvalidParameter("prompt: a token id is not in the model's vocabulary", "prompt")
         if len(self.prompt_token_ids) >= CONTEXT_LEN:
             raise PromptTooLong(len(self.prompt_token_ids), CONTEXT_LEN)
         assert self.request_id not in self._engine.active
@@ -348,7 +352,7 @@ def _end(number: int, script: list[int], limit: int) -> str | None:
 
 
 class _Text:
-    """Text of whole characters, as they become complete."""
+    """Assembles text of whole characters."""
 
     def __init__(self, tokenizer: ByteTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -370,7 +374,7 @@ def _score(token: int, count: int) -> TokenLogprobs:
 
 @asynccontextmanager
 async def serving(engine: FakeEngine, **server_options: Any) -> AsyncIterator[str]:
-    """The app on a real Hypercorn server on loopback; yields its URL."""
+    """Serve the app on a real server on loopback; yield its URL."""
     config = ServerConfig(port=0, **server_options)
     async with trio.open_nursery() as nursery:
 
