@@ -26,7 +26,7 @@ from ullm.errors import WorkerLost
 from ullm.logs import get_logger
 from ullm.machine import available_memory
 from ullm.protocol.messages import Failed, Prepare, Prepared
-from ullm.supervision.actor import cleanup_scope
+from ullm.supervision import cleanup_scope, exponential_backoff
 
 log = get_logger("ullm.standby")
 
@@ -249,8 +249,8 @@ class StandbyPool:
         log.warning("standby worker lost", worker=place.spec.rank.name, cause=str(error))
         lived = trio.current_time() - spare.born
         place.losses = 1 if lived >= STEADY_SECONDS else place.losses + 1
-        pause = min(BACKOFF_LIMIT, BACKOFF_SECONDS * 2 ** (place.losses - 1))
-        place.not_before = trio.current_time() + pause
+        backoff = exponential_backoff(BACKOFF_SECONDS, BACKOFF_LIMIT)
+        place.not_before = trio.current_time() + backoff(place.losses)
         self._lost += 1
 
 

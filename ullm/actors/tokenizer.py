@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import trio
 from tokenizers import Tokenizer as Backend
 
-from ullm.errors import ActorLost, InvalidParameter, ModelFileBroken, PromptTooLong, UllmError
+from ullm.errors import (
+    ActorLost,
+    AskTimeout,
+    EngineNotReady,
+    InvalidParameter,
+    ModelFileBroken,
+    PromptTooLong,
+    UllmError,
+)
 from ullm.faults import FaultInjector
 from ullm.logs import get_logger
 from ullm.supervision.actor import Mailbox, Reply, ask
@@ -240,7 +248,10 @@ class Tokenizer:
                 return await ask(self._jobs, job, ANSWER_SECONDS)
             except ActorLost:  # restarted meanwhile; the work has no effects, so it may be done again
                 log.debug("tokenizer restarted")
-        return await ask(self._jobs, job, ANSWER_SECONDS)
+        try:
+            return await ask(self._jobs, job, ANSWER_SECONDS)
+        except (ActorLost, AskTimeout) as error:
+            raise EngineNotReady("restarting a part of itself") from error
 
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         try:

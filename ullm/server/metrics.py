@@ -13,9 +13,9 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from ullm.config import MAX_SLEEP_LEVEL
+from ullm.engine.state import EngineState
 from ullm.engine.status import EngineStatistics, Health
 from ullm.server.api.types import Engine
-from ullm.supervision.state import EngineState
 
 STATES = (*(state.value for state in EngineState), "restarting", "sleeping")
 """What `Health.state` can be: a running engine is told apart by what runs."""

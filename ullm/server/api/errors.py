@@ -21,6 +21,7 @@ from ullm.errors import (
 )
 from ullm.logs import get_logger
 from ullm.server.api.responses import ErrorBody, ErrorDetail
+from ullm.supervision import root_cause
 
 log = get_logger(__name__)
 
@@ -126,9 +127,10 @@ def internal_error(error: BaseException) -> RequestError:
 
 def as_request_error(error: BaseException) -> RequestError:
     """The error that a client is told; a group of such errors counts as its first."""
+    error = root_cause(error)
     if isinstance(error, BaseExceptionGroup):
         others = error.subgroup(lambda leaf: not isinstance(leaf, RequestError | BaseExceptionGroup))
-        if others is None or len(error.exceptions) == 1:  # of several, the first tells as much as any
+        if others is None:  # the first tells as much as any
             return as_request_error(error.exceptions[0])
     if isinstance(error, ActorLost | AskTimeout):
         return EngineNotReady("restarting a part of itself")

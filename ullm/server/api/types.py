@@ -130,7 +130,7 @@ class Engine(Protocol):
 
     @property
     def state(self) -> str:
-        """One of `ullm.supervision.state.EngineState`."""
+        """One of `ullm.engine.state.EngineState`."""
 
     def check_admission(self) -> None:
         """Raise what a new request would get.
