@@ -185,7 +185,8 @@ class Terminator:
         stop.kill()
 
     def _give_up(self, stop: _Stop) -> None:
-        stop.detail = stop.detail or "ignored cancellation and its kill hook"
+        ignored = "cancellation" if stop.incarnation.spec.kill is None else "cancellation and its kill hook"
+        stop.detail = stop.detail or f"ignored {ignored}"
         report = stop.report()
         self._abandoned.append((stop.incarnation, report))
         log.error(
