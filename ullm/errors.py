@@ -483,4 +483,5 @@ class ServerRefused(UllmError):
 
 def one_line(error: BaseException) -> str:
     """Return the first line of the error's message, or the name of its class if there is no message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip() if lines else type(error).__name__

@@ -243,12 +243,12 @@ class Tokenizer:
         def job(reply: Reply[T]) -> _Job[Any]:
             return _Job(work, reply)
 
-        for _ in range(ATTEMPTS - 1):
-            try:
-                return await ask(self._jobs, job, ANSWER_SECONDS)
-            except ActorLost:  # restarted meanwhile; the work has no effects, so it may be done again
-                log.debug("tokenizer restarted")
         try:
+            for _ in range(ATTEMPTS - 1):
+                try:
+                    return await ask(self._jobs, job, ANSWER_SECONDS)
+                except ActorLost:  # restarted meanwhile; the work has no effects, so it may be done again
+                    log.debug("tokenizer restarted")
             return await ask(self._jobs, job, ANSWER_SECONDS)
         except (ActorLost, AskTimeout) as error:
             raise EngineNotReady("restarting a part of itself") from error
