@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class Strategy(enum.StrEnum):
-    """Which children are restarted when one of them fails.
+    """The choice of the children that are restarted when one of them fails.
 
     ``DYNAMIC`` is one_for_one for many similar children that come and go: they are started at run time,
     stopped all at once, and forgotten when they have ended; their ids are made unique.
@@ -22,7 +22,7 @@ class Strategy(enum.StrEnum):
 
 
 class Restart(enum.StrEnum):
-    """When a child that ended is started again: always, only after a failure, or never."""
+    """The condition for another start of a child that ended: always, only after a failure, or never."""
 
     PERMANENT = "permanent"
     TRANSIENT = "transient"
@@ -30,7 +30,7 @@ class Restart(enum.StrEnum):
 
 
 class AutoShutdown(enum.StrEnum):
-    """Whether a supervisor stops when significant children have ended by themselves."""
+    """The condition for the stop of a supervisor whose significant children have ended by themselves."""
 
     NEVER = "never"
     ANY_SIGNIFICANT = "any_significant"
@@ -38,7 +38,7 @@ class AutoShutdown(enum.StrEnum):
 
 
 class ExitKind(enum.StrEnum):
-    """How a child ended: returned, was stopped or raised `Shutdown`, or raised anything else."""
+    """The end of a child: it returned; it was stopped or raised `Shutdown`; it raised anything else."""
 
     NORMAL = "normal"
     SHUTDOWN = "shutdown"

@@ -51,7 +51,7 @@ def stage_budget(remaining: float, budget: float, later: float = 0.0, unlimited:
 
 @dataclass(frozen=True)
 class ChildReport:
-    """How one child was stopped.
+    """The stop of one child.
 
     Args:
         child_id: the child.

@@ -38,7 +38,7 @@ class ChildFunction(Protocol):
 
 
 class Kind(enum.StrEnum):
-    """Whether a child does the work or supervises children of its own."""
+    """The kinds of children: those that do the work, and those that supervise others."""
 
     WORKER = "worker"
     SUPERVISOR = "supervisor"
@@ -46,7 +46,7 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Flags:
-    """How a supervisor treats its children.
+    """A supervisor's options for the treatment of its children.
 
     Args:
         intensity: restarts within ``period`` that do not make the supervisor give up.
@@ -77,7 +77,7 @@ class Flags:
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """How to run one child; `supervisor_child` makes one for a child that is itself a supervisor.
+    """The specification of one child; `supervisor_child` makes that of a child which is itself a supervisor.
 
     Args:
         child_id: unique among its siblings.
@@ -117,7 +117,7 @@ class ChildSpec:
 
 
 class ChildStatus(enum.StrEnum):
-    """Where a child is in its life; RESTARTING: it failed and waits for its next attempt to start."""
+    """The stages of a child's life; RESTARTING: it failed and waits for its next attempt to start."""
 
     STARTING = "starting"
     RUNNING = "running"
@@ -147,7 +147,7 @@ class ChildInfo:
 
 @dataclass(frozen=True)
 class ChildCounts:
-    """How many children a supervisor has.
+    """The numbers of a supervisor's children.
 
     Args:
         specs: all of them, whether they run or not.

@@ -56,7 +56,7 @@ class Supervisor:
 
     @property
     def reports(self) -> tuple[ChildReport, ...]:
-        """How the children were stopped, in that order; empty until then."""
+        """A report of each child, in the order in which they were stopped; empty until then."""
         return self._control.reports
 
     # --- reading -------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class Supervisor:
         Its specification is kept for `restart_child`, unless it is temporary or dynamic.
 
         Returns:
-            How it was stopped; None if it did not run.
+            The report of its stop; None if it did not run.
 
         Raises:
             ChildNotFound: there is no such child.
