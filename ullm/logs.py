@@ -103,13 +103,14 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return an object with ``time`` (seconds since 1970), ``level``, ``logger``, ``event`` and values.
 
-        Values are those of the record's extra attributes, and of arguments that its message names.
+        Values are the record's extra attributes, and arguments that its message names: `ullm.supervision`,
+        which knows nothing of this module, logs ``"child failed  child=%(child)s", {"child": "a"}``.
         """
         body: dict[str, Any] = {
             "time": record.created,
             "level": record.levelname.lower(),
             "logger": record.name,
-            "event": record.getMessage(),
+            "event": _event(record),
             **(record.args if isinstance(record.args, Mapping) else {}),
             **_extras(record),
         }
@@ -189,6 +190,11 @@ def configure(level: str = "info", *, as_json: bool = False) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     root.propagate = False
+
+
+def _event(record: logging.LogRecord) -> str:
+    """Return the message, or its constant part where its arguments are values that it names."""
+    return str(record.msg).partition("  ")[0] if isinstance(record.args, Mapping) else record.getMessage()
 
 
 def _extras(record: logging.LogRecord) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,9 +69,11 @@ def _meminfo_available() -> int | None:
 
 
 def _physical_memory() -> int:
+    if sys.platform == "win32":  # which has no sysconf
+        return UNKNOWN_MEMORY
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+    except (ValueError, OSError):
         return UNKNOWN_MEMORY
 
 

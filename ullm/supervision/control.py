@@ -128,7 +128,7 @@ class Control:
         self.body.cancel()
         if not isinstance(error, StartFailed):  # open_supervisor raises that one, and nothing has run yet
             log.warning(
-                "supervisor %(supervisor)s gave up: %(cause)s",
+                "supervisor gave up  supervisor=%(supervisor)s cause=%(cause)s",
                 {"supervisor": self.name, "cause": describe(error)},
             )
 
@@ -212,7 +212,7 @@ class Control:
 
     def _log_failure(self, child: Child, cause: BaseException) -> None:
         log.warning(
-            "child %(child)s of supervisor %(supervisor)s failed: %(cause)s",
+            "child failed  supervisor=%(supervisor)s child=%(child)s cause=%(cause)s",
             {"supervisor": self.name, "child": child.spec.child_id, "cause": describe(cause)},
         )
 

@@ -112,7 +112,7 @@ async def signal_ladder(
             count += 1
             signum = signal.Signals(number)
             log.info(
-                "signal %(signal)s received (number %(count)d): %(action)s",
+                "signal received  signal=%(signal)s count=%(count)d action=%(action)s",
                 {"signal": signum.name, "count": count, "action": action},
             )
             step(signum)

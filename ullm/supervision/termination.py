@@ -77,7 +77,7 @@ class _Stop:
             spec.kill()
         except Exception as error:
             self.detail = f"kill hook raised {describe(error)}"
-            log.exception("kill hook of child %(child)s failed", {"child": spec.child_id})
+            log.exception("kill hook failed  child=%(child)s", {"child": spec.child_id})
 
     def report(self) -> ChildReport:
         """Return how it ended."""
@@ -179,7 +179,7 @@ class Terminator:
 
     def _use_force(self, stop: _Stop) -> None:
         log.warning(
-            "child %(child)s of supervisor %(supervisor)s used up its shutdown budget",
+            "child used up its shutdown budget  supervisor=%(supervisor)s child=%(child)s",
             {"supervisor": self.name, "child": stop.incarnation.spec.child_id},
         )
         stop.kill()
@@ -190,7 +190,7 @@ class Terminator:
         report = stop.report()
         self._abandoned.append((stop.incarnation, report))
         log.error(
-            "child %(child)s of supervisor %(supervisor)s abandoned: %(detail)s",
+            "child abandoned  supervisor=%(supervisor)s child=%(child)s detail=%(detail)s",
             {"supervisor": self.name, "child": report.child_id, "detail": report.detail},
         )
         if self._on_abandoned is None:
@@ -199,6 +199,6 @@ class Terminator:
             self._on_abandoned(report)
         except Exception:
             log.exception(
-                "on_abandoned of supervisor %(supervisor)s failed for child %(child)s",
+                "on_abandoned failed  supervisor=%(supervisor)s child=%(child)s",
                 {"supervisor": self.name, "child": report.child_id},
             )
