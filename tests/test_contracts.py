@@ -22,8 +22,10 @@ _BASE = frozenset({"errors", "logs", "config", "sampling", "machine", "protocol"
 _ENGINE = _BASE | {"scheduling", "tokenization", "supervision", "faults", "hub", "worker", "actors"}
 
 LAYERS: dict[str, frozenset[str]] = {
+    # a library of its own
+    "supervision": frozenset(),
     # plain modules
-    "errors": frozenset(),
+    "errors": frozenset({"supervision"}),
     "logs": frozenset(),
     "machine": frozenset(),
     "config": frozenset({"errors"}),
@@ -34,7 +36,6 @@ LAYERS: dict[str, frozenset[str]] = {
     "tokenization": frozenset({"errors"}),
     "hub": frozenset({"errors", "config", "logs"}),
     "faults": frozenset({"errors", "logs", "protocol"}),
-    "supervision": frozenset(),
     # the worker
     "worker": frozenset({"errors", "logs", "machine", "protocol"}),
     "model": _BASE | {"scheduling", "hub"},

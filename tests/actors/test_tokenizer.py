@@ -9,7 +9,15 @@ import trio
 import trio.testing
 
 from ullm.actors.tokenizer import TokenizerActor
-from ullm.errors import FaultInjected, InvalidParameter, ModelFileBroken, PromptTooLong
+from ullm.errors import (
+    ActorLost,
+    AskTimeout,
+    EngineNotReady,
+    FaultInjected,
+    InvalidParameter,
+    ModelFileBroken,
+    PromptTooLong,
+)
 from ullm.faults import FaultInjector
 from ullm.supervision.actor import Lifetime
 from ullm.testing import local_model, write_scripted_model
@@ -247,3 +255,25 @@ async def test_an_injected_fault_ends_the_actor_and_not_the_request(folder, nurs
     assert tokenizer.decode(ids) == "Hello"
     assert [type(error) for error in lost] == [FaultInjected] * 3
     nursery.cancel_scope.cancel()
+
+
+async def test_a_tokenizer_that_is_lost_or_silent_is_a_refusal(folder, nursery, monkeypatch):
+    """Callers get a `UllmError`, as from everything else of the engine."""
+    tokenizer = TokenizerActor(local_model(folder), FaultInjector.from_text("tokenizer.encode:raise@times=4"))
+
+    async def lives(task_status):
+        for _ in range(4):
+            try:
+                with Lifetime("tokenizer").running():
+                    await tokenizer.run(task_status=task_status)
+            except BaseExceptionGroup:
+                task_status = trio.TASK_STATUS_IGNORED
+
+    await nursery.start(lives)
+    with pytest.raises(EngineNotReady) as lost:
+        await tokenizer.encode("Hello")
+    assert isinstance(lost.value.__cause__, ActorLost)
+    monkeypatch.setattr("ullm.actors.tokenizer.ANSWER_SECONDS", 0.01)  # nobody lives to answer
+    with pytest.raises(EngineNotReady) as silent:
+        await tokenizer.encode("Hello")
+    assert isinstance(silent.value.__cause__, AskTimeout)

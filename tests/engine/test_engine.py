@@ -16,7 +16,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from ullm.actors.router import Router
 from ullm.actors.router_messages import Tokens
 from ullm.config import EngineConfig
-from ullm.engine import Engine, open_engine
+from ullm.engine import Engine, EngineState, open_engine
 from ullm.engine.output import Output
 from ullm.errors import (
     EngineDead,
@@ -30,7 +30,7 @@ from ullm.errors import (
 from ullm.hub import LocalModel
 from ullm.protocol.messages import Sampled, Step, StepResult, Stop, ToWorker
 from ullm.sampling import SamplingParams
-from ullm.supervision import ChildSpec, EngineState
+from ullm.supervision import ChildSpec
 from ullm.testing import (
     FakeBehaviour,
     FakeWorkers,

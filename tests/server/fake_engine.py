@@ -13,6 +13,7 @@ import trio
 from tokenizers import decoders, models, pre_tokenizers
 
 from ullm.config import EngineConfig, ServerConfig, SleepMode
+from ullm.engine import EngineState
 from ullm.engine.output import Output
 from ullm.engine.status import EngineStatistics, Health, ReloadReport, ReplicaHealth, SleepHealth
 from ullm.errors import (
@@ -26,7 +27,7 @@ from ullm.errors import (
 from ullm.protocol.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 from ullm.server import bind, serve_http
-from ullm.supervision import ChildInfo, ChildStatus, EngineState, Kind, Restart
+from ullm.supervision import ChildInfo, ChildStatus, Kind, Restart
 from ullm.tokenization.decoding import ByteLevelDecoder, TokenBytes
 from ullm.tokenization.detokenizer import IncrementalDecoder
 

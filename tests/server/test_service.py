@@ -14,6 +14,7 @@ from fake_engine import ANSWER, CONTEXT_LEN, FakeEngine, serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from ullm.config import ServerConfig
+from ullm.engine import EngineState
 from ullm.engine.status import SleepHealth
 from ullm.errors import (
     ActorLost,
@@ -26,7 +27,6 @@ from ullm.errors import (
 from ullm.server import create_app
 from ullm.server.metrics import Histogram, Metrics, RequestTimer
 from ullm.server.metrics_table import METRICS, MetricSpec, MetricType, reference_rows
-from ullm.supervision import EngineState
 
 PROBES = ("/live", "/ready", "/health")
 

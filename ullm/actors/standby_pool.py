@@ -25,7 +25,7 @@ from ullm.errors import WorkerLost
 from ullm.logs import get_logger
 from ullm.machine import available_memory
 from ullm.protocol.messages import Failed, Prepare, Prepared
-from ullm.supervision.actor import cleanup_scope
+from ullm.supervision import cleanup_scope, exponential_backoff
 
 log = get_logger("ullm.standby")
 
@@ -248,8 +248,8 @@ class StandbyPool:
         log.warning("standby worker lost", worker=kind.spec.rank.name, cause=str(error))
         lived = trio.current_time() - spare.born
         kind.losses = 1 if lived >= STEADY_SECONDS else kind.losses + 1
-        pause = min(BACKOFF_LIMIT, BACKOFF_SECONDS * 2 ** (kind.losses - 1))
-        kind.not_before = trio.current_time() + pause
+        backoff = exponential_backoff(BACKOFF_SECONDS, BACKOFF_LIMIT)
+        kind.not_before = trio.current_time() + backoff(kind.losses)
         self._lost += 1
 
 

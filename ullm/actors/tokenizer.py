@@ -15,7 +15,15 @@ from typing import Any, Generic, TypeVar
 import trio
 from tokenizers import Tokenizer as Backend
 
-from ullm.errors import ActorLost, InvalidParameter, ModelFileBroken, PromptTooLong, UllmError
+from ullm.errors import (
+    ActorLost,
+    AskTimeout,
+    EngineNotReady,
+    InvalidParameter,
+    ModelFileBroken,
+    PromptTooLong,
+    UllmError,
+)
 from ullm.faults import FaultInjector
 from ullm.hub import LocalModel
 from ullm.hub.files import read_json
@@ -224,12 +232,15 @@ class TokenizerActor:
         def job(reply: Reply[T]) -> _TokenizerJob[Any]:
             return _TokenizerJob(work, reply)
 
-        for _ in range(ATTEMPTS - 1):
-            try:
-                return await ask(self._jobs, job, ANSWER_SECONDS)
-            except ActorLost:  # restarted meanwhile; the work has no side effects, so it can be repeated
-                log.debug("tokenizer restarted")
-        return await ask(self._jobs, job, ANSWER_SECONDS)
+        try:
+            for _ in range(ATTEMPTS - 1):
+                try:
+                    return await ask(self._jobs, job, ANSWER_SECONDS)
+                except ActorLost:  # restarted meanwhile; the work has no effects, so it may be done again
+                    log.debug("tokenizer restarted")
+            return await ask(self._jobs, job, ANSWER_SECONDS)
+        except (ActorLost, AskTimeout) as error:
+            raise EngineNotReady("restarting a part of itself") from error
 
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         try:

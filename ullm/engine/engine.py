@@ -28,6 +28,8 @@ from ullm.config import EngineConfig, SleepMode
 from ullm.engine.fleet import Fleet
 from ullm.engine.generation import Generation, Readers
 from ullm.engine.lifecycle import AWAKE, Lifecycle
+from ullm.engine.shutdown_report import ShutdownReport
+from ullm.engine.state import EngineState
 from ullm.engine.status import EngineStatistics, Health, ReloadReport, SleepHealth
 from ullm.engine.stop import Stop
 from ullm.errors import (
@@ -50,11 +52,10 @@ from ullm.supervision import (
     ChildInfo,
     ChildReport,
     ChildSpec,
-    EngineState,
-    ShutdownReport,
     StateCell,
     Supervisor,
     open_supervisor,
+    root_cause,
 )
 
 log = get_logger("ullm.engine")
@@ -93,7 +94,7 @@ class Engine:
         self.report: ShutdownReport | None = None
         self._first_children = list(first_children)
         self._find_model = find_model or find_local_model
-        self._state = StateCell()
+        self._state = StateCell(EngineState.STARTING)
         self.faults = FaultInjector.from_text(
             config.faults, transport=config.worker_transport if transport is None else ""
         )
@@ -492,14 +493,7 @@ async def open_engine(
                 with trio.CancelScope(shield=True):
                     await engine.wait_stopped()
     except BaseExceptionGroup as group:
-        raise _only_error(group) from None
-
-
-def _only_error(error: BaseException) -> BaseException:
-    """The error itself where there is just one; trio wraps each in a group."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
+        raise root_cause(group) from None
 
 
 def find_local_model(config: EngineConfig) -> LocalModel:

@@ -29,6 +29,7 @@ from ullm.errors import (
     InvalidParameter,
     ReloadFailed,
     RequestError,
+    SupervisionError,
     UllmError,
     first_cause,
 )
@@ -285,7 +286,7 @@ class Lifecycle:
             await self._fleet.start_all()
         except ActorLost:
             raise
-        except UllmError as error:
+        except (UllmError, SupervisionError) as error:
             self._on_failure(first_cause(error))
             await trio.sleep_forever()  # until the engine's stop ends this
         self._stopped = False
@@ -309,7 +310,7 @@ class Lifecycle:
             )
         except ActorLost:  # the engine stops meanwhile
             raise
-        except UllmError as error:
+        except (UllmError, SupervisionError) as error:
             self.reloads["failed"] += 1
             cause = first_cause(error)
             log.error("reload failed; the old workers serve on", cause=str(cause))

@@ -9,7 +9,7 @@ from ullm.actors.worker_group import WorkerGroup
 from ullm.config import EngineConfig
 from ullm.engine.status import ReplicaHealth
 from ullm.faults import FaultInjector
-from ullm.supervision import ChildSpec, Restart, Strategy
+from ullm.supervision import ChildSpec, Restart, Strategy, supervisor_child
 
 TEARDOWN_RESERVE = 3.0
 """Seconds of the shutdown timeout kept for ending requests and stopping children in order."""
@@ -47,7 +47,7 @@ class Replica:
         config = self.config
         # Their own budgets are wide: the engine's one deadline is what binds.
         budget = max(config.shutdown_timeout, TEARDOWN_RESERVE)
-        return ChildSpec.supervisor(
+        return supervisor_child(
             f"replica{self.index}",
             [
                 ChildSpec("workers", self.group.run, shutdown=budget, kill=self.group.kill),

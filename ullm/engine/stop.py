@@ -17,16 +17,10 @@ from ullm.config import EngineConfig
 from ullm.engine.generation import Readers
 from ullm.engine.lifecycle import AWAKE, Lifecycle
 from ullm.engine.replica import TEARDOWN_RESERVE
+from ullm.engine.shutdown_report import ShutdownReport, StageReport, stages_of
+from ullm.engine.state import EngineState
 from ullm.logs import get_logger
-from ullm.supervision import (
-    ChildReport,
-    EngineState,
-    ShutdownReport,
-    StageReport,
-    StateCell,
-    Supervisor,
-    stages_of,
-)
+from ullm.supervision import ChildReport, StateCell, Supervisor
 
 log = get_logger("ullm.engine")
 
@@ -48,7 +42,7 @@ class Stop:
     def __init__(
         self,
         config: EngineConfig,
-        state: StateCell,
+        state: StateCell[EngineState],
         router: Router,
         readers: Readers,
         lifecycle: Lifecycle,

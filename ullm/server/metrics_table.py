@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ullm.config import MAX_SLEEP_LEVEL
 from ullm.engine.status import EngineStatistics, Health
-from ullm.supervision.state import EngineState
+from ullm.engine.state import EngineState
 
 STATES = (*(state.value for state in EngineState), "restarting", "sleeping")
 """The values of `Health.state`; restarting and sleeping are states of a running engine."""

@@ -21,6 +21,7 @@ from ullm.errors import (
 )
 from ullm.logs import get_logger
 from ullm.server.api.responses import ErrorBody, ErrorDetail
+from ullm.supervision import root_cause
 
 log = get_logger(__name__)
 
@@ -150,9 +151,10 @@ def internal_error(error: BaseException) -> RequestError:
 
 def as_request_error(error: BaseException) -> RequestError:
     """Return the error to send to the client: for a group of request errors, the first of them."""
+    error = root_cause(error)
     if isinstance(error, BaseExceptionGroup):
         others = error.subgroup(lambda leaf: not isinstance(leaf, RequestError | BaseExceptionGroup))
-        if others is None or len(error.exceptions) == 1:  # of several request errors, any will do
+        if others is None:  # of several request errors, any will do
             return as_request_error(error.exceptions[0])
     if isinstance(error, ActorLost | AskTimeout):
         return EngineNotReady("restarting a part of itself")

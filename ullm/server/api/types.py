@@ -130,7 +130,7 @@ class EngineInterface(Protocol):
 
     @property
     def state(self) -> str:
-        """One of `ullm.supervision.state.EngineState`."""
+        """One of `ullm.engine.state.EngineState`."""
 
     def check_admission(self) -> None:
         """Return if a new request would be admitted now; cheap.
