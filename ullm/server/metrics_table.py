@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ullm.config import MAX_SLEEP_LEVEL
-from ullm.engine.status import EngineStatistics, Health
 from ullm.engine.state import EngineState
+from ullm.engine.status import EngineStatistics, Health
 
 STATES = (*(state.value for state in EngineState), "restarting", "sleeping")
 """The values of `Health.state`; restarting and sleeping are states of a running engine."""
