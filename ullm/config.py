@@ -1,7 +1,7 @@
 """Configuration: one frozen dataclass per concern, each default written once.
 
 An `EngineConfig` *is* each of its concerns, so it reads flat (``config.block_size``) while a
-component asks only for what it needs (``def __init__(self, config: CacheConfig)``). Command line
+component declares only what it needs (``def __init__(self, config: CacheConfig)``). Command line
 flags, ``ULLM_*`` variables and docs/configuration.md are derived from the fields and from the
 ``help`` of their metadata.
 """
@@ -23,146 +23,231 @@ GIB = 1 << 30
 MAX_THREADS = 1024
 MAX_SLEEP_LEVEL = 3
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-"""Stands for the embedded default model; see `ullm.hub`."""
+"""The embedded default model; see `ullm.hub`."""
 
 SleepMode = Literal["wait", "abort", "keep"]
-"""What becomes of the requests in flight when the engine is put to sleep."""
+"""How requests in flight are treated when the engine is put to sleep."""
 Transport = Literal["auto", "process", "thread", "ray", "fake"]
 
 
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with the help text that the command line and the docs show."""
-    return field(default=default, metadata={"help": help, **metadata})
+def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), **metadata: Any) -> Any:
+    """Return a dataclass field with the help text that the command line and the docs show.
+
+    Args:
+        aliases: further names of the flag: those that vLLM gives to the same option.
+    """
+    return field(default=default, metadata={"help": help, "aliases": aliases, **metadata})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model, and in which numbers it computes."""
+    """The model, and the precision it computes in."""
 
-    model: str = option(DEFAULT_MODEL, "Hub id, local folder, or .gguf file; the default is embedded.")
-    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
-    tokenizer: str | None = option(None, "Folder or hub id of the tokenizer, if not the model's own.")
-    served_model_name: str | None = option(None, "The name that the API shows; default: the model's.")
-    chat_template: str | None = option(None, "File with a Jinja chat template that replaces the model's.")
+    model: str = option(
+        DEFAULT_MODEL, "Model to serve: a hub id, a local folder or a .gguf file; the default is embedded."
+    )
+    revision: str | None = option(
+        None, "Branch, tag or commit of a hub model; default: the main branch, or what is cached."
+    )
+    tokenizer: str | None = option(None, "Folder or hub id of the tokenizer; default: the model's own.")
+    served_model_name: str | tuple[str, ...] | None = option(
+        None,
+        "Names by which the API serves the model; the first one is shown in responses. Default: the last "
+        "part of the model's name.",
+    )
+    chat_template: str | None = option(
+        None, "File with a Jinja chat template that replaces the model's; default: the model's own."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Numbers to compute in; auto: the checkpoint's, where the device is fast at them."
+        "auto",
+        "Computation dtype; auto: on a GPU the checkpoint's, on a CPU bfloat16 if fast there, else float32.",
     )
     quantization: Literal["auto", "none", "int8", "int4"] = option(
         "auto",
-        "Bits of the weights on a CPU: int8, int4 round them when they are loaded, none makes plain numbers "
-        "of them; auto: as the checkpoint has them.",
+        "Precision of the weights on a CPU: int8 and int4 quantize them while loading, none dequantizes "
+        "them; auto: as stored in the checkpoint.",
     )
     context_len: int | None = option(
-        None, "Most tokens of prompt and output; never more than the model's own limit."
+        None,
+        "Maximum number of tokens of a prompt and its output together; default, and limit: the model's own.",
+        aliases=("--max-model-len",),
     )
-    load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights of the model's shape.")
+    load_format: Literal["auto", "dummy"] = option(
+        "auto",
+        "Source of the weights; auto: the checkpoint's files, dummy: random weights of the same shapes.",
+    )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
     enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
-    cpu_kernels: bool = option(True, "On CPUs, compile fused kernels where a C++ compiler is found.")
+    cpu_kernels: bool = option(True, "Compile fused kernels for the CPU where a C++ compiler is found.")
     gpu_kernels: bool = option(
-        True, "On CUDA, compile fused kernels where Triton works and agrees with PyTorch."
+        True, "Compile fused kernels for CUDA where Triton works and agrees with PyTorch."
     )
     runner: str = option(
         "ullm.model.execution.runner:ModelRunner",
-        "What workers run, as module:class; for tests and experiments.",
+        "Class that workers run, as module:class; for tests and experiments.",
     )
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names by which the API serves the model, at least one."""
+        names = self.served_model_name
+        if isinstance(names, str):
+            names = (names,)
+        return names or (os.path.basename(self.model.rstrip("/")) or self.model,)
+
+    @property
     def model_name(self) -> str:
-        """The name that the API shows."""
-        return self.served_model_name or os.path.basename(self.model.rstrip("/")) or self.model
+        """The name that responses and logs show."""
+        return self.model_names[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """The paged KV cache."""
 
-    block_size: int = option(16, "Tokens per KV block (on CUDA a multiple of 256 is used).")
-    gpu_memory_utilization: float = option(0.9, "Share of the GPU's memory for weights, activations and KV.")
-    kv_cache_memory: int | None = option(None, "Bytes of KV cache per rank; default: from the free memory.")
-    num_blocks: int | None = option(None, "KV blocks, instead of a size in bytes.")
-    prefix_cache: bool = option(True, "Reuse the KV blocks of equal prefixes.")
+    block_size: int = option(16, "Tokens per KV block; on CUDA it is rounded up to a multiple of 256.")
+    gpu_memory_utilization: float = option(
+        0.9, "Share of the GPU's memory for weights, activations and KV cache, above 0 and at most 1."
+    )
+    kv_cache_memory: int | None = option(
+        None,
+        "Size of the KV cache in bytes per rank; default: computed from the free memory.",
+        aliases=("--kv-cache-memory-bytes",),
+    )
+    num_blocks: int | None = option(
+        None,
+        "Size of the KV cache in blocks, instead of bytes; default: computed from the free memory.",
+        aliases=("--num-gpu-blocks-override",),
+    )
+    prefix_cache: bool = option(
+        True, "Reuse the KV blocks of equal prefixes.", aliases=("--enable-prefix-caching",)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """Continuous batching."""
 
-    max_bs: int = option(0, "Most sequences that run at once; 0: 64 on a CPU, 256 on a GPU.")
+    max_bs: int = option(
+        0,
+        "Maximum number of concurrent sequences; 0: 64 on a CPU, 256 on a GPU.",
+        aliases=("--max-num-seqs",),
+    )
     max_num_batched_tokens: int = option(
         0,
-        "Most tokens per step, prefill chunks and decodes together; 0: 512 on a CPU, 8192 on a GPU, but not "
-        "less than --max-bs.",
+        "Maximum number of tokens per step, prefill chunks and decodes together; 0: 512 on a CPU, 8192 on a "
+        "GPU, but at least --max-bs.",
     )
-    max_queue: int = option(1024, "Most requests waiting to run; further ones are refused with 429.")
+    max_queue: int = option(
+        1024, "Maximum number of requests waiting to run; further ones are refused with status 429."
+    )
     max_admitted_tokens: int | None = option(
-        None, "Most tokens, prompts and possible outputs together, of all admitted requests; then 429."
+        None,
+        "Maximum number of tokens, prompts and possible outputs together, of all admitted requests; further "
+        "requests are refused with status 429. Default: no limit.",
     )
-    steps_ahead: int = option(1, "Steps planned before the results of the running one are in; 0 or 1.")
+    steps_ahead: int = option(
+        1, "Steps scheduled before the results of the running step are in, 0 or 1 (async scheduling)."
+    )
     speculate: int = option(
         0,
-        "Most tokens per sequence and step that are guessed from repetitions in its text and verified in one "
-        "go; 0: none. While guesses pay, steps are not planned ahead.",
+        "Maximum number of speculative tokens per sequence and step, drafted from repetitions in its text "
+        "and verified in one step; 0: none. While drafts are accepted, no step is scheduled ahead.",
+        aliases=("--num-speculative-tokens",),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Ranks, replicas and where they run."""
+    """Ranks and replicas, and where they run."""
 
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where there is one.")
-    tp_size: int = option(1, "Tensor-parallel ranks per replica.")
-    pp_size: int = option(1, "Pipeline stages per replica.")
-    replicas: int = option(1, "Data-parallel replicas of the whole model.")
-    device_ids: tuple[int, ...] | None = option(None, "GPUs to use; default: the first ones.")
-    nccl_port: int = option(29500, "First port of the ranks' rendezvous; 16 per replica are used in turn.")
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Device that the model runs on; auto: cuda where a GPU is found, else cpu."
+    )
+    tp_size: int = option(
+        1, "Number of tensor-parallel ranks per replica.", aliases=("--tensor-parallel-size",)
+    )
+    pp_size: int = option(
+        1,
+        "Number of pipeline stages per replica; only 1 is supported.",
+        aliases=("--pipeline-parallel-size",),
+    )
+    replicas: int = option(
+        1, "Number of data-parallel replicas of the whole model.", aliases=("--data-parallel-size",)
+    )
+    device_ids: tuple[int, ...] | None = option(
+        None, "Indices of the GPUs to use, --tp-size of them for each replica; default: the first ones."
+    )
+    nccl_port: int = option(
+        29500, "First port for the rendezvous of a replica's ranks; each replica uses 16 ports in turn."
+    )
     transport: Transport = option(
         "auto",
-        "What a worker is: a process, a thread, or a Ray actor; auto: a thread on Windows, else a process.",
+        "Kind of worker: process, thread, or ray for a Ray actor (fake: for tests); auto: thread on Windows "
+        "with one rank, else process.",
     )
-    cpu_threads: int | None = option(None, "Threads that a CPU worker computes with; default: the cores.")
+    cpu_threads: int | None = option(
+        None, "Number of threads that a CPU worker computes with; default: the number of cores."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisionConfig:
     """Stopping, restarting and watching."""
 
-    shutdown_timeout: float = option(25.0, "Seconds from the request to stop until the process is gone.")
-    max_restarts: int = option(3, "Worker restarts within --restart-period before the engine gives up.")
-    restart_period: float = option(1 * MINUTES, "Seconds.")
-    start_timeout: float = option(10 * MINUTES, "Seconds that a worker may take to load and warm up.")
+    shutdown_timeout: float = option(
+        25.0, "Seconds from a request to stop until the process has ended; requests may finish in that time."
+    )
+    max_restarts: int = option(
+        3, "Number of worker restarts within --restart-period after which the engine gives up."
+    )
+    restart_period: float = option(1 * MINUTES, "Seconds over which --max-restarts counts.")
+    start_timeout: float = option(
+        10 * MINUTES, "Seconds that a worker may take to load the model and warm up."
+    )
     step_timeout: float = option(
-        20.0, "Seconds without progress, a layer of the model at least, after which a worker counts as hung."
+        20.0, "Seconds without progress, not even a layer of the model, after which a worker counts as hung."
     )
     health_interval: float = option(5.0, "Seconds between round trips through an idle worker's step loop.")
     standby_workers: int | None = option(
-        None, "Spare worker processes per replica, imported and prepared; default: 1 where memory allows."
+        None,
+        "Number of standby worker processes per replica, imported and prepared; default: 1 where memory "
+        "allows, else 0.",
     )
-    faults: str = option("", "A plan of faults to inject, for staging; see docs/fault-injection.md.")
+    faults: str = option(
+        "", "Plan of faults to inject, for staging; see docs/fault-injection.md. Default: none."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SleepConfig:
-    """Giving memory back while there is nothing to do."""
+    """Releasing memory while there is nothing to do."""
 
-    sleep_after: float | None = option(None, "Seconds of idleness after which the engine falls asleep.")
+    sleep_after: float | None = option(
+        None, "Seconds of idleness after which the engine falls asleep; default: never."
+    )
     sleep_level: int = option(
         1,
-        "How deep: 0 pauses, 1 moves weights to host memory and drops KV, 2 drops weights too, "
-        "3 ends the worker processes.",
+        "Depth of that sleep: 0 pauses, 1 moves weights to host memory and drops the KV cache, 2 drops the "
+        "weights, too, 3 ends the worker processes.",
     )
-    wake_on_request: bool = option(True, "A request that arrives asleep wakes the engine; else it gets 503.")
+    wake_on_request: bool = option(
+        True,
+        "Wake the engine for a request that arrives during sleep, instead of refusing it with status 503.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, SupervisionConfig, SleepConfig):
-    """Everything that an engine needs to know.
+    """All options of an engine.
 
     Raises:
-        ConfigError: an option that cannot work by itself or beside another; names both.
+        ConfigError: an option that cannot work, alone or together with another; names both.
     """
 
-    log_level: Literal["debug", "info", "warning", "error"] = option("info", "How much is logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "info", "Least severe level that is logged."
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -194,7 +279,7 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
         self._check_combinations()
 
     def on_device(self, device: str) -> EngineConfig:
-        """The same with what depends on the device decided.
+        """Return a copy in which the defaults that depend on the device are filled in.
 
         Args:
             device: as in `ullm.protocol.messages.ModelInfo`: ``cpu``, ``cuda:0``.
@@ -256,19 +341,33 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
 class ServerConfig:
     """The HTTP server."""
 
-    host: str = option("127.0.0.1", "Address to listen on.")
-    port: int = option(8000, "Port to listen on; 0 takes a free one.")
-    api_key: str | None = option(None, "Clients must send it as a bearer token.")
-    admin_key: str | None = option(None, "Opens the admin endpoints to those who send it as a bearer token.")
-    admin_listen: str | None = option(
-        None, "Serve the admin endpoints, without a key, on unix:PATH or on HOST:PORT of loopback."
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.")
+    port: int = option(8000, "Port to listen on; 0 picks a free one.")
+    api_key: str | None = option(
+        None, "Key that clients must send as a bearer token; default: none is needed."
     )
-    sse_keep_alive: float = option(10.0, "Seconds of silence after which a stream gets a comment line.")
+    admin_key: str | None = option(
+        None,
+        "Key that opens the admin endpoints on the API's port to those who send it as a bearer token; "
+        "default: they are closed there.",
+    )
+    admin_listen: str | None = option(
+        None,
+        "Where to serve the admin endpoints without a key: unix:PATH, or HOST:PORT of loopback; default: "
+        "nowhere.",
+    )
+    sse_keep_alive: float = option(
+        10.0, "Seconds of silence after which a comment line is sent on a stream of server-sent events."
+    )
     stall_timeout: float = option(
         60.0, "Seconds that a client may leave its stream unread before the request is aborted."
     )
-    max_body: int = option(32 << 20, "Most bytes of a request's body; larger ones get 413.")
-    cors_origins: tuple[str, ...] = option((), "Origins whose pages may call the API.")
+    max_body: int = option(
+        32 << 20, "Maximum size of a request's body in bytes; larger ones are refused with status 413."
+    )
+    cors_origins: tuple[str, ...] = option(
+        (), "Origins whose web pages may call the API, as in https://example.org; default: none."
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -292,8 +391,8 @@ C = TypeVar("C", EngineConfig, ServerConfig)
 def from_env(cls: type[C], environ: Mapping[str, str] = os.environ, **overrides: Any) -> C:
     """Build ``cls`` from ``ULLM_<FIELD>`` variables; ``overrides`` win.
 
-    Lists are separated by commas. Variables that name no field of ``cls`` are ignored, because the
-    engine and the server share the prefix.
+    Lists are separated by commas. An empty variable counts as unset. Variables that name no field of
+    ``cls`` are ignored, because the engine and the server share the prefix.
 
     Raises:
         ConfigError: a value of the wrong type; names the variable.
@@ -301,9 +400,9 @@ def from_env(cls: type[C], environ: Mapping[str, str] = os.environ, **overrides:
     values: dict[str, Any] = {}
     for spec in dataclasses.fields(cls):
         name = f"ULLM_{spec.name.upper()}"
-        if name not in environ or spec.name in overrides:
+        text = environ.get(name, "")
+        if not text or spec.name in overrides:
             continue
-        text = environ[name]
         value: Any = (
             [part.strip() for part in text.split(",") if part.strip()] if "tuple" in str(spec.type) else text
         )
@@ -315,7 +414,7 @@ def from_env(cls: type[C], environ: Mapping[str, str] = os.environ, **overrides:
 
 
 def _single(cls: type[Any], name: str) -> Any:
-    """A struct with only the field ``name``, so that a wrong value is blamed on its own variable."""
+    """Return a struct with only the field ``name``, so that an error is about this variable."""
     import typing
 
     hints = typing.get_type_hints(cls)

@@ -6,19 +6,27 @@ are put side by side, and docs/reliability.md says what they mean.
 
 from __future__ import annotations
 
+import json
+import shlex
 import signal
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import trio
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
 
+from ullm.cli.interrupts import run_to_end
+from ullm.cli.terminal import stderr
 from ullm.client.http import Connection, Endpoint
-from ullm.errors import ServerRefused, ServerUnreachable
+from ullm.errors import ServerRefused, ServerUnreachable, UsageError
 from ullm.testing.processes import ServerEnded, ServerProcess, free_port, open_server
 
 READY_SECONDS = 240.0
@@ -31,7 +39,7 @@ WORDS = ("river", "copper", "lantern", "orchard", "signal", "harbour", "meadow",
 
 
 @dataclass(frozen=True)
-class Candidate:
+class EventCandidate:
     """A server to put through the program.
 
     Args:
@@ -50,7 +58,7 @@ class Candidate:
         return [part.replace("{port}", str(port)) for part in [*self.command, *options]]
 
 
-class Found(msgspec.Struct, frozen=True):
+class EventOutcome(msgspec.Struct, frozen=True):
     """What happened at one event; seconds count from it."""
 
     event: str
@@ -58,7 +66,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 @dataclass
-class Reader:
+class EventStream:
     """One stream, and when its pieces came."""
 
     text: str = ""
@@ -109,7 +117,7 @@ class Reader:
 class Scene:
     """A server with streams in flight, and what can be seen of it."""
 
-    def __init__(self, server: ServerProcess, readers: list[Reader], model: str) -> None:
+    def __init__(self, server: ServerProcess, readers: list[EventStream], model: str) -> None:
         self.server = server
         self.readers = readers
         self.model = model
@@ -141,7 +149,7 @@ class Scene:
 
     async def late(self) -> str:
         """What a request gets that comes now."""
-        reader = Reader()
+        reader = EventStream()
         with trio.move_on_after(5):
             await reader.run(self.server.endpoint, self.model, 0, 4)
             return reader.error or f"served ({reader.finish_reason})"
@@ -276,7 +284,9 @@ PROGRAM: dict[str, tuple[Event, float | None, int]] = {
 START_UP = "SIGTERM while starting"
 
 
-async def run_event(candidate: Candidate, name: str, streams: int, settle: float = SETTLE) -> Found:
+async def run_event(
+    candidate: EventCandidate, name: str, streams: int, settle: float = SETTLE
+) -> EventOutcome:
     """Start a server, its streams, and one event of `PROGRAM`.
 
     Args:
@@ -297,17 +307,17 @@ async def run_event(candidate: Candidate, name: str, streams: int, settle: float
             await trio.sleep(settle)
             model = await _model(endpoint)
             nursery = await stack.enter_async_context(trio.open_nursery())
-            readers = [Reader() for _ in range(streams)]
+            readers = [EventStream() for _ in range(streams)]
             for number, reader in enumerate(readers):
                 nursery.start_soon(reader.run, endpoint, model, number, max_tokens)
             for reader in readers:
                 await reader.begun.wait()
-            found = Found(name, await event(Scene(server, readers, model)))
+            found = EventOutcome(name, await event(Scene(server, readers, model)))
             nursery.cancel_scope.cancel()
     return found
 
 
-async def run_start_up(candidate: Candidate, after: float) -> Found:
+async def run_start_up(candidate: EventCandidate, after: float) -> EventOutcome:
     """SIGTERM ``after`` seconds from the start."""
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
@@ -320,7 +330,7 @@ async def run_start_up(candidate: Candidate, after: float) -> Found:
                 raise ServerEnded(candidate.name, f"ended with {server.process.returncode}", server.log)
             scene = Scene(server, [], "")
             server.process.send_signal(signal.SIGTERM)
-            return Found(START_UP, {"signal after": after} | await scene.exit())
+            return EventOutcome(START_UP, {"signal after": after} | await scene.exit())
 
 
 async def _model(endpoint: Endpoint) -> str:
@@ -330,3 +340,83 @@ async def _model(endpoint: Endpoint) -> str:
         return str(found["data"][0]["id"])
     finally:
         await connection.aclose()
+
+
+OWN = EventCandidate(
+    "ullm", [sys.executable, "-m", "ullm", "serve", "--port", "{port}"], ["--shutdown-timeout", "{seconds}"]
+)
+
+
+def parse_candidate(text: str) -> EventCandidate:
+    """Parse ``NAME=COMMAND``, with ``{port}`` in it; options to drain come after `` -- ``.
+
+    Raises:
+        UsageError: not such a text.
+    """
+    name, equals, line = text.partition("=")
+    command, _, drain = line.partition(" -- ")
+    if not equals or not name or "{port}" not in command:
+        raise UsageError(f"--server {text!r}: expected NAME=COMMAND with {{port}} in it")
+    return EventCandidate(name, shlex.split(command), shlex.split(drain))
+
+
+def events(
+    *,
+    server: Annotated[
+        list[str] | None,
+        Parameter(
+            help="NAME=COMMAND with {port}; after ' -- ', options to drain with {seconds}; may be repeated. "
+            "Default: this ullm.",
+            negative="",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        Parameter(help="Run only this event; may be repeated. Default: all.", negative=""),
+    ] = None,
+    streams: Annotated[int, Parameter(help="Streams in flight at each event.")] = 8,
+    start_up: Annotated[
+        float, Parameter(help="Seconds into its start at which a server gets SIGTERM.")
+    ] = 1.0,
+    output: Annotated[Path | None, Parameter(help="File for the outcomes as JSON.")] = None,
+) -> int:
+    """Show what clients get when servers are stopped, or lose a worker."""
+    candidates = [parse_candidate(text) for text in server or ()] or [OWN]
+    names = [*PROGRAM, START_UP]
+    unknown = [name for name in only or () if name not in names]
+    if unknown:
+        raise UsageError(f"--only {unknown[0]!r}: the events are {', '.join(map(repr, names))}")
+    outcomes = run_to_end(run_all, candidates, only or names, streams, start_up)
+    if output is not None:
+        listed = {
+            name: [{"event": outcome.event, **outcome.values} for outcome in each]
+            for name, each in outcomes.items()
+        }
+        output.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    Console().print(as_table(outcomes))
+    return 0
+
+
+async def run_all(
+    candidates: Sequence[EventCandidate], names: Sequence[str], streams: int, start_up: float
+) -> dict[str, list[EventOutcome]]:
+    """Run the events of one server after the other; return the outcomes by server."""
+    outcomes: dict[str, list[EventOutcome]] = {}
+    for candidate in candidates:
+        for name in names:
+            stderr().print(f"{candidate.name}: {name}", markup=False)
+            if name == START_UP:
+                outcome = await run_start_up(candidate, start_up)
+            else:
+                outcome = await run_event(candidate, name, streams)
+            outcomes.setdefault(candidate.name, []).append(outcome)
+    return outcomes
+
+
+def as_table(outcomes: dict[str, list[EventOutcome]]) -> Table:
+    """Return a table: a row per event, a column per server."""
+    table = Table("event", *outcomes, show_lines=True)
+    for rows in zip(*outcomes.values(), strict=True):
+        cells = ["\n".join(f"{key}: {value}" for key, value in row.values.items()) for row in rows]
+        table.add_row(rows[0].event, *cells)
+    return table

@@ -13,16 +13,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import trio
+from cyclopts import Parameter
 
 from tests.benchmarks.crowd import Heard, listen
-from ullm.bench.report import machine
+from tests.benchmarks.options import ServerText, StepMilliseconds, split_server_options, write_report
+from ullm.bench.bench_report import machine
 from ullm.bench.stats import percentile
+from ullm.cli.interrupts import run_to_end
+from ullm.cli.options import Json, Output
+from ullm.cli.terminal import stderr
 from ullm.client.completions import first_model
 from ullm.client.http import Endpoint
+from ullm.errors import UsageError
+from ullm.server.http.descriptors import connection_limit, raise_limit
 from ullm.testing import write_scripted_model
 from ullm.testing.processes import ServerProcess, free_port, open_server, psutil_module
 
@@ -45,7 +52,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Load:
+class CrowdLoad:
     """What is asked of the server.
 
     Args:
@@ -69,7 +76,7 @@ class Load:
         return [sys.executable, "-m", "ullm", "serve", *chosen, *runner, *batch, *self.arguments]
 
 
-class Round(msgspec.Struct, frozen=True):
+class CrowdRound(msgspec.Struct, frozen=True):
     """One crowd's run; times in seconds, processor time with the system's share.
 
     Args:
@@ -96,7 +103,7 @@ class Round(msgspec.Struct, frozen=True):
         return [str(number), *shown, f"{self.rss / MIB:.0f}"]
 
 
-class FrontEnd(msgspec.Struct, frozen=True):
+class FrontEndReport(msgspec.Struct, frozen=True):
     """A finished benchmark."""
 
     when: str
@@ -105,7 +112,7 @@ class FrontEnd(msgspec.Struct, frozen=True):
     tokens: int
     step_seconds: float
     arguments: tuple[str, ...]
-    rounds: list[Round]
+    rounds: list[CrowdRound]
 
     def json(self) -> str:
         """Indented, times in seconds."""
@@ -119,7 +126,7 @@ class FrontEnd(msgspec.Struct, frozen=True):
         return said + "\n".join(lines) + "\n"
 
 
-async def run_front_end(load: Load, log: Path, say: Callable[[str], None]) -> FrontEnd:
+async def run_front_end(load: CrowdLoad, log: Path, say: Callable[[str], None]) -> FrontEndReport:
     """Start a server, have crowds read from it, stop it.
 
     Args:
@@ -130,7 +137,7 @@ async def run_front_end(load: Load, log: Path, say: Callable[[str], None]) -> Fr
         ServerEnded, StreamBroken, ServerUnreachable
     """
     endpoint = Endpoint("http", "127.0.0.1", free_port(), "/v1")
-    rounds: list[Round] = []
+    rounds: list[CrowdRound] = []
     with tempfile.TemporaryDirectory(prefix="ullm-front-end-") as folder:
         blocks = 1 + load.streams * (load.tokens // 16 + 3)
         model = write_scripted_model(
@@ -145,10 +152,10 @@ async def run_front_end(load: Load, log: Path, say: Callable[[str], None]) -> Fr
             await server.stop()
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     asked = (load.streams, load.tokens, load.step_seconds, load.arguments)
-    return FrontEnd(when, machine(), *asked, rounds)
+    return FrontEndReport(when, machine(), *asked, rounds)
 
 
-async def _run(server: ServerProcess, model: str, load: Load) -> Round:
+async def _run(server: ServerProcess, model: str, load: CrowdLoad) -> CrowdRound:
     front = psutil_module().Process(server.pid)
     workers = front.children(recursive=True)
     before = _processor_time([front]), _processor_time(workers)
@@ -158,9 +165,9 @@ async def _run(server: ServerProcess, model: str, load: Load) -> Round:
     return _round(heard, *spent, front.memory_info().rss)
 
 
-def _round(heard: Heard, front: float, worker: float, rss: int) -> Round:
+def _round(heard: Heard, front: float, worker: float, rss: int) -> CrowdRound:
     first, gap = _spread(heard.first), _spread(heard.gaps)
-    return Round(heard.seconds, heard.tokens, heard.events, front, worker, first, gap, rss)
+    return CrowdRound(heard.seconds, heard.tokens, heard.events, front, worker, first, gap, rss)
 
 
 def _spread(values: list[float]) -> tuple[float, float, float]:
@@ -170,3 +177,42 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 
 def _processor_time(processes: list[Any]) -> float:
     return float(sum(times.user + times.system for times in (each.cpu_times() for each in processes)))
+
+
+def front_end(
+    *,
+    streams: Annotated[int, Parameter(help="Number of streams, all at once.")] = 1000,
+    output_tokens: Annotated[int, Parameter(help="Tokens to generate per stream.")] = 128,
+    step_ms: StepMilliseconds = 40.0,
+    rounds: Annotated[int, Parameter(help="Number of runs, all with one server.")] = 3,
+    server: ServerText = "",
+    json: Json = False,
+    output: Output = None,
+    log: Annotated[Path, Parameter(help="File for the server's log.")] = Path("front-end.log"),
+) -> int:
+    """Measure the front end alone: many streams of a model that only takes time."""
+    load = CrowdLoad(streams, output_tokens, step_ms / 1000, rounds, split_server_options(server))
+    check(load)
+    psutil_module()
+    report = run_to_end(run_front_end, load, log, lambda line: stderr().print(line, markup=False))
+    write_report(report.markdown(), report.json(), output)
+    sys.stdout.write(report.json() + "\n" if json else report.markdown())
+    return 0
+
+
+def check(load: CrowdLoad) -> None:
+    """Raise `UsageError` for a load that cannot be run, before anything is started."""
+    for flag, value in (
+        ("--streams", load.streams),
+        ("--output-tokens", load.tokens),
+        ("--rounds", load.rounds),
+    ):
+        if value < 1:
+            raise UsageError(f"{flag} must be at least 1, got {value}")
+    if load.step_seconds < 0:
+        raise UsageError(f"--step-ms must be at least 0, got {load.step_seconds * 1000:g}")
+    raise_limit()
+    if load.streams > connection_limit():
+        raise UsageError(
+            f"--streams {load.streams}: only {connection_limit()} connections can be open; raise ulimit -n"
+        )

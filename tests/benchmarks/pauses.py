@@ -7,26 +7,36 @@ server falls asleep and wakes up at each level. Needs psutil.
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import trio
+from cyclopts import Parameter
 
 from tests.benchmarks.compare.scenarios import first_token
-from tests.benchmarks.events import Candidate, run_event
+from tests.benchmarks.events import EventCandidate, run_event
+from tests.benchmarks.options import Model, Rounds, ServerText, split_server_options, write_report
 from tests.benchmarks.soak.judge import MIB
-from tests.benchmarks.soak.report import table
-from ullm.bench.report import machine
-from ullm.client.completions import ServerTarget, first_model
+from tests.benchmarks.soak.soak_report import table
+from ullm.bench.bench_report import machine
+from ullm.bench.server_target import ServerTarget
+from ullm.cli.interrupts import run_to_end
+from ullm.cli.options import Output
+from ullm.cli.terminal import stderr
+from ullm.client.completions import first_model
 from ullm.client.http import Connection, Endpoint
-from ullm.config import MAX_SLEEP_LEVEL
-from ullm.testing.processes import free_port, open_server, tree_memory
+from ullm.config import DEFAULT_MODEL, MAX_SLEEP_LEVEL
+from ullm.errors import UsageError
+from ullm.testing.processes import free_port, open_server, psutil_module, tree_memory
 
 START_SECONDS = 240.0
+SETTLE = 5.0
+"""Seconds after a start or a sleep, for the standby worker."""
 GAP, DRAIN = "longest silence in a stream", "exit after the last stream"
 EVENTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "undisturbed": (GAP, "undisturbed", ()),
@@ -58,7 +68,7 @@ class Nap(msgspec.Struct, frozen=True):
     memory_asleep: float
 
 
-class Pauses(msgspec.Struct, frozen=True):
+class PausesReport(msgspec.Struct, frozen=True):
     """All that was measured: event → seconds, level → naps."""
 
     when: str
@@ -98,7 +108,9 @@ def _seconds(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({max(values):.2f})"
 
 
-async def run_pauses(command: Sequence[str], streams: int, rounds: int, settle: float, say: Say) -> Pauses:
+async def run_pauses(
+    command: Sequence[str], streams: int, rounds: int, settle: float, say: Say
+) -> PausesReport:
     """Repeat every event, in turn, and then the sleeps.
 
     Args:
@@ -112,14 +124,14 @@ async def run_pauses(command: Sequence[str], streams: int, rounds: int, settle: 
     pauses: dict[str, list[float]] = {name: [] for name in EVENTS}
     for turn in range(rounds):
         for name, (kind, event, options) in EVENTS.items():
-            candidate = Candidate("ullm", [*command, *options], ["--shutdown-timeout", "{seconds}"])
+            candidate = EventCandidate("ullm", [*command, *options], ["--shutdown-timeout", "{seconds}"])
             seen = (await run_event(candidate, event, streams, settle)).values
             seconds = seen["longest gap"] if kind == GAP else seen["exit after"] - seen["last stream ended"]
             pauses[name].append(seconds)
             say(f"{turn + 1}: {name}: {seconds:.2f} s")
     naps = await run_naps(command, rounds, settle, say)
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Pauses(when, machine(), list(command), streams, pauses, naps)
+    return PausesReport(when, machine(), list(command), streams, pauses, naps)
 
 
 async def run_naps(command: Sequence[str], rounds: int, settle: float, say: Say) -> dict[int, list[Nap]]:
@@ -172,3 +184,25 @@ async def _timed(admin: Connection, path: str, body: Any) -> float:
     began = trio.current_time()
     await admin.json("POST", path, body)
     return trio.current_time() - began
+
+
+def pauses(
+    *,
+    model: Model = DEFAULT_MODEL,
+    server: ServerText = "",
+    streams: Annotated[int, Parameter(help="Streams in flight at each event.")] = 6,
+    rounds: Rounds = 3,
+    output: Output = None,
+) -> int:
+    """Show how long clients wait when a worker is lost, a server stops, or it sleeps."""
+    if streams < 1 or rounds < 1:
+        raise UsageError("--streams and --rounds must be at least 1")
+    psutil_module()
+    options = split_server_options(server)
+    command = [sys.executable, "-m", "ullm", "serve", "--model", model, "--port", "{port}", *options]
+    report = run_to_end(
+        run_pauses, command, streams, rounds, SETTLE, lambda line: stderr().print(line, markup=False)
+    )
+    write_report(report.markdown(), report.json(), output)
+    sys.stdout.write(report.markdown())
+    return 0

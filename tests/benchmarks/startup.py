@@ -1,4 +1,4 @@
-"""What a start costs: seconds until the port answers, until requests are taken, until the first token.
+"""What a start costs: seconds until the port answers, until requests are accepted, until the first token.
 
 Variants of the server's options are started in turn, several times, so that what else the machine does
 meets all of them. Needs psutil.
@@ -7,25 +7,35 @@ meets all of them. Needs psutil.
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import trio
+from cyclopts import Parameter
 
 from tests.benchmarks.compare.scenarios import first_token
+from tests.benchmarks.options import Model, ServerText, parse_numbers, split_server_options, write_report
 from tests.benchmarks.soak.judge import MIB
-from tests.benchmarks.soak.report import number, table
-from tests.benchmarks.soak.sample import Taken, taken
-from ullm.bench.report import machine
-from ullm.client.completions import ServerTarget, first_model
+from tests.benchmarks.soak.sample import ProcessUsage, process_usage
+from tests.benchmarks.soak.soak_report import number, table
+from ullm.bench.bench_report import machine
+from ullm.bench.server_target import ServerTarget
+from ullm.cli.interrupts import run_to_end
+from ullm.cli.options import Output, split_commas
+from ullm.cli.terminal import stderr
+from ullm.client.completions import first_model
 from ullm.client.http import Endpoint
+from ullm.config import DEFAULT_MODEL
+from ullm.errors import UsageError
 from ullm.testing.processes import ServerProcess, descendants, free_port, open_server, psutil_module
 
 START_SECONDS = 240.0
+CONTEXTS = (512, 2048, 8192)
 ALWAYS = ("--standby-workers", "0")
 """A standby worker is prepared when the server is up, beside the first request."""
 
@@ -33,14 +43,14 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Variant:
+class StartVariant:
     """One way to start the server; ``arguments`` are of ``ullm serve``."""
 
     name: str
     arguments: tuple[str, ...]
 
 
-class Start(msgspec.Struct, frozen=True):
+class ServerStart(msgspec.Struct, frozen=True):
     """One start.
 
     Args:
@@ -58,7 +68,7 @@ class Start(msgspec.Struct, frozen=True):
     pss: float
 
 
-class Startup(msgspec.Struct, frozen=True):
+class StartupReport(msgspec.Struct, frozen=True):
     """All starts, by variant.
 
     Args:
@@ -70,7 +80,7 @@ class Startup(msgspec.Struct, frozen=True):
     command: list[str]
     rounds: int
     most: float
-    starts: dict[str, list[Start]]
+    starts: dict[str, list[ServerStart]]
 
     @property
     def good(self) -> bool:
@@ -94,7 +104,7 @@ class Startup(msgspec.Struct, frozen=True):
         return f"{heading}\n\n{table(rows)}\n"
 
 
-def _row(name: str, starts: Sequence[Start]) -> list[str]:
+def _row(name: str, starts: Sequence[ServerStart]) -> list[str]:
     cells = []
     for wall in ("live", "ready", "first"):
         least = (min(getattr(start, field) for start in starts) for field in (wall, f"{wall}_cpu"))
@@ -102,50 +112,58 @@ def _row(name: str, starts: Sequence[Start]) -> list[str]:
     return [name, *cells, number(min(start.pss for start in starts))]
 
 
-def variants(contexts: Sequence[int], blocks: Sequence[int]) -> list[Variant]:
+def variants(contexts: Sequence[int], blocks: Sequence[int]) -> list[StartVariant]:
     """Every context length with every number of KV blocks; without such numbers, as the server chooses."""
     found = []
     for context in contexts:
         length = ("--context-len", str(context))
         for count in blocks or (None,):
             name = f"context {context}" + (f", {count} blocks" if count else "")
-            found.append(Variant(name, length + (("--num-blocks", str(count)) if count else ())))
+            found.append(StartVariant(name, length + (("--num-blocks", str(count)) if count else ())))
     return found
 
 
-async def run_startup(
-    model: str,
-    arguments: Sequence[str],
-    chosen: Sequence[Variant],
-    rounds: int,
-    most: float,
-    logs: Path,
-    say: Say,
-) -> Startup:
+@dataclass(frozen=True)
+class StartupPlan:
+    """What is started.
+
+    Args:
+        arguments: options of ``ullm serve`` for all variants.
+        most: see `StartupReport`.
+        logs: folder for the servers' logs.
+    """
+
+    model: str
+    arguments: Sequence[str]
+    variants: Sequence[StartVariant]
+    rounds: int
+    most: float
+    logs: Path
+
+
+async def run_startup(plan: StartupPlan, say: Say) -> StartupReport:
     """Start every variant once per round, in an order that rotates.
 
     Args:
-        arguments: of ``ullm serve``, for all variants.
-        most: see `Startup`.
-        logs: folder for the servers' logs.
-        say: told what happens.
+        say: gets a line after each start.
 
     Raises:
         ServerEnded: a server did not come up.
     """
-    command = ["-m", "ullm", "serve", "--model", model, *ALWAYS, *arguments]
-    starts: dict[str, list[Start]] = {variant.name: [] for variant in chosen}
-    for turn in range(rounds):
-        shift = turn % len(chosen)
-        for variant in [*chosen[shift:], *chosen[:shift]]:
-            found = await measure_start([sys.executable, *command, *variant.arguments], logs / "server.log")
-            starts[variant.name].append(found)
-            say(f"{turn + 1}: {variant.name}: {found.first:.2f} s to the first token")
+    command = ["-m", "ullm", "serve", "--model", plan.model, *ALWAYS, *plan.arguments]
+    starts: dict[str, list[ServerStart]] = {variant.name: [] for variant in plan.variants}
+    for turn in range(plan.rounds):
+        shift = turn % len(plan.variants)
+        for variant in [*plan.variants[shift:], *plan.variants[:shift]]:
+            arguments = [sys.executable, *command, *variant.arguments]
+            start = await measure_start(arguments, plan.logs / "server.log")
+            starts[variant.name].append(start)
+            say(f"{turn + 1}: {variant.name}: {start.first:.2f} s to the first token")
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Startup(when, machine(), command, rounds, most, starts)
+    return StartupReport(when, machine(), command, plan.rounds, plan.most, starts)
 
 
-async def measure_start(command: Sequence[str], log: Path) -> Start:
+async def measure_start(command: Sequence[str], log: Path) -> ServerStart:
     """Start a server, get one token from it, stop it.
 
     Raises:
@@ -166,13 +184,44 @@ async def measure_start(command: Sequence[str], log: Path) -> Start:
             await target.aclose()
         tree = await trio.to_thread.run_sync(_tree, server.pid)
         await server.stop()
-    return Start(live, live_cpu, ready, ready_cpu, first, tree.cpu, tree.pss / MIB)
+    return ServerStart(live, live_cpu, ready, ready_cpu, first, tree.cpu, tree.pss / MIB)
 
 
 async def _cpu(server: ServerProcess) -> float:
     return (await trio.to_thread.run_sync(_tree, server.pid)).cpu
 
 
-def _tree(pid: int) -> Taken:
+def _tree(pid: int) -> ProcessUsage:
     processes = [psutil_module().Process(pid), *descendants(pid)]
-    return sum((taken(process) for process in processes), Taken())
+    return sum((process_usage(process) for process in processes), ProcessUsage())
+
+
+def startup(
+    *,
+    model: Model = DEFAULT_MODEL,
+    server: ServerText = "",
+    contexts: Annotated[
+        list[str] | None, Parameter(help="Context lengths. Default: 512,2048,8192.", negative="")
+    ] = None,
+    blocks: Annotated[
+        list[str] | None, Parameter(help="Numbers of KV blocks; default: as the server chooses.", negative="")
+    ] = None,
+    rounds: Annotated[int, Parameter(help="Number of starts of each variant.")] = 5,
+    max_growth: Annotated[
+        float,
+        Parameter(help="Tolerated processor time to the first token above the first variant's, as a share."),
+    ] = 0.1,
+    output: Output = None,
+) -> int:
+    """Measure starts of servers that differ in context length or KV blocks; 1 if one costs too much."""
+    lengths = parse_numbers(split_commas(contexts), "--contexts") or list(CONTEXTS)
+    chosen = variants(lengths, parse_numbers(split_commas(blocks), "--blocks"))
+    if rounds < 1:
+        raise UsageError(f"--rounds must be at least 1, got {rounds}")
+    psutil_module()
+    with tempfile.TemporaryDirectory(prefix="ullm-startup-") as logs:
+        plan = StartupPlan(model, split_server_options(server), chosen, rounds, max_growth, Path(logs))
+        report = run_to_end(run_startup, plan, lambda line: stderr().print(line, markup=False))
+    write_report(report.markdown(), report.json(), output)
+    sys.stdout.write(report.markdown())
+    return 0 if report.good else 1

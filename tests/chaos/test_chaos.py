@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ullm.chaos.report import ChaosReport
-from ullm.chaos.run import Plan, all_kinds, run_chaos
+from ullm.chaos.chaos_report import ChaosReport
+from ullm.chaos.chaos_run import ChaosPlan, all_kinds, run_chaos
 from ullm.cli.chaos import with_model
 
 pytestmark = [
@@ -34,7 +34,7 @@ def check(report: ChaosReport, folder: Path) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_a_server_under_faults_loses_nothing(folder: Path, seed: int) -> None:
-    plan = Plan("scripted", seed=seed, faults=40, seconds=90, pause=0.3, max_tokens=(20, 80))
+    plan = ChaosPlan("scripted", seed=seed, faults=40, seconds=90, pause=0.3, max_tokens=(20, 80))
     report = await run_chaos(with_model(plan, folder / "model"), folder)
     check(report, folder)
     assert len(report.faults) == 40
@@ -46,5 +46,5 @@ async def test_a_server_under_faults_loses_nothing(folder: Path, seed: int) -> N
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("model", ["scripted", "tiny"])
 async def test_hundreds_of_faults(folder: Path, model: str) -> None:
-    plan = Plan(model, seed=3, faults=300, seconds=540)
+    plan = ChaosPlan(model, seed=3, faults=300, seconds=540)
     check(await run_chaos(with_model(plan, folder / "model"), folder), folder)

@@ -10,23 +10,25 @@ from typing import Any, cast
 import pytest
 import trio
 
-from ullm.chaos.catalogue import FORMS, Ask, catalogue
-from ullm.chaos.client import Answer, Outcome, ask_server
-from ullm.chaos.report import ChaosReport
-from ullm.chaos.run import Plan, chosen_kinds, one_fault
+from ullm.chaos.catalogue import FORMS, ChaosRequest, catalogue
+from ullm.chaos.chaos_client import AnswerOutcome, ChaosAnswer, ask_server
+from ullm.chaos.chaos_report import ChaosReport
+from ullm.chaos.chaos_run import ChaosPlan, chosen_kinds, one_fault
 from ullm.chaos.verify import Verdict, log_verdict
-from ullm.chaos.world import MAX_CRASHES, NOTHING, Fault, World
+from ullm.chaos.world import MAX_CRASHES, NOTHING, InjectedFault, World
 from ullm.cli.chaos import check
 from ullm.client.http import Endpoint
 from ullm.errors import UsageError
 
-STREAM = Ask(7, "/completions", {"stream": True}, 1)
-EXPECTED = Outcome(("abc",), ("length",), 3)
+STREAM = ChaosRequest(7, "/completions", {"stream": True}, 1)
+EXPECTED = AnswerOutcome(("abc",), ("length",), 3)
 
 
-def answer(text: str = "abc", *, dones: int = 1, finishes: list[str] | None = None, **more: Any) -> Answer:
+def answer(
+    text: str = "abc", *, dones: int = 1, finishes: list[str] | None = None, **more: Any
+) -> ChaosAnswer:
     reasons = ["length"] if finishes is None else finishes
-    found = Answer(STREAM, 0.0, texts={0: text}, finishes={0: reasons}, dones=dones, completion_tokens=3)
+    found = ChaosAnswer(STREAM, 0.0, texts={0: text}, finishes={0: reasons}, dones=dones, completion_tokens=3)
     for name, value in more.items():
         setattr(found, name, value)
     return found
@@ -54,7 +56,7 @@ def test_an_answer_as_expected_is_no_violation() -> None:
         (answer(error="refused", status=503, retry_after="1"), "failed: refused"),
     ],
 )
-def test_violations(found: Answer, complaint: str) -> None:
+def test_violations(found: ChaosAnswer, complaint: str) -> None:
     (violation,) = found.violations(EXPECTED)
     assert complaint in violation
     assert "request 7" in violation
@@ -94,7 +96,7 @@ def test_a_catalogue_has_every_form_and_depends_on_the_seed_only() -> None:
 # --- a request, as its client sees it ------------------------------------------------------------------
 
 
-async def asked(nursery: trio.Nursery, *parts: bytes, **manner: Any) -> Answer:
+async def asked(nursery: trio.Nursery, *parts: bytes, **manner: Any) -> ChaosAnswer:
     async def serve(stream: trio.SocketStream) -> None:
         await stream.receive_some()
         head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
@@ -104,7 +106,7 @@ async def asked(nursery: trio.Nursery, *parts: bytes, **manner: Any) -> Answer:
 
     (listener,) = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
     endpoint = Endpoint("http", "127.0.0.1", listener.socket.getsockname()[1], "/v1")
-    found = Answer(STREAM, trio.current_time())
+    found = ChaosAnswer(STREAM, trio.current_time())
     await ask_server(endpoint, found, **manner)
     return found
 
@@ -188,7 +190,7 @@ def world(nursery: trio.Nursery) -> World:
 async def test_a_request_is_spared_that_one_more_crash_would_convict(
     autojump_clock: trio.testing.MockClock, world: World
 ) -> None:
-    world.answers, world.live = [Answer(STREAM, 0.0)], {0}
+    world.answers, world.live = [ChaosAnswer(STREAM, 0.0)], {0}
     crash, other = Counted(), Counted(crashes=False)
     for _ in range(MAX_CRASHES + 3):
         await one_fault(world, [crash])
@@ -207,7 +209,7 @@ async def test_what_finds_nothing_to_act_on_is_no_fault(world: World) -> None:
 
 
 async def test_requests_may_end_early_only_while_something_aborts(world: World) -> None:
-    world.answers, world.live = [Answer(STREAM, 0.0), Answer(STREAM, 0.0)], {1}
+    world.answers, world.live = [ChaosAnswer(STREAM, 0.0), ChaosAnswer(STREAM, 0.0)], {1}
     with world.may_abort():
         during = await world.ask(STREAM)
     after = await world.ask(STREAM)
@@ -226,7 +228,7 @@ def test_kinds_are_chosen_by_name_or_family() -> None:
 @pytest.mark.parametrize("wrong", [{"faults": 0}, {"seconds": 0}, {"streams": -1}, {"only": ("nope",)}])
 def test_plans_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        check(Plan("scripted", **wrong))
+        check(ChaosPlan("scripted", **wrong))
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------
@@ -252,8 +254,8 @@ def test_lines_that_no_fault_explains_are_found(tmp_path: Path, line: str) -> No
 
 
 async def test_a_report_lays_gaps_to_the_faults_around_them(world: World) -> None:
-    world.faults = [Fault(1, "a", 10.0), Fault(2, "b", 20.0)]
-    first, second = Answer(STREAM, 0.0), Answer(STREAM, 0.0)
+    world.faults = [InjectedFault(1, "a", 10.0), InjectedFault(2, "b", 20.0)]
+    first, second = ChaosAnswer(STREAM, 0.0), ChaosAnswer(STREAM, 0.0)
     first.gaps, second.gaps = [(9.9, 10.4), (30.0, 35.0)], [(10.2, 10.9)]
     world.answers = [first, second]
     report = ChaosReport.of(3, world, [Verdict("fine", True)], [Counted()])

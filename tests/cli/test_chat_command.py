@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from rich.console import Console
 
-from ullm.cli.backend import Answer
+from ullm.cli.backend import StreamedAnswer
 from ullm.cli.chat import Chat, Conversation, Leave
 from ullm.errors import PromptTooLong
 from ullm.sampling import SamplingParams
@@ -30,14 +30,14 @@ class Echo:
         self.stopped = 0
 
     @asynccontextmanager
-    async def ask(self, prompt: Any, params: SamplingParams) -> AsyncIterator[Answer]:
+    async def ask(self, prompt: Any, params: SamplingParams) -> AsyncIterator[StreamedAnswer]:
         self.asked.append(prompt)
         if self.refuse:
             raise PromptTooLong(9, 8)
         details: dict[str, Any] = {"completion_tokens": 3, "finish_reason": "stop"}
         try:
             async with aclosing(self._pieces(prompt[-1]["content"])) as text:
-                yield Answer(text, details)
+                yield StreamedAnswer(text, details)
         except trio.Cancelled:
             self.stopped += 1
             raise

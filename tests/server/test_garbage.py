@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from fake_engine import serving
 
-from tests.benchmarks.soak.mix import Ask, run_ask
+from tests.benchmarks.soak.mix import SoakRequest, run_ask
 from ullm.client.http import Connection, Endpoint
 from ullm.config import EngineConfig
 from ullm.engine import open_engine
@@ -28,11 +28,11 @@ REQUESTS = 5
 TEXT = {"prompt": "one two three", "max_tokens": 6, "stream": True, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "one"}], "max_tokens": 6, "stream": True, "n": 2}
 ASKS = [
-    Ask("streamed", "/completions", TEXT),
-    Ask("whole", "/completions", TEXT | {"stream": False}),
-    Ask("chat", "/chat/completions", CHAT),
-    Ask("leaves early", "/completions", TEXT | {"max_tokens": 500}, leave_after=1),
-    Ask("wrong", "/completions", TEXT | {"max_tokens": -1}, status=400),
+    SoakRequest("streamed", "/completions", TEXT),
+    SoakRequest("whole", "/completions", TEXT | {"stream": False}),
+    SoakRequest("chat", "/chat/completions", CHAT),
+    SoakRequest("leaves early", "/completions", TEXT | {"max_tokens": 500}, leave_after=1),
+    SoakRequest("wrong", "/completions", TEXT | {"max_tokens": -1}, status=400),
 ]
 
 
@@ -70,14 +70,14 @@ def _is_ours(each: object) -> bool:
 
 
 @pytest.mark.parametrize("ask", ASKS, ids=lambda ask: ask.kind)
-async def test_a_request_leaves_no_garbage(endpoint: Endpoint, ask: Ask) -> None:
+async def test_a_request_leaves_no_garbage(endpoint: Endpoint, ask: SoakRequest) -> None:
     connection = Connection(Endpoint("http", endpoint.host, endpoint.port, ""))
 
     async def work() -> None:
         for _ in range(REQUESTS):
             await run_ask(
                 connection,
-                Ask(ask.kind, ask.path, ask.body | {"model": "model"}, ask.leave_after, ask.status),
+                SoakRequest(ask.kind, ask.path, ask.body | {"model": "model"}, ask.leave_after, ask.status),
             )
         await connection.aclose()
 

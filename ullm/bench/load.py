@@ -7,33 +7,33 @@ from typing import Protocol
 
 import trio
 
-from ullm.bench.stats import Record, Summary, summarise
-from ullm.bench.workload import Request, Workload
+from ullm.bench.stats import RequestRecord, RunSummary, summarise
+from ullm.bench.workload import BenchRequest, Workload
 
-OnRecord = Callable[[int, Record], None]
+OnRecord = Callable[[int, RequestRecord], None]
 
 
-class Target(Protocol):
+class BenchTarget(Protocol):
     """Something that answers requests: a server, an engine, another program."""
 
     @property
     def name(self) -> str:
         """For reports."""
 
-    async def run(self, request: Request, record: Record) -> None:
+    async def run(self, request: BenchRequest, record: RequestRecord) -> None:
         """Run one request to its end and fill in ``record``; failures go into ``record.error``."""
 
 
 async def measure(
-    target: Target, workload: Workload, concurrency: int, num_requests: int, *, stream: int = 0
-) -> tuple[Summary, list[Record]]:
+    target: BenchTarget, workload: Workload, concurrency: int, num_requests: int, *, stream: int = 0
+) -> tuple[RunSummary, list[RequestRecord]]:
     """A closed loop: ``concurrency`` clients, each sending its next request when the last has ended.
 
     Args:
         stream: which of the workload's request streams; see `Workload.requests`.
     """
     requests = workload.requests(stream)
-    records: list[Record] = []
+    records: list[RequestRecord] = []
     left = iter(range(num_requests))
     async with trio.open_nursery() as nursery:
         for _ in range(min(concurrency, num_requests)):
@@ -42,11 +42,11 @@ async def measure(
 
 
 async def _client(
-    target: Target, requests: Iterator[Request], left: Iterator[int], records: list[Record]
+    target: BenchTarget, requests: Iterator[BenchRequest], left: Iterator[int], records: list[RequestRecord]
 ) -> None:
     for _ in left:
         request = next(requests)
-        record = Record(started=trio.current_time())
+        record = RequestRecord(started=trio.current_time())
         records.append(record)
         await target.run(request, record)
         record.finished = trio.current_time()

@@ -11,7 +11,7 @@ import msgspec
 
 
 @dataclass
-class Record:
+class RequestRecord:
     """One request as its client saw it; times are seconds of one monotonic clock.
 
     Args:
@@ -44,7 +44,7 @@ class Record:
         return (self.arrivals[-1] - self.arrivals[0]) / (self.tokens - 1) if self.tokens > 1 else None
 
 
-class Spread(msgspec.Struct, frozen=True):
+class Distribution(msgspec.Struct, frozen=True):
     """A distribution, in seconds."""
 
     mean: float
@@ -54,7 +54,7 @@ class Spread(msgspec.Struct, frozen=True):
     max: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread | None:
+    def of(cls, values: Sequence[float]) -> Distribution | None:
         """None without values."""
         if not values:
             return None
@@ -63,7 +63,7 @@ class Spread(msgspec.Struct, frozen=True):
         return cls(sum(ordered) / len(ordered), p50, p90, p99, ordered[-1])
 
 
-class Summary(msgspec.Struct, frozen=True):
+class RunSummary(msgspec.Struct, frozen=True):
     """One run at one concurrency.
 
     Args:
@@ -82,10 +82,10 @@ class Summary(msgspec.Struct, frozen=True):
     output_tokens: int
     tokens_per_second: float
     requests_per_second: float
-    time_to_first_token: Spread | None
-    inter_token: Spread | None
-    time_per_token: Spread | None
-    end_to_end: Spread | None
+    time_to_first_token: Distribution | None
+    inter_token: Distribution | None
+    time_per_token: Distribution | None
+    end_to_end: Distribution | None
     finish_reasons: dict[str, int]
     errors: list[str]
 
@@ -95,13 +95,13 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def summarise(records: Sequence[Record], concurrency: int) -> Summary:
+def summarise(records: Sequence[RequestRecord], concurrency: int) -> RunSummary:
     """Condense the records of one run."""
     good = [record for record in records if record.error is None and record.arrivals]
     bad = [record for record in records if record.error is not None or not record.arrivals]
     seconds = max((r.finished for r in records), default=0.0) - min((r.started for r in records), default=0.0)
     tokens = sum(record.tokens for record in good)
-    return Summary(
+    return RunSummary(
         concurrency=concurrency,
         requests=len(records),
         failed=len(bad),
@@ -110,10 +110,10 @@ def summarise(records: Sequence[Record], concurrency: int) -> Summary:
         output_tokens=tokens,
         tokens_per_second=tokens / seconds if seconds else 0.0,
         requests_per_second=len(good) / seconds if seconds else 0.0,
-        time_to_first_token=Spread.of([record.time_to_first_token for record in good]),
-        inter_token=Spread.of([gap for record in good for gap in record.gaps]),
-        time_per_token=Spread.of([t for record in good if (t := record.time_per_token) is not None]),
-        end_to_end=Spread.of([record.finished - record.started for record in good]),
+        time_to_first_token=Distribution.of([record.time_to_first_token for record in good]),
+        inter_token=Distribution.of([gap for record in good for gap in record.gaps]),
+        time_per_token=Distribution.of([t for record in good if (t := record.time_per_token) is not None]),
+        end_to_end=Distribution.of([record.finished - record.started for record in good]),
         finish_reasons=dict(Counter(record.finish_reason or "none" for record in good)),
         errors=sorted({record.error or "no token came" for record in bad}),
     )

@@ -57,7 +57,7 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchRequest:
     """One request of a workload; ``max_tokens`` are generated, no end of sequence stops it earlier."""
 
     prompt: str
@@ -85,14 +85,14 @@ class Workload:
     temperature: float = 0.0
     top_p: float = 1.0
 
-    def requests(self, stream: int = 0) -> Iterator[Request]:
+    def requests(self, stream: int = 0) -> Iterator[BenchRequest]:
         """Endless, and different for each ``stream``, so that no run profits from an earlier one's cache."""
         prefix = _words(random.Random(f"prefix {self.seed}"), self.shared_prefix)
         source = random.Random(f"requests {self.seed} {stream}")
         while True:
             words = prefix + _words(source, self.prompt_words.draw(source))
             tokens = self.output_tokens.draw(source)
-            yield Request(" ".join(words), tokens, self.temperature, self.top_p)
+            yield BenchRequest(" ".join(words), tokens, self.temperature, self.top_p)
 
 
 def _words(source: random.Random, count: int) -> list[str]:

@@ -17,7 +17,7 @@ FORMS = (
 
 
 @dataclass(frozen=True)
-class Ask:
+class ChaosRequest:
     """One request.
 
     Args:
@@ -37,7 +37,7 @@ class Ask:
         return bool(self.body.get("stream"))
 
 
-def catalogue(model: str, seed: int, size: int, max_tokens: tuple[int, int]) -> list[Ask]:
+def catalogue(model: str, seed: int, size: int, max_tokens: tuple[int, int]) -> list[ChaosRequest]:
     """``size`` requests: chat and plain, streamed and unary, greedy and seeded, one choice and two.
 
     Args:
@@ -47,13 +47,13 @@ def catalogue(model: str, seed: int, size: int, max_tokens: tuple[int, int]) -> 
     return [_ask(source, model, number, max_tokens) for number in range(size)]
 
 
-def long_ask(model: str, max_tokens: int) -> Ask:
+def long_ask(model: str, max_tokens: int) -> ChaosRequest:
     """A stream that is much to read: with log probabilities, so that kernel buffers do not hold it."""
     body = {"prompt": "time year people", "logprobs": 5, "max_tokens": max_tokens}
-    return Ask(-1, "/completions", {"model": model, "stream": True, "ignore_eos": True, **body}, 1)
+    return ChaosRequest(-1, "/completions", {"model": model, "stream": True, "ignore_eos": True, **body}, 1)
 
 
-def _ask(source: random.Random, model: str, number: int, max_tokens: tuple[int, int]) -> Ask:
+def _ask(source: random.Random, model: str, number: int, max_tokens: tuple[int, int]) -> ChaosRequest:
     path, stream = FORMS[number % len(FORMS)]
     text = " ".join(source.choices(WORDS, k=source.randint(3, 40)))
     prompt = {"prompt": text} if path == "/completions" else {"messages": [{"role": "user", "content": text}]}
@@ -69,4 +69,4 @@ def _ask(source: random.Random, model: str, number: int, max_tokens: tuple[int, 
         **({"stream": True, "stream_options": {"include_usage": True}} if stream else {}),
         **prompt,
     }
-    return Ask(number, path, body, choices)
+    return ChaosRequest(number, path, body, choices)

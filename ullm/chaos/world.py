@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import trio
 
-from ullm.chaos.catalogue import Ask
-from ullm.chaos.client import Answer, Outcome, ask_server
+from ullm.chaos.catalogue import ChaosRequest
+from ullm.chaos.chaos_client import AnswerOutcome, ChaosAnswer, ask_server
 from ullm.client.http import Connection, Endpoint
 from ullm.errors import ServerRefused, ServerUnreachable
 from ullm.testing.processes import ServerProcess, at_root, descendants, psutil_module
@@ -32,7 +32,7 @@ NOTHING = ""
 
 
 @dataclass
-class Fault:
+class InjectedFault:
     """One that was injected.
 
     Args:
@@ -46,7 +46,7 @@ class Fault:
     detail: str = ""
 
 
-class Kind(Protocol):
+class FaultKind(Protocol):
     """A kind of fault.
 
     Attributes:
@@ -86,17 +86,17 @@ class World:
     server: ServerProcess
     endpoint: Endpoint
     admin: Endpoint
-    asks: list[Ask]
+    asks: list[ChaosRequest]
     source: random.Random
     nursery: trio.Nursery
     model: str
     step_timeout: float
     stall_timeout: float
     room: int
-    expected: dict[int, Outcome] = field(default_factory=dict)
+    expected: dict[int, AnswerOutcome] = field(default_factory=dict)
     live: set[int] = field(default_factory=set)
-    answers: list[Answer] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    answers: list[ChaosAnswer] = field(default_factory=list)
+    faults: list[InjectedFault] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     aborting: int = 0
@@ -105,9 +105,9 @@ class World:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    async def ask(self, ask: Ask, **manner: Any) -> Answer:
+    async def ask(self, ask: ChaosRequest, **manner: Any) -> ChaosAnswer:
         """One request to its end, noted as in flight meanwhile."""
-        answer = Answer(ask, trio.current_time(), excused=ABORTING if self.aborting else "")
+        answer = ChaosAnswer(ask, trio.current_time(), excused=ABORTING if self.aborting else "")
         key = len(self.answers)
         self.answers.append(answer)
         self.live.add(key)
@@ -118,7 +118,7 @@ class World:
         return answer
 
     async def client(self, number: int) -> None:
-        """Ask and compare until `stopping`; a refused request is asked again."""
+        """Send requests and compare answers until `stopping`; a refused request is asked again."""
         source = random.Random(f"client {number} {len(self.asks)}")
         while not self.stopping.is_set():
             answer = await self.ask(source.choice(self.asks))
@@ -126,7 +126,7 @@ class World:
             if answer.error is not None:
                 await trio.sleep(RETRY)
 
-    def judge(self, answer: Answer) -> None:
+    def judge(self, answer: ChaosAnswer) -> None:
         """Compare an answer with the undisturbed one's."""
         self.counts["refused" if answer.status == 429 else "failed" if answer.error else "answered"] += 1
         begin = self.faults[0].at if self.faults else answer.started
@@ -189,7 +189,7 @@ class World:
     # --- questions ----------------------------------------------------------------------------------
 
     async def administer(self, method: str, path: str, body: Any = None, seconds: float = 30.0) -> Any:
-        """Ask the admin listener: the status, and the answer or what it refused with."""
+        """Call the admin listener; return the status and the answer or the message of its refusal."""
         with trio.move_on_after(seconds):
             return await self.call(self.admin, method, path, body)
         self.violations.append(f"{method} {path} is not answered within {seconds:g} s")

@@ -1,4 +1,4 @@
-"""Who answers ``ullm chat`` and ``ullm generate``: an engine in this process, or a server."""
+"""Backends of ``ullm chat`` and ``ullm generate``: an engine in this process, or a server."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import msgspec
-
-from ullm.client.completions import first_model
-from ullm.client.http import Connection, Endpoint, error_message
+from ullm.client.completions import decode_chunk, first_model
+from ullm.client.http import Connection, Endpoint
 from ullm.config import EngineConfig
-from ullm.errors import ServerRefused, ServerUnreachable
 from ullm.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -22,25 +19,27 @@ Message = dict[str, str]
 
 
 @dataclass
-class Answer:
-    """One answer while it grows: ``text`` is its stream; the rest is known at its end."""
+class StreamedAnswer:
+    """One answer while it grows: ``text`` is its stream; ``details`` are complete at its end."""
 
     text: AsyncGenerator[str, None]
     details: dict[str, Any] = field(default_factory=dict)
-    """``finish_reason``, ``prompt_tokens``, ``completion_tokens``, as far as they are known."""
+    """``finish_reason``, ``prompt_tokens``, ``completion_tokens``, as far as known."""
 
 
 class Backend(Protocol):
-    """Something that answers."""
+    """A model to talk to."""
 
     name: str
 
-    def ask(self, prompt: str | list[Message], params: SamplingParams) -> AbstractAsyncContextManager[Answer]:
-        """Go on from a raw text, or answer a conversation. Leaving the context stops the answer.
+    def ask(
+        self, prompt: str | list[Message], params: SamplingParams
+    ) -> AbstractAsyncContextManager[StreamedAnswer]:
+        """Continue a raw text, or answer a conversation; leaving the context stops the answer.
 
         Raises:
             RequestError, ServerRefused: the request cannot be served.
-            ServerUnreachable: no server.
+            ServerUnreachable: there is no server.
         """
 
 
@@ -52,21 +51,21 @@ class EngineBackend:
         self.name = engine.model_name
 
     @asynccontextmanager
-    async def ask(self, prompt: str | list[Message], params: SamplingParams) -> AsyncIterator[Answer]:
+    async def ask(self, prompt: str | list[Message], params: SamplingParams) -> AsyncIterator[StreamedAnswer]:
         """See `Backend.ask`."""
         tokenizer = self._engine.tokenizer
         assert tokenizer is not None, "an open engine has a tokenizer"
         if isinstance(prompt, str):
-            whole = await tokenizer.encode(prompt)
+            tokens = await tokenizer.encode(prompt)
         else:
-            whole = await tokenizer.encode_chat(prompt)
-        async with self._engine.generate(whole, self._fitted(params, len(whole))) as generation:
+            tokens = await tokenizer.encode_chat(prompt)
+        async with self._engine.generate(tokens, self._fitted(params, len(tokens))) as generation:
             details: dict[str, Any] = {}
             async with aclosing(_texts(generation, details)) as text:
-                yield Answer(text, details)
+                yield StreamedAnswer(text, details)
 
     def _fitted(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
-        """As many tokens as asked for, or as there is room for: a person at a terminal means the former."""
+        """Lower ``max_tokens`` to what fits into the context: a person at a terminal wants an answer."""
         assert self._engine.info is not None, "an open engine has a model"
         room = self._engine.info.context_len - prompt_tokens
         if params.max_tokens is None or room < 1 or params.max_tokens <= room:
@@ -92,18 +91,18 @@ class ServerBackend:
         self.name = model
 
     @asynccontextmanager
-    async def ask(self, prompt: str | list[Message], params: SamplingParams) -> AsyncIterator[Answer]:
+    async def ask(self, prompt: str | list[Message], params: SamplingParams) -> AsyncIterator[StreamedAnswer]:
         """See `Backend.ask`."""
         chat = not isinstance(prompt, str)
         body = {"model": self.name, ("messages" if chat else "prompt"): prompt, **request_fields(params)}
-        # A connection per answer: between two, a person may think longer than a server keeps one open.
+        # One connection per answer: a person may think for longer than a server keeps one open.
         connection = Connection(self._endpoint)
         try:
             path = "/chat/completions" if chat else "/completions"
             details: dict[str, Any] = {}
             async with connection.events(path, body) as events:
                 async with aclosing(self._texts(events, details)) as text:
-                    yield Answer(text, details)
+                    yield StreamedAnswer(text, details)
         finally:
             await connection.aclose()
 
@@ -111,23 +110,19 @@ class ServerBackend:
         self, events: AsyncIterator[bytes], details: dict[str, Any]
     ) -> AsyncGenerator[str, None]:
         async for payload in events:
-            if error := error_message(payload):
-                raise ServerRefused(self._endpoint.url, 200, error)
-            try:
-                chunk = msgspec.json.decode(payload)
-                details.update(chunk.get("usage") or {})
-                choices = chunk["choices"]
-            except (msgspec.DecodeError, KeyError, AttributeError):
-                raise ServerUnreachable(self._endpoint.url, "its stream is not OpenAI's") from None
-            for choice in choices:
-                if choice.get("finish_reason"):
-                    details["finish_reason"] = choice["finish_reason"]
-                if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
-                    yield text
+            chunk = decode_chunk(self._endpoint, payload)
+            if chunk.usage is not None:
+                details["prompt_tokens"] = chunk.usage.prompt_tokens
+                details["completion_tokens"] = chunk.usage.completion_tokens
+            for choice in chunk.choices:
+                if choice.finish_reason:
+                    details["finish_reason"] = choice.finish_reason
+                if choice.piece:
+                    yield choice.piece
 
 
 def request_fields(params: SamplingParams) -> dict[str, Any]:
-    """Sampling parameters as fields of a request: only those that differ from the default.
+    """Return the sampling parameters that differ from their defaults, as fields of a request.
 
     Temperature is always sent, because servers have defaults of their own.
     """
@@ -144,10 +139,10 @@ def request_fields(params: SamplingParams) -> dict[str, Any]:
 async def open_backend(
     config: EngineConfig, url: str | None, model: str | None, api_key: str | None
 ) -> AsyncIterator[Backend]:
-    """A server's backend with ``url``, else one around a new engine.
+    """Open a backend on the server at ``url``, or on a new engine without one.
 
     Args:
-        model: the name to ask the server for; None: the first that it lists.
+        model: the model to request of the server; None: the first that it lists.
     """
     if url is not None:
         endpoint = Endpoint.parse(url, api_key)

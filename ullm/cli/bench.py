@@ -4,136 +4,142 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from ullm.bench.load import Target, measure
-from ullm.bench.report import Report
-from ullm.bench.stats import Summary
+from ullm.bench.bench_report import BenchReport
+from ullm.bench.load import BenchTarget, measure
+from ullm.bench.server_target import ServerTarget
+from ullm.bench.stats import RunSummary
 from ullm.bench.workload import Length, Workload
 from ullm.cli.interrupts import run_to_end
+from ullm.cli.options import LoadOptions, split_commas
 from ullm.cli.terminal import stderr
+from ullm.client.completions import first_model
 from ullm.client.http import Endpoint
 from ullm.config import EngineConfig
 from ullm.errors import UsageError
 
 WARM_UP = Length(8, 8)
 MAX_TEMPERATURE = 100
-"""What servers take; OpenAI's own takes 2."""
+"""The highest that common servers accept; OpenAI's own accepts 2."""
+DEFAULT_LEVELS = (1, 4, 16, 32)
 
 
-def parse_concurrency(text: str) -> list[int]:
-    """``1,4,16`` as numbers.
+@dataclass(frozen=True)
+class BenchPlan:
+    """What is measured.
+
+    Args:
+        levels: numbers of requests in flight; each is one run.
+        requests: per run; None: as many as are in flight, but at least 4.
+    """
+
+    workload: Workload
+    levels: Sequence[int]
+    requests: int | None = None
+
+
+def parse_concurrency(values: Sequence[str]) -> list[int]:
+    """Return the numbers of ``1,4,16``.
 
     Raises:
         UsageError: not a list of whole numbers above 0.
     """
     try:
-        levels = [int(part) for part in text.split(",")]
+        levels = [int(value) for value in values]
     except ValueError:
         levels = []
     if not levels or min(levels) < 1:
-        raise UsageError(f"--concurrency {text}: expected numbers above 0, separated by commas, as in 1,4,16")
+        raise UsageError(
+            f"--concurrency {','.join(values)}: expected numbers above 0, separated by commas, as in 1,4,16"
+        )
     return levels
 
 
-def make_workload(
-    prompt_words: str,
-    output_tokens: str,
-    shared_prefix: int,
-    seed: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-) -> Workload:
-    """From what the command line says.
+def parse_load(options: LoadOptions) -> BenchPlan:
+    """Check the options and return what they mean.
 
     Raises:
-        UsageError: a length that is none, or a number out of its range; names the flag.
+        UsageError: a value that is malformed or out of its range; names the option.
     """
-    if not 0 <= temperature <= MAX_TEMPERATURE:
-        raise UsageError(f"--temperature must be between 0 and {MAX_TEMPERATURE}, got {temperature:g}")
-    if not 0 < top_p <= 1:
-        raise UsageError(f"--top-p must be above 0 and at most 1, got {top_p}")
-    if shared_prefix < 0:
-        raise UsageError(f"--shared-prefix must be at least 0, got {shared_prefix}")
-    prompt = Length.parse(prompt_words, "--prompt-words")
-    output = Length.parse(output_tokens, "--output-tokens")
-    return Workload(prompt, output, shared_prefix, seed, temperature, top_p)
+    if not 0 <= options.temperature <= MAX_TEMPERATURE:
+        raise UsageError(f"--temperature must be from 0 to {MAX_TEMPERATURE}, got {options.temperature:g}")
+    if not 0 < options.top_p <= 1:
+        raise UsageError(f"--top-p must be above 0 and at most 1, got {options.top_p}")
+    if options.shared_prefix < 0:
+        raise UsageError(f"--shared-prefix must be at least 0, got {options.shared_prefix}")
+    if options.requests is not None and options.requests < 1:
+        raise UsageError(f"--requests must be at least 1, got {options.requests}")
+    workload = Workload(
+        Length.parse(options.prompt_words, "--prompt-words"),
+        Length.parse(options.output_tokens, "--output-tokens"),
+        options.shared_prefix,
+        options.seed,
+        options.temperature,
+        options.top_p,
+    )
+    levels = (
+        DEFAULT_LEVELS
+        if options.concurrency is None
+        else parse_concurrency(split_commas(options.concurrency))
+    )
+    return BenchPlan(workload, levels, options.requests)
 
 
-async def run_levels(
-    target: Target,
-    workload: Workload,
-    levels: Sequence[int],
-    requests_per_level: int | None,
-    console: Console,
-) -> list[Summary]:
-    """Measure each concurrency in turn, after one short request to warm up.
-
-    Args:
-        requests_per_level: None: as many as are in flight at once, but at least 4.
-    """
-    await measure(target, Workload(output_tokens=WARM_UP, seed=workload.seed), 1, 1, stream=-1)
+async def run_levels(target: BenchTarget, plan: BenchPlan, console: Console) -> list[RunSummary]:
+    """Measure each concurrency in turn, after one short request to warm up."""
+    await measure(target, Workload(output_tokens=WARM_UP, seed=plan.workload.seed), 1, 1, stream=-1)
     summaries = []
-    for index, level in enumerate(levels):
-        count = requests_per_level or max(level, 4)
-        summary, _ = await measure(target, workload, level, count, stream=index)
+    for index, level in enumerate(plan.levels):
+        count = plan.requests or max(level, 4)
+        summary, _ = await measure(target, plan.workload, level, count, stream=index)
         console.print(f"{level} streams: {summary.tokens_per_second:.1f} tok/s", style="dim")
         summaries.append(summary)
     return summaries
 
 
-def bench_server(
-    endpoint: Endpoint,
-    model: str | None,
-    workload: Workload,
-    levels: Sequence[int],
-    requests_per_level: int | None,
-    *,
-    chat: bool,
-) -> Report:
+def bench_server(endpoint: Endpoint, model: str | None, plan: BenchPlan, *, chat: bool) -> BenchReport:
     """Measure a running OpenAI-compatible server.
 
     Raises:
-        ServerUnreachable, ServerRefused: it cannot even be asked for its models.
+        ServerUnreachable, ServerRefused: it does not even list its models.
     """
-    from ullm.client.completions import ServerTarget, first_model
 
-    async def main() -> Report:
+    async def main() -> BenchReport:
         name = model or await first_model(endpoint)
         target = ServerTarget(endpoint, name, chat=chat)
         try:
-            runs = await run_levels(target, workload, levels, requests_per_level, stderr())
+            runs = await run_levels(target, plan, stderr())
         finally:
             await target.aclose()
-        return Report.of(target.name, name, workload, runs)
+        return BenchReport.of(target.name, name, plan.workload, runs)
 
     return run_to_end(main)
 
 
-def bench_engine(
-    config: EngineConfig, workload: Workload, levels: Sequence[int], requests_per_level: int | None
-) -> Report:
-    """Measure an engine opened in this process.
+def bench_engine(config: EngineConfig, plan: BenchPlan) -> BenchReport:
+    """Measure an engine that is opened in this process.
 
     Raises:
         ModelError, ConfigError: it cannot start.
     """
-    from ullm.bench.engine import EngineTarget
+    from ullm.bench.engine_target import EngineTarget
     from ullm.engine import open_engine
 
-    async def main() -> Report:
+    async def main() -> BenchReport:
         async with open_engine(config) as engine:
             target = EngineTarget(engine)
-            runs = await run_levels(target, workload, levels, requests_per_level, stderr())
-            return Report.of(target.name, engine.model_name, workload, runs)
+            runs = await run_levels(target, plan, stderr())
+            return BenchReport.of(target.name, engine.model_name, plan.workload, runs)
 
     return run_to_end(main)
 
 
-def publish(report: Report, output: Path | None, *, as_json: bool) -> int:
-    """Print the report, save it if asked to; exit status 1 if a request failed."""
+def publish(report: BenchReport, output: Path | None, *, as_json: bool) -> int:
+    """Print the report and save it to ``output``; return 1 if a request failed, else 0."""
     if output is not None:
         output.write_text(
             report.markdown() if output.suffix == ".md" else report.json() + "\n", encoding="utf-8"

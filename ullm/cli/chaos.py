@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ullm.chaos.report import ChaosReport
-from ullm.chaos.run import Plan, chosen_kinds, run_chaos
+from ullm.chaos.chaos_report import ChaosReport
+from ullm.chaos.chaos_run import ChaosPlan, chosen_kinds, run_chaos
 from ullm.cli.interrupts import run_to_end
 from ullm.cli.terminal import stderr
 from ullm.errors import UsageError
@@ -22,7 +22,7 @@ STEP_SECONDS = 0.005
 """Of the scripted model."""
 
 
-def chaos(plan: Plan, output: Path | None, log: Path | None, *, as_json: bool) -> int:
+def chaos(plan: ChaosPlan, output: Path | None, log: Path | None, *, as_json: bool) -> int:
     """Run it and show what came of it; 1 if anything was violated. The server's log is kept then.
 
     Args:
@@ -54,7 +54,7 @@ def chaos(plan: Plan, output: Path | None, log: Path | None, *, as_json: bool) -
     return 0 if report.good else 1
 
 
-def check(plan: Plan) -> None:
+def check(plan: ChaosPlan) -> None:
     """Raise `UsageError` for what cannot be run, before anything is started."""
     for flag, value in (("--faults", plan.faults), ("--seconds", plan.seconds), ("--streams", plan.streams)):
         if value <= 0:
@@ -62,7 +62,7 @@ def check(plan: Plan) -> None:
     chosen_kinds(plan.only)
 
 
-def with_model(plan: Plan, folder: Path) -> Plan:
+def with_model(plan: ChaosPlan, folder: Path) -> ChaosPlan:
     """The plan with a model that is written for it, if it names one of those."""
     from ullm.testing import write_scripted_model, write_tiny_model
 

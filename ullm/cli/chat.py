@@ -19,7 +19,7 @@ import msgspec
 import trio
 from rich.console import Console
 
-from ullm.cli.backend import Answer, Backend, Message, open_backend
+from ullm.cli.backend import Backend, Message, StreamedAnswer, open_backend
 from ullm.cli.flags import SAMPLING_FIELDS
 from ullm.cli.interrupts import cancel_on_signal
 from ullm.cli.terminal import fetch_model, stderr
@@ -180,7 +180,7 @@ class Chat:
     async def _answer(self, question: str) -> int:
         self._conversation.say("user", question)
         said: list[str] = []
-        answer: Answer | None = None
+        answer: StreamedAnswer | None = None
         started = trio.current_time()
         with trio.CancelScope() as scope:
             self._answering = scope
@@ -212,7 +212,7 @@ class Chat:
             self._out.print(text, style="dim", markup=False, highlight=False)
 
 
-def _footer(answer: Answer | None, seconds: float, stopped: bool) -> str:
+def _footer(answer: StreamedAnswer | None, seconds: float, stopped: bool) -> str:
     details = {} if answer is None else answer.details
     tokens = details.get("completion_tokens")
     parts = ["stopped"] if stopped else []

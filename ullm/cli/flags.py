@@ -1,8 +1,10 @@
-"""Command line flags out of dataclass fields: names, types, defaults and help are written once.
+"""Command line flags derived from dataclass fields: names, types, defaults and help are written once.
 
-A command's function takes ``**given``, the options that the user wrote; its signature, which the
-command line library reads, is made here. What is not given comes from ``ULLM_*`` variables and then
-from the field's default.
+A command's function takes ``**given``, the options that the user gave; its signature, which the command
+line library reads, is made here. Options that are not given come from ``ULLM_*`` variables, and then from
+the field's default. The library could flatten the dataclasses by itself, but it reads help texts from
+annotations of its own, for which ``import ullm`` would have to load it, and it would fill in the defaults,
+so that an option of the command line could no longer be told from one that was left out.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from cyclopts import Group, Parameter
 
+from ullm.cli.options import split_commas
 from ullm.config import (
     CacheConfig,
     EngineConfig,
@@ -41,16 +44,16 @@ CONCERNS: Mapping[str, type[Any]] = {
     "Sleep": SleepConfig,
     "Server": ServerConfig,
 }
-"""Heading → dataclass; `EngineConfig` is all but the last, plus logging."""
+"""Heading → dataclass; `EngineConfig` consists of all but the last, plus logging."""
 
 GROUPS = ("Sampling", *CONCERNS, "Logging")
-"""Order of the headings in help texts."""
+"""Headings of help texts, in their order."""
 SAMPLING_FIELDS = (
     "max_tokens temperature top_p top_k min_p seed stop stop_token_ids ignore_eos min_tokens "
     "include_stop_str_in_output repetition_penalty presence_penalty frequency_penalty "
     "skip_special_tokens timeout"
 ).split()
-ALIASES = {"max_tokens": "--max-new-tokens"}
+SAMPLING_ALIASES: Mapping[str, tuple[str, ...]] = {"max_tokens": ("--max-new-tokens",)}
 
 Command = Callable[..., int]
 C = TypeVar("C", EngineConfig, ServerConfig)
@@ -58,36 +61,52 @@ C = TypeVar("C", EngineConfig, ServerConfig)
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One flag: the field it sets, and how the command line shows it."""
+    """One flag: the field it sets, and how the command line shows it.
+
+    Args:
+        aliases: further names of the flag.
+        shown: False for a flag that help texts leave out.
+    """
 
     name: str
     annotation: Any
     default: Any
     help: str
     group: str
+    aliases: tuple[str, ...] = ()
+    shown: bool = True
 
     @property
     def flag(self) -> str:
-        """As in ``--block-size``."""
+        """The name on the command line, as in ``--block-size``."""
         return "--" + self.name.replace("_", "-")
 
+    @property
+    def lists(self) -> bool:
+        """True if the option takes several values."""
+        return "tuple[" in str(self.annotation)
+
     def parameter(self) -> inspect.Parameter:
-        """What the command line library reads."""
-        names = [self.flag, *([ALIASES[self.name]] if self.name in ALIASES else [])]
-        shown = self.default not in (None, (), False)
-        group = Group(self.group, sort_key=GROUPS.index(self.group))
-        detail = Parameter(name=names, help=self.help, group=group, show_default=shown)
-        annotation = Annotated[_typed_in(self.annotation), detail]  # type: ignore[valid-type]
+        """Return the parameter that the command line library reads."""
+        detail = Parameter(
+            name=[self.flag, *self.aliases],
+            help=self.help,
+            group=Group(self.group, sort_key=GROUPS.index(self.group)),
+            show=self.shown,
+            show_default=self.default not in (None, (), False, ""),
+            negative="" if self.lists else None,
+        )
+        annotation = Annotated[list[str] | None if self.lists else self.annotation, detail]  # type: ignore[valid-type]
         # A default of another type than what is typed in would fail where the library validates it,
         # as it does once pydantic is loaded. It is never passed on: only what was given is.
-        default = None if self.default == () else self.default
+        default = None if self.lists else self.default
         return inspect.Parameter(
             self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
         )
 
 
 def engine_options() -> list[Option]:
-    """Every field of `EngineConfig`, grouped by concern."""
+    """Return an option for each field of `EngineConfig`, grouped by concern."""
     grouped = [
         option
         for title, cls in CONCERNS.items()
@@ -99,35 +118,49 @@ def engine_options() -> list[Option]:
 
 
 def server_options() -> list[Option]:
-    """Every field of `ServerConfig`."""
+    """Return an option for each field of `ServerConfig`."""
     return fields_of(ServerConfig, "Server")
 
 
 def sampling_options(defaults: Mapping[str, Any]) -> list[Option]:
-    """The fields of `SamplingParams` that make sense for one text on a terminal.
+    """Return options for the fields of `SamplingParams` that make sense for one text on a terminal.
 
     Args:
-        defaults: what this command uses where the user says nothing.
+        defaults: this command's own defaults.
     """
     hints, helps = typing.get_type_hints(SamplingParams), docstring_arguments(SamplingParams)
     fields = {field.name: field for field in dataclasses.fields(SamplingParams)}
     return [
-        Option(name, hints[name], defaults.get(name, fields[name].default), helps[name], "Sampling")
+        Option(
+            name,
+            hints[name],
+            defaults.get(name, fields[name].default),
+            helps[name],
+            "Sampling",
+            SAMPLING_ALIASES.get(name, ()),
+        )
         for name in SAMPLING_FIELDS
     ]
 
 
 def fields_of(cls: type[Any], group: str) -> list[Option]:
-    """A dataclass's fields as options, with the help of their metadata."""
+    """Return a dataclass's fields as options, with the help of their metadata."""
     hints = typing.get_type_hints(cls)
     return [
-        Option(field.name, hints[field.name], field.default, field.metadata["help"], group)
+        Option(
+            field.name,
+            hints[field.name],
+            field.default,
+            field.metadata["help"],
+            group,
+            field.metadata["aliases"],
+        )
         for field in dataclasses.fields(cls)
     ]
 
 
 def docstring_arguments(cls: type[Any]) -> dict[str, str]:
-    """Name → text of the ``Args:`` section of a docstring."""
+    """Return the ``Args:`` section of a docstring: name → text."""
     section = inspect.getdoc(cls).partition("Args:\n")[2].partition("\n\n")[0]  # type: ignore[union-attr]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: _sentence(" ".join(text.split())) for name, text in entries}
@@ -152,7 +185,7 @@ def with_options(*options: Iterable[Option]) -> Callable[[Callable[..., int]], C
 
 
 def build(cls: type[C], given: Mapping[str, Any]) -> C:
-    """``cls`` from the options that belong to it, ``ULLM_*`` variables, and defaults.
+    """Build ``cls`` from the options that belong to it, ``ULLM_*`` variables, and defaults.
 
     Raises:
         ConfigError: a value that cannot be used; names the flag or variable.
@@ -164,7 +197,7 @@ def build(cls: type[C], given: Mapping[str, Any]) -> C:
 
 
 def sampling_params(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
-    """Sampling parameters from the options that belong to them.
+    """Build sampling parameters from the options that belong to them.
 
     Raises:
         InvalidParameter: a value out of range.
@@ -175,35 +208,18 @@ def sampling_params(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Sa
     return SamplingParams(**{**defaults, **own})
 
 
-def _typed_in(annotation: Any) -> Any:
-    # A tuple is written as one argument with commas, as in ULLM_* variables; strings may repeat.
-    if _is_stop(annotation):
-        return list[str] | None
-    return str | None if "tuple[" in str(annotation) else annotation
-
-
-def _is_stop(annotation: Any) -> bool:
-    # "A string or several": the only kind of field that takes one value or a tuple of them.
-    return (
-        typing.get_origin(annotation) is not tuple
-        and str in typing.get_args(annotation)
-        and "tuple[" in str(annotation)
-    )
-
-
 def _converted(name: str, value: Any, annotation: Any) -> Any:
-    if _is_stop(annotation):
-        return tuple(value or ())
-    if "tuple[" not in str(annotation) or not isinstance(value, str):
+    """Convert the values of an option that lists: it may be repeated, and a value may hold commas."""
+    if "tuple[" not in str(annotation):
         return value
-    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if name == "stop":  # a stop string may contain a comma
+        return tuple(value)
+    parts = split_commas([value] if isinstance(value, str) else value)
     try:
-        return msgspec.convert(parts, annotation, strict=False)
+        return msgspec.convert([part for part in parts if part], annotation, strict=False)
     except msgspec.ValidationError as error:
-        reason = str(error).split(" - at")[0]
-        raise ConfigError(
-            f"--{name.replace('_', '-')} {value}: {reason}; separate values by commas"
-        ) from None
+        flag, reason = f"--{name.replace('_', '-')}", str(error).split(" - at")[0]
+        raise ConfigError(f"{flag} {','.join(parts)}: {reason}; separate values by commas") from None
 
 
 def _sentence(text: str) -> str:
@@ -211,7 +227,7 @@ def _sentence(text: str) -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """How docs write a type: ``int``, ``a | b`` for choices, ``list of int``."""
+    """Return a type as the docs write it: ``int``, ``a | b`` for choices, ``list of int``."""
     arguments = [a for a in typing.get_args(annotation) if a is not type(None)]
     if typing.get_origin(annotation) is Literal:
         return " | ".join(map(str, arguments))

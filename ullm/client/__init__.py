@@ -1,4 +1,4 @@
-"""A small HTTP client for OpenAI-compatible servers, used by ``ullm chat --url`` and the measuring tools.
+"""A small HTTP client for OpenAI-compatible servers: what ``ullm chat --url``, bench and chaos share.
 
 Imports errors only.
 """

@@ -20,7 +20,7 @@ SLOTS = 32
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ServerCandidate:
     """One server to measure.
 
     Args:
@@ -45,7 +45,7 @@ class Candidate:
         return [part.replace("{port}", str(port)) for part in self.arguments]
 
 
-def ullm_candidate(spec: str, model: str, head_share: float = 0.0) -> Candidate:
+def ullm_candidate(spec: str, model: str, head_share: float = 0.0) -> ServerCandidate:
     """``NAME=OPTIONS of ullm serve``; ``model`` unless they name another.
 
     Args:
@@ -62,10 +62,10 @@ def ullm_candidate(spec: str, model: str, head_share: float = 0.0) -> Candidate:
     chosen = [] if option(given, "--model") else ["--model", model]
     command = (sys.executable, "-m", "ullm", "serve", *chosen, "--port", "{port}", *given)
     bits = ullm_bits([*chosen, *given], head_share)
-    return Candidate(f"ullm {name.strip()}", command, "/live", "/ready", weight_bits=bits)
+    return ServerCandidate(f"ullm {name.strip()}", command, "/live", "/ready", weight_bits=bits)
 
 
-def vllm_candidate(command: str, model: Path, options: str) -> Candidate:
+def vllm_candidate(command: str, model: Path, options: str) -> ServerCandidate:
     """``command`` is the ``vllm`` executable, or a Python that has it."""
     program = shlex.split(command)
     if Path(program[-1]).name.startswith("python"):
@@ -73,10 +73,10 @@ def vllm_candidate(command: str, model: Path, options: str) -> Candidate:
     given = shlex.split(options)
     arguments = ["serve", str(model), "--dtype", "bfloat16", "--max-model-len", str(MODEL_LENGTH)]
     arguments += ["--port", "{port}", *given]
-    return Candidate("vLLM", (*program, *arguments), "/health", "/health", 300.0, bits_of(given))
+    return ServerCandidate("vLLM", (*program, *arguments), "/health", "/health", 300.0, bits_of(given))
 
 
-def llama_candidate(program: str, gguf: Path, options: str) -> Candidate:
+def llama_candidate(program: str, gguf: Path, options: str) -> ServerCandidate:
     """llama.cpp's server with a GGUF file.
 
     Raises:
@@ -86,14 +86,14 @@ def llama_candidate(program: str, gguf: Path, options: str) -> Candidate:
     if "-c" not in arguments and "--ctx-size" not in arguments:
         arguments += ["-c", str(SLOTS * MODEL_LENGTH)]
     command = (*shlex.split(program), *arguments)
-    return Candidate("llama.cpp", command, "/health", "/health", weight_bits=gguf_bits(gguf))
+    return ServerCandidate("llama.cpp", command, "/health", "/health", weight_bits=gguf_bits(gguf))
 
 
-def transformers_candidate(python: str, model: Path) -> Candidate:
+def transformers_candidate(python: str, model: Path) -> ServerCandidate:
     """transformers' ``generate`` on static batches; see `tests.benchmarks.scripts.transformers_batch`.
 
     Only decoding is measured: static batches have neither a prefix cache nor prefill beside decoding.
     """
     script = Path(scripts.__file__).with_name("transformers_batch.py")
     command = (*shlex.split(python), str(script), str(model), "{port}", "bfloat16")
-    return Candidate("transformers", command, "/health", "/health", scenarios=("decode",))
+    return ServerCandidate("transformers", command, "/health", "/health", scenarios=("decode",))

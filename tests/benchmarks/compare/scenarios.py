@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ullm.bench.load import Target, measure
-from ullm.bench.stats import Record, Summary
+from ullm.bench.load import BenchTarget, measure
+from ullm.bench.stats import RequestRecord, RunSummary
 from ullm.bench.workload import Length, Workload
 from ullm.errors import UllmError
 
@@ -65,7 +65,7 @@ def decode_metric(streams: int) -> Metric:
 
 
 @dataclass(frozen=True)
-class Load:
+class ComparisonLoad:
     """What each server is asked.
 
     Args:
@@ -95,7 +95,9 @@ class Figures:
     prompt_tokens: dict[str, int]
 
 
-async def run_scenarios(target: Target, load: Load, after_decode: Callable[[], Awaitable[None]]) -> Figures:
+async def run_scenarios(
+    target: BenchTarget, load: ComparisonLoad, after_decode: Callable[[], Awaitable[None]]
+) -> Figures:
     """Warm up with one short request, then each scenario in turn.
 
     Raises:
@@ -115,7 +117,7 @@ async def run_scenarios(target: Target, load: Load, after_decode: Callable[[], A
     return figures
 
 
-async def first_token(target: Target, seed: int) -> float:
+async def first_token(target: BenchTarget, seed: int) -> float:
     """Ask for one token; when it came, on trio's clock.
 
     Raises:
@@ -125,7 +127,7 @@ async def first_token(target: Target, seed: int) -> float:
     return records[0].arrivals[0]
 
 
-async def _decode(target: Target, load: Load, figures: Figures) -> None:
+async def _decode(target: BenchTarget, load: ComparisonLoad, figures: Figures) -> None:
     words, output = load.prompt_tokens, load.output_tokens
     workload = Workload(Length(words, words), Length(output, output), seed=load.seed)
     for stream, level in enumerate(load.levels):
@@ -134,7 +136,7 @@ async def _decode(target: Target, load: Load, figures: Figures) -> None:
         figures.prompt_tokens[f"decode {level}"] = summary.prompt_tokens
 
 
-async def _sampled(target: Target, load: Load, figures: Figures) -> None:
+async def _sampled(target: BenchTarget, load: ComparisonLoad, figures: Figures) -> None:
     words, output = (
         Length(load.prompt_tokens, load.prompt_tokens),
         Length(load.output_tokens, load.output_tokens),
@@ -145,7 +147,7 @@ async def _sampled(target: Target, load: Load, figures: Figures) -> None:
     figures.prompt_tokens["sampled"] = summary.prompt_tokens
 
 
-async def _prefill(target: Target, load: Load, figures: Figures) -> None:
+async def _prefill(target: BenchTarget, load: ComparisonLoad, figures: Figures) -> None:
     workload = Workload(Length(PREFILL_TOKENS, PREFILL_TOKENS), Length(1, 1), seed=load.seed)
     summary, records = await _measured(target, workload, PREFILL_REQUESTS, PREFILL_REQUESTS, 100)
     seconds = max(record.arrivals[0] for record in records) - min(record.started for record in records)
@@ -153,7 +155,7 @@ async def _prefill(target: Target, load: Load, figures: Figures) -> None:
     figures.prompt_tokens["prefill"] = summary.prompt_tokens
 
 
-async def _prefix(target: Target, load: Load, figures: Figures) -> None:
+async def _prefix(target: BenchTarget, load: ComparisonLoad, figures: Figures) -> None:
     output, suffix = Length(PREFIX_OUTPUT, PREFIX_OUTPUT), Length(SUFFIX_TOKENS, SUFFIX_TOKENS)
     whole = PREFIX_TOKENS + SUFFIX_TOKENS
     cold = Workload(Length(whole, whole), output, seed=load.seed)
@@ -166,14 +168,14 @@ async def _prefix(target: Target, load: Load, figures: Figures) -> None:
     figures.prompt_tokens["prefix"] = summary.prompt_tokens
 
 
-def _median_first(summary: Summary) -> float:
+def _median_first(summary: RunSummary) -> float:
     assert summary.time_to_first_token is not None, "no request failed, so each had a first token"
     return summary.time_to_first_token.p50 * 1000
 
 
 async def _measured(
-    target: Target, workload: Workload, streams: int, count: int, stream: int
-) -> tuple[Summary, list[Record]]:
+    target: BenchTarget, workload: Workload, streams: int, count: int, stream: int
+) -> tuple[RunSummary, list[RequestRecord]]:
     summary, records = await measure(target, workload, streams, count, stream=stream)
     if summary.failed:
         raise RequestsFailed(summary.errors)

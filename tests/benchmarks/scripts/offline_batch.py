@@ -17,16 +17,16 @@ from typing import Any, Protocol
 
 MISSING = 3
 
-Ask = dict[str, Any]
+OfflineRequest = dict[str, Any]
 
 
-class Engine(Protocol):
+class OfflineEngine(Protocol):
     """A loaded engine."""
 
     version: str
     device: str
 
-    def run(self, asks: Sequence[Ask]) -> int:
+    def run(self, asks: Sequence[OfflineRequest]) -> int:
         """Generate for all requests at once; the number of tokens."""
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class Ullm:
         asyncio.run(self._llm.ready())
         self.device: str = self._llm.config.device
 
-    def run(self, asks: Sequence[Ask]) -> int:
+    def run(self, asks: Sequence[OfflineRequest]) -> int:
         params = [
             self._make(temperature=self._temperature, max_tokens=ask["max_tokens"], ignore_eos=True)
             for ask in asks
@@ -79,7 +79,7 @@ class Vllm:
         }
         self._llm: Any = vllm.LLM(model=model, **wanted)
 
-    def run(self, asks: Sequence[Ask]) -> int:
+    def run(self, asks: Sequence[OfflineRequest]) -> int:
         params = [
             self._params(
                 temperature=self._temperature, max_tokens=ask["max_tokens"], ignore_eos=True, detokenize=False
@@ -112,7 +112,7 @@ class NanoVllm:
         }
         self._llm: Any = nanovllm.LLM(model, **wanted)
 
-    def run(self, asks: Sequence[Ask]) -> int:
+    def run(self, asks: Sequence[OfflineRequest]) -> int:
         params = [
             self._params(temperature=self._temperature, max_tokens=ask["max_tokens"], ignore_eos=True)
             for ask in asks
@@ -155,7 +155,7 @@ class Transformers:
         self._manager.warmup()
         self._manager.start()
 
-    def run(self, asks: Sequence[Ask]) -> int:
+    def run(self, asks: Sequence[OfflineRequest]) -> int:
         for ask in asks:
             self._manager.add_request(ask["prompt"], max_new_tokens=ask["max_tokens"])
         tokens, waiting = 0, len(asks)
@@ -172,7 +172,7 @@ class Transformers:
         self._manager.stop(block=True)
 
 
-ENGINES: dict[str, Callable[[str, dict[str, Any]], Engine]] = {
+ENGINES: dict[str, Callable[[str, dict[str, Any]], OfflineEngine]] = {
     "ullm": Ullm,
     "vllm": Vllm,
     "nano-vllm": NanoVllm,
@@ -210,7 +210,7 @@ def main(name: str, model: str, job_file: str, result_file: str) -> int:
     return 0
 
 
-def checked(engine: Engine, asks: Sequence[Ask]) -> float:
+def checked(engine: OfflineEngine, asks: Sequence[OfflineRequest]) -> float:
     """Seconds that the requests took; an engine that makes other numbers of tokens is not comparable."""
     began = time.perf_counter()
     tokens = engine.run(asks)

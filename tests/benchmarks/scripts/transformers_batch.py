@@ -19,7 +19,7 @@ GATHER = 0.03
 """Seconds that the first request of a batch waits for others."""
 
 
-class Job:
+class StaticRequest:
     """One request and its tokens; None ends them."""
 
     def __init__(self, body: dict[str, Any]) -> None:
@@ -29,10 +29,10 @@ class Job:
         self.tokens: queue.Queue[int | None] = queue.Queue()
 
 
-class Spread:
+class BatchStreamer:
     """A streamer that hands each row's token to its job; the first call is the prompts."""
 
-    def __init__(self, jobs: list[Job]) -> None:
+    def __init__(self, jobs: list[StaticRequest]) -> None:
         self._jobs = jobs
         self._count = -1
 
@@ -51,7 +51,7 @@ class Spread:
         """All have had theirs."""
 
 
-class Model:
+class BatchingModel:
     """The model, and the thread that it runs in."""
 
     def __init__(self, path: str, dtype: str) -> None:
@@ -64,7 +64,7 @@ class Model:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype)
         )  # in eval mode
-        self.jobs: queue.Queue[Job] = queue.Queue()
+        self.jobs: queue.Queue[StaticRequest] = queue.Queue()
 
     def run(self) -> None:
         """Batch after batch, for ever."""
@@ -75,7 +75,7 @@ class Model:
                 jobs.append(self.jobs.get())
             self.generate(jobs)
 
-    def generate(self, jobs: list[Job]) -> None:
+    def generate(self, jobs: list[StaticRequest]) -> None:
         """One batch to its end."""
         inputs = self.tokenizer([job.prompt for job in jobs], return_tensors="pt", padding=True)
         for job, mask in zip(jobs, inputs["attention_mask"], strict=True):
@@ -84,7 +84,7 @@ class Model:
         with self.torch.inference_mode():
             self.model.generate(
                 **inputs,
-                streamer=Spread(jobs),
+                streamer=BatchStreamer(jobs),
                 do_sample=False,
                 min_new_tokens=count,
                 max_new_tokens=count,
@@ -92,17 +92,17 @@ class Model:
             )
 
 
-def handler(name: str, model: Model) -> type[BaseHTTPRequestHandler]:
+def handler(name: str, model: BatchingModel) -> type[BaseHTTPRequestHandler]:
     """What answers requests."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class BatchHandler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             self._json({"data": [{"id": name}]})
 
         def do_POST(self) -> None:
-            job = Job(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            job = StaticRequest(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             model.jobs.put(job)
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
@@ -111,7 +111,7 @@ def handler(name: str, model: Model) -> type[BaseHTTPRequestHandler]:
             self._stream(job)
             self.close_connection = True
 
-        def _stream(self, job: Job) -> None:
+        def _stream(self, job: StaticRequest) -> None:
             while (token := job.tokens.get()) is not None:
                 # A token may be half a character; its replacement stands for it here.
                 self._event([{"index": 0, "text": model.tokenizer.decode([token]) or "\u200b"}])
@@ -135,10 +135,10 @@ def handler(name: str, model: Model) -> type[BaseHTTPRequestHandler]:
         def log_message(self, format: str, *args: Any) -> None:
             """Not a line per request."""
 
-    return Handler
+    return BatchHandler
 
 
-class Server(ThreadingHTTPServer):
+class BatchServer(ThreadingHTTPServer):
     """With room for many connections at once."""
 
     request_queue_size = 1024
@@ -148,9 +148,9 @@ class Server(ThreadingHTTPServer):
 def main() -> None:
     """Load, then serve until killed."""
     path, port, dtype = sys.argv[1], int(sys.argv[2]), (sys.argv[3:] or ["bfloat16"])[0]
-    model = Model(path, dtype)
+    model = BatchingModel(path, dtype)
     threading.Thread(target=model.run, daemon=True).start()
-    Server(("127.0.0.1", port), handler(path, model)).serve_forever()
+    BatchServer(("127.0.0.1", port), handler(path, model)).serve_forever()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import msgspec
 
 from ullm.bench.workload import WORDS, Length
-from ullm.client.http import Connection, error_message
+from ullm.client.completions import CompletionChunk, decode_chunk
+from ullm.client.http import Connection
 from ullm.errors import ServerRefused, UllmError
 
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
@@ -19,13 +20,13 @@ LEAVES_AFTER = 2
 BEGINNINGS = 4
 """Different beginnings that some prompts share."""
 BEGINNING_WORDS = 64
-REFUSED = 400
+OK, REFUSED = 200, 400
 
 How = Literal["answered", "left", "refused"]
 
 
 @dataclass(frozen=True)
-class Ask:
+class SoakRequest:
     """One request.
 
     Args:
@@ -58,14 +59,14 @@ class Mix:
     output_tokens: Length = Length(8, 64)
     seed: int = 0
 
-    def asks(self, client: int) -> Iterator[Ask]:
+    def asks(self, client: int) -> Iterator[SoakRequest]:
         """Endless, and different for each client."""
         source = random.Random(f"soak {self.seed} {client}")
         kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
         while True:
             yield self._ask(source.choices(kinds, weights)[0], source)
 
-    def _ask(self, kind: str, source: random.Random) -> Ask:
+    def _ask(self, kind: str, source: random.Random) -> SoakRequest:
         text = " ".join(source.choices(WORDS, k=self.prompt_words.draw(source)))
         path, options = _MANNER.get(kind, (COMPLETIONS, {}))
         if kind == "shared beginning":
@@ -76,7 +77,7 @@ class Mix:
         if kind == "two choices":
             body["seed"] = source.randrange(1 << 31)
         leave = LEAVES_AFTER if kind == "leaves early" else None
-        return Ask(kind, path, body | options, leave, REFUSED if kind == "wrong" else 200)
+        return SoakRequest(kind, path, body | options, leave, REFUSED if kind == "wrong" else 200)
 
     def _beginning(self, number: int) -> str:
         return " ".join(random.Random(f"beginning {self.seed} {number}").choices(WORDS, k=BEGINNING_WORDS))
@@ -108,23 +109,11 @@ _MANNER: dict[str, tuple[str, dict[str, Any]]] = {
 class Unexpected(UllmError):
     """A request did not end as it must."""
 
-    def __init__(self, ask: Ask, why: str) -> None:
+    def __init__(self, ask: SoakRequest, why: str) -> None:
         super().__init__(f"{ask.kind}: {why}")
 
 
-class _Choice(msgspec.Struct):
-    finish_reason: str | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    error: Any = None
-
-
-_CHUNK = msgspec.json.Decoder(_Chunk)
-
-
-async def run_ask(connection: Connection, ask: Ask) -> How:
+async def run_ask(connection: Connection, ask: SoakRequest) -> How:
     """One request to its end, or to where its client leaves.
 
     Raises:
@@ -133,22 +122,22 @@ async def run_ask(connection: Connection, ask: Ask) -> How:
     """
     try:
         if not ask.body["stream"]:
-            answer = msgspec.convert(await connection.json("POST", f"/v1{ask.path}", ask.body), _Chunk)
+            answer = msgspec.convert(
+                await connection.json("POST", f"/v1{ask.path}", ask.body), CompletionChunk
+            )
             return _complete(ask, sum(choice.finish_reason is not None for choice in answer.choices))
         return await _streamed(connection, ask)
     except ServerRefused as refusal:
-        if refusal.status != ask.status:
+        if refusal.status != ask.status or refusal.status == OK:
             raise Unexpected(ask, str(refusal)) from None
         return "refused"
 
 
-async def _streamed(connection: Connection, ask: Ask) -> How:
+async def _streamed(connection: Connection, ask: SoakRequest) -> How:
     ended = seen = 0
     async with connection.events(f"/v1{ask.path}", ask.body) as events:
         async for payload in events:
-            chunk = _CHUNK.decode(payload)
-            if chunk.error is not None:
-                raise Unexpected(ask, error_message(payload) or "an error in the stream")
+            chunk = decode_chunk(connection.endpoint, payload)
             ended += sum(choice.finish_reason is not None for choice in chunk.choices)
             seen += 1
             if seen == ask.leave_after:
@@ -156,7 +145,7 @@ async def _streamed(connection: Connection, ask: Ask) -> How:
     return _complete(ask, ended)
 
 
-def _complete(ask: Ask, ended: int) -> How:
+def _complete(ask: SoakRequest, ended: int) -> How:
     if ended != ask.choices or ask.status != 200:
         raise Unexpected(ask, f"{ended} of {ask.choices} choices ended")
     return "answered"

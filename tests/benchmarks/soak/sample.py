@@ -1,4 +1,4 @@
-"""Looking at a server from outside: what its processes have taken until now. Needs psutil."""
+"""Looking at a server from outside: what its processes have used so far. Needs psutil."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IN_FLIGHT = ("ullm_num_requests_running", "ullm_num_requests_waiting", "ullm_kv_
 _LINE = re.compile(r"^(\w+) (\S+)$", re.MULTILINE)
 
 
-class Taken(msgspec.Struct, frozen=True):
+class ProcessUsage(msgspec.Struct, frozen=True):
     """What some processes take together.
 
     Args:
@@ -37,8 +37,8 @@ class Taken(msgspec.Struct, frozen=True):
     rss: int = 0
     files: int = 0
 
-    def __add__(self, other: Taken) -> Taken:
-        return Taken(
+    def __add__(self, other: ProcessUsage) -> ProcessUsage:
+        return ProcessUsage(
             self.cpu + other.cpu, self.pss + other.pss, self.rss + other.rss, self.files + other.files
         )
 
@@ -61,9 +61,9 @@ class Sample(msgspec.Struct, frozen=True):
     tokens: float
     restarts: float
     yardstick: float
-    front: Taken
-    worker: Taken
-    standby: Taken
+    front: ProcessUsage
+    worker: ProcessUsage
+    standby: ProcessUsage
     worker_pids: list[int]
 
     @property
@@ -127,26 +127,26 @@ class Sampler:
             await connection.aclose()
 
 
-def look(pid: int, worker_pids: list[int]) -> tuple[Taken, Taken, Taken]:
+def look(pid: int, worker_pids: list[int]) -> tuple[ProcessUsage, ProcessUsage, ProcessUsage]:
     """What a server, its workers in service, and all others below it take."""
-    front, worker, standby = taken(psutil_module().Process(pid)), Taken(), Taken()
+    front, worker, standby = process_usage(psutil_module().Process(pid)), ProcessUsage(), ProcessUsage()
     for process in descendants(pid):
         if process.pid in worker_pids:
-            worker += taken(process)
+            worker += process_usage(process)
         else:
-            standby += taken(process)
+            standby += process_usage(process)
     return front, worker, standby
 
 
-def taken(process: Any) -> Taken:
+def process_usage(process: Any) -> ProcessUsage:
     """What one process takes; nothing, if it has ended."""
     try:
         with process.oneshot():
             times, memory = process.cpu_times(), process.memory_full_info()
             files = process.num_fds() if hasattr(process, "num_fds") else process.num_handles()
     except psutil_module().Error:
-        return Taken()
-    return Taken(times.user + times.system, getattr(memory, "pss", memory.rss), memory.rss, files)
+        return ProcessUsage()
+    return ProcessUsage(times.user + times.system, getattr(memory, "pss", memory.rss), memory.rss, files)
 
 
 def yardstick() -> float:

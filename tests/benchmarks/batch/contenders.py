@@ -1,0 +1,136 @@
+"""Who takes part: an engine, the Python that has it, and its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import scripts
+from tests.benchmarks.batch.batch_load import BatchLoad
+from tests.benchmarks.compare.weights import PLAIN, ullm_bits
+from ullm.config import EngineConfig
+from ullm.errors import UsageError
+
+SCRIPT = Path(scripts.__file__).with_name("offline_batch.py")
+BATCHED_TOKENS = 8192
+"""Tokens per step that ullm gets unless its options say otherwise; as many as vLLM takes by default."""
+PEERS = {"vllm": "vLLM", "nano-vllm": "nano-vllm", "transformers": "transformers"}
+"""Engine, as the script knows it → name in reports."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One engine to measure.
+
+    Args:
+        engine: as ``offline_batch.py`` knows it.
+        python: command that runs its Python.
+        options: its own, as the script's ``options``.
+        weight_bits: per weight, for the roofline.
+    """
+
+    name: str
+    engine: str
+    python: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weight_bits: float = PLAIN
+
+    def command(self, model: Path, job: Path, result: Path) -> list[str]:
+        """To be run."""
+        return [*self.python, str(SCRIPT), self.engine, str(model), str(job), str(result)]
+
+
+def ullm_contender(spec: str, model: Path, head_share: float, load: BatchLoad, device: str) -> Contender:
+    """``NAME=OPTIONS``, options as of ``ullm serve``.
+
+    Args:
+        head_share: of the model's weights, those of its head.
+
+    Raises:
+        UsageError: not of that form, or an unknown option.
+        ConfigError: options that cannot work.
+    """
+    name, found, text = spec.partition("=")
+    if not found or not name.strip() or name.strip().startswith("-"):
+        raise UsageError(f"--ullm {spec}: expected NAME=OPTIONS, as in 'eager=--enforce-eager' or 'default='")
+    given = shlex.split(text)
+    config = engine_config(given, str(model), load, device)
+    bits = ullm_bits(given, head_share)
+    return Contender(f"ullm {name.strip()}", "ullm", (sys.executable,), dataclasses.asdict(config), bits)
+
+
+def peer_contender(engine: str, python: str, options: str) -> Contender:
+    """A peer of `PEERS`.
+
+    Args:
+        python: that has it.
+        options: a JSON object, or empty.
+
+    Raises:
+        UsageError: options that are none.
+    """
+    try:
+        given = json.loads(options) if options else {}
+    except json.JSONDecodeError as error:
+        given = str(error)
+    if not isinstance(given, dict):
+        raise UsageError(
+            f'--{engine}-options {options}: expected a JSON object such as {{"enforce_eager": true}}'
+        )
+    return Contender(PEERS[engine], engine, tuple(shlex.split(python)), given)
+
+
+def engine_config(options: Sequence[str], model: str, load: BatchLoad, device: str) -> EngineConfig:
+    """ullm's configuration: room for all requests at once, unless the options say otherwise.
+
+    Raises:
+        UsageError: an unknown option.
+        ConfigError: options that cannot work.
+    """
+    from ullm.cli.flags import build
+
+    given = parse(options)
+    width = given.get("max_bs", load.requests)
+    defaults = {
+        "model": model,
+        "max_bs": width,
+        "max_num_batched_tokens": max(BATCHED_TOKENS, width),
+        "max_queue": max(load.requests, 1024),
+        "context_len": load.longest,
+        "device": device,
+        "standby_workers": 0,
+        "log_level": "warning",
+    }
+    return build(EngineConfig, {**defaults, **given})
+
+
+def parse(options: Sequence[str]) -> dict[str, Any]:
+    """The fields of `EngineConfig` that command line options name.
+
+    Raises:
+        UsageError: an unknown one, or a value of the wrong type.
+    """
+    from cyclopts import App, CycloptsError
+
+    from ullm.cli.flags import engine_options, with_options
+
+    found: dict[str, Any] = {}
+    app = App(result_action="return_value", help_flags=[], version_flags=[])
+
+    @app.default
+    @with_options(engine_options())
+    def take(**given: Any) -> int:
+        found.update(given)
+        return 0
+
+    try:
+        app(list(options), exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise UsageError(f"--ullm …={shlex.join(options)}: {' '.join(str(error).split())}") from None
+    return found

@@ -1,0 +1,233 @@
+"""A comparison as Markdown and JSON: medians, and ratios within each round."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from tests.benchmarks.compare.candidates import ServerCandidate
+from tests.benchmarks.compare.comparison_rounds import Turn
+from tests.benchmarks.compare.hardware import Limits, ModelShape, roofline
+from tests.benchmarks.compare.scenarios import ComparisonLoad, Metric, decode_metric
+from ullm.bench.bench_report import machine
+
+
+class Ratio(msgspec.Struct, frozen=True):
+    """How much better a candidate was than the baseline in the same round; above 1 is better."""
+
+    median: float
+    min: float
+    max: float
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One candidate's figures for one metric.
+
+    Args:
+        values: one per round that it finished.
+        ratio: against the baseline, over the rounds that both finished; None of the baseline itself.
+        share: of what the machine allowed it in the same round, their median; None without a roofline.
+    """
+
+    values: list[float]
+    median: float
+    ratio: Ratio | None
+    share: float | None
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One metric over all candidates; ``entries`` by name."""
+
+    metric: Metric
+    entries: dict[str, Entry]
+
+
+class Competitor(msgspec.Struct, frozen=True):
+    """Who was compared. ``bounds``: streams → tokens per second that the machine's limits allow it."""
+
+    name: str
+    command: list[str]
+    weight_bits: float
+    bounds: dict[int, float]
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """A finished comparison.
+
+    Args:
+        limits: with the median of ``bandwidths``.
+        bandwidths: bytes per second read from memory, measured before each candidate's turn.
+        unequal: scenarios whose prompts had other numbers of tokens with some server.
+    """
+
+    when: str
+    machine: dict[str, Any]
+    limits: Limits
+    bandwidths: list[float]
+    shape: ModelShape
+    baseline: str
+    rounds: int
+    output_tokens: int
+    competitors: list[Competitor]
+    lines: list[Line]
+    unequal: list[str]
+    errors: list[str]
+
+    def json(self) -> str:
+        """Everything."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+
+    def markdown(self) -> str:
+        """Two tables: figures, and ratios to the baseline."""
+        names = [competitor.name for competitor in self.competitors]
+        others = [name for name in names if name != self.baseline]
+        parts = [self._heading(), table_of(names, self.lines, figure_cell)]
+        if others:
+            parts += [
+                f"Against {self.baseline}, round by round: median (least–most); above 1 is better.",
+                table_of(others, self.lines, ratio_cell),
+            ]
+        parts += [self._commands(), *(f"Not measured: {error}" for error in self.errors)]
+        if self.unequal:
+            parts.append(f"Prompts were not equally long in: {', '.join(self.unequal)}.")
+        return "\n\n".join(parts) + "\n"
+
+    def _heading(self) -> str:
+        on, limits, read = self.machine, self.limits, [each / 1e9 for each in self.bandwidths]
+        return (
+            f"{self.when[:10]}, {on['cores']} cores ({on['processor']}), {on['platform']}; memory read at "
+            f"{limits.bandwidth / 1e9:.0f} GB/s ({min(read):.0f}–{max(read):.0f}), matrices multiplied at "
+            f"{limits.arithmetic / 1e12:.2f} TFLOP/s. Medians of {self.rounds} rounds, one server at a time, "
+            f"{self.output_tokens} new tokens a stream, over HTTP with server-sent events. "
+            "In brackets: share of the roofline for its weights, by the bandwidth measured just before."
+        )
+
+    def _commands(self) -> str:
+        return "\n".join(f"- {c.name}: `{' '.join(c.command)}`" for c in self.competitors)
+
+
+def condense(
+    candidates: Sequence[ServerCandidate],
+    turns: Sequence[Turn],
+    load: ComparisonLoad,
+    baseline: str,
+    shape: ModelShape,
+    arithmetic: float,
+) -> Comparison:
+    """Condense the turns.
+
+    Args:
+        arithmetic: operations per second in matrix products.
+    """
+    context = load.prompt_tokens + load.output_tokens / 2
+    bandwidths = [turn.bandwidth for turn in turns]
+    limits = Limits(statistics.median(bandwidths), arithmetic)
+    bits = {each.name: each.weight_bits for each in candidates}
+
+    def bound(turn: Turn, streams: int) -> float:
+        here = Limits(turn.bandwidth, arithmetic)
+        return roofline(streams, shape, here, bits[turn.candidate], context)
+
+    bounds = {decode_metric(n): (lambda turn, n=n: bound(turn, n)) for n in load.levels}
+    competitors = [
+        Competitor(
+            each.name,
+            list(each.arguments),
+            round(each.weight_bits, 2),
+            {n: roofline(n, shape, limits, each.weight_bits, context) for n in load.levels},
+        )
+        for each in candidates
+    ]
+    metrics = list(dict.fromkeys(m for turn in turns if turn.figures for m in turn.figures.values))
+    return Comparison(
+        when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        machine=machine(),
+        limits=limits,
+        bandwidths=bandwidths,
+        shape=shape,
+        baseline=baseline,
+        rounds=1 + max((turn.round for turn in turns), default=-1),
+        output_tokens=load.output_tokens,
+        competitors=competitors,
+        lines=[line_of(metric, turns, baseline, bounds.get(metric)) for metric in metrics],
+        unequal=_unequal(turns),
+        errors=[f"{turn.candidate}, round {turn.round + 1}: {turn.error}" for turn in turns if turn.error],
+    )
+
+
+def line_of(
+    metric: Metric, turns: Sequence[Turn], baseline: str, bound: Callable[[Turn], float] | None
+) -> Line:
+    """One metric over all turns.
+
+    Args:
+        bound: what the machine allowed in a turn; None for a metric without a roofline.
+    """
+    found: dict[str, dict[int, float]] = {}
+    shares: dict[str, list[float]] = {}
+    for turn in turns:
+        if turn.figures is not None and metric in turn.figures.values:
+            value = turn.figures.values[metric]
+            found.setdefault(turn.candidate, {})[turn.round] = value
+            if bound is not None:
+                shares.setdefault(turn.candidate, []).append(value / bound(turn))
+    base = found.get(baseline, {})
+    return Line(
+        metric,
+        {
+            name: Entry(
+                list(values.values()),
+                statistics.median(values.values()),
+                None if name == baseline else _ratio_of(metric, values, base),
+                statistics.median(shares[name]) if bound is not None else None,
+            )
+            for name, values in found.items()
+        },
+    )
+
+
+def _ratio_of(metric: Metric, values: dict[int, float], base: dict[int, float]) -> Ratio | None:
+    pairs = [(values[number], base[number]) for number in values if number in base]
+    ratios = [a / b if metric.better == "higher" else b / a for a, b in pairs if a and b]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
+
+
+def _unequal(turns: Sequence[Turn]) -> list[str]:
+    counts: dict[tuple[int, str], set[int]] = {}
+    for turn in turns:
+        for scenario, count in (turn.figures.prompt_tokens if turn.figures else {}).items():
+            counts.setdefault((turn.round, scenario), set()).add(count)
+    return sorted({scenario for (_, scenario), found in counts.items() if len(found) > 1})
+
+
+def shown(value: float) -> str:
+    """Three digits are enough."""
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def figure_cell(line: Line, name: str) -> str:
+    """A candidate's median, and in brackets its share of the roofline."""
+    entry = line.entries.get(name)
+    if entry is None:
+        return "–"
+    return shown(entry.median) + (f" ({entry.share:.0%})" if entry.share is not None else "")
+
+
+def ratio_cell(line: Line, name: str) -> str:
+    """How a candidate compares with the baseline."""
+    entry = line.entries.get(name)
+    if entry is None or entry.ratio is None:
+        return "–"
+    return f"{entry.ratio.median:.2f} ({entry.ratio.min:.2f}–{entry.ratio.max:.2f})"
+
+
+def table_of(names: Sequence[str], lines: Sequence[Line], cell: Callable[[Line, str], str]) -> str:
+    """Markdown: a row per metric, a column per candidate."""
+    rows = [["", *names], ["---", *["---:"] * len(names)]]
+    for line in lines:
+        rows.append([f"{line.metric.name}, {line.metric.unit}", *(cell(line, name) for name in names)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -1,0 +1,121 @@
+"""The rounds: each candidate is started, measured and stopped, alone, in an order that rotates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import trio
+
+from tests.benchmarks.compare import scenarios as named
+from tests.benchmarks.compare.candidates import ServerCandidate
+from tests.benchmarks.compare.hardware import measure_bandwidth
+from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures, first_token, run_scenarios
+from ullm.bench.server_target import ServerTarget
+from ullm.client.completions import first_model
+from ullm.client.http import Endpoint
+from ullm.errors import UllmError
+from ullm.testing.processes import free_port, open_server, tree_memory
+
+MIB = 1 << 20
+SETTLE = 1.0
+"""Seconds between one server and the next, so that what the first one leaves behind is gone."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One candidate in one round; ``error`` instead of figures where it failed.
+
+    Args:
+        bandwidth: bytes per second that the machine read just before; on one that is shared it changes
+            by half within minutes.
+    """
+
+    round: int
+    candidate: str
+    figures: Figures | None
+    bandwidth: float
+    error: str = ""
+
+
+def order(candidates: Sequence[ServerCandidate], number: int) -> list[ServerCandidate]:
+    """Who goes first moves on by one each round, so that none is always after the same one."""
+    shift = number % len(candidates)
+    return [*candidates[shift:], *candidates[:shift]]
+
+
+async def run_rounds(
+    candidates: Sequence[ServerCandidate],
+    load: ComparisonLoad,
+    rounds: int,
+    logs: Path,
+    say: Say,
+    bandwidth: Callable[[], float] = measure_bandwidth,
+) -> list[Turn]:
+    """All rounds. A candidate that fails is said to have, and the others go on.
+
+    Args:
+        logs: folder for the servers' logs.
+        say: told what happens.
+        bandwidth: measures the machine's, before each turn.
+    """
+    turns = []
+    for number in range(rounds):
+        for candidate in order(candidates, number):
+            turn = Turn(number, candidate.name, None, await trio.to_thread.run_sync(bandwidth))
+            turns.append(await _take(turn, candidate, replace(load, seed=load.seed + number), logs))
+            say(_line(turns[-1]))
+            await trio.sleep(SETTLE)
+    return turns
+
+
+async def measure_candidate(candidate: ServerCandidate, load: ComparisonLoad, log: Path) -> Figures:
+    """Start it, measure it, stop it.
+
+    Raises:
+        UllmError: it did not start, or did not answer.
+    """
+    port = free_port()
+    endpoint = Endpoint("http", "127.0.0.1", port, "/v1")
+    load = replace(load, scenarios=tuple(s for s in load.scenarios if s in candidate.scenarios))
+    async with open_server(candidate.name, candidate.command(port), endpoint, log) as server:
+        start = {
+            named.START_LIVE: await server.wait_answer(
+                candidate.live, candidate.start_seconds, any_status=True
+            ),
+            named.START_READY: await server.wait_answer(candidate.ready, candidate.start_seconds),
+        }
+        target = ServerTarget(endpoint, await first_model(endpoint))
+        memory: list[float] = []
+
+        async def weigh() -> None:
+            memory.append(await trio.to_thread.run_sync(tree_memory, server.pid) / MIB)
+
+        try:
+            start[named.START_FIRST] = await first_token(target, load.seed) - server.started
+            figures = await run_scenarios(target, load, weigh)
+        finally:
+            await target.aclose()
+        status, seconds = await server.stop()
+        stop = {} if status is None else {named.STOP: seconds}
+        figures.values = {**figures.values, **start, named.MEMORY: memory[0], **stop}
+        return figures
+
+
+async def _take(turn: Turn, candidate: ServerCandidate, load: ComparisonLoad, logs: Path) -> Turn:
+    name = "".join(c if c.isalnum() else "-" for c in candidate.name)
+    try:
+        figures = await measure_candidate(candidate, load, logs / f"{name}-{turn.round + 1}.log")
+        return replace(turn, figures=figures)
+    except UllmError as error:
+        return replace(turn, error=" ".join(str(error).split()))
+
+
+def _line(turn: Turn) -> str:
+    if turn.figures is None:
+        return f"round {turn.round + 1}: {turn.candidate}: {turn.error}"
+    shown = [f"{value:.0f}" for metric, value in turn.figures.values.items() if metric.unit == "tok/s"]
+    return f"round {turn.round + 1}: {turn.candidate}: {' / '.join(shown) or 'done'} tok/s"

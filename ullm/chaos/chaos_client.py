@@ -1,0 +1,214 @@
+"""One request of a chaos run, as its client sees it: every event counted, nothing taken for granted."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import trio
+
+from ullm.chaos.catalogue import ChaosRequest
+from ullm.client.http import DONE, Connection, Endpoint
+from ullm.errors import ServerRefused, ServerUnreachable
+
+LONGEST = 120.0
+"""Seconds after which an answer without an end counts as lost."""
+SLOW_PIECES = 50
+"""Pieces that a slow reader is slow for."""
+NOTED_GAP = 0.05
+"""Seconds of silence from which on they are kept."""
+
+
+@dataclass(frozen=True)
+class AnswerOutcome:
+    """What an undisturbed run must repeat exactly: per choice its text and finish reason, and the usage."""
+
+    texts: tuple[str, ...]
+    finishes: tuple[str, ...]
+    completion_tokens: int | None
+
+
+@dataclass
+class ChaosAnswer:
+    """All that came of one request; times are seconds of trio's clock.
+
+    Args:
+        dones: how often the stream said that it was done.
+        finishes: per choice, every finish reason that came.
+        status: of a refusal; 200 for an error inside a stream.
+        gaps: silences of at least `NOTED_GAP`, as (beginning, end).
+        crashes: workers lost by faults while it was running.
+        excused: why it may end early, with ``abort``; empty if it may not.
+        watched: its client reads as fast as it can, so that a silence is the server's.
+        heard: when the last event came.
+    """
+
+    ask: ChaosRequest
+    started: float
+    ended: float | None = None
+    texts: dict[int, str] = field(default_factory=dict)
+    finishes: dict[int, list[str]] = field(default_factory=dict)
+    dones: int = 0
+    completion_tokens: int | None = None
+    status: int | None = None
+    retry_after: str | None = None
+    error: str | None = None
+    gaps: list[tuple[float, float]] = field(default_factory=list)
+    crashes: int = 0
+    excused: str = ""
+    watched: bool = True
+    heard: float = 0.0
+
+    def note_event(self, now: float) -> None:
+        """Something of the stream has come; what was silent before is a gap."""
+        last, self.heard = self.heard or self.started, now
+        if self.watched and now - last >= NOTED_GAP:
+            self.gaps.append((last, now))
+
+    @property
+    def outcome(self) -> AnswerOutcome:
+        """What can be compared."""
+        texts = tuple(self.texts.get(index, "") for index in range(self.ask.choices))
+        finishes = tuple(",".join(self.finishes.get(index, [])) for index in range(self.ask.choices))
+        return AnswerOutcome(texts, finishes, self.completion_tokens)
+
+    def violations(self, expected: AnswerOutcome | None) -> list[str]:
+        """What is wrong with it, of an answer that its client waited for.
+
+        Args:
+            expected: what an undisturbed run said; None while that is being found out.
+        """
+        name = f"request {self.ask.number} ({self.ask.path}, {'stream' if self.ask.stream else 'unary'})"
+        if self.error is not None:
+            return [] if self.status == 429 and self.retry_after else [f"{name} failed: {self.error}"]
+        found = []
+        if self.ask.stream and self.dones != 1:
+            found.append(f"{name} said {self.dones} times that it was done")
+        for index in range(self.ask.choices):
+            if len(self.finishes.get(index, [])) != 1:
+                found.append(f"{name}, choice {index}: finish reasons {self.finishes.get(index, [])}")
+        return found or self._differences(name, expected)
+
+    def _differences(self, name: str, expected: AnswerOutcome | None) -> list[str]:
+        if expected is None or self.outcome == expected:
+            return []
+        found = []
+        for index, (text, wanted) in enumerate(zip(self.outcome.texts, expected.texts, strict=True)):
+            if text != wanted and not (self.excused and wanted.startswith(text.rstrip("\ufffd"))):
+                found.append(f"{name}, choice {index}: {_difference(text, wanted)}")
+        if self.outcome.finishes != expected.finishes and not self._aborted():
+            found.append(f"{name}: finish reasons {self.outcome.finishes}, not {expected.finishes}")
+        if self.completion_tokens != expected.completion_tokens and not self.excused:
+            found.append(f"{name}: {self.completion_tokens} tokens, not {expected.completion_tokens}")
+        return found
+
+    def _aborted(self) -> bool:
+        reasons = {reason for each in self.finishes.values() for reason in each}
+        return bool(self.excused) and reasons <= {"abort", "length", "stop"}
+
+
+async def ask_server(
+    endpoint: Endpoint,
+    answer: ChaosAnswer,
+    *,
+    slow: float = 0.0,
+    stall_after: int | None = None,
+    stall: float = 0.0,
+    leave_after: int | None = None,
+) -> None:
+    """Send the request and record what comes until the answer ends, however that happens.
+
+    Args:
+        slow: seconds to wait after each of the first pieces.
+        stall_after, stall: after so many pieces read nothing for so many seconds.
+        leave_after: hang up after so many pieces of the stream.
+    """
+    answer.watched = not slow and not stall
+    connection = Connection(endpoint, receive_buffer=None if answer.watched else 4096)
+    try:
+        with trio.fail_after(LONGEST):
+            async with connection.request("POST", answer.ask.path, answer.ask.body) as pieces:
+                async with aclosing(_paced(pieces, slow, stall_after, stall, leave_after)) as paced:
+                    await (_read_stream if answer.ask.stream else _read_whole)(paced, answer)
+    except trio.TooSlowError:
+        answer.error = f"no end within {LONGEST:g} s"
+    except ServerRefused as refusal:
+        answer.error, answer.status = str(refusal), refusal.status
+        answer.retry_after = connection.headers.get("retry-after")
+    except ServerUnreachable as error:
+        answer.error = str(error)
+    except msgspec.DecodeError as error:
+        answer.error = f"not JSON: {error}"
+    finally:
+        await connection.aclose()
+        answer.ended = trio.current_time()
+
+
+async def _paced(
+    pieces: AsyncIterable[bytes], slow: float, stall_after: int | None, stall: float, leave_after: int | None
+) -> AsyncGenerator[bytes, None]:
+    count = 0
+    async for piece in pieces:
+        yield piece
+        count += 1
+        if count == leave_after:
+            return
+        if slow and count < SLOW_PIECES:
+            await trio.sleep(slow)
+        if count == stall_after:
+            await trio.sleep(stall)
+
+
+async def _read_stream(pieces: AsyncIterator[bytes], answer: ChaosAnswer) -> None:
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                _take_event(line[5:].strip(), answer)
+
+
+def _take_event(payload: bytes, answer: ChaosAnswer) -> None:
+    if payload == DONE:
+        answer.dones += 1
+        return
+    answer.note_event(trio.current_time())
+    event = msgspec.json.decode(payload)
+    if event.get("error") is not None:
+        answer.error, answer.status = f"an error in the stream: {event['error']}", 200
+        return
+    _take_usage(event, answer)
+    for choice in event["choices"]:
+        _take_choice(choice, answer, (choice.get("delta") or {}).get("content") or choice.get("text") or "")
+
+
+async def _read_whole(pieces: AsyncIterator[bytes], answer: ChaosAnswer) -> None:
+    body = msgspec.json.decode(b"".join([piece async for piece in pieces]))
+    _take_usage(body, answer)
+    for choice in body["choices"]:
+        _take_choice(choice, answer, (choice.get("message") or {}).get("content") or choice.get("text") or "")
+
+
+def _take_choice(choice: dict[str, Any], answer: ChaosAnswer, text: str) -> None:
+    index = choice["index"]
+    if text and answer.finishes.get(index):
+        answer.error = f"choice {index} goes on after its end"
+    answer.texts[index] = answer.texts.get(index, "") + text
+    if choice.get("finish_reason"):
+        answer.finishes.setdefault(index, []).append(choice["finish_reason"])
+
+
+def _take_usage(event: dict[str, Any], answer: ChaosAnswer) -> None:
+    usage = event.get("usage")
+    if usage:
+        answer.completion_tokens = usage["completion_tokens"]
+
+
+def _difference(text: str, wanted: str) -> str:
+    place = next((i for i, (a, b) in enumerate(zip(text, wanted, strict=False)) if a != b), None)
+    if place is None:
+        return f"{len(text)} characters, not {len(wanted)}"
+    return f"from character {place} on {text[place : place + 20]!r}, not {wanted[place : place + 20]!r}"

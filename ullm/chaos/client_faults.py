@@ -1,0 +1,122 @@
+"""Faults by clients: that leave, that read slowly or not at all, that come all at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trio
+
+from ullm.chaos.catalogue import ChaosRequest, long_ask
+from ullm.chaos.world import FaultKind, World
+
+SLOWEST = 0.02
+"""Most seconds after a piece; dozens of them lie in one read of a slow reader, within the stall limit."""
+
+
+@dataclass(frozen=True)
+class DisconnectFault:
+    """A client hangs up: in the middle of a stream, or while it waits for a unary answer."""
+
+    name: str
+    stream: bool
+    crashes: bool = False
+    weight: float = 1.5
+
+    async def offered(self, world: World) -> bool:
+        """Always."""
+        return True
+
+    async def inject(self, world: World) -> str:
+        """Send a request in the background and hang up."""
+        ask = _choose(world, stream=self.stream)
+        if self.stream:
+            pieces = world.source.randint(1, 20)
+            world.nursery.start_soon(lambda: world.ask(ask, leave_after=pieces))
+            return f"request {ask.number} left after {pieces} pieces"
+        seconds = world.source.uniform(0.01, 0.5)
+        world.nursery.start_soon(_cancel, world, ask, seconds)
+        return f"request {ask.number} left after {seconds:.2f} s"
+
+
+@dataclass(frozen=True)
+class SlowReaderFault:
+    """A client that takes its time, and must get all of its text."""
+
+    name: str = "client.slow"
+    crashes: bool = False
+    weight: float = 1.0
+
+    async def offered(self, world: World) -> bool:
+        """Always."""
+        return True
+
+    async def inject(self, world: World) -> str:
+        """Read in the background, compare at the end."""
+        ask, pause = _choose(world, stream=True), world.source.uniform(0.002, SLOWEST)
+        world.nursery.start_soon(_read_slowly, world, ask, pause)
+        return f"request {ask.number} waits {pause * 1000:.0f} ms after each piece"
+
+
+@dataclass(frozen=True)
+class StalledReaderFault:
+    """A client that stops reading past the stall limit: what becomes of its stream is its own affair."""
+
+    name: str = "client.stall"
+    crashes: bool = False
+    weight: float = 0.7
+
+    async def offered(self, world: World) -> bool:
+        """Always."""
+        return True
+
+    async def inject(self, world: World) -> str:
+        """Stall in the background."""
+        seconds, ask = world.stall_timeout + 1, long_ask(world.model, 1000)
+        world.nursery.start_soon(lambda: world.ask(ask, stall_after=3, stall=seconds))
+        return f"a long stream unread for {seconds:g} s"
+
+
+@dataclass(frozen=True)
+class BurstFault:
+    """More requests at once than the queue takes: each is answered in full, or refused with Retry-After."""
+
+    name: str = "burst"
+    crashes: bool = False
+    weight: float = 0.7
+
+    async def offered(self, world: World) -> bool:
+        """Always."""
+        return True
+
+    async def inject(self, world: World) -> str:
+        """Send requests in the background."""
+        count = int(world.room * world.source.uniform(1.2, 2))
+        for _ in range(count):
+            world.nursery.start_soon(_judged, world, world.source.choice(world.asks))
+        return f"{count} requests at once"
+
+
+KINDS: tuple[FaultKind, ...] = (
+    DisconnectFault("client.disconnect", stream=True),
+    DisconnectFault("client.cancel", stream=False),
+    SlowReaderFault(),
+    StalledReaderFault(),
+    BurstFault(),
+)
+
+
+def _choose(world: World, *, stream: bool) -> ChaosRequest:
+    return world.source.choice([ask for ask in world.asks if ask.stream is stream])
+
+
+async def _cancel(world: World, ask: ChaosRequest, seconds: float) -> None:
+    with trio.move_on_after(seconds):
+        await world.ask(ask)
+
+
+async def _read_slowly(world: World, ask: ChaosRequest, pause: float) -> None:
+    world.judge(await world.ask(ask, slow=pause))
+
+
+async def _judged(world: World, ask: ChaosRequest) -> None:
+    world.judge(await world.ask(ask))

@@ -1,0 +1,80 @@
+"""Run a command line: one line on stderr for an error, and the exit statuses of docs/configuration.md."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from cyclopts import App, CycloptsError, UnknownOptionError
+
+from ullm.errors import EngineDead, UllmError, UsageError
+from ullm.logs import flush
+
+FAILED = 1
+USAGE = 2
+ENGINE_FAILED = 70
+INTERRUPTED = 130
+LOG_SECONDS = 0.5
+"""Seconds that the log gets to be written before the last line."""
+
+
+def run_command_line(
+    app: App, arguments: Sequence[str], hint: Callable[[str], str | None] = lambda option: None
+) -> int:
+    """Run ``app``; return the exit status.
+
+    Args:
+        hint: returns what to use instead of an option that ``app`` does not have, or None.
+    """
+    try:
+        status = app(list(arguments), exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except UnknownOptionError as error:
+        advice = hint(str(error.token.keyword or error.token.value))
+        return _complain(advice or " ".join(str(error).split()), USAGE)
+    except CycloptsError as error:
+        return _complain(" ".join(str(error).split()), USAGE)
+    except BaseException as error:
+        return _failed(error, debug=_wants_debug(arguments))
+    return int(status or 0)
+
+
+def _failed(error: BaseException, *, debug: bool) -> int:
+    """Return the exit status for an exception; re-raise one that is a bug."""
+    from ullm.supervision.errors import SupervisionError, root_cause  # trio comes with it
+
+    match root_cause(error):
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case BrokenPipeError():
+            # The reader of our output has closed it; Python must not complain about that at exit, too.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+        case OSError() as cause if cause.errno is not None:
+            return _complain(f"{cause.filename or 'stdout'}: {cause.strerror}", FAILED)
+        case (UllmError() | SupervisionError()) as cause:
+            if debug:
+                traceback.print_exception(error)
+            return _complain(" ".join(str(cause).split()), _status(cause))
+    raise error
+
+
+def _status(cause: Exception) -> int:
+    if isinstance(cause, UsageError):
+        return USAGE
+    return ENGINE_FAILED if isinstance(cause, EngineDead) else FAILED
+
+
+def _complain(line: str, status: int) -> int:
+    flush(LOG_SECONDS)  # earlier log lines come first
+    sys.stderr.write(f"error: {line}\n")
+    return status
+
+
+def _wants_debug(arguments: Sequence[str]) -> bool:
+    flag = "--log-level"
+    levels = [b for a, b in zip(arguments, [*arguments[1:], ""], strict=True) if a == flag]
+    levels += [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
+    return (levels or [os.environ.get("ULLM_LOG_LEVEL", "")])[-1] == "debug"
