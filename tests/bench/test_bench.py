@@ -17,6 +17,7 @@ from ullm.bench.load import measure
 from ullm.bench.stats import Distribution, RequestRecord, percentile, summarise
 from ullm.bench.workload import BenchRequest, Length, Workload
 from ullm.cli import bench as command
+from ullm.cli.options import LoadOptions
 from ullm.errors import UsageError
 
 
@@ -53,14 +54,31 @@ def test_good_lengths() -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "1,,2", "a", "1,-2"])
 def test_bad_concurrency(text: str) -> None:
-    with pytest.raises(UsageError, match="--concurrency"):
-        command.parse_concurrency(text)
+    with pytest.raises(UsageError, match=f"--concurrency {text}: expected numbers above 0"):
+        command.parse_load(LoadOptions(concurrency=[text]))
 
 
-def test_workload_from_flags() -> None:
-    assert command.make_workload("32", "1-8", 3, 7) == Workload(Length(32, 32), Length(1, 8), 3, 7)
-    with pytest.raises(UsageError, match="--shared-prefix"):
-        command.make_workload("1", "1", -1, 0)
+def test_a_load_from_options() -> None:
+    plan = command.parse_load(
+        LoadOptions(prompt_words="32", output_tokens="1-8", shared_prefix=3, seed=7, requests=9)
+    )
+    assert plan.workload == Workload(Length(32, 32), Length(1, 8), 3, 7)
+    assert (plan.levels, plan.requests) == (command.DEFAULT_LEVELS, 9)
+    assert command.parse_load(LoadOptions(concurrency=["1,4", "16"])).levels == [1, 4, 16]
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        (LoadOptions(shared_prefix=-1), "--shared-prefix"),
+        (LoadOptions(requests=0), "--requests"),
+        (LoadOptions(temperature=-1.0), "--temperature"),
+        (LoadOptions(top_p=0.0), "--top-p"),
+    ],
+)
+def test_loads_that_cannot_be(options: LoadOptions, flag: str) -> None:
+    with pytest.raises(UsageError, match=flag):
+        command.parse_load(options)
 
 
 def test_percentiles_are_values_that_occurred() -> None:
@@ -130,7 +148,7 @@ async def test_closed_loop(autojump_clock: trio.testing.MockClock) -> None:
 async def test_levels_are_warmed_up_and_never_repeat_a_prompt(autojump_clock: trio.testing.MockClock) -> None:
     target = Steady()
     console = Console(file=io.StringIO())
-    summaries = await command.run_levels(target, Workload(), [1, 6], None, console)
+    summaries = await command.run_levels(target, command.BenchPlan(Workload(), [1, 6]), console)
     assert [(s.concurrency, s.requests) for s in summaries] == [(1, 4), (6, 6)]
     assert len(target.asked) == len({request.prompt for request in target.asked}) == 1 + 4 + 6
     assert target.asked[0].max_tokens == command.WARM_UP.low

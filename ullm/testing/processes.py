@@ -1,4 +1,4 @@
-"""Servers as processes of their own: start one, see what its tree takes, stop it. Needs psutil."""
+"""Servers in processes of their own: start one, measure its process tree, stop it. Needs psutil."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ullm.client.http import Connection, Endpoint
 from ullm.errors import ServerRefused, ServerUnreachable, UllmError, UsageError
 
 POLL = 0.02
-"""Seconds between two looks at something that sends no event."""
+"""Seconds between two checks of something that sends no event."""
 STOP_SECONDS = 40.0
-"""How long a server may take to leave after SIGTERM before its whole tree is killed."""
+"""Seconds that a server may take to exit after SIGTERM before its whole tree is killed."""
 TAIL = 2000
-"""Bytes of a log that an error shows."""
+"""Bytes of the end of a log that an error shows."""
 
 
 class ServerEnded(UllmError):
-    """A server that was started here is not ready in time, or has ended; shows the end of its log."""
+    """A started server was not ready in time, or has ended; shows the end of its log."""
 
     def __init__(self, name: str, what: str, log: Path) -> None:
         tail = log.read_bytes()[-TAIL:].decode("utf-8", "replace") if log.exists() else ""
@@ -34,7 +34,7 @@ class ServerEnded(UllmError):
 
 
 def psutil_module() -> Any:
-    """psutil, which only benchmarks need.
+    """Import psutil, which only benchmarks need.
 
     Raises:
         UsageError: it is not installed.
@@ -43,7 +43,7 @@ def psutil_module() -> Any:
 
 
 def matplotlib_module() -> Any:
-    """matplotlib, which only plots need.
+    """Import matplotlib, which only plots need.
 
     Raises:
         UsageError: it is not installed.
@@ -57,11 +57,11 @@ def _optional(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UsageError(f"this needs {name}; pip install 'ullm[bench]'") from None
+        raise UsageError(f"this needs {name}: pip install {name}") from None
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on now."""
+    """Return a TCP port of loopback that is free now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -87,15 +87,15 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the server itself."""
+        """The server process's id."""
         return self.process.pid
 
     async def wait_answer(self, path: str, seconds: float, *, any_status: bool = False) -> float:
-        """Wait until ``GET path`` answers 200; the seconds since the command was given.
+        """Wait until ``GET path`` answers 200; return the seconds since the server was started.
 
         Args:
             path: from the root, not below the endpoint's prefix.
-            any_status: an error status is an answer, too.
+            any_status: count an error status as an answer, too.
 
         Raises:
             ServerEnded: it ended, or did not answer within ``seconds``.
@@ -109,17 +109,17 @@ class ServerProcess:
         raise ServerEnded(self.name, f"does not answer {path} after {seconds:g} s", self.log)
 
     def tree(self) -> list[Any]:
-        """It, all below it, and what was seen there before; remembered, so that `open_server` leaves none."""
-        found = [] if self.process.returncode is not None else descendants(self.pid)
-        self._seen |= {process.pid: process for process in found}
+        """Return the server, its descendants, and those seen before; `open_server` kills all of them at its end."""
+        processes = [] if self.process.returncode is not None else descendants(self.pid)
+        self._seen |= {process.pid: process for process in processes}
         return list(self._seen.values())
 
     def leftovers(self) -> list[Any]:
-        """What is still there of all that `tree` ever saw, zombies excluded."""
+        """Return the processes that `tree` ever saw and that still run, zombies excluded."""
         return [process for process in self._seen.values() if _is_there(process)]
 
     async def stop(self, within: float = STOP_SECONDS) -> tuple[int | None, float]:
-        """SIGTERM; its exit status, None if it did not leave, and the seconds it took."""
+        """Send SIGTERM; return the exit status, None if the server did not exit, and the seconds it took."""
         began = trio.current_time()
         self.tree()
         if self.process.poll() is None:
@@ -137,7 +137,7 @@ async def open_server(
     log: Path,
     environ: Mapping[str, str] | None = None,
 ) -> AsyncIterator[ServerProcess]:
-    """Start ``command``; whatever is left of its tree at the end of the block is killed.
+    """Start ``command``; kill whatever is left of its process tree at the end of the block.
 
     Raises:
         UsageError: the command cannot be run.
@@ -165,7 +165,7 @@ async def open_server(
 
 
 def descendants(pid: int) -> list[Any]:
-    """All processes below one, as psutil's; none if it is gone."""
+    """Return all descendants of a process, as psutil's processes; none if it is gone."""
     psutil = psutil_module()
     try:
         return list(psutil.Process(pid).children(recursive=True))
@@ -174,7 +174,7 @@ def descendants(pid: int) -> list[Any]:
 
 
 def tree_memory(pid: int) -> int:
-    """Bytes that a process and all below it take: proportional set size, else resident."""
+    """Return the memory of a process and its descendants in bytes: proportional set size, else resident."""
     psutil = psutil_module()
     total = 0
     for process in [psutil.Process(pid), *descendants(pid)]:
@@ -187,7 +187,7 @@ def tree_memory(pid: int) -> int:
 
 
 async def answers(endpoint: Endpoint, path: str, *, any_status: bool = False) -> bool:
-    """Whether ``GET path`` is answered with 200, or at all."""
+    """Return True if ``GET path`` is answered with 200, or with any status if ``any_status``."""
     connection = Connection(at_root(endpoint))
     try:
         async with connection.request("GET", path) as pieces:
@@ -203,7 +203,7 @@ async def answers(endpoint: Endpoint, path: str, *, any_status: bool = False) ->
 
 
 def at_root(endpoint: Endpoint) -> Endpoint:
-    """The same server without the prefix."""
+    """Return the endpoint of the same server without the prefix."""
     return Endpoint(endpoint.scheme, endpoint.host, endpoint.port, "", endpoint.api_key)
 
 

@@ -74,13 +74,14 @@ def with_query(body: R) -> R:
 
 
 def check_model(engine: EngineInterface, model: str | None) -> None:
-    """Check that a request names the served model, or none.
+    """Check that a request names the served model by one of its names, or not at all.
 
     Raises:
         ModelUnknown: it names another.
     """
-    if model is not None and model != engine.model_name:
-        raise ModelUnknown(model, engine.model_name)
+    names = engine.config.model_names
+    if model is not None and model not in names:
+        raise ModelUnknown(model, ", ".join(names))
 
 
 def loaded(engine: EngineInterface) -> tuple[ModelInfo, TokenizerInterface]:

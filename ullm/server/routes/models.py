@@ -13,20 +13,21 @@ from ullm.server.routes.service import Service
 
 
 async def list_models(service: Service) -> Response:
-    """List the served model."""
-    return json_response(ModelList(data=[_card(service)]))
+    """List the served model under all its names."""
+    names = service.engine.config.model_names
+    return json_response(ModelList(data=[_card(service, name) for name in names]))
 
 
 async def show_model(service: Service, model: str) -> Response:
     """Describe the served model."""
     requests.check_model(service.engine, model)
-    return json_response(_card(service))
+    return json_response(_card(service, model))
 
 
-def _card(service: Service) -> ModelCard:
+def _card(service: Service, name: str) -> ModelCard:
     info = service.engine.info
     limit = None if info is None else info.context_len
-    return ModelCard(id=service.engine.model_name, created=service.created, max_model_len=limit)
+    return ModelCard(id=name, created=service.created, max_model_len=limit)
 
 
 async def tokenize(service: Service, request: TokenizeRequest) -> Response:
