@@ -20,6 +20,7 @@ def test_defaults_are_valid_and_frozen() -> None:
 
 def test_round_trip_through_a_frame() -> None:
     config = EngineConfig(model="x", device_ids=(0, 1), tp_size=2, kv_cache_memory=5, dtype="float32")
+    config = dataclasses.replace(config, served_model_name=("a", "b"))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
 
 
@@ -71,7 +72,9 @@ def test_server_refusals(options: dict[str, object], says: str) -> None:
 )
 def test_model_name(model: str, name: str) -> None:
     assert EngineConfig(model=model).model_name == name
-    assert EngineConfig(model=model, served_model_name="mine").model_name == "mine"
+    assert EngineConfig(model=model, served_model_name="mine").model_names == ("mine",)
+    assert EngineConfig(model=model, served_model_name=("a", "b")).model_names == ("a", "b")
+    assert EngineConfig(model=model, served_model_name=("a", "b")).model_name == "a"
 
 
 def test_from_env() -> None:
@@ -83,6 +86,7 @@ def test_from_env() -> None:
         "ULLM_SHUTDOWN_TIMEOUT": "1.5",
         "ULLM_CACHE": "/elsewhere",
         "ULLM_PORT": "80",
+        "ULLM_TP_SIZE": "",
         "OTHER": "x",
     }
     config = from_env(EngineConfig, environ, model="mine")

@@ -46,12 +46,14 @@ EXPECTED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 async def test_what_is_seen_at_an_event(candidate: EventCandidate, name: str) -> None:
     found = await run_event(candidate, name, 4, settle=0.0)
     assert {key: found.values[key] for key in EXPECTED[name]} == EXPECTED[name]
 
 
+@pytest.mark.slow
 async def test_a_start_that_is_stopped(candidate: EventCandidate) -> None:
     found = await run_start_up(candidate, 0.2)
     assert found.event == START_UP

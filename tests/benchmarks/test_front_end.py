@@ -24,6 +24,7 @@ def usage(tokens: int) -> bytes:
     return b'data: {"choices":[],"usage":{"completion_tokens":%d}}\n\n' % tokens
 
 
+@pytest.mark.slow
 async def test_a_crowd_is_served_and_measured(tmp_path: Path) -> None:
     said: list[str] = []
     load = CrowdLoad(streams=40, tokens=30, step_seconds=0.002, rounds=2)
@@ -44,8 +45,9 @@ async def test_a_crowd_is_served_and_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", [b"", usage(3), usage(2) + DONE, DONE])
 async def test_a_stream_that_is_not_whole_is_an_error(nursery: trio.Nursery, end: bytes) -> None:
     async def answer(stream: trio.SocketStream) -> None:
-        await stream.receive_some(1 << 16)
-        with suppress(trio.BrokenResourceError):  # the client may leave before it has read the end
+        # The first broken stream is an error; the crowd hangs up on the other one, at any moment.
+        with suppress(trio.BrokenResourceError):
+            await stream.receive_some(1 << 16)
             await stream.send_all(HEAD + 3 * EVENT + end)
             await stream.send_eof()
 

@@ -23,6 +23,7 @@ def test_a_report_of_pauses() -> None:
     assert "| 1 | 0.10 (0.10) | 0.20 (0.20) | 0.30 (0.30) | 0.04 (0.04) | 800 | 80 |" in text
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 async def test_pauses_of_a_scripted_server(tmp_path: Path) -> None:
@@ -30,12 +31,15 @@ async def test_pauses_of_a_scripted_server(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ullm", "serve", "--port", "{port}", "--model", str(model)]
     command += ["--load-format", "dummy", "--runner", "ullm.testing:ScriptedRunner"]
     said: list[str] = []
-    with trio.fail_after(120):
+    with trio.fail_after(240):
         found = await run_pauses(command, 3, 1, 0.0, said.append)
     assert found.pauses.keys() == EVENTS.keys()
-    assert all(0 <= seconds[0] < 10 for seconds in found.pauses.values())
-    assert found.pauses["undisturbed"][0] < found.pauses["worker SIGSTOP"][0]
+    assert all(len(seconds) == 1 for seconds in found.pauses.values())
+    undisturbed = found.pauses["undisturbed"][0]
+    assert undisturbed < found.pauses["worker SIGSTOP"][0]  # a step timeout
+    assert undisturbed < found.pauses["worker SIGKILL, no standby worker"][0]  # a start
     assert list(found.naps) == [0, 1, 2, 3]
-    for (nap,) in found.naps.values():
-        assert min(nap.asleep, nap.woken, nap.first, nap.awake, nap.memory_asleep) > 0
-    assert found.naps[3][0].memory_asleep < found.naps[3][0].memory_awake
+    (pause,), (deepest,) = found.naps[0], found.naps[3]
+    assert pause.woken < deepest.woken  # a start
+    assert deepest.awake < deepest.first
+    assert deepest.memory_asleep < deepest.memory_awake

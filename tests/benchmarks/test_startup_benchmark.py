@@ -47,6 +47,7 @@ def test_a_start_that_costs_more() -> None:
     assert "| a | 1.00 (0.50) | 2.00 (1.00) | 3.00 (1.50) | 70.0 |" in startup(1.6).markdown()
 
 
+@pytest.mark.slow
 @pytest.mark.process
 async def test_starts_of_a_scripted_server(tmp_path: Path) -> None:
     model = write_scripted_model(tmp_path / "model")

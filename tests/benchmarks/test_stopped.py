@@ -14,6 +14,7 @@ import trio
 pytestmark = pytest.mark.process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_ends_the_servers_too(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "tests.benchmarks", "front-end", "--log", str(tmp_path / "log")]

@@ -22,7 +22,7 @@ from ullm.cli.app import main
 from ullm.testing import write_scripted_model
 
 pytestmark = pytest.mark.process
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 60
 
 
@@ -64,11 +64,11 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
     assert done.returncode == 0, done.stderr
-    for name in ("serve", "chat", "generate", "bench", "pull", "doctor"):
+    for name in ("serve", "chat", "generate", "bench", "chaos", "pull", "doctor"):
         assert name in done.stdout
 
 
-@pytest.mark.parametrize("name", ["serve", "chat", "generate", "pull", "doctor", "bench"])
+@pytest.mark.parametrize("name", ["serve", "chat", "generate", "pull", "doctor", "bench", "chaos"])
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     assert "Usage: ullm" in capsys.readouterr().out
@@ -91,6 +91,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--nope"], "unknown option: --nope"),
         (["generate", " "], "the prompt is empty"),
         (["bench", "serve", "--concurrency", "0"], "--concurrency"),
+        (["chaos", "--kinds", "worker,nope"], "--kinds nope"),
+        (["serve", "--device-ids", "0", "--device-ids", "x"], "--device-ids 0,x"),
         (["bench", "serve", "--url", "ftp://x"], "--url"),
     ],
 )

@@ -60,7 +60,16 @@ def test_a_flag_wins_over_a_variable_and_that_over_the_default(monkeypatch: pyte
     assert (config.max_bs, config.tp_size, config.replicas) == (5, 2, 1)
 
 
-def test_lists_are_separated_by_commas() -> None:
+@pytest.mark.parametrize("name", ["ULLM_MAX_BS", "ULLM_DEVICE_IDS", "ULLM_MODEL", "ULLM_ADMIN_KEY"])
+def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "")
+    assert build(EngineConfig, {}) == EngineConfig()
+    assert build(ServerConfig, {}) == ServerConfig()
+
+
+def test_lists_repeat_or_are_separated_by_commas() -> None:
+    assert build(EngineConfig, {"device_ids": ["0, 1", "2"]}).device_ids == (0, 1, 2)
+    assert build(EngineConfig, {"served_model_name": ["a,b", "c"]}).model_names == ("a", "b", "c")
     assert build(EngineConfig, {"device_ids": "0, 1"}).device_ids == (0, 1)
     assert build(ServerConfig, {"cors_origins": "http://a,http://b"}).cors_origins == ("http://a", "http://b")
     with pytest.raises(ConfigError, match=r"--device-ids 0,x: .*separate values by commas"):
@@ -87,6 +96,28 @@ def test_the_configuration_page_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
     made_by = "python -m ullm.cli.options_doc docs/configuration.md"
     assert page.read_text(encoding="utf-8") == configdoc.page(), f"run {made_by}"
+
+
+def test_the_command_line_page_has_every_command_and_option(tmp_path: Path) -> None:
+    path = tmp_path / "command-line.md"
+    configdoc.main([str(path)])
+    text = path.read_text(encoding="utf-8")
+    assert text == configdoc.command_line_page()
+    for name in ("serve", "chat", "generate", "bench serve", "bench engine", "chaos", "pull", "doctor"):
+        assert f"## ullm {name}\n" in text
+    section = text.partition("## ullm bench engine")[2].partition("## ")[0]
+    assert "| `--top-p` | `1.0` | " in section
+    assert "(configuration.md#kv-cache)" in section
+    assert "(configuration.md#sampling)" not in section
+    assert "--disable-log-requests" not in text
+
+
+def test_options_of_vllm_in_the_docs() -> None:
+    table = configdoc.vllm_table()
+    assert "| `--max-model-len` | `--context-len` |  |\n" in table
+    assert "| `--port` | `--port` |  |\n" in table
+    assert "| `--disable-log-requests` | – | Accepted, without effect: " in table
+    assert "| `--swap-space` | – | Refused: " in table
 
 
 def test_the_configuration_page_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from ullm.cli import doctor, pull
+from ullm.cli.distribution import warning
 from ullm.cli.terminal import progress_bar
 from ullm.config import ServerConfig
 
@@ -100,3 +101,15 @@ def test_a_taken_port_only_warns(machine: pytest.MonkeyPatch) -> None:
     diagnosis = doctor.diagnose(ServerConfig())
     assert diagnosis.healthy
     assert found(diagnosis, "port").status == "warn"
+
+
+def test_another_project_of_the_same_name_is_named(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    diagnosis = doctor.diagnose(ServerConfig())
+    assert [check for check in diagnosis.checks if check.name == "distribution"] == []
+    info = tmp_path / "ullm-0.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ullm\nVersion: 0.3\n")
+    machine.syspath_prepend(str(tmp_path))
+    check = found(doctor.diagnose(ServerConfig()), "distribution")
+    assert check.status == "warn"
+    assert check.detail == warning("0.3")

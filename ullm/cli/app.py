@@ -26,7 +26,7 @@ from ullm.cli.flags import (
     with_options,
 )
 from ullm.cli.options import ApiKey, ChaosOptions, Json, LoadOptions, Output, split_commas
-from ullm.cli.vllm_flags import hint_for, without_effect
+from ullm.cli.vllm_flags import check_without_effect, hint_for, without_effect
 from ullm.config import EngineConfig, ServerConfig
 from ullm.errors import UsageError
 from ullm.machine import collect_rarely, lasting_imports
@@ -68,6 +68,7 @@ app.command(bench)
 @with_options(server_options(), engine_options(), without_effect())
 def serve(name: Name = None, /, **given: Any) -> int:
     """Serve an OpenAI-compatible API."""
+    check_without_effect(given)
     if line := other_distribution():
         sys.stderr.write(f"warning: {line}\n")
     with lasting_imports():

@@ -65,7 +65,7 @@ class Option:
 
     Args:
         aliases: further names of the flag.
-        shown: False for a flag that help texts leave out.
+        shown: False for a flag that help texts leave out, and that cannot be turned off.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Option:
             group=Group(self.group, sort_key=GROUPS.index(self.group)),
             show=self.shown,
             show_default=self.default not in (None, (), False, ""),
-            negative="" if self.lists else None,
+            negative=None if self.shown and not self.lists else "",
         )
         annotation = Annotated[list[str] | None if self.lists else self.annotation, detail]  # type: ignore[valid-type]
         # A default of another type than what is typed in would fail where the library validates it,

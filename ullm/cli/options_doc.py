@@ -172,11 +172,8 @@ def _argument_table(arguments: Iterable[Any]) -> str:
     for each in arguments:
         names = ", ".join(f"`{name}`" for name in each.names if not name.startswith("--no-"))
         default = each.field_info.default
-        shown = (
-            f"`{default}`"
-            if isinstance(default, str | int | float) and str(default) not in ("False", "")
-            else ""
-        )
+        has_default = isinstance(default, str | int | float) and str(default) not in ("False", "")
+        shown = f"`{default}`" if has_default else ""
         lines.append(f"| {names} | {shown} | {_escaped(each.parameter.help or '')} |")
     return "\n".join(lines) + "\n"
 

@@ -6,8 +6,10 @@ Aliases are declared on the options, in ullm/config.py; here is what is no optio
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ullm.cli.flags import Option, engine_options, server_options
+from ullm.errors import UsageError
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "--disable-log-requests": "ullm does not log requests.",
@@ -73,6 +75,13 @@ def without_effect() -> list[Option]:
         Option(flag.removeprefix("--").replace("-", "_"), bool, False, reason, "Logging", shown=False)
         for flag, reason in WITHOUT_EFFECT.items()
     ]
+
+
+def check_without_effect(given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for an option without effect that is turned off, which would need one."""
+    for option in without_effect():
+        if given.get(option.name) is False:
+            raise UsageError(f"{option.flag}=false cannot be honoured: {option.help}")
 
 
 def hint_for(option: str) -> str | None:

@@ -109,7 +109,7 @@ class ServerProcess:
         raise ServerEnded(self.name, f"does not answer {path} after {seconds:g} s", self.log)
 
     def tree(self) -> list[Any]:
-        """Return the server, its descendants, and those seen before; `open_server` kills all of them at its end."""
+        """Return the server and all descendants seen so far; `open_server` kills all of them at its end."""
         processes = [] if self.process.returncode is not None else descendants(self.pid)
         self._seen |= {process.pid: process for process in processes}
         return list(self._seen.values())

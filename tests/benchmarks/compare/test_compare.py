@@ -218,6 +218,7 @@ def test_the_order_rotates() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.process
 async def test_a_server_is_started_measured_and_stopped(tmp_path: Path) -> None:
     load = ComparisonLoad((1, 3), output_tokens=6)
@@ -326,6 +327,7 @@ def test_a_plot_is_drawn(tmp_path: Path, suffix: str) -> None:
 # --- the runner for transformers ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.process
 async def test_transformers_in_static_batches_speaks_the_dialect(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model")

@@ -206,6 +206,7 @@ def test_the_mix_is_the_same_for_the_same_seed() -> None:
     assert {ask.body["max_tokens"] for ask in first(mix, 1)} == {-1, 2, 3, 4}
 
 
+@pytest.mark.slow
 @pytest.mark.process
 async def test_a_run_that_stays_flat(tmp_path: Path) -> None:
     plan = SoakPlan(
@@ -231,6 +232,7 @@ async def test_a_run_that_stays_flat(tmp_path: Path) -> None:
     assert len(said) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.process
 async def test_a_run_whose_workers_die_is_not_good(tmp_path: Path) -> None:
     faults = ("--faults", "worker.step:crash@nth=100,times=1")
