@@ -1,0 +1,28 @@
+"""A model served under several names."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from fake_engine import FakeEngine, serving
+
+from ullm.config import EngineConfig
+
+pytestmark = pytest.mark.process
+
+
+async def test_all_names_are_answered_and_listed() -> None:
+    engine = FakeEngine()
+    engine.config = EngineConfig(model="fake", served_model_name=("fake", "gpt-4o"))
+    async with serving(engine) as url, httpx.AsyncClient(base_url=url) as client:
+        listing = (await client.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in listing] == ["fake", "gpt-4o"]
+        for name in ("fake", "gpt-4o"):
+            assert (await client.get(f"/v1/models/{name}")).json()["id"] == name
+            body = {"model": name, "prompt": "hi", "max_tokens": 2}
+            answer = await client.post("/v1/completions", json=body)
+            assert answer.status_code == 200
+            assert answer.json()["model"] == "fake"  # as vLLM does, whatever name was asked for
+        refusal = await client.get("/v1/models/other")
+        assert refusal.status_code == 404
+        assert "fake, gpt-4o" in refusal.json()["error"]["message"]
