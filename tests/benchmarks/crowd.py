@@ -1,6 +1,6 @@
-"""A crowd of streams, read with as little work as possible: what is measured has to share the cores with it.
+"""A crowd of streams, read with as little work as possible, because the measured server shares the cores.
 
-All requests are sent at once over connections of their own, and only bytes are looked at until a stream ends.
+All requests are sent at once over connections of their own, and nothing is parsed before a stream ends.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from ullm.errors import ServerUnreachable, UllmError
 
 READ_BYTES = 1 << 18
 TAIL_BYTES = 2048
-"""Of each stream, in which its last events are."""
+"""Bytes of the end of each stream that are kept; they hold its last events."""
 SHOWN_BYTES = 200
-"""Of that, in an error."""
+"""Bytes of the end of a stream that an error shows."""
 PROMPTS = 100
-"""Different ones."""
+"""Number of different prompts."""
 SILENCE = 60.0
 """Seconds without a byte of any stream after which the server has failed."""
 _USAGE = re.compile(rb'"completion_tokens":(\d+)')
 
 
 class StreamBroken(UllmError):
-    """A stream did not end as it should; shows its end."""
+    """A stream is incomplete; shows its end."""
 
     def __init__(self, tail: bytes) -> None:
         end = tail[-SHOWN_BYTES:].decode(errors="replace")
@@ -38,12 +38,12 @@ class StreamBroken(UllmError):
 
 @dataclass
 class Heard:
-    """What a crowd has heard; times are seconds.
+    """What a crowd has received; times are seconds.
 
     Args:
-        first: from the first request to each stream's first bytes.
-        gaps: between one piece of a stream and its next.
-        events: server-sent events with text.
+        first: times from the first request to each stream's first bytes.
+        gaps: times between one piece of a stream and the next.
+        events: number of server-sent events with text.
     """
 
     seconds: float = 0.0
@@ -54,7 +54,7 @@ class Heard:
 
 
 class _Stream:
-    """One stream: when it was last heard, and its end."""
+    """One stream: the time of its last piece, and its end."""
 
     def __init__(self) -> None:
         self.heard: float | None = None
@@ -62,11 +62,11 @@ class _Stream:
 
 
 def listen(host: str, port: int, model: str, streams: int, tokens: int) -> Heard:
-    """Ask for so many streams of so many tokens at once, and read them all to their ends. Blocks.
+    """Request ``streams`` streams of ``tokens`` tokens at once, and read all of them to their ends. Blocks.
 
     Raises:
-        StreamBroken: one has not the tokens that it should have.
-        ServerUnreachable: it refuses connections, or falls silent.
+        StreamBroken: a stream does not have its tokens.
+        ServerUnreachable: the server refuses connections, or falls silent.
     """
     heard, began = Heard(), time.monotonic()
     with selectors.DefaultSelector() as selector, ExitStack() as sockets:
@@ -107,7 +107,7 @@ def _request(host: str, port: int, model: str, number: int, tokens: int) -> byte
 
 
 def _read(sock: socket.socket, stream: _Stream, heard: Heard, began: float) -> bool:
-    """Take what has come; False at the stream's end."""
+    """Read what has arrived; return False at the stream's end."""
     try:
         data = sock.recv(READ_BYTES)
     except ConnectionResetError:

@@ -1,7 +1,7 @@
-"""One program of events for any OpenAI-compatible server: what its clients get when it is stopped or hurt.
+"""``python -m tests.benchmarks events``: what clients of a server get when it is stopped or disturbed.
 
-Each event has a server of its own, with a few streams in flight. Nothing is judged here: the answers
-are put side by side, and docs/reliability.md says what they mean.
+Each event has a server of its own, with a few streams in flight. Nothing is judged here: the outcomes are put
+side by side, and docs/reliability.md says what they mean.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from ullm.errors import ServerRefused, ServerUnreachable, UsageError
 from ullm.testing.processes import ServerEnded, ServerProcess, free_port, open_server
 
 READY_SECONDS = 240.0
-"""How long a server may take until it answers."""
+"""Seconds that a server may take until it answers."""
 PATIENCE = 45.0
-"""Seconds after an event that its streams and its processes are watched."""
+"""Seconds after an event for which streams and processes are watched."""
 SETTLE = 5.0
-"""Seconds that a server gets after its start, for what it prepares in the background."""
+"""Seconds after a start in which a server may prepare things in the background."""
 WORDS = ("river", "copper", "lantern", "orchard", "signal", "harbour", "meadow", "thunder")
 
 
 @dataclass(frozen=True)
 class EventCandidate:
-    """A server to put through the program.
+    """A server to put through the events.
 
     Args:
-        command: with ``{port}`` where its port goes.
-        drain: options that let it finish what it has for so many seconds, with ``{seconds}``; empty if it
-            has none.
+        command: the command, with ``{port}`` in place of its port.
+        drain: options that set the seconds for draining, with ``{seconds}`` in their place; empty if the
+            server has none.
     """
 
     name: str
@@ -53,13 +53,13 @@ class EventCandidate:
     drain: Sequence[str] = ()
 
     def line(self, port: int, seconds: float | None) -> list[str]:
-        """The command, to be run; with ``seconds`` None, without options about stopping."""
+        """Return the command to run; without options about stopping if ``seconds`` is None."""
         options = [] if seconds is None else [part.format(seconds=f"{seconds:g}") for part in self.drain]
         return [part.replace("{port}", str(port)) for part in [*self.command, *options]]
 
 
 class EventOutcome(msgspec.Struct, frozen=True):
-    """What happened at one event; seconds count from it."""
+    """The outcome of one event; seconds count from it."""
 
     event: str
     values: dict[str, Any]
@@ -67,7 +67,7 @@ class EventOutcome(msgspec.Struct, frozen=True):
 
 @dataclass
 class EventStream:
-    """One stream, and when its pieces came."""
+    """One stream, and the arrival times of its pieces."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -79,7 +79,7 @@ class EventStream:
     gap: float = 0.0
 
     async def run(self, endpoint: Endpoint, model: str, number: int, max_tokens: int) -> None:
-        """Read to the end, whatever that is."""
+        """Read the stream to its end, in whatever way it ends."""
         body = {
             "model": model,
             "prompt": f"Write about the {WORDS[number % len(WORDS)]}.",
@@ -115,7 +115,7 @@ class EventStream:
 
 
 class Scene:
-    """A server with streams in flight, and what can be seen of it."""
+    """A server with streams in flight, as seen from outside."""
 
     def __init__(self, server: ServerProcess, readers: list[EventStream], model: str) -> None:
         self.server = server
@@ -125,13 +125,13 @@ class Scene:
         self.began = trio.current_time()
 
     def worker(self, pids: Sequence[int]) -> Any:
-        """The process that computes: the one that the server names, else the largest below it."""
+        """Return the worker process: the one that the server names, else its largest descendant."""
         below = [process for process in self.server.tree() if process.pid != self.server.pid]
         named = [process for process in below if process.pid in pids]
         return max(named or below, key=lambda process: process.memory_info().rss)
 
     async def status(self, path: str) -> str:
-        """The status that a probe gets."""
+        """Return the status that a probe gets."""
         endpoint = Endpoint("http", "127.0.0.1", self.server.endpoint.port, "")
         connection = Connection(endpoint)
         answer = "no answer"
@@ -148,7 +148,7 @@ class Scene:
         return answer
 
     async def late(self) -> str:
-        """What a request gets that comes now."""
+        """Return what a request gets that arrives now."""
         reader = EventStream()
         with trio.move_on_after(5):
             await reader.run(self.server.endpoint, self.model, 0, 4)
@@ -156,7 +156,7 @@ class Scene:
         return "no answer within 5 s"
 
     async def outcomes(self) -> dict[str, Any]:
-        """Wait for the streams; how they ended, and the longest silence in one of them."""
+        """Wait for the streams; return how they ended, and the longest silence in one of them."""
         with trio.move_on_after(PATIENCE):
             for reader in self.readers:
                 await reader.done.wait()
@@ -173,7 +173,7 @@ class Scene:
         }
 
     async def exit(self) -> dict[str, Any]:
-        """Wait for the server's end: its status, when, and what of its tree is left."""
+        """Wait for the server to exit; return its status, the seconds, and the processes left of its tree."""
         with trio.move_on_after(PATIENCE):
             await self.server.process.wait()
         gone = trio.current_time() - self.began
@@ -183,7 +183,7 @@ class Scene:
         )
 
     async def left(self, seconds: float) -> dict[str, Any]:
-        """How many of its processes are there after so many more seconds."""
+        """Return the number of the server's processes that still run after ``seconds`` more seconds."""
         await trio.sleep(seconds)
         return {f"processes left {seconds:g} s later": len(self.server.leftovers())}
 
@@ -192,12 +192,12 @@ Event = Callable[[Scene], Awaitable[dict[str, Any]]]
 
 
 async def leave_alone(scene: Scene) -> dict[str, Any]:
-    """Nothing: what the silences of the other events have to be compared with."""
+    """Do nothing; the silences of other events are compared with this one's."""
     return await scene.outcomes()
 
 
 async def drain(scene: Scene) -> dict[str, Any]:
-    """SIGTERM with a budget that suffices."""
+    """Send SIGTERM, with enough time to drain."""
     scene.server.process.send_signal(signal.SIGTERM)
     await trio.sleep(0.3)
     seen = {path: await scene.status(path) for path in ("/live", "/ready", "/health")}
@@ -206,13 +206,13 @@ async def drain(scene: Scene) -> dict[str, Any]:
 
 
 async def stop(scene: Scene) -> dict[str, Any]:
-    """SIGTERM with a budget that does not suffice, or as the server has it by default."""
+    """Send SIGTERM, with too little time to drain, or with the server's default."""
     scene.server.process.send_signal(signal.SIGTERM)
     return await scene.outcomes() | await scene.exit()
 
 
 async def stop_twice(scene: Scene) -> dict[str, Any]:
-    """A second SIGTERM, half a second after the first."""
+    """Send a second SIGTERM half a second after the first."""
     scene.server.process.send_signal(signal.SIGTERM)
     await trio.sleep(0.5)
     if scene.server.process.poll() is None:
@@ -221,12 +221,12 @@ async def stop_twice(scene: Scene) -> dict[str, Any]:
 
 
 async def kill_worker(scene: Scene) -> dict[str, Any]:
-    """SIGKILL for the process that computes."""
+    """Send SIGKILL to the worker."""
     return await _hurt(scene, signal.SIGKILL)
 
 
 async def suspend_worker(scene: Scene) -> dict[str, Any]:
-    """SIGSTOP for the process that computes."""
+    """Send SIGSTOP to the worker."""
     return await _hurt(scene, signal.SIGSTOP)
 
 
@@ -249,7 +249,7 @@ async def _hurt(scene: Scene, number: signal.Signals) -> dict[str, Any]:
 
 
 async def kill_server(scene: Scene) -> dict[str, Any]:
-    """SIGKILL for the server itself."""
+    """Send SIGKILL to the server itself."""
     scene.server.process.kill()
     await scene.server.process.wait()
     first = await scene.left(1.0)
@@ -257,7 +257,7 @@ async def kill_server(scene: Scene) -> dict[str, Any]:
 
 
 async def _named_workers(server: ServerProcess) -> list[int]:
-    """The pids in ``/health``, of servers that tell."""
+    """Return the workers' pids from ``/health``; none for servers that do not tell."""
     endpoint = Endpoint("http", "127.0.0.1", server.endpoint.port, "")
     connection = Connection(endpoint)
     try:
@@ -279,7 +279,7 @@ PROGRAM: dict[str, tuple[Event, float | None, int]] = {
     "worker SIGSTOP": (suspend_worker, None, 256),
     "server SIGKILL": (kill_server, None, 1900),
 }
-"""Event → what is done, seconds to drain that the server is given, tokens of each stream."""
+"""Event → what is done, the seconds that the server gets to drain, and the tokens of each stream."""
 
 START_UP = "SIGTERM while starting"
 
@@ -287,10 +287,10 @@ START_UP = "SIGTERM while starting"
 async def run_event(
     candidate: EventCandidate, name: str, streams: int, settle: float = SETTLE
 ) -> EventOutcome:
-    """Start a server, its streams, and one event of `PROGRAM`.
+    """Start a server and its streams, and run one event of `PROGRAM`.
 
     Args:
-        settle: seconds from its first answer to the first stream.
+        settle: seconds from the server's first answer to the first stream.
 
     Raises:
         ServerEnded: it did not come up.
@@ -318,7 +318,7 @@ async def run_event(
 
 
 async def run_start_up(candidate: EventCandidate, after: float) -> EventOutcome:
-    """SIGTERM ``after`` seconds from the start."""
+    """Send SIGTERM ``after`` seconds into the start."""
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         endpoint = Endpoint("http", "127.0.0.1", port, "/v1")

@@ -1,7 +1,7 @@
-"""What the front end costs by itself: many streams of a scripted model, whose steps only take time.
+"""``python -m tests.benchmarks front-end``: the front end alone, with a model whose steps only take time.
 
-The server, its worker and the crowd that reads share the machine's cores, so what counts first is the
-processor time of the server per token. Needs psutil.
+The server, its worker and the reading crowd share the machine's cores, so that the figure that counts most is
+the server's processor time per token. Needs psutil.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class CrowdLoad:
-    """What is asked of the server.
+    """The load on the server.
 
     Args:
-        step_seconds: duration of the model's steps; with one token per stream and step, its limit is
-            ``streams / step_seconds`` tokens per second.
-        arguments: more of ``ullm serve``.
+        step_seconds: duration of the model's steps; with one token per stream and step, at most
+            ``streams / step_seconds`` tokens per second are possible.
+        arguments: more options of ``ullm serve``.
     """
 
     streams: int = 1000
@@ -68,7 +68,7 @@ class CrowdLoad:
     arguments: tuple[str, ...] = ()
 
     def command(self, model: Path, port: int) -> list[str]:
-        """How the server is started."""
+        """Return the command that starts the server."""
         chosen = ("--model", str(model), "--port", str(port), "--load-format", "dummy")
         runner = ("--runner", "ullm.testing:ScriptedRunner", "--standby-workers", "0")
         budget = ("--max-num-batched-tokens", str(max(2048, 2 * self.streams)))
@@ -77,12 +77,12 @@ class CrowdLoad:
 
 
 class CrowdRound(msgspec.Struct, frozen=True):
-    """One crowd's run; times in seconds, processor time with the system's share.
+    """One crowd's run; times in seconds, processor time including the system's.
 
     Args:
-        front, worker: processor time of the server itself, and of its workers.
-        first, gap: p50, p99 and the most.
-        rss: bytes of the server itself, afterwards.
+        front, worker: processor time of the server process, and of its workers.
+        first, gap: p50, p99 and maximum.
+        rss: resident bytes of the server process afterwards.
     """
 
     seconds: float
@@ -95,7 +95,7 @@ class CrowdRound(msgspec.Struct, frozen=True):
     rss: int
 
     def cells(self, number: int) -> list[str]:
-        """As a row of `COLUMNS`."""
+        """Return the cells of `COLUMNS`."""
         costs = [seconds * MICRO / self.tokens for seconds in (self.front, self.worker)]
         times = [self.first[0], self.first[2], *self.gap]
         shown = [f"{self.tokens / self.seconds:.0f}", *(f"{cost:.1f}" for cost in costs)]
@@ -115,11 +115,11 @@ class FrontEndReport(msgspec.Struct, frozen=True):
     rounds: list[CrowdRound]
 
     def json(self) -> str:
-        """Indented, times in seconds."""
+        """Return indented JSON, times in seconds."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
 
     def markdown(self) -> str:
-        """A table."""
+        """Return the load and a table of the rounds."""
         said = f"{self.streams} streams of {self.tokens} tokens, steps of {self.step_seconds * 1000:g} ms\n\n"
         lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " ---: |" * len(COLUMNS)]
         lines += ["| " + " | ".join(run.cells(number)) + " |" for number, run in enumerate(self.rounds, 1)]
@@ -127,11 +127,11 @@ class FrontEndReport(msgspec.Struct, frozen=True):
 
 
 async def run_front_end(load: CrowdLoad, log: Path, say: Callable[[str], None]) -> FrontEndReport:
-    """Start a server, have crowds read from it, stop it.
+    """Start a server, read from it with one crowd per round, stop it.
 
     Args:
-        log: gets what the server writes.
-        say: told what each round found.
+        log: file for the server's log.
+        say: gets a line after each round.
 
     Raises:
         ServerEnded, StreamBroken, ServerUnreachable

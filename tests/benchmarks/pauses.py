@@ -1,7 +1,7 @@
-"""How long clients wait when something goes wrong, a server is stopped, or it sleeps.
+"""``python -m tests.benchmarks pauses``: how long clients wait after a failure, in a stop, and in a sleep.
 
-Each event of `events` that has a pause is repeated, each time with a server of its own; then one
-server falls asleep and wakes up at each level. Needs psutil.
+Each event of `events` with a pause is repeated, each time with a server of its own; then one server falls
+asleep and wakes up at each level. Needs psutil.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ EVENTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "worker SIGSTOP": (GAP, "worker SIGSTOP", ()),
     "SIGTERM": (DRAIN, "SIGTERM, 30 s to drain", ()),
 }
-"""What is shown → which pause, the event's name, more options of the server."""
+"""Row of the report → kind of pause, name of the event, more options of the server."""
 
 Say = Callable[[str], None]
 
 
 class Nap(msgspec.Struct, frozen=True):
-    """Sleeping once at a level, and waking up in both ways; seconds, and MiB of the whole tree (PSS).
+    """One sleep at a level, ended in both ways; seconds, and MiB of the whole tree (PSS).
 
     Args:
-        asleep: from the request to sleep to its answer.
-        woken: from the request to wake to its answer.
-        first: from a request that comes asleep to its first token, waking included.
-        awake: the same of a request that comes awake.
+        asleep: time from the request to sleep to its answer.
+        woken: time from the request to wake to its answer.
+        first: time to the first token of a request that arrives during sleep, waking included.
+        awake: time to the first token of a request that arrives awake.
     """
 
     asleep: float
@@ -69,7 +69,7 @@ class Nap(msgspec.Struct, frozen=True):
 
 
 class PausesReport(msgspec.Struct, frozen=True):
-    """All that was measured: event → seconds, level → naps."""
+    """All measurements: event → seconds, level → naps."""
 
     when: str
     machine: dict[str, Any]
@@ -79,11 +79,11 @@ class PausesReport(msgspec.Struct, frozen=True):
     naps: dict[int, list[Nap]]
 
     def json(self) -> str:
-        """Everything."""
+        """Return all measurements as indented JSON."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()
 
     def markdown(self) -> str:
-        """Two tables: median, and the most in brackets."""
+        """Return two tables of medians, with the maximum in brackets."""
         heading = (
             f"{self.when[:10]}, {self.machine['cores']} cores ({self.machine['processor']}), "
             f"{self.machine['platform']}; `{' '.join(self.command[1:])}`; {self.streams} streams. "
@@ -111,12 +111,12 @@ def _seconds(values: Sequence[float]) -> str:
 async def run_pauses(
     command: Sequence[str], streams: int, rounds: int, settle: float, say: Say
 ) -> PausesReport:
-    """Repeat every event, in turn, and then the sleeps.
+    """Repeat all events, in turn, and then the sleeps.
 
     Args:
-        command: of the server, with ``{port}``.
-        settle: seconds that a server gets after its start, for its standby worker.
-        say: told what happens.
+        command: the server's command, with ``{port}``.
+        settle: seconds after a start in which a server may prepare its standby worker.
+        say: gets a line after each measurement.
 
     Raises:
         ServerEnded: a server did not come up.
@@ -135,11 +135,11 @@ async def run_pauses(
 
 
 async def run_naps(command: Sequence[str], rounds: int, settle: float, say: Say) -> dict[int, list[Nap]]:
-    """One server, asleep at each level in turn.
+    """Put one server to sleep at each level in turn.
 
     Raises:
         ServerEnded: it did not come up.
-        ServerRefused, RequestsFailed: it did not do what it was asked.
+        ServerRefused, RequestsFailed: it did not sleep, wake or answer.
     """
     endpoint = Endpoint("http", "127.0.0.1", free_port(), "/v1")
     naps: dict[int, list[Nap]] = {level: [] for level in range(MAX_SLEEP_LEVEL + 1)}

@@ -1,7 +1,7 @@
-"""What a start costs: seconds until the port answers, until requests are accepted, until the first token.
+"""``python -m tests.benchmarks startup``: the cost of a start, up to the first token.
 
-Variants of the server's options are started in turn, several times, so that what else the machine does
-meets all of them. Needs psutil.
+Variants of the server's options are started in turn, several times, so that other work on the machine affects
+all of them alike. Needs psutil.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from ullm.testing.processes import ServerProcess, descendants, free_port, open_s
 START_SECONDS = 240.0
 CONTEXTS = (512, 2048, 8192)
 ALWAYS = ("--standby-workers", "0")
-"""A standby worker is prepared when the server is up, beside the first request."""
+"""No standby worker, because it would be prepared beside the first request."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class StartVariant:
-    """One way to start the server; ``arguments`` are of ``ullm serve``."""
+    """One way to start the server; ``arguments`` are options of ``ullm serve``."""
 
     name: str
     arguments: tuple[str, ...]
@@ -54,9 +54,9 @@ class ServerStart(msgspec.Struct, frozen=True):
     """One start.
 
     Args:
-        live, ready, first: seconds from the command to the port's first answer, to readiness, to a token.
-        live_cpu, ready_cpu, first_cpu: processor seconds of the whole tree until then.
-        pss: MiB of the tree after the first token.
+        live, ready, first: seconds from the command to the first answer, to readiness, to the first token.
+        live_cpu, ready_cpu, first_cpu: processor seconds of the whole process tree until then.
+        pss: MiB of the process tree after the first token.
     """
 
     live: float
@@ -72,7 +72,7 @@ class StartupReport(msgspec.Struct, frozen=True):
     """All starts, by variant.
 
     Args:
-        most: share by which the processor time to the first token may be above the first variant's.
+        most: share by which the processor time to the first token may exceed the first variant's.
     """
 
     when: str
@@ -84,16 +84,16 @@ class StartupReport(msgspec.Struct, frozen=True):
 
     @property
     def good(self) -> bool:
-        """Whether no variant costs more than the first one, beyond the tolerance."""
+        """True if no variant costs more than the first one, beyond the tolerance."""
         least = [min(start.first_cpu for start in starts) for starts in self.starts.values()]
         return all(value <= least[0] * (1 + self.most) for value in least)
 
     def json(self) -> str:
-        """Everything."""
+        """Return all starts as indented JSON."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()
 
     def markdown(self) -> str:
-        """The least of each column over the rounds, because others on the machine only ever add."""
+        """Return a table of the minimum over the rounds, because other work on the machine only adds."""
         heading = (
             f"{self.when[:10]}, {self.machine['cores']} cores ({self.machine['processor']}), "
             f"{self.machine['platform']}; `{' '.join(self.command)}`. Least of {self.rounds} starts in "
@@ -113,7 +113,7 @@ def _row(name: str, starts: Sequence[ServerStart]) -> list[str]:
 
 
 def variants(contexts: Sequence[int], blocks: Sequence[int]) -> list[StartVariant]:
-    """Every context length with every number of KV blocks; without such numbers, as the server chooses."""
+    """Return a variant for each context length and number of KV blocks, which the server chooses if empty."""
     found = []
     for context in contexts:
         length = ("--context-len", str(context))
@@ -167,8 +167,8 @@ async def measure_start(command: Sequence[str], log: Path) -> ServerStart:
     """Start a server, get one token from it, stop it.
 
     Raises:
-        ServerEnded: it did not come up.
-        RequestsFailed: it did not answer.
+        ServerEnded: the server did not come up.
+        RequestsFailed: the server did not answer.
     """
     port = free_port()
     endpoint = Endpoint("http", "127.0.0.1", port, "/v1")

@@ -1,4 +1,4 @@
-"""The entry point under its older name takes the flags that its users know."""
+"""The entry point at vLLM's module path takes the flags that its users know."""
 
 from __future__ import annotations
 

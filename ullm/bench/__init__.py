@@ -1,6 +1,6 @@
-"""Measuring servers and engines: workloads, targets, statistics, reports.
+"""``ullm bench``: workloads, targets, statistics and reports for servers and engines.
 
-A `workload` says what to ask; a target (`http`, `engine`) runs one request and records when each
-piece of its answer came; `load` keeps a number of requests in flight; `stats` condenses the records;
-`report` writes them down. Whatever is measured, the same code measures it.
+A `workload` draws requests; a target (`server_target`, `engine_target`) runs one and records when each
+piece of its answer arrived; `load` keeps a number of requests in flight; `stats` condenses the records;
+`bench_report` writes them. Imports errors, config, sampling, engine and client.
 """

@@ -1,4 +1,4 @@
-"""Results as a table for people, as JSON and as Markdown."""
+"""Results as a table, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class BenchReport(msgspec.Struct, frozen=True):
     """A finished benchmark.
 
     Args:
-        target: what was measured.
-        when: ISO 8601, UTC.
-        machine: what it ran on.
-        workload: what was asked.
+        target: name of what was measured.
+        when: date and time, ISO 8601, UTC.
+        machine: description of the machine; see `machine`.
+        workload: description of the requests.
     """
 
     target: str
@@ -53,7 +53,7 @@ class BenchReport(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, target: str, model: str, workload: Workload, runs: Sequence[RunSummary]) -> BenchReport:
-        """Stamp the runs with date, machine and workload."""
+        """Build a report of the runs, with date, machine and workload."""
         asked = {
             "prompt_words": str(workload.prompt_words),
             "output_tokens": str(workload.output_tokens),
@@ -66,16 +66,16 @@ class BenchReport(msgspec.Struct, frozen=True):
         return cls(target, model, when, machine(), asked, list(runs))
 
     def json(self) -> str:
-        """Indented, times in seconds."""
+        """Return indented JSON, times in seconds."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
 
     def markdown(self) -> str:
-        """A table, times in milliseconds."""
+        """Return a Markdown table, times in milliseconds."""
         lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " ---: |" * len(COLUMNS)]
         return "\n".join(lines + ["| " + " | ".join(_cells(run)) + " |" for run in self.runs]) + "\n"
 
     def show(self, console: Console) -> None:
-        """A table for a terminal, times in milliseconds."""
+        """Print a table, times in milliseconds."""
         title = f"{self.target} · {self.model} · prompts of {self.workload['prompt_words']} words"
         table = Table(title=title, caption=CAPTION, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in COLUMNS:
@@ -88,7 +88,7 @@ class BenchReport(msgspec.Struct, frozen=True):
 
 
 def machine() -> dict[str, Any]:
-    """What the clients ran on."""
+    """Describe the machine that the clients ran on."""
     import os
 
     return {

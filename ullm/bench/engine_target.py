@@ -1,4 +1,4 @@
-"""An engine in this process as a target: what is left without HTTP."""
+"""An engine in this process as a target, without HTTP."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class EngineTarget:
 
     @property
     def name(self) -> str:
-        """The model's name."""
+        """The name in reports."""
         return f"engine {self._engine.model_name}"
 
     async def run(self, request: BenchRequest, record: RequestRecord) -> None:
-        """One request; see `ullm.bench.load.Target`."""
+        """Run one request; see `ullm.bench.load.BenchTarget`."""
         params = SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,

@@ -1,4 +1,4 @@
-"""Keeping a number of requests in flight against a target."""
+"""Keep a number of requests in flight against a target."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BenchTarget(Protocol):
 
     @property
     def name(self) -> str:
-        """For reports."""
+        """The name in reports."""
 
     async def run(self, request: BenchRequest, record: RequestRecord) -> None:
         """Run one request to its end and fill in ``record``; failures go into ``record.error``."""
@@ -27,10 +27,10 @@ class BenchTarget(Protocol):
 async def measure(
     target: BenchTarget, workload: Workload, concurrency: int, num_requests: int, *, stream: int = 0
 ) -> tuple[RunSummary, list[RequestRecord]]:
-    """A closed loop: ``concurrency`` clients, each sending its next request when the last has ended.
+    """Run a closed loop: ``concurrency`` clients, each sending its next request when the last has ended.
 
     Args:
-        stream: which of the workload's request streams; see `Workload.requests`.
+        stream: number of the workload's stream of requests; see `Workload.requests`.
     """
     requests = workload.requests(stream)
     records: list[RequestRecord] = []

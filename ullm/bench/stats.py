@@ -1,4 +1,4 @@
-"""From the times at which tokens came to latency percentiles and throughput."""
+"""Latency percentiles and throughput from the arrival times of tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class RequestRecord:
     """One request as its client saw it; times are seconds of one monotonic clock.
 
     Args:
-        arrivals: when each piece of the text came; a piece may hold several tokens.
+        arrivals: times at which pieces of the text arrived; a piece may hold several tokens.
         tokens: generated tokens as the server counted them, else the number of pieces.
-        error: why it failed; its times do not count.
+        error: error message of a failed request, whose times do not count.
     """
 
     started: float
@@ -55,7 +55,7 @@ class Distribution(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Distribution | None:
-        """None without values."""
+        """Summarise values; return None without values."""
         if not values:
             return None
         ordered = sorted(values)
@@ -91,7 +91,7 @@ class RunSummary(msgspec.Struct, frozen=True):
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The nearest-rank percentile of sorted values: always one that occurred."""
+    """Return the nearest-rank percentile of sorted values, which is always one of them."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 

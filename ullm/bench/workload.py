@@ -1,4 +1,4 @@
-"""What to ask: deterministic prompts of chosen lengths.
+"""Workloads: deterministic prompts of chosen lengths.
 
 Prompts are common English words, which nearly every tokenizer keeps whole, so that the same text goes
 to every server and lengths in words are close to lengths in tokens; reports show the tokens that the
@@ -32,7 +32,7 @@ class Length:
 
     @classmethod
     def parse(cls, text: str, flag: str) -> Length:
-        """Read ``128`` or ``100-1024``.
+        """Parse ``128`` or ``100-1024``.
 
         Raises:
             UsageError: anything else; names the flag.
@@ -49,7 +49,7 @@ class Length:
         return length
 
     def draw(self, source: random.Random) -> int:
-        """One length."""
+        """Draw one length."""
         return source.randint(self.low, self.high)
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Length:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """One request of a workload; ``max_tokens`` are generated, no end of sequence stops it earlier."""
+    """One request of a workload; exactly ``max_tokens`` are generated, the end of sequence is ignored."""
 
     prompt: str
     max_tokens: int
@@ -71,11 +71,11 @@ class Workload:
     """A reproducible stream of requests.
 
     Args:
-        prompt_words: length of a prompt, the shared prefix not counted.
-        output_tokens: tokens to generate.
+        prompt_words: words per prompt, the shared prefix not counted.
+        output_tokens: tokens to generate per request.
         shared_prefix: words that all prompts begin with, for measuring the prefix cache.
         seed: the same seed gives the same requests, whatever the target.
-        temperature, top_p: of each request.
+        temperature, top_p: sampling parameters of each request.
     """
 
     prompt_words: Length = Length(32, 32)
@@ -86,7 +86,7 @@ class Workload:
     top_p: float = 1.0
 
     def requests(self, stream: int = 0) -> Iterator[BenchRequest]:
-        """Endless, and different for each ``stream``, so that no run profits from an earlier one's cache."""
+        """Yield requests without end; each ``stream`` has others, so that no run profits from the cache."""
         prefix = _words(random.Random(f"prefix {self.seed}"), self.shared_prefix)
         source = random.Random(f"requests {self.seed} {stream}")
         while True:

@@ -1,6 +1,7 @@
 """Seeded chaos against a live server: random faults under load, then a check that nothing was lost.
 
-`catalogue` says what is asked; `client` asks it, politely or not, and notes all that comes; `world` is
-what faults act on; `signals`, `clients`, `operations` and `plans` are the faults; `verify` judges the end;
-`run` puts them together; `report` writes it down. Everything is done from outside: by HTTP and signals.
+`catalogue` holds the requests, `chaos_client` sends one and records everything that comes back; `world` is
+what faults act on; `signal_faults`, `client_faults`, `operation_faults` and `planned_faults` are the faults;
+`verify` judges the end; `chaos_run` puts them together, `chaos_report` writes the report. Everything is done
+from outside, by HTTP and signals. Imports errors, client, bench and testing.
 """

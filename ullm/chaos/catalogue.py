@@ -1,4 +1,4 @@
-"""What the clients of a chaos run ask: a few requests of every form, drawn from the seed."""
+"""The requests of a chaos run: a few of every form, drawn from the seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ChaosRequest:
     Args:
         path: below the API's prefix.
         body: as JSON; asks for a stream with usage, or for an answer in one piece.
-        choices: how many answers it asks for.
+        choices: number of answers that it requests.
     """
 
     number: int
@@ -33,22 +33,22 @@ class ChaosRequest:
 
     @property
     def stream(self) -> bool:
-        """Whether the answer comes in pieces."""
+        """True if the answer is streamed."""
         return bool(self.body.get("stream"))
 
 
 def catalogue(model: str, seed: int, size: int, max_tokens: tuple[int, int]) -> list[ChaosRequest]:
-    """``size`` requests: chat and plain, streamed and unary, greedy and seeded, one choice and two.
+    """Return ``size`` requests: chat and plain, streamed and unary, greedy and seeded, one or two choices.
 
     Args:
-        max_tokens: the least and the most that one generates.
+        max_tokens: minimum and maximum per request.
     """
     source = random.Random(f"catalogue {seed}")
     return [_ask(source, model, number, max_tokens) for number in range(size)]
 
 
 def long_ask(model: str, max_tokens: int) -> ChaosRequest:
-    """A stream that is much to read: with log probabilities, so that kernel buffers do not hold it."""
+    """Return a request whose stream, with log probabilities, is too long for the kernel's buffers."""
     body = {"prompt": "time year people", "logprobs": 5, "max_tokens": max_tokens}
     return ChaosRequest(-1, "/completions", {"model": model, "stream": True, "ignore_eos": True, **body}, 1)
 

@@ -1,4 +1,4 @@
-"""One request of a chaos run, as its client sees it: every event counted, nothing taken for granted."""
+"""One request of a chaos run as its client sees it: every event is counted and checked."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ullm.client.http import DONE, Connection, Endpoint
 from ullm.errors import ServerRefused, ServerUnreachable
 
 LONGEST = 120.0
-"""Seconds after which an answer without an end counts as lost."""
+"""Seconds after which an unfinished answer counts as lost."""
 SLOW_PIECES = 50
-"""Pieces that a slow reader is slow for."""
+"""Number of pieces after each of which a slow reader pauses."""
 NOTED_GAP = 0.05
-"""Seconds of silence from which on they are kept."""
+"""Seconds of silence from which on a gap is recorded."""
 
 
 @dataclass(frozen=True)
 class AnswerOutcome:
-    """What an undisturbed run must repeat exactly: per choice its text and finish reason, and the usage."""
+    """What must be the same with and without faults: text and finish reason of each choice, and the usage."""
 
     texts: tuple[str, ...]
     finishes: tuple[str, ...]
@@ -33,17 +33,17 @@ class AnswerOutcome:
 
 @dataclass
 class ChaosAnswer:
-    """All that came of one request; times are seconds of trio's clock.
+    """Everything that came back for one request; times are seconds of trio's clock.
 
     Args:
-        dones: how often the stream said that it was done.
-        finishes: per choice, every finish reason that came.
-        status: of a refusal; 200 for an error inside a stream.
+        dones: number of ``[DONE]`` events.
+        finishes: choice → every finish reason that came.
+        status: status of a refusal; 200 for an error inside a stream.
         gaps: silences of at least `NOTED_GAP`, as (beginning, end).
         crashes: workers lost by faults while it was running.
         excused: why it may end early, with ``abort``; empty if it may not.
-        watched: its client reads as fast as it can, so that a silence is the server's.
-        heard: when the last event came.
+        watched: True if its client reads as fast as it can, so that the server causes each silence.
+        heard: time of the last event.
     """
 
     ask: ChaosRequest
@@ -63,23 +63,23 @@ class ChaosAnswer:
     heard: float = 0.0
 
     def note_event(self, now: float) -> None:
-        """Something of the stream has come; what was silent before is a gap."""
+        """Record an event of the stream; a long silence before it is a gap."""
         last, self.heard = self.heard or self.started, now
         if self.watched and now - last >= NOTED_GAP:
             self.gaps.append((last, now))
 
     @property
     def outcome(self) -> AnswerOutcome:
-        """What can be compared."""
+        """The part that can be compared with another run."""
         texts = tuple(self.texts.get(index, "") for index in range(self.ask.choices))
         finishes = tuple(",".join(self.finishes.get(index, [])) for index in range(self.ask.choices))
         return AnswerOutcome(texts, finishes, self.completion_tokens)
 
     def violations(self, expected: AnswerOutcome | None) -> list[str]:
-        """What is wrong with it, of an answer that its client waited for.
+        """Return what is wrong with an answer that its client waited for.
 
         Args:
-            expected: what an undisturbed run said; None while that is being found out.
+            expected: outcome of an undisturbed run; None in that run itself.
         """
         name = f"request {self.ask.number} ({self.ask.path}, {'stream' if self.ask.stream else 'unary'})"
         if self.error is not None:
@@ -119,12 +119,12 @@ async def ask_server(
     stall: float = 0.0,
     leave_after: int | None = None,
 ) -> None:
-    """Send the request and record what comes until the answer ends, however that happens.
+    """Send the request and record what comes back until the answer ends, in whatever way.
 
     Args:
         slow: seconds to wait after each of the first pieces.
-        stall_after, stall: after so many pieces read nothing for so many seconds.
-        leave_after: hang up after so many pieces of the stream.
+        stall_after, stall: number of pieces after which nothing is read, and for how many seconds.
+        leave_after: number of pieces after which to hang up.
     """
     answer.watched = not slow and not stall
     connection = Connection(endpoint, receive_buffer=None if answer.watched else 4096)

@@ -1,4 +1,4 @@
-"""What a chaos run found, as a table for people and as JSON."""
+"""The report of a chaos run, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ullm.chaos.verify import Verdict
 from ullm.chaos.world import FaultKind, InjectedFault, World
 
 NEAR = 0.5
-"""Seconds after a fault within which a silence that begins is laid to it."""
+"""Seconds after a fault within which a silence that begins is attributed to it."""
 LONGEST = 10
-"""Silences that the JSON lists."""
+"""Number of silences that the JSON lists."""
 SHOWN = 20
-"""Violations that a terminal shows."""
+"""Number of violations that the table shows."""
 
 
 class KindReport(msgspec.Struct, frozen=True):
     """One kind of fault.
 
     Args:
-        longest_gap: seconds of silence in the stream that waited longest around such a fault; None
-            where none waited as long as 50 ms. Faults overlap, so another may have its part in it.
+        longest_gap: longest silence of a stream around such a fault, in seconds; None if all were below
+            50 ms. Faults overlap, so that another one may have contributed.
     """
 
     name: str
@@ -34,7 +34,7 @@ class KindReport(msgspec.Struct, frozen=True):
 
 
 class FaultRecord(msgspec.Struct, frozen=True):
-    """One fault; ``seconds`` since the first one."""
+    """One injected fault; ``seconds`` count from the first one."""
 
     number: int
     kind: str
@@ -46,7 +46,7 @@ class ChaosReport(msgspec.Struct, frozen=True):
     """A finished chaos run.
 
     Args:
-        longest_gaps: silences in streams: when one began, in seconds since the first fault, and how long.
+        longest_gaps: the longest silences of streams: start, from the first fault, and duration in seconds.
     """
 
     seed: int
@@ -62,7 +62,7 @@ class ChaosReport(msgspec.Struct, frozen=True):
     def of(
         cls, seed: int, world: World, verdicts: Sequence[Verdict], kinds: Iterable[FaultKind]
     ) -> ChaosReport:
-        """From what a run left behind; kinds that were never drawn are listed with 0."""
+        """Build the report of a run; kinds that were never drawn are listed with 0."""
         gaps = sorted(gap for answer in world.answers for gap in answer.gaps)
         first = world.faults[0].at if world.faults else 0.0
         return cls(
@@ -81,15 +81,15 @@ class ChaosReport(msgspec.Struct, frozen=True):
 
     @property
     def good(self) -> bool:
-        """Whether all held."""
+        """True if every verdict holds."""
         return all(verdict.good for verdict in self.verdicts)
 
     def json(self) -> str:
-        """Everything."""
+        """Return the whole report as indented JSON."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
 
     def show(self, console: Console) -> None:
-        """The faults by kind, then the verdicts."""
+        """Print the faults by kind, then the verdicts."""
         table = Table(title=f"seed {self.seed}: {len(self.faults)} faults", box=SIMPLE_HEAD)
         for column, justify in (("fault", "left"), ("count", "right"), ("longest gap, ms", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A chaos run: a server, clients, faults in the order that the seed says, and the verdict."""
+"""A chaos run: a server, its clients, faults drawn from a seed, and the verdicts."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from ullm.testing.processes import free_port, open_server
 
 START_SECONDS = 120.0
 REFERENCE_ROUNDS = 2
-"""How often each request is asked before the faults; all rounds must agree."""
+"""Number of times that each request is sent before the faults; all answers must agree."""
 WARM_SHARE = 0.3
-"""Share of the faults after which the server's memory counts as warm."""
+"""Share of the faults after which the server's memory counts as warmed up."""
 SPARED = 20.0
-"""Seconds to wait until requests that have seen `MAX_CRASHES` are through."""
+"""Seconds to wait until requests that have seen `MAX_CRASHES` are finished."""
 ROOM = 48
-"""Requests that the server takes at once: running and waiting."""
+"""Number of requests that the server admits at once, running and waiting."""
 
 
 @dataclass(frozen=True)
 class ChaosPlan:
-    """What a run is.
+    """A run.
 
     Args:
-        model: folder or name, as ``ullm serve`` takes it.
-        arguments: more of ``ullm serve``.
-        seconds: after which no more faults are injected; too few by then is a violation.
-        streams: clients that ask one request after another.
-        pause: most seconds between two faults, drawn uniformly from 0.
-        only: names of kinds, or the parts of them before the dot; empty: all.
-        max_tokens: least and most per request.
+        model: folder or name, as for ``ullm serve``.
+        arguments: more options of ``ullm serve``.
+        seconds: time limit for the injection of all faults; missing it is a violation.
+        streams: number of clients that send one request after another.
+        pause: maximum seconds between two faults, drawn uniformly from 0.
+        only: kinds to inject, by name or by the part of it before the dot; empty: all.
+        max_tokens: minimum and maximum per request.
     """
 
     model: str
@@ -67,7 +67,7 @@ class ChaosPlan:
     stall_timeout: float = 2.0
 
     def command(self, port: int, admin: Path) -> list[str]:
-        """How the server is started."""
+        """Return the command that starts the server."""
         options = {
             "--port": port,
             "--admin-listen": f"unix:{admin}",
@@ -85,15 +85,15 @@ class ChaosPlan:
 
 
 def all_kinds() -> list[FaultKind]:
-    """Every kind of fault."""
+    """Return every kind of fault."""
     return [*signal_faults.KINDS, *client_faults.KINDS, *operation_faults.KINDS, *planned_faults.KINDS]
 
 
 def chosen_kinds(only: Sequence[str]) -> list[FaultKind]:
-    """Those that are asked for.
+    """Return the kinds that ``only`` names, all if it is empty.
 
     Raises:
-        UsageError: a name that is none.
+        UsageError: no such kind.
     """
     names = {kind.name for kind in all_kinds()}
     unknown = [name for name in only if name not in names | {each.split(".")[0] for each in names}]
@@ -103,10 +103,10 @@ def chosen_kinds(only: Sequence[str]) -> list[FaultKind]:
 
 
 async def run_chaos(plan: ChaosPlan, folder: Path) -> ChaosReport:
-    """Start a server, disturb it, judge it, stop it.
+    """Start a server, inject faults, judge it, stop it.
 
     Args:
-        folder: for the log and the temporary files of the server; short, for it holds a socket.
+        folder: holds the server's log, its temporary files and a socket, for which the path must be short.
 
     Raises:
         UsageError, ServerEnded: the server does not start.
@@ -131,7 +131,7 @@ async def run_chaos(plan: ChaosPlan, folder: Path) -> ChaosReport:
 
 @asynccontextmanager
 async def open_world(plan: ChaosPlan, folder: Path, temporary: Path) -> AsyncIterator[World]:
-    """A server that is ready, and what a run needs to know of it."""
+    """Start a server; yield the world of the run once it is ready."""
     port, socket = free_port(), folder / "admin.sock"
     endpoint = Endpoint("http", "127.0.0.1", port, "/v1")
     admin = Endpoint("unix", str(socket), 0, "")
@@ -155,7 +155,7 @@ async def open_world(plan: ChaosPlan, folder: Path, temporary: Path) -> AsyncIte
 
 
 async def ask_undisturbed(world: World) -> None:
-    """Find out what must come out: once alone, and then all at once, which must say the same."""
+    """Record the answers without faults: to each request alone, then to all at once, which must agree."""
     for ask in world.asks:
         answer = await world.ask(ask)
         world.judge(answer)
@@ -165,11 +165,11 @@ async def ask_undisturbed(world: World) -> None:
             for ask in world.asks:
                 nursery.start_soon(_compare, world, ask)
     if world.violations:
-        raise UsageError(f"the undisturbed server does not repeat itself: {world.violations[0]}")
+        raise UsageError(f"the server's answers differ even without faults: {world.violations[0]}")
 
 
 async def rest(world: World) -> Footprint:
-    """What the server takes once its spare workers are up and connections closed: a stable figure."""
+    """Wait until the standby workers are up and connections are closed; return the stable footprint."""
     found = [Footprint.of(world.server.pid)]
 
     async def stable() -> bool:
@@ -182,10 +182,10 @@ async def rest(world: World) -> Footprint:
 
 
 async def disturb(world: World, plan: ChaosPlan, kinds: Sequence[FaultKind]) -> Footprint | None:
-    """Faults under load, until there are enough or time is up; then let everything come to its end.
+    """Inject faults under load until there are enough or time is up; then wait for all requests to end.
 
     Returns:
-        the footprint when it was warm.
+        The footprint of the warmed up server; None if time was up before.
     """
     warm: Footprint | None = None
     async with trio.open_nursery() as load:
@@ -203,7 +203,7 @@ async def disturb(world: World, plan: ChaosPlan, kinds: Sequence[FaultKind]) -> 
 
 
 async def one_fault(world: World, kinds: Sequence[FaultKind]) -> None:
-    """Draw one and inject it; not a crash while a request has seen so many that one more convicts it."""
+    """Draw and inject one fault; no crash while one more would have a request refused as the cause."""
     kind = world.source.choices(kinds, [kind.weight for kind in kinds])[0]
     if kind.crashes:
 
@@ -229,5 +229,5 @@ def _lossless(world: World) -> Verdict:
 
 def _enough(world: World, plan: ChaosPlan, unfired: int) -> Verdict:
     count = len(world.faults)
-    detail = f"{count} of {plan.faults}; {unfired} armed ones had no occasion"
+    detail = f"{count} of {plan.faults}; {unfired} armed ones never fired"
     return Verdict("as many faults as asked for", count >= plan.faults, detail)

@@ -1,4 +1,4 @@
-"""Faults by clients: that leave, that read slowly or not at all, that come all at once."""
+"""Faults caused by clients that disconnect, read slowly or not at all, or arrive all at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ullm.chaos.catalogue import ChaosRequest, long_ask
 from ullm.chaos.world import FaultKind, World
 
 SLOWEST = 0.02
-"""Most seconds after a piece; dozens of them lie in one read of a slow reader, within the stall limit."""
+"""Maximum seconds between pieces; one read of a slow reader holds dozens, within the stall timeout."""
 
 
 @dataclass(frozen=True)
 class DisconnectFault:
-    """A client hangs up: in the middle of a stream, or while it waits for a unary answer."""
+    """A client hangs up in the middle of a stream, or while it waits for a unary answer."""
 
     name: str
     stream: bool
@@ -23,7 +23,7 @@ class DisconnectFault:
     weight: float = 1.5
 
     async def offered(self, world: World) -> bool:
-        """Always."""
+        """Return True: every server has clients."""
         return True
 
     async def inject(self, world: World) -> str:
@@ -40,18 +40,18 @@ class DisconnectFault:
 
 @dataclass(frozen=True)
 class SlowReaderFault:
-    """A client that takes its time, and must get all of its text."""
+    """A client that reads slowly, and must get its whole text."""
 
     name: str = "client.slow"
     crashes: bool = False
     weight: float = 1.0
 
     async def offered(self, world: World) -> bool:
-        """Always."""
+        """Return True: every server has clients."""
         return True
 
     async def inject(self, world: World) -> str:
-        """Read in the background, compare at the end."""
+        """Read in the background; compare the answer at its end."""
         ask, pause = _choose(world, stream=True), world.source.uniform(0.002, SLOWEST)
         world.nursery.start_soon(_read_slowly, world, ask, pause)
         return f"request {ask.number} waits {pause * 1000:.0f} ms after each piece"
@@ -59,14 +59,14 @@ class SlowReaderFault:
 
 @dataclass(frozen=True)
 class StalledReaderFault:
-    """A client that stops reading past the stall limit: what becomes of its stream is its own affair."""
+    """A client that stops reading for longer than the stall timeout; its own stream may be aborted."""
 
     name: str = "client.stall"
     crashes: bool = False
     weight: float = 0.7
 
     async def offered(self, world: World) -> bool:
-        """Always."""
+        """Return True: every server has clients."""
         return True
 
     async def inject(self, world: World) -> str:
@@ -78,14 +78,14 @@ class StalledReaderFault:
 
 @dataclass(frozen=True)
 class BurstFault:
-    """More requests at once than the queue takes: each is answered in full, or refused with Retry-After."""
+    """More requests at once than the queue holds; each is answered in full, or refused with Retry-After."""
 
     name: str = "burst"
     crashes: bool = False
     weight: float = 0.7
 
     async def offered(self, world: World) -> bool:
-        """Always."""
+        """Return True: every server has clients."""
         return True
 
     async def inject(self, world: World) -> str:

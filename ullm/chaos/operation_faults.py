@@ -1,4 +1,4 @@
-"""Faults by operators: sleep, wake, reload, at any moment and under load."""
+"""Operations as faults: sleep, wake and reload at any moment, under load."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import trio
 from ullm.chaos.world import FaultKind, World
 
 BUSY = (409, 503)
-"""Answers that say that another operation has come first."""
+"""Statuses that say that another operation was first."""
 FAILED = 500
-"""A reload answers so when a crash kept the new workers from coming up; the old ones serve on."""
+"""Status of a reload whose new workers crashed while they started; the old ones stay in service."""
 KEPT = 0.3
-"""Seconds for which requests in flight are kept."""
+"""Seconds for which requests in flight are kept during a sleep."""
 PATIENCE = 60.0
-"""Seconds that an operation may take, with crashes in its way."""
+"""Seconds that an operation may take, crashes included."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SleepFault:
     """Fall asleep; the next request wakes the engine up.
 
     Args:
-        mode: what becomes of requests in flight; ``abort`` ends them with what they have.
+        mode: treatment of requests in flight; ``abort`` ends them with the text they have.
     """
 
     name: str
@@ -36,7 +36,7 @@ class SleepFault:
     weight: float = 0.5
 
     async def offered(self, world: World) -> bool:
-        """Where the admin listener has it."""
+        """Return True if the admin listener has the route."""
         return await has_route(world, "/sleep")
 
     async def inject(self, world: World) -> str:
@@ -62,7 +62,7 @@ class WakeFault:
     weight: float = 0.7
 
     async def offered(self, world: World) -> bool:
-        """Where the admin listener has it."""
+        """Return True if the admin listener has the route."""
         return await has_route(world, "/wake")
 
     async def inject(self, world: World) -> str:
@@ -73,14 +73,14 @@ class WakeFault:
 
 @dataclass(frozen=True)
 class ReloadFault:
-    """A new group of workers takes over."""
+    """Reload: a new group of workers takes over."""
 
     name: str = "reload"
     crashes: bool = False
     weight: float = 1.0
 
     async def offered(self, world: World) -> bool:
-        """Where the admin listener has it."""
+        """Return True if the admin listener has the route."""
         return await has_route(world, "/admin/reload")
 
     async def inject(self, world: World) -> str:
@@ -98,13 +98,13 @@ KINDS: tuple[FaultKind, ...] = (
 
 
 async def operate(world: World, path: str, body: Any, allowed: Sequence[int], seconds: float) -> None:
-    """POST to the admin listener; a status that is not ``allowed``, or none in time, is a violation."""
+    """POST to the admin listener; record a violation if the status is not ``allowed``, or late."""
     status, answer = await world.administer("POST", path, body, seconds)
     if status not in allowed:
         world.violations.append(f"POST {path} {body}: {status} {answer}")
 
 
 async def has_route(world: World, path: str) -> bool:
-    """Whether the admin listener knows a path: one that takes only POST refuses GET with 405."""
+    """Return True if the admin listener has a path; one for POST only refuses GET with 405."""
     status, _ = await world.administer("GET", path)
     return status not in (0, 404)

@@ -1,4 +1,4 @@
-"""Faults by the server's own fault injection: plans as in docs/fault-injection.md, armed while it runs."""
+"""Faults of the server's own fault injection, armed while it runs; docs/fault-injection.md has the plans."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ullm.chaos.world import NOTHING, FaultKind, World
 
 FAULTS = "/admin/faults"
 LATEST_HIT = 10
-"""A fault happens at one of the next so many hits of its point."""
+"""A fault fires at one of this many next hits of its point."""
 FIRES_WITHIN = 5.0
-"""Seconds that one at a step is waited for."""
+"""Seconds to wait until a fault at a step has fired."""
 AT_STEPS = ("worker.step", "frame.", "scheduler.step")
-"""Points that are hit all the time under load, and may cost the workers."""
+"""Points that are hit all the time under load, and whose faults may end workers."""
 HANGS = ("hang", "stop", "drop")
-"""Actions after which a worker stands still, or seems to."""
+"""Actions after which a worker hangs, or seems to."""
 REFUSED = (400, 409, 500, 503)
-"""Answers of an operation that is made to fail."""
+"""Statuses of an operation that is made to fail."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class PlannedFault:
 
     Args:
         plan: without ``nth``, which is drawn.
-        hangs: the worker is lost when that is found out, not before.
-        soon: its point is hit all the time under load, so any of the next hits will do.
+        hangs: True if the worker is lost only when the hang is detected.
+        soon: True if its point is hit all the time under load, so that ``nth`` may be drawn.
     """
 
     name: str
@@ -40,21 +40,21 @@ class PlannedFault:
     weight: float = 0.5
 
     async def offered(self, world: World) -> bool:
-        """Where the admin listener arms plans."""
+        """Return True if the admin listener arms plans."""
         return await has_route(world, FAULTS)
 
     async def inject(self, world: World) -> str:
-        """Arm it."""
+        """Arm the plan."""
         nth = world.source.randint(1, LATEST_HIT) if self.soon else 1
         armed = await arm(world, f"{self.plan}{',' if '@' in self.plan else '@'}nth={nth}")
         if armed and self.crashes:
             if not await settle(lambda: _happened(world), FIRES_WITHIN):
-                await disarm(world)  # or it would hit somebody whom nobody counted
+                await disarm(world)  # or it would hit requests for which no crash is counted
                 return NOTHING
             if self.hangs:
                 world.nursery.start_soon(world.note_hang)
             else:
-                world.note_crash()  # only now is it known whom it may have hit
+                world.note_crash()  # only now is it known which requests it may have hit
         return armed
 
 
@@ -67,7 +67,7 @@ class FailingReloadFault:
     weight: float = 0.5
 
     async def offered(self, world: World) -> bool:
-        """Where both can be had."""
+        """Return True if the admin listener both arms plans and reloads."""
         return await has_route(world, FAULTS) and await has_route(world, "/admin/reload")
 
     async def inject(self, world: World) -> str:
@@ -79,7 +79,7 @@ class FailingReloadFault:
 
 
 async def arm(world: World, plan: str) -> str:
-    """Arm a plan; the plan, or nothing where the server refused, which is a violation."""
+    """Arm a plan and return it; if the server refuses, record a violation and return `NOTHING`."""
     status, answer = await world.administer("POST", FAULTS, {"plan": plan})
     if status == 200:
         return plan
@@ -95,7 +95,7 @@ async def _happened(world: World) -> bool:
 
 
 async def disarm(world: World) -> int:
-    """Disarm all; how many faults were armed and had not happened."""
+    """Disarm all faults; return the number of those that had not fired."""
     status, answer = await world.administer("GET", FAULTS)
     if status != 200:
         return 0
@@ -133,7 +133,7 @@ KINDS: tuple[FaultKind, ...] = (
     ),
     PlannedFault("plan.step-delay", "frame.to_worker:delay@message=Step,seconds=0.2"),
     PlannedFault("plan.result-delay", "frame.from_worker:delay@message=StepResult,seconds=0.2"),
-    # Whatever ends a scheduler counts against the requests in its step, as the loss of a worker does.
+    # A fault that ends a scheduler counts against the requests in its step, like the loss of a worker.
     PlannedFault("plan.scheduler-raise", "scheduler.step:raise", crashes=True),
     PlannedFault("plan.router-raise", "router.tokens:raise"),
     PlannedFault("plan.tokenizer-raise", "tokenizer.encode:raise"),

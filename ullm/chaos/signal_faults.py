@@ -1,4 +1,4 @@
-"""Faults by signals: workers that die, hang, or stand still for a while, and spare ones that die."""
+"""Signals as faults: workers that die, hang or pause, and standby workers that die or hang."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ullm.testing.processes import psutil_module
 
 @dataclass(frozen=True)
 class WorkerSignalFault:
-    """A worker in service gets a signal.
+    """A signal to a worker in service.
 
     Args:
-        number: which; SIGSTOP without ``resume`` is a hang.
-        resume: share of the step timeout after which it goes on.
-        standby: a spare worker instead of one in service.
-        serving: only one that is ready; a start may be silent for longer than a chaos run can wait.
+        number: the signal; SIGSTOP without ``resume`` is a hang.
+        resume: share of the step timeout after which the worker continues.
+        standby: True for a standby worker instead of one in service.
+        serving: True for ready workers only; a start may be silent for longer than a chaos run can wait.
     """
 
     name: str
@@ -32,11 +32,11 @@ class WorkerSignalFault:
     weight: float = 1.0
 
     async def offered(self, world: World) -> bool:
-        """Standby workers may be off."""
+        """Return True if there are such workers; standby workers may be turned off."""
         return not self.standby or bool(await world.standbys())
 
     async def inject(self, world: World) -> str:
-        """Send it; what has ended in the meantime is no fault."""
+        """Send the signal; a process that has just ended is no fault."""
         found = await (world.standbys() if self.standby else world.workers(serving=self.serving))
         if not found:
             return NOTHING
@@ -63,7 +63,7 @@ KINDS: tuple[FaultKind, ...] = (
     WorkerSignalFault("standby.kill", signal.SIGKILL, crashes=False, standby=True),
     WorkerSignalFault("standby.stop", signal.SIGSTOP, crashes=False, standby=True, weight=0.5),
 )
-"""On POSIX; on Windows there are no such signals."""
+"""For POSIX only; Windows has no such signals."""
 
 
 async def _resume(process: Any, seconds: float) -> None:

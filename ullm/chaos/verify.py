@@ -1,4 +1,4 @@
-"""What must hold when the faults are over: nothing in flight, nothing grown, nothing said, nothing left."""
+"""Verdicts after the faults: nothing in flight, no growth, a clean log, nothing left behind."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ullm.errors import ServerRefused, ServerUnreachable
 from ullm.testing.processes import POLL, at_root, descendants, psutil_module
 
 SETTLE = 20.0
-"""Seconds within which a server without work is as it was at the start."""
+"""Seconds within which an idle server must be as it was at the start."""
 GROWTH = 1.2
 SLACK = 24 << 20
-"""By what factor, and how many bytes beyond it, the server's memory may grow after it has warmed up."""
+"""Factor, and bytes beyond it, by which the server's memory may grow after the warm-up."""
 GAUGES = ("ullm_num_requests_running", "ullm_num_requests_waiting", "ullm_kv_cache_usage_ratio")
 BAD_LINES = re.compile(r"never awaited|unraisable|Exception ignored|Traceback|ResourceWarning|Task exception")
 SHARED_MEMORY = Path("/dev/shm")
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """One thing that must hold, and whether it does."""
+    """A condition that must hold, and whether it does."""
 
     what: str
     good: bool
@@ -36,7 +36,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a server takes while it has nothing to do. ``rss`` in bytes, of the server process alone."""
+    """Resources of an idle server; ``rss``: bytes of the server process alone."""
 
     processes: int
     files: int
@@ -44,14 +44,14 @@ class Footprint:
 
     @staticmethod
     def of(pid: int) -> Footprint:
-        """Now."""
+        """Measure a server now."""
         process = psutil_module().Process(pid)
         files = process.num_fds() if hasattr(process, "num_fds") else process.num_handles()
         return Footprint(len(descendants(pid)), files, process.memory_info().rss)
 
 
 async def settle(holds: Callable[[], Awaitable[bool]], seconds: float = SETTLE) -> bool:
-    """Wait for something that sends no event; whether it came to hold."""
+    """Poll until a condition holds; return False if it does not within ``seconds``."""
     with trio.move_on_after(seconds):
         while True:
             if await holds():
@@ -61,7 +61,7 @@ async def settle(holds: Callable[[], Awaitable[bool]], seconds: float = SETTLE) 
 
 
 async def gauges(world: World) -> dict[str, float]:
-    """What ``/metrics`` says is in flight; empty if it does not answer."""
+    """Return the gauges of work in flight from ``/metrics``; empty if it does not answer."""
     connection = Connection(at_root(world.endpoint))
     try:
         async with connection.request("GET", "/metrics") as pieces:
@@ -79,7 +79,7 @@ async def at_rest(world: World, before: Footprint, warm: Footprint) -> list[Verd
 
     Args:
         before: before the first fault.
-        warm: when the caches and arenas that a server fills once are filled.
+        warm: after the caches and arenas were filled that a server fills once.
     """
 
     async def nothing_in_flight() -> bool:
@@ -115,13 +115,13 @@ async def at_rest(world: World, before: Footprint, warm: Footprint) -> list[Verd
 
 
 def log_verdict(log: Path) -> Verdict:
-    """Whether the server's log has lines that no fault explains."""
+    """Judge the server's log: no line that no fault explains."""
     bad = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if BAD_LINES.search(line)]
     return Verdict("clean log", not bad, "; ".join(bad[:3]))
 
 
 async def after_stop(world: World, temporary: Path, shared_before: set[str]) -> list[Verdict]:
-    """SIGTERM, and what is left."""
+    """Send SIGTERM, and judge what is left."""
     status, seconds = await world.server.stop()
 
     async def gone() -> bool:
@@ -144,12 +144,12 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def shared_memory() -> set[str]:
-    """Names of shared memory segments of the whole machine."""
+    """Return the names of all shared memory segments of the machine."""
     return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
 
 
 def _ours(name: str, world: World) -> bool:
-    # Other programs use the same folder; names of segments have a pid, or the program's name.
+    # Other programs use the same folder; the names of ours have a pid of ours, or the program's name.
     pids = {str(process.pid) for process in world.server.tree()}
     return "ullm" in name or any(part in pids for part in re.split(r"\D+", name))
 

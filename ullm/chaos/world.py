@@ -1,4 +1,4 @@
-"""What faults act on: the server's processes and endpoints, and the requests that are in flight."""
+"""What faults act on: the server's processes and endpoints, and the requests in flight."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ullm.errors import ServerRefused, ServerUnreachable
 from ullm.testing.processes import ServerProcess, at_root, descendants, psutil_module
 
 MAX_CRASHES = 2
-"""A request that was being computed at so many losses of workers runs alone, and one more convicts it."""
+"""Losses of workers after which a request runs alone; if that fails, too, the request is refused."""
 FOUND_OUT = 1.5
-"""Step timeouts after which a hang has been found out."""
+"""Step timeouts after which a hang has been detected."""
 RETRY = 0.1
-"""Seconds before a refused client asks again."""
+"""Seconds until a refused client sends its next request."""
 WORKER_MODULE = "ullm.worker.main"
-"""Tells a worker's command line from others'."""
+"""Module in the command line of a worker process."""
 ABORTING = "put to sleep with mode=abort"
-"""Why requests may end early."""
+"""Reason for which requests may end early."""
 NOTHING = ""
-"""What a kind says that found nothing to act on: no fault has happened."""
+"""Detail of a fault that had nothing to act on, and was not injected."""
 
 
 @dataclass
 class InjectedFault:
-    """One that was injected.
+    """A fault that was injected.
 
     Args:
         at: seconds of trio's clock.
-        detail: what exactly was done, or why there was nothing to do it to.
+        detail: what exactly was done.
     """
 
     number: int
@@ -50,7 +50,7 @@ class FaultKind(Protocol):
     """A kind of fault.
 
     Attributes:
-        crashes: it may cost the workers.
+        crashes: True if it may end workers.
         weight: how often it is drawn, relative to others.
     """
 
@@ -64,23 +64,25 @@ class FaultKind(Protocol):
     def weight(self) -> float: ...
 
     async def offered(self, world: World) -> bool:
-        """Whether this server can have it."""
+        """Return True if the fault can be injected into this server."""
 
     async def inject(self, world: World) -> str:
-        """Do it, or begin it in ``world.nursery``; what was done."""
+        """Inject the fault, or start it in ``world.nursery``; return what was done."""
 
 
 @dataclass
 class World:
-    """See the module.
+    """A server under test and its clients.
+
+    Its many fields are the state of one run, which every kind of fault may read and change.
 
     Args:
         admin: the admin listener; its prefix is empty.
-        source: draws everything about faults.
-        nursery: of what faults leave running.
-        room: requests that the server takes at once.
-        aborting: operations under way that may end requests early.
-        hanging: workers that stand still, as far as is known.
+        source: source of all random draws about faults.
+        nursery: runs what faults do in the background.
+        room: number of requests that the server admits at once.
+        aborting: number of operations under way that may end requests early.
+        hanging: number of workers that are known to hang.
     """
 
     server: ServerProcess
@@ -106,7 +108,7 @@ class World:
     # --- requests ---------------------------------------------------------------------------------
 
     async def ask(self, ask: ChaosRequest, **manner: Any) -> ChaosAnswer:
-        """One request to its end, noted as in flight meanwhile."""
+        """Send one request and return its answer; it counts as in flight meanwhile."""
         answer = ChaosAnswer(ask, trio.current_time(), excused=ABORTING if self.aborting else "")
         key = len(self.answers)
         self.answers.append(answer)
@@ -127,7 +129,7 @@ class World:
                 await trio.sleep(RETRY)
 
     def judge(self, answer: ChaosAnswer) -> None:
-        """Compare an answer with the undisturbed one's."""
+        """Compare an answer with the one without faults; record violations."""
         self.counts["refused" if answer.status == 429 else "failed" if answer.error else "answered"] += 1
         begin = self.faults[0].at if self.faults else answer.started
         when = f"{answer.started - begin:.1f}–{(answer.ended or begin) - begin:.1f} s"
@@ -136,12 +138,12 @@ class World:
         self.violations += [f"{violation} ({seen})" for violation in found]
 
     def note_crash(self, since: float = 0.0) -> None:
-        """Workers are lost, with all that is in flight and has begun at ``since`` or later."""
+        """Count a loss of workers against all requests in flight that started at ``since`` or later."""
         for key in self.live:
             self.answers[key].crashes += self.answers[key].started >= since
 
     async def note_hang(self) -> None:
-        """A worker stands still: lost with it is also who comes before that is found out."""
+        """Count a hang: requests that arrive before it is detected are lost with the worker, too."""
         began = trio.current_time()
         self.note_crash()
         self.hanging += 1
@@ -151,12 +153,12 @@ class World:
 
     @property
     def most_crashes(self) -> int:
-        """Of the requests in flight."""
+        """The largest number of losses that a request in flight has seen."""
         return max((self.answers[key].crashes for key in self.live), default=0)
 
     @contextmanager
     def may_abort(self) -> Iterator[None]:
-        """Those in flight, and those that come meanwhile, may end early."""
+        """Allow requests in flight, and those that arrive meanwhile, to end early."""
         self.aborting += 1
         for key in self.live:
             self.answers[key].excused = ABORTING
@@ -168,10 +170,10 @@ class World:
     # --- processes ----------------------------------------------------------------------------------
 
     async def workers(self, *, serving: bool = False) -> list[Any]:
-        """The worker processes in service; while none is, as during a restart, all that there are.
+        """Return the worker processes in service; during a restart, all worker processes.
 
         Args:
-            serving: none instead of those, and none of a replica that starts, sleeps or wakes.
+            serving: return no worker of a replica that starts, sleeps or wakes, and none in a restart.
         """
         status, health = await self.call(at_root(self.endpoint), "GET", "/health")
         found = [process for process in descendants(self.server.pid) if _is_worker(process)]
@@ -182,11 +184,11 @@ class World:
         return [process for process in found if process.pid in busy]
 
     async def standbys(self) -> list[Any]:
-        """Spare worker processes; none while it cannot be said which they are."""
+        """Return the standby worker processes; none during a restart, when they cannot be told apart."""
         busy = {process.pid for process in await self.workers()}
         return [p for p in descendants(self.server.pid) if p.pid not in busy and _is_worker(p)]
 
-    # --- questions ----------------------------------------------------------------------------------
+    # --- calls --------------------------------------------------------------------------------------
 
     async def administer(self, method: str, path: str, body: Any = None, seconds: float = 30.0) -> Any:
         """Call the admin listener; return the status and the answer or the message of its refusal."""
@@ -196,7 +198,7 @@ class World:
         return (0, "no answer")
 
     async def call(self, endpoint: Endpoint, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """One question: the status, 0 if there was no answer, and the JSON, or the words of a refusal."""
+        """Send one request; return its status, 0 without an answer, and the JSON or the error message."""
         connection = Connection(endpoint)
         try:
             return 200, await connection.json(method, path, body)

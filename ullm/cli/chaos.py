@@ -1,4 +1,4 @@
-"""``ullm bench chaos``: whether a server under faults loses anything."""
+"""``ullm chaos``: inject faults into a server under load, and check that no request is lost."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ullm.errors import UsageError
 SCRIPTED = "scripted"
 TINY = "tiny"
 STEP_SECONDS = 0.005
-"""Of the scripted model."""
+"""Duration of a step of the scripted model."""
 
 
 def chaos(plan: ChaosPlan, output: Path | None, log: Path | None, *, as_json: bool) -> int:
-    """Run it and show what came of it; 1 if anything was violated. The server's log is kept then.
+    """Run the plan and print the report; return 1, and keep the server's log, if a verdict does not hold.
 
     Args:
         plan: its ``model`` may be ``scripted`` or ``tiny``, which are written for the run.
-        output: also write the report there, as JSON.
-        log: also keep the server's log there.
+        output: file for the report as JSON.
+        log: file for the server's log.
 
     Raises:
-        UsageError: a plan that cannot be.
+        UsageError: the plan cannot be run.
     """
     check(plan)
     folder = Path(tempfile.mkdtemp(prefix="ullm-chaos-"))
@@ -55,7 +55,7 @@ def chaos(plan: ChaosPlan, output: Path | None, log: Path | None, *, as_json: bo
 
 
 def check(plan: ChaosPlan) -> None:
-    """Raise `UsageError` for what cannot be run, before anything is started."""
+    """Raise `UsageError` for a plan that cannot be run, before anything is started."""
     for flag, value in (("--faults", plan.faults), ("--seconds", plan.seconds), ("--streams", plan.streams)):
         if value <= 0:
             raise UsageError(f"{flag} must be above 0, got {value}")
@@ -63,7 +63,7 @@ def check(plan: ChaosPlan) -> None:
 
 
 def with_model(plan: ChaosPlan, folder: Path) -> ChaosPlan:
-    """The plan with a model that is written for it, if it names one of those."""
+    """Write the model that the plan names, if it is scripted or tiny; return the plan with its folder."""
     from ullm.testing import write_scripted_model, write_tiny_model
 
     if plan.model == SCRIPTED:
@@ -72,6 +72,6 @@ def with_model(plan: ChaosPlan, folder: Path) -> ChaosPlan:
         return dataclasses.replace(plan, model=str(folder), arguments=(*runner, *plan.arguments))
     if plan.model == TINY:
         write_tiny_model(folder)
-    # Text is the same whatever else is in the batch in float32, not in smaller numbers.
+    # In float32 a text does not depend on the rest of the batch; in smaller dtypes it may.
     model = str(folder) if plan.model == TINY else plan.model
     return dataclasses.replace(plan, model=model, arguments=("--dtype", "float32", *plan.arguments))

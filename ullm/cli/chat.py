@@ -1,7 +1,7 @@
 """``ullm chat``: a conversation on the terminal.
 
-A reading thread waits for the person while the engine runs on; Ctrl-C stops the current answer, not
-the program. Without a terminal each line of stdin is a question and only answers are printed.
+A thread waits for input while the engine keeps running; Ctrl-C stops the current answer, not the program.
+Without a terminal each line of stdin is a question, and only answers are printed.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ HELP = f"""\
 /reset           forget the conversation
 /system TEXT     set the system message; without TEXT show it
 /params          show the sampling parameters; /params NAME VALUE sets one, as in /params temperature 0.7
-/exit            leave; so does Ctrl-D
+/exit            leave, as Ctrl-D does
 {BLOCK}              begins and ends a question of several lines
 Ctrl-C           stop the current answer"""
 
 
 class Leave(Exception):
-    """The person wants to leave."""
+    """The user wants to leave."""
 
 
 class Conversation:
-    """What was said, and how answers are sampled; no input or output."""
+    """The turns of a conversation and its sampling parameters; no input or output."""
 
     def __init__(self, params: SamplingParams, system: str | None = None) -> None:
         self.params = params
@@ -52,7 +52,7 @@ class Conversation:
         self._turns: list[Message] = []
 
     def messages(self) -> list[Message]:
-        """The whole conversation, the system message first."""
+        """Return the whole conversation, the system message first."""
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*first, *self._turns]
 
@@ -65,7 +65,7 @@ class Conversation:
         self._turns.pop()
 
     def command(self, line: str) -> str:
-        """Carry out a line that begins with a slash; what to show.
+        """Execute a line that begins with a slash; return what to show.
 
         Raises:
             Leave: ``/exit``.
@@ -114,7 +114,7 @@ def _parameter(name: str, text: str) -> dict[str, Any]:
         value = msgspec.convert(parts, hint, strict=False)
     except msgspec.ValidationError as error:
         raise ValueError(f"{name} {text}: {error}") from None
-    # Two names of one value: set both, or they contradict each other.
+    # max_tokens has two names: set both, or they contradict each other.
     return {name: value, "max_new_tokens": value} if name == "max_tokens" else {name: value}
 
 
@@ -122,8 +122,8 @@ class Chat:
     """Runs a conversation on a terminal, or over pipes.
 
     Args:
-        read_line: blocks until the person has written a line; EOFError at the end. Called in a thread.
-        out: where answers go.
+        read_line: blocks until the user has typed a line; raises EOFError at the end. Called in a thread.
+        out: console that shows the answers.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Chat:
         self._warned = False
 
     async def run(self) -> int:
-        """Until the person leaves; the exit status is that of the last question."""
+        """Converse until the user leaves; return 1 if the last question could not be answered, else 0."""
         status = 0
         self._note(f"{self._backend.name} · /help for help, Ctrl-D leaves")
         with contextlib.suppress(Leave):
@@ -151,7 +151,7 @@ class Chat:
         return status
 
     def interrupt(self) -> bool:
-        """Ctrl-C: stop the answer and return True; while waiting, ask once and then return False."""
+        """Handle Ctrl-C: stop the answer and return True; without one warn first, then return False."""
         if self._answering is not None:
             self._answering.cancel()
             return True
@@ -172,7 +172,7 @@ class Chat:
     async def _line(self, prompt: str) -> str:
         shown = prompt if self._out.is_terminal else ""
         try:
-            # A thread that waits for a person cannot be stopped, so it is left behind.
+            # A thread that waits for input cannot be stopped, so it is abandoned.
             return await trio.to_thread.run_sync(self._read_line, shown, abandon_on_cancel=True)
         except EOFError:
             raise Leave from None
@@ -230,7 +230,7 @@ def chat(
     model: str | None = None,
     api_key: str | None = None,
 ) -> int:
-    """Converse until the person leaves; 128 + N when signal N ended it.
+    """Converse until the user leaves; return 128 + N if signal N ended it.
 
     Raises:
         UllmError: the model or the server is at fault.
@@ -253,7 +253,7 @@ def chat(
 
 
 def read_line(prompt: str) -> str:
-    """`input`, with line editing and history where the platform has them."""
+    """Read a line with `input`, with line editing and history where the platform has them."""
     if prompt:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # importing it is what changes input()

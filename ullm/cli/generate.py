@@ -15,10 +15,10 @@ from ullm.sampling import SamplingParams
 
 
 def read_prompt(prompt: str | None) -> str:
-    """The prompt, or with ``-`` all of stdin.
+    """Return the prompt, or all of stdin for ``-``.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no prompt, or it is empty.
     """
     if prompt is None:
         raise UsageError('generate needs a prompt: ullm generate "Why is the sky blue?", or - to read stdin')
@@ -31,7 +31,7 @@ def read_prompt(prompt: str | None) -> str:
 
 
 def compose(prompt: str, system: str | None, *, raw: bool) -> str | list[Message]:
-    """A conversation of one question, or the text as it is."""
+    """Return a conversation of one question, or the text itself if ``raw``."""
     if raw:
         return prompt
     question = {"role": "user", "content": prompt}
@@ -47,7 +47,7 @@ def generate(
     model: str | None = None,
     api_key: str | None = None,
 ) -> int:
-    """Stream the answer to stdout; 0, or 128 + N when signal N stopped it.
+    """Stream the answer to stdout; return 0, or 128 + N if signal N stopped it.
 
     Raises:
         UllmError: the model, the prompt or the server is at fault.
@@ -64,7 +64,7 @@ def generate(
 
 
 async def print_answer(backend: Backend, prompt: str | list[Message], params: SamplingParams) -> None:
-    """Write an answer to stdout as it comes."""
+    """Write an answer to stdout while it is generated."""
     async with backend.ask(prompt, params) as answer:
         async for text in answer.text:
             await trio.to_thread.run_sync(_write, text)
@@ -72,6 +72,6 @@ async def print_answer(backend: Backend, prompt: str | list[Message], params: Sa
 
 
 def _write(text: str) -> None:
-    # In a thread, because a pipe's reader may be slow and the engine must go on.
+    # In a thread, because a pipe's reader may be slow and the engine must keep running.
     sys.stdout.write(text)
     sys.stdout.flush()

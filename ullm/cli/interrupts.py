@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM for commands that run trio: cancellation and an exit status, no traceback."""
+"""Ctrl-C and SIGTERM in commands that run trio: cancellation and an exit status, no traceback."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ FORCED = 128
 
 
 def run_to_end(work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-    """``trio.run(work, *arguments)``; SIGINT or SIGTERM cancels it, so that nothing that it started is left.
+    """Run ``trio.run(work, *arguments)``; SIGINT or SIGTERM cancels it, so that no child process is left.
 
     Raises:
-        SystemExit: then, with 128 + the signal's number.
+        SystemExit: a signal cancelled it; the status is 128 + the signal's number.
     """
-    found: list[T] = []
+    results: list[T] = []
 
     async def main() -> int:
-        found.append(await work(*arguments))
+        results.append(await work(*arguments))
         return 0
 
     status = run_interruptibly(main)
     if status:
         raise SystemExit(status)
-    return found[0]
+    return results[0]
 
 
 def run_interruptibly(work: Callable[[], Awaitable[int]]) -> int:
-    """``trio.run(work)``; SIGINT or SIGTERM cancels it, and the status is 128 + the signal's number."""
+    """Run ``trio.run(work)``; return its status, or 128 + the number of the signal that cancelled it."""
     return trio.run(cancel_on_signal, work, lambda number: True)
 
 
@@ -43,10 +43,10 @@ async def cancel_on_signal(work: Callable[[], Awaitable[int]], fatal: Callable[[
     """Run ``work`` until it is done or a signal cancels it.
 
     Args:
-        fatal: is told the number of each SIGINT and SIGTERM; False if the program is to go on.
+        fatal: called with the number of each SIGINT and SIGTERM; returns False to continue.
 
     Returns:
-        What ``work`` returned, or 128 + the signal's number.
+        The result of ``work``, or 128 + the signal's number.
     """
     stopped_by = 0
     async with trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""``ullm pull``: have a model on this machine before it is needed."""
+"""``ullm pull``: fetch a model before it is needed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ullm.config import EngineConfig
 
 
 def pull(config: EngineConfig) -> int:
-    """Fetch or refresh the model and print where it is.
+    """Fetch or refresh the model, and print its path.
 
     Raises:
-        ModelError: it cannot be had.
+        ModelError: the model cannot be fetched.
     """
     model = fetch_model(config, stderr(), refresh=True)
     size = folder_size(model.path)
@@ -25,7 +25,7 @@ def pull(config: EngineConfig) -> int:
 
 
 def folder_size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; links count as what they point to."""
+    """Return the bytes of a file, or of all files below a folder; links count as their targets."""
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

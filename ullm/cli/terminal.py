@@ -1,4 +1,4 @@
-"""What the commands share when they talk to a person: progress of a download, one-line errors."""
+"""Output for people that the commands share: messages on stderr, progress of downloads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ullm.hub import LocalModel
 
 
 def stderr() -> Console:
-    """Everything that is not the answer goes to stderr, so that pipes carry answers only."""
+    """Return the console for everything that is not the answer, so that pipes carry answers only."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[hub.Progress]:
-    """A progress function that draws one bar per label; without a terminal, one line per label."""
+    """Yield a progress function with one bar per label; without a terminal it prints one line per label."""
     if not console.is_terminal:
         yield _plain(console)
         return
@@ -42,7 +42,7 @@ def progress_bar(console: Console) -> Iterator[hub.Progress]:
         def report(label: str, done: int, total: int | None) -> None:
             if label not in tasks:
                 tasks[label] = progress.add_task(label, total=None)
-            # A heartbeat without a total must not take back what is known.
+            # A heartbeat without a total must not reset the bar.
             if total is not None:
                 progress.update(tasks[label], completed=done, total=total)
 
@@ -61,7 +61,7 @@ def _plain(console: Console) -> hub.Progress:
 
 
 def fetch_model(config: EngineConfig, console: Console, *, refresh: bool = False) -> LocalModel:
-    """`hub.resolve` with progress on the terminal.
+    """Call `hub.resolve`, with progress on the terminal.
 
     Raises:
         ModelError: as `hub.resolve`.

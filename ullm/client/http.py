@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client on trio for OpenAI-compatible servers, lighter than what it measures.
+"""A small HTTP/1.1 client on trio for OpenAI-compatible servers, lighter than the servers it measures.
 
 One `Connection` carries one request at a time and is reused while the server allows it.
 """
@@ -26,7 +26,7 @@ DONE = b"[DONE]"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where an OpenAI-compatible API lives.
+    """The address of an OpenAI-compatible API.
 
     Args:
         scheme: ``http``, ``https``, or ``unix``, whose ``host`` is the socket's path.
@@ -41,7 +41,7 @@ class Endpoint:
 
     @classmethod
     def parse(cls, url: str, api_key: str | None = None) -> Endpoint:
-        """Read ``http://host:port[/prefix]``; without a path the prefix is ``/v1``.
+        """Parse ``http://host:port[/prefix]``; without a path the prefix is ``/v1``.
 
         Raises:
             UsageError: not such a URL.
@@ -57,11 +57,11 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        """As a user writes it."""
+        """The URL as a user writes it."""
         return f"{self.scheme}://{self.host}:{self.port}{self.prefix}"
 
     def headers(self) -> list[tuple[str, str]]:
-        """Those of every request."""
+        """Return the headers of every request."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         named = "localhost" if self.scheme == "unix" else f"{host}:{self.port}"
         always = [("Host", named), ("User-Agent", "ullm"), ("Accept", "*/*")]
@@ -72,11 +72,11 @@ class Connection:
     """One connection to a server, opened at its first request and again when it was closed.
 
     Args:
-        receive_buffer: bytes that the kernel and one read may take ahead of what is asked for; None: plenty.
-            A small one lets a slow reader's server feel it.
+        receive_buffer: bytes that the kernel and one read may take ahead; None: plenty. With a small one
+            the server notices a slow reader.
 
     Attributes:
-        headers: of the last answer, names in lower case.
+        headers: headers of the last answer, names in lower case.
     """
 
     def __init__(self, endpoint: Endpoint, *, receive_buffer: int | None = None) -> None:
@@ -87,7 +87,7 @@ class Connection:
         self._http = h11.Connection(h11.CLIENT)
 
     async def aclose(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         if self._stream is not None:
             await trio.aclose_forcefully(self._stream)
             self._stream = None
@@ -96,11 +96,11 @@ class Connection:
     async def request(
         self, method: str, path: str, body: Any = None
     ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
-        """Send one request; yields the pieces of the answer's body. Leaving early hangs up.
+        """Send one request and yield the pieces of the answer's body; leaving early closes the connection.
 
         Raises:
-            ServerUnreachable: no connection, or it broke.
-            ServerRefused: an error status.
+            ServerUnreachable: there is no connection, or it broke.
+            ServerRefused: the answer has an error status.
         """
         try:
             response = await self._exchange(method, path, body)
@@ -115,7 +115,7 @@ class Connection:
             await self._recycle()
 
     async def json(self, method: str, path: str, body: Any = None) -> Any:
-        """One request and its JSON answer.
+        """Send one request and return its JSON answer.
 
         Raises:
             ServerUnreachable, ServerRefused: as `request`.
@@ -129,7 +129,7 @@ class Connection:
 
     @asynccontextmanager
     async def events(self, path: str, body: Any) -> AsyncIterator[AsyncGenerator[bytes, None]]:
-        """POST and read server-sent events: yields the payload of each ``data:`` line, `DONE` excluded.
+        """POST and yield the payload of each server-sent event, `DONE` excluded.
 
         Raises:
             ServerUnreachable, ServerRefused: as `request`.
@@ -145,7 +145,7 @@ class Connection:
         except (OSError, trio.BrokenResourceError, h11.RemoteProtocolError):
             if not reused:
                 raise
-        # The server has closed a connection that was idle, perhaps while we wrote; once more on a new one.
+        # The server has closed the idle connection, perhaps while we wrote; retry once on a new one.
         await self.aclose()
         self._http = h11.Connection(h11.CLIENT)
         await self._send(method, path, body)
@@ -218,7 +218,7 @@ class Connection:
 
 
 def error_message(content: bytes) -> str | None:
-    """The message of an OpenAI error body, if it is one."""
+    """Return the message of an OpenAI error body; None for any other body."""
     try:
         error = msgspec.json.decode(content).get("error")
     except (msgspec.DecodeError, AttributeError):

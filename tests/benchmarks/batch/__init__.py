@@ -1,6 +1,6 @@
-"""The offline benchmark that engines publish: many requests at once, and how soon all of them are done.
+"""The offline benchmark that engines publish: the time until many requests, submitted at once, are done.
 
-`load` says what is asked, `shapes` writes a model of a known shape with random weights, `engines` who takes
-part, `run` does the rounds, each engine in a process of its own (`scripts.offline_batch`), and
-`report` sets what they did against the roofline.
+`batch_load` draws the requests, `shapes` writes a model of a known shape with random weights, `contenders`
+are the engines, `batch_rounds` runs each in a process of its own (`scripts.offline_batch`), and
+`batch_report` compares the results with the roofline.
 """

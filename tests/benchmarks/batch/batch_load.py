@@ -1,4 +1,4 @@
-"""What is asked of every engine, as token ids, so that no tokenizer is measured; what it costs at least."""
+"""The requests to every engine, as token ids, so that no tokenizer is measured; and their minimum cost."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class BatchRequest(msgspec.Struct, frozen=True):
 
 
 class BatchJob(msgspec.Struct, frozen=True):
-    """All that an engine is asked in one turn.
+    """All requests of an engine's turn.
 
     Args:
-        requests: given to it at once.
-        single: alone, one after the other: the first for one token, the second for many, so that the
+        requests: submitted at once.
+        single: run alone, one after the other: the first for one token, the second for many, so that the
             difference is decoding alone.
-        warm_up: before anything is measured.
+        warm_up: run before anything is measured.
         longest: tokens of prompt and output that no request exceeds.
     """
 
@@ -44,22 +44,22 @@ class BatchJob(msgspec.Struct, frozen=True):
 
     @property
     def output_tokens(self) -> int:
-        """Of all requests."""
+        """Tokens that all requests together generate."""
         return sum(ask.max_tokens for ask in self.requests)
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all requests."""
+        """Tokens of all prompts together."""
         return sum(len(ask.prompt) for ask in self.requests)
 
 
 @dataclass(frozen=True)
 class BatchLoad:
-    """Lengths are drawn uniformly, tokens too; the same seed asks the same.
+    """The load: lengths and tokens are drawn uniformly; equal seeds give equal requests.
 
     Args:
-        prompt_tokens, output_tokens: of a request.
-        single_tokens: that one request alone generates.
+        prompt_tokens, output_tokens: tokens per request.
+        single_tokens: tokens that one request alone generates.
         temperature: 0 is greedy, which not every engine can do.
     """
 
@@ -71,7 +71,7 @@ class BatchLoad:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise `UsageError` for what cannot be measured."""
+        """Raise `UsageError` for a load that cannot be measured."""
         for flag, value, least in (
             ("--requests", self.requests, 1),
             ("--single-tokens", self.single_tokens, 2),
@@ -88,7 +88,7 @@ class BatchLoad:
         return max(ordinary, SINGLE_PROMPT + max(self.single_tokens, WARM_UP_TOKENS))
 
     def job(self, vocab_size: int) -> BatchJob:
-        """The requests for a model; special tokens, at either end of most vocabularies, are left out."""
+        """Return the requests for a model, without the ends of the vocabulary, where special tokens are."""
         source = random.Random(f"batch {self.seed}")
         tokens = range(vocab_size // 8, max(vocab_size * 7 // 8, vocab_size // 8 + 1))
 
@@ -108,10 +108,10 @@ class BatchLoad:
 
 
 def vocab_size(folder: Path) -> int:
-    """Of a model's folder.
+    """Return the size of a model's vocabulary.
 
     Raises:
-        UsageError: its config.json does not say.
+        UsageError: the model's config.json has none.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     if not isinstance(size := config.get("vocab_size"), int):
@@ -120,7 +120,7 @@ def vocab_size(folder: Path) -> int:
 
 
 def least_seconds(job: BatchJob, shape: ModelShape, limits: Limits, weight_bits: float) -> float:
-    """The roofline of all requests: no engine on this device is done earlier.
+    """Return the roofline in seconds: no engine on this device finishes all requests earlier.
 
     With all of them in one batch, each step reads the weights once, so they are read as often as the
     longest output has tokens; the token after ``n`` others of its sequence reads the KV of ``n``. Each token

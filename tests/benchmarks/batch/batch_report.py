@@ -25,10 +25,10 @@ class BatchReport(msgspec.Struct, frozen=True):
     """A finished benchmark.
 
     Args:
-        limits: of the device, medians over the rounds.
-        bounds: contender → metric → most tokens per second that the device allows in the first round.
+        limits: the device's limits, medians over the rounds.
+        bounds: contender → metric → maximum tokens per second on this device in the first round.
         commands: contender → its Python and options.
-        errors: who was not measured, and why.
+        errors: contenders that were not measured, and why.
     """
 
     when: str
@@ -46,11 +46,11 @@ class BatchReport(msgspec.Struct, frozen=True):
     errors: list[str]
 
     def json(self) -> str:
-        """Everything."""
+        """Return the whole report as indented JSON."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
 
     def markdown(self) -> str:
-        """Two tables: figures, and ratios to the baseline."""
+        """Return two tables: figures, and ratios to the baseline."""
         names = list(self.commands)
         others = [name for name in names if name != self.baseline]
         parts = [self._heading(), table_of(names, self.lines, figure_cell)]
@@ -88,8 +88,8 @@ def report(
     """Condense the turns.
 
     Args:
-        asked: by round.
-        model: how it is called.
+        asked: the rounds.
+        model: name of the model in the report.
     """
     by_name = {each.name: each for each in contenders}
 
@@ -131,7 +131,7 @@ def report(
 def most_tokens_per_second(
     contender: Contender, asked: BatchRound, shape: ModelShape, load: BatchLoad
 ) -> dict[Metric, float]:
-    """The rooflines."""
+    """Return the rooflines of the metrics that have one."""
     limits, bits, job = asked.device.limits, contender.weight_bits, asked.job
     alone = job.single[-1]
     context = len(alone.prompt) + alone.max_tokens / 2
@@ -153,7 +153,7 @@ def _described(load: BatchLoad) -> dict[str, Any]:
 
 
 def _command(contender: Contender) -> str:
-    """Its Python, and those of its options that are not ullm's defaults."""
+    """Return a contender's Python and options, for ullm without those that are defaults."""
     usual = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
     given = contender.options.items()
     changed = [

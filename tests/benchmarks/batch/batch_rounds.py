@@ -27,7 +27,7 @@ from ullm.errors import UllmError
 from ullm.testing.processes import descendants, psutil_module
 
 TURN_SECONDS = 1800.0
-"""An engine that takes longer is given up."""
+"""Seconds after which an engine's turn is given up."""
 THROUGHPUT = Metric("all requests at once, output", "tok/s")
 SECONDS = Metric("all requests at once", "s", "lower")
 SINGLE = Metric("one request alone, decoding", "tok/s")
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 
 class ContenderFailed(UllmError):
-    """An engine did not do its turn; the last line that it wrote says why."""
+    """An engine's turn failed; the last line of its log says why."""
 
     def __init__(self, contender: Contender, what: str, log: Path) -> None:
         lines = log.read_text("utf-8", "replace").strip().splitlines() if log.exists() else []
@@ -46,7 +46,7 @@ class ContenderFailed(UllmError):
 
 
 class EngineResult(msgspec.Struct, frozen=True):
-    """What ``offline_batch.py`` writes down."""
+    """The result that ``offline_batch.py`` writes."""
 
     version: str
     device: str
@@ -59,7 +59,7 @@ class EngineResult(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class MeasuredDevice:
-    """What the engines run on."""
+    """The device that the engines run on."""
 
     name: str
     limits: Limits
@@ -67,11 +67,11 @@ class MeasuredDevice:
 
 @dataclass(frozen=True)
 class BatchSetup:
-    """All that stays the same from round to round.
+    """The setup, equal for all rounds.
 
     Args:
         model: folder that every engine loads.
-        device: ``auto``, ``cpu`` or ``cuda``, for those engines that can be told.
+        device: ``auto``, ``cpu`` or ``cuda``, for engines that have the choice.
         output: folder for jobs, results and logs.
     """
 
@@ -81,20 +81,20 @@ class BatchSetup:
     output: Path
 
     def job(self, number: int) -> BatchJob:
-        """What is asked in a round."""
+        """Return the requests of a round."""
         return replace(self.load, seed=self.load.seed + number).job(vocab_size(self.model))
 
 
 @dataclass(frozen=True)
 class BatchRound:
-    """What was asked, and of which device."""
+    """The requests of a round, and the device as measured before it."""
 
     job: BatchJob
     device: MeasuredDevice
 
 
 def measure_device(device: str) -> MeasuredDevice:
-    """Its bandwidth and arithmetic, by a process that has PyTorch.
+    """Measure the bandwidth and arithmetic of a device, in a process that has PyTorch.
 
     Raises:
         MachineUnknown: that process failed.
@@ -126,11 +126,11 @@ async def run_rounds(
     say: Say,
     measure: Callable[[str], MeasuredDevice] = measure_device,
 ) -> tuple[list[Turn], list[BatchRound]]:
-    """All rounds. An engine that fails is said to have, and the others go on.
+    """Run all rounds; an engine that fails is reported, and the others continue.
 
     Args:
-        say: told what happens.
-        measure: the device, before each round.
+        say: gets a line after each turn.
+        measure: measures the device before each round.
 
     Raises:
         MachineUnknown: the device could not be measured.
@@ -152,10 +152,10 @@ async def run_rounds(
 
 
 async def take_turn(contender: Contender, bench: BatchSetup, job: BatchJob, number: int) -> EngineResult:
-    """Run one engine; its whole tree is gone afterwards.
+    """Run one engine, and end its whole process tree.
 
     Raises:
-        ContenderFailed: it is not there, failed, or took too long.
+        ContenderFailed: the engine is not installed, failed, or took too long.
     """
     name = "".join(c if c.isalnum() else "-" for c in contender.name)
     job_file, result, log = (
@@ -175,7 +175,7 @@ async def take_turn(contender: Contender, bench: BatchSetup, job: BatchJob, numb
 
 
 def figures(found: EngineResult, job: BatchJob) -> Figures:
-    """An engine's result by metric."""
+    """Return an engine's result by metric."""
     return Figures(
         {
             THROUGHPUT: job.output_tokens / found.seconds,
@@ -188,7 +188,7 @@ def figures(found: EngineResult, job: BatchJob) -> Figures:
 
 
 async def _run(contender: Contender, command: Sequence[str], log: Path) -> int | None:
-    """Exit status; None if it took too long."""
+    """Run an engine; return its exit status, None if it took too long."""
     with log.open("wb") as output:
         try:
             process = await trio.lowlevel.open_process(
@@ -207,7 +207,7 @@ async def _run(contender: Contender, command: Sequence[str], log: Path) -> int |
 
 
 def _end(pid: int) -> None:
-    """Kill a process that still runs, and all below it."""
+    """Kill a process and its descendants."""
     psutil = psutil_module()
     try:
         tree = [psutil.Process(pid), *descendants(pid)]

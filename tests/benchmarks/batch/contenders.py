@@ -1,4 +1,4 @@
-"""Who takes part: an engine, the Python that has it, and its options."""
+"""The engines to measure: each has a Python and options."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ullm.errors import UsageError
 
 SCRIPT = Path(scripts.__file__).with_name("offline_batch.py")
 BATCHED_TOKENS = 8192
-"""Tokens per step that ullm gets unless its options say otherwise; as many as vLLM takes by default."""
+"""Tokens per step of ullm unless its options say otherwise; vLLM's default, too."""
 PEERS = {"vllm": "vLLM", "nano-vllm": "nano-vllm", "transformers": "transformers"}
-"""Engine, as the script knows it → name in reports."""
+"""Name of an engine in the script → name in reports."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Contender:
     """One engine to measure.
 
     Args:
-        engine: as ``offline_batch.py`` knows it.
+        engine: its name in ``offline_batch.py``.
         python: command that runs its Python.
-        options: its own, as the script's ``options``.
-        weight_bits: per weight, for the roofline.
+        options: its own options, the script's ``options``.
+        weight_bits: bits per weight, for the roofline.
     """
 
     name: str
@@ -42,15 +42,15 @@ class Contender:
     weight_bits: float = PLAIN
 
     def command(self, model: Path, job: Path, result: Path) -> list[str]:
-        """To be run."""
+        """Return the command to run."""
         return [*self.python, str(SCRIPT), self.engine, str(model), str(job), str(result)]
 
 
 def ullm_contender(spec: str, model: Path, head_share: float, load: BatchLoad, device: str) -> Contender:
-    """``NAME=OPTIONS``, options as of ``ullm serve``.
+    """Parse ``NAME=OPTIONS``, with options of ``ullm serve``.
 
     Args:
-        head_share: of the model's weights, those of its head.
+        head_share: share of the model's weights that are the head's.
 
     Raises:
         UsageError: not of that form, or an unknown option.
@@ -66,14 +66,14 @@ def ullm_contender(spec: str, model: Path, head_share: float, load: BatchLoad, d
 
 
 def peer_contender(engine: str, python: str, options: str) -> Contender:
-    """A peer of `PEERS`.
+    """Return a peer of `PEERS`.
 
     Args:
-        python: that has it.
+        python: command of a Python that has it.
         options: a JSON object, or empty.
 
     Raises:
-        UsageError: options that are none.
+        UsageError: the options are not a JSON object.
     """
     try:
         given = json.loads(options) if options else {}
@@ -87,7 +87,7 @@ def peer_contender(engine: str, python: str, options: str) -> Contender:
 
 
 def engine_config(options: Sequence[str], model: str, load: BatchLoad, device: str) -> EngineConfig:
-    """ullm's configuration: room for all requests at once, unless the options say otherwise.
+    """Return ullm's configuration, with room for all requests at once unless the options say otherwise.
 
     Raises:
         UsageError: an unknown option.
@@ -111,10 +111,10 @@ def engine_config(options: Sequence[str], model: str, load: BatchLoad, device: s
 
 
 def parse(options: Sequence[str]) -> dict[str, Any]:
-    """The fields of `EngineConfig` that command line options name.
+    """Return the fields of `EngineConfig` that command line options set.
 
     Raises:
-        UsageError: an unknown one, or a value of the wrong type.
+        UsageError: an unknown option, or a value of the wrong type.
     """
     from cyclopts import App, CycloptsError
 

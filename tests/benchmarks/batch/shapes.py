@@ -1,6 +1,6 @@
-"""Models of known shapes with random weights: speed does not depend on what weights say.
+"""Models of known shapes with random weights: speed does not depend on the values of weights.
 
-Written without PyTorch, tensor by tensor, so that the largest tensor is all that memory must hold.
+They are written without PyTorch, tensor by tensor, so that only the largest tensor must fit into memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SPREAD = 0.02
 """Standard deviation of the weights, as models are initialised."""
 ROWS = 4096
-"""Drawn at once."""
+"""Rows of a matrix that are drawn at once."""
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -66,19 +66,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
     },
 }
-"""By name, as in the models' own config.json; ``tiny`` is for trying this out."""
+"""Name → config.json of the model; ``tiny`` is for trials."""
 
 Tensors = dict[str, tuple[int, ...]]
 
 
 def write_shape(name: str, folder: Path, seed: int = 0) -> Path:
-    """A folder with config.json, a small tokenizer, and bfloat16 weights; one that is there stays.
+    """Write a folder with config.json, a small tokenizer and bfloat16 weights, unless it exists; return it.
 
     Args:
-        name: of `SHAPES`.
+        name: a key of `SHAPES`.
 
     Raises:
-        UsageError: an unknown name.
+        UsageError: unknown name.
     """
     if name not in SHAPES:
         raise UsageError(f"--shape {name}: expected one of {', '.join(SHAPES)}")
@@ -95,7 +95,7 @@ def write_shape(name: str, folder: Path, seed: int = 0) -> Path:
 
 
 def tensors_of(config: dict[str, Any]) -> Tensors:
-    """Names and shapes of a Qwen3's weights, tied ones once."""
+    """Return the names and shapes of a Qwen3's weights, tied ones once."""
     hidden, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
     found: Tensors = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
@@ -118,7 +118,7 @@ def tensors_of(config: dict[str, Any]) -> Tensors:
 
 
 def write_weights(file: BinaryIO, tensors: Tensors, seed: int) -> None:
-    """A safetensors file: length of the header, header, tensors one after the other. Norms are 1."""
+    """Write a safetensors file: length of the header, header, tensors one after the other; norms are 1."""
     import numpy
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -149,7 +149,7 @@ def _random(
 
 
 def _bfloat16(values: numpy.typing.NDArray[numpy.float32]) -> bytes:
-    """Their upper halves; rounding would not make random numbers more random."""
+    """Return the upper halves of the numbers; rounding would not make random numbers more random."""
     import numpy
 
     return (values.view(numpy.uint32) >> 16).astype("<u2").tobytes()

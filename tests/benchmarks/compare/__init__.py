@@ -1,5 +1,5 @@
 """ullm beside its peers: the same prompts, the same load generator, one server at a time, in rounds.
 
-`candidates` says how each is started; `scenarios` what is measured of a running one; `run` does the rounds,
-their order rotating; `machine` measures what the hardware allows; `report` and `plot` write it down.
+`candidates` are the servers and their commands, `scenarios` what is measured; `comparison_rounds` runs them
+in an order that rotates; `hardware` measures the machine's limits; `comparison` and `comparison_plot` report.
 """

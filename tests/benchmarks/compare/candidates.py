@@ -1,4 +1,4 @@
-"""Who is compared: a command that serves an OpenAI-compatible API, and how to know that it is ready."""
+"""The servers to compare: commands that serve an OpenAI-compatible API, and their probes of readiness."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.benchmarks.compare.weights import gguf_bits, option, ullm_bits
 from ullm.errors import UsageError
 
 MODEL_LENGTH = 2048
-"""Most tokens per sequence, where a server wants to be told."""
+"""Maximum tokens per sequence, for servers that need the option."""
 SLOTS = 32
-"""Sequences at once, where a server wants to be told."""
+"""Maximum number of concurrent sequences, for servers that need the option."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class ServerCandidate:
     """One server to measure.
 
     Args:
-        arguments: the command; ``{port}`` stands for the port.
-        live: path that is answered, with whatever status, as soon as the port is served.
-        ready: path that answers 200 once requests are taken.
-        start_seconds: how long it may take until then.
-        weight_bits: per weight, for the roofline.
-        scenarios: what it can be measured in.
+        arguments: the command, with ``{port}`` in place of the port.
+        live: path that is answered, with any status, as soon as the port is open.
+        ready: path that answers 200 once requests are accepted.
+        start_seconds: seconds that the start may take.
+        weight_bits: bits per weight, for the roofline.
+        scenarios: scenarios that it supports.
     """
 
     name: str
@@ -41,15 +41,15 @@ class ServerCandidate:
     scenarios: tuple[str, ...] = SCENARIOS
 
     def command(self, port: int) -> list[str]:
-        """To be run."""
+        """Return the command to run."""
         return [part.replace("{port}", str(port)) for part in self.arguments]
 
 
 def ullm_candidate(spec: str, model: str, head_share: float = 0.0) -> ServerCandidate:
-    """``NAME=OPTIONS of ullm serve``; ``model`` unless they name another.
+    """Parse ``NAME=OPTIONS of ullm serve``; the model is ``model`` unless the options name another.
 
     Args:
-        head_share: of the model's weights, those of its head.
+        head_share: share of the model's weights that are the head's.
 
     Raises:
         UsageError: not of that form.
@@ -66,7 +66,7 @@ def ullm_candidate(spec: str, model: str, head_share: float = 0.0) -> ServerCand
 
 
 def vllm_candidate(command: str, model: Path, options: str) -> ServerCandidate:
-    """``command`` is the ``vllm`` executable, or a Python that has it."""
+    """Return vLLM's server; ``command`` is the ``vllm`` executable, or a Python that has it."""
     program = shlex.split(command)
     if Path(program[-1]).name.startswith("python"):
         program += ["-m", "vllm.entrypoints.cli.main"]
@@ -77,7 +77,7 @@ def vllm_candidate(command: str, model: Path, options: str) -> ServerCandidate:
 
 
 def llama_candidate(program: str, gguf: Path, options: str) -> ServerCandidate:
-    """llama.cpp's server with a GGUF file.
+    """Return llama.cpp's server with a GGUF file.
 
     Raises:
         ModelError: the file cannot be read.
@@ -90,7 +90,7 @@ def llama_candidate(program: str, gguf: Path, options: str) -> ServerCandidate:
 
 
 def transformers_candidate(python: str, model: Path) -> ServerCandidate:
-    """transformers' ``generate`` on static batches; see `tests.benchmarks.scripts.transformers_batch`.
+    """Return transformers' ``generate`` on static batches; see `tests.benchmarks.scripts.transformers_batch`.
 
     Only decoding is measured: static batches have neither a prefix cache nor prefill beside decoding.
     """

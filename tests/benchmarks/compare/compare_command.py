@@ -30,7 +30,7 @@ from ullm.testing.processes import matplotlib_module, psutil_module
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ComparePeers:
-    """The servers that take part; a peer with an empty text does not."""
+    """The servers that take part; a peer with an empty command does not."""
 
     ullm: Annotated[
         list[str] | None,
@@ -115,7 +115,7 @@ def compare(
 
 
 def check(load: ComparisonLoad, rounds: int) -> None:
-    """Raise `UsageError` for what cannot be measured."""
+    """Raise `UsageError` for a load that cannot be measured."""
     unknown = [name for name in load.scenarios if name not in SCENARIOS]
     if unknown or not load.scenarios:
         raise UsageError(f"--scenarios {','.join(unknown)}: expected some of {', '.join(SCENARIOS)}")

@@ -17,7 +17,7 @@ from ullm.bench.bench_report import machine
 
 
 class Ratio(msgspec.Struct, frozen=True):
-    """How much better a candidate was than the baseline in the same round; above 1 is better."""
+    """A candidate's figures over the baseline's in the same round; above 1 is better."""
 
     median: float
     min: float
@@ -29,8 +29,8 @@ class Entry(msgspec.Struct, frozen=True):
 
     Args:
         values: one per round that it finished.
-        ratio: against the baseline, over the rounds that both finished; None of the baseline itself.
-        share: of what the machine allowed it in the same round, their median; None without a roofline.
+        ratio: ratio to the baseline, over the rounds that both finished; None for the baseline itself.
+        share: median share of the roofline in the same round; None without a roofline.
     """
 
     values: list[float]
@@ -47,7 +47,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Competitor(msgspec.Struct, frozen=True):
-    """Who was compared. ``bounds``: streams → tokens per second that the machine's limits allow it."""
+    """A server that was compared; ``bounds``: streams → maximum tokens per second on this machine."""
 
     name: str
     command: list[str]
@@ -59,9 +59,9 @@ class Comparison(msgspec.Struct, frozen=True):
     """A finished comparison.
 
     Args:
-        limits: with the median of ``bandwidths``.
+        limits: the machine's limits, with the median of ``bandwidths``.
         bandwidths: bytes per second read from memory, measured before each candidate's turn.
-        unequal: scenarios whose prompts had other numbers of tokens with some server.
+        unequal: scenarios whose prompts differed in tokens between servers.
     """
 
     when: str
@@ -78,11 +78,11 @@ class Comparison(msgspec.Struct, frozen=True):
     errors: list[str]
 
     def json(self) -> str:
-        """Everything."""
+        """Return the whole comparison as indented JSON."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
 
     def markdown(self) -> str:
-        """Two tables: figures, and ratios to the baseline."""
+        """Return two tables: figures, and ratios to the baseline."""
         names = [competitor.name for competitor in self.competitors]
         others = [name for name in names if name != self.baseline]
         parts = [self._heading(), table_of(names, self.lines, figure_cell)]
@@ -162,10 +162,10 @@ def condense(
 def line_of(
     metric: Metric, turns: Sequence[Turn], baseline: str, bound: Callable[[Turn], float] | None
 ) -> Line:
-    """One metric over all turns.
+    """Condense one metric over all turns.
 
     Args:
-        bound: what the machine allowed in a turn; None for a metric without a roofline.
+        bound: returns the roofline of a turn; None for a metric without a roofline.
     """
     found: dict[str, dict[int, float]] = {}
     shares: dict[str, list[float]] = {}
@@ -205,12 +205,12 @@ def _unequal(turns: Sequence[Turn]) -> list[str]:
 
 
 def shown(value: float) -> str:
-    """Three digits are enough."""
+    """Return a figure with up to three digits."""
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def figure_cell(line: Line, name: str) -> str:
-    """A candidate's median, and in brackets its share of the roofline."""
+    """Return a candidate's median, with its share of the roofline in brackets."""
     entry = line.entries.get(name)
     if entry is None:
         return "–"
@@ -218,7 +218,7 @@ def figure_cell(line: Line, name: str) -> str:
 
 
 def ratio_cell(line: Line, name: str) -> str:
-    """How a candidate compares with the baseline."""
+    """Return a candidate's ratio to the baseline."""
     entry = line.entries.get(name)
     if entry is None or entry.ratio is None:
         return "–"
@@ -226,7 +226,7 @@ def ratio_cell(line: Line, name: str) -> str:
 
 
 def table_of(names: Sequence[str], lines: Sequence[Line], cell: Callable[[Line, str], str]) -> str:
-    """Markdown: a row per metric, a column per candidate."""
+    """Return a Markdown table: a row per metric, a column per candidate."""
     rows = [["", *names], ["---", *["---:"] * len(names)]]
     for line in lines:
         rows.append([f"{line.metric.name}, {line.metric.unit}", *(cell(line, name) for name in names)])

@@ -1,4 +1,4 @@
-"""Throughput against concurrency, with the roofline drawn in. Needs matplotlib."""
+"""Plot of throughput against concurrency, with the roofline. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ POINTS_PER_OCTAVE = 8
 
 
 def draw(comparison: Comparison, file: Path, context: float) -> None:
-    """Write a picture; the file's suffix, such as .png or .svg, says of which kind.
+    """Write the plot; the file's suffix, such as .png or .svg, is its format.
 
     Args:
-        context: tokens per stream whose KV is read, on average.
+        context: average number of tokens per stream whose KV is read.
 
     Raises:
         UsageError: matplotlib is not installed.

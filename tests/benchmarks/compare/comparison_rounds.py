@@ -20,7 +20,7 @@ from ullm.testing.processes import free_port, open_server, tree_memory
 
 MIB = 1 << 20
 SETTLE = 1.0
-"""Seconds between one server and the next, so that what the first one leaves behind is gone."""
+"""Seconds between one server and the next, so that the first one's memory is free again."""
 
 Say = Callable[[str], None]
 
@@ -30,8 +30,8 @@ class Turn:
     """One candidate in one round; ``error`` instead of figures where it failed.
 
     Args:
-        bandwidth: bytes per second that the machine read just before; on one that is shared it changes
-            by half within minutes.
+        bandwidth: bytes per second that the machine read just before; on a shared machine it changes by
+            half within minutes.
     """
 
     round: int
@@ -42,7 +42,7 @@ class Turn:
 
 
 def order(candidates: Sequence[ServerCandidate], number: int) -> list[ServerCandidate]:
-    """Who goes first moves on by one each round, so that none is always after the same one."""
+    """Rotate the candidates by one each round, so that none always follows the same one."""
     shift = number % len(candidates)
     return [*candidates[shift:], *candidates[:shift]]
 
@@ -55,12 +55,12 @@ async def run_rounds(
     say: Say,
     bandwidth: Callable[[], float] = measure_bandwidth,
 ) -> list[Turn]:
-    """All rounds. A candidate that fails is said to have, and the others go on.
+    """Run all rounds; a candidate that fails is reported, and the others continue.
 
     Args:
         logs: folder for the servers' logs.
-        say: told what happens.
-        bandwidth: measures the machine's, before each turn.
+        say: gets a line after each turn.
+        bandwidth: measures the machine's bandwidth before each turn.
     """
     turns = []
     for number in range(rounds):
@@ -73,10 +73,10 @@ async def run_rounds(
 
 
 async def measure_candidate(candidate: ServerCandidate, load: ComparisonLoad, log: Path) -> Figures:
-    """Start it, measure it, stop it.
+    """Start a server, measure it, stop it.
 
     Raises:
-        UllmError: it did not start, or did not answer.
+        UllmError: the server did not start, or did not answer.
     """
     port = free_port()
     endpoint = Endpoint("http", "127.0.0.1", port, "/v1")

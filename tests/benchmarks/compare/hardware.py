@@ -1,4 +1,4 @@
-"""What the hardware allows: bandwidth and arithmetic, measured on the spot, and the roofline of decoding.
+"""Limits of the hardware: measured bandwidth and arithmetic, and the roofline of decoding that they give.
 
 One decode step of ``n`` streams reads all weights once and each stream's KV cache, and does two operations
 per weight and stream, so it takes at least
@@ -23,7 +23,7 @@ from tests.benchmarks import scripts
 from ullm.errors import UllmError, UsageError
 
 READ_BYTES = 256 << 20
-"""Per thread; more than any cache holds."""
+"""Bytes that each thread reads; more than any cache holds."""
 REPEATS = 6
 PROBE_SECONDS = 120.0
 
@@ -33,11 +33,11 @@ class MachineUnknown(UllmError):
 
 
 class ModelShape(msgspec.Struct, frozen=True):
-    """What the roofline needs to know of a model.
+    """The sizes of a model that the roofline depends on.
 
     Args:
-        kv_bytes: per token, two bytes a number.
-        head: weights of the last layer, which makes logits; they may be the embedding's.
+        kv_bytes: bytes of KV per token, two per number.
+        head: number of weights of the last layer, which computes logits; they may be the embedding's.
     """
 
     parameters: int
@@ -46,17 +46,17 @@ class ModelShape(msgspec.Struct, frozen=True):
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Of this machine: bytes per second read from memory, operations per second in matrix products."""
+    """Limits of a machine: bytes per second read from memory, operations per second in matrix products."""
 
     bandwidth: float
     arithmetic: float
 
 
 def model_shape(folder: Path) -> ModelShape:
-    """From config.json and the headers of the weights' files.
+    """Read a model's sizes from its config.json and the headers of its weights.
 
     Raises:
-        UsageError: there are none.
+        UsageError: the folder does not have them.
     """
     config = folder / "config.json"
     files = sorted(folder.glob("*.safetensors"))
@@ -70,22 +70,22 @@ def model_shape(folder: Path) -> ModelShape:
 
 
 def measure_bandwidth() -> float:
-    """Bytes per second that all cores read together; takes a second."""
+    """Measure the bytes per second that all cores read together; takes a second."""
     return read_bandwidth(_cores())
 
 
 def roofline(streams: float, shape: ModelShape, limits: Limits, weight_bits: float, context: float) -> float:
-    """Most tokens per second; see the module.
+    """Return the maximum tokens per second; see the module.
 
     Args:
-        context: tokens per stream whose KV is read, on average.
+        context: average number of tokens per stream whose KV is read.
     """
     read = shape.parameters * weight_bits / 8 + streams * context * shape.kv_bytes
     return streams / max(read / limits.bandwidth, 2 * shape.parameters * streams / limits.arithmetic)
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second that ``threads`` threads read together: dot products of what no cache holds."""
+    """Measure the bytes per second that ``threads`` threads read together, in dot products."""
     import numpy
 
     arrays = [numpy.ones(READ_BYTES // 4, numpy.float32) for _ in range(threads)]
@@ -94,7 +94,7 @@ def read_bandwidth(threads: int) -> float:
 
 
 def matrix_speed() -> float:
-    """Operations per second of a bfloat16 matrix product; in a process of its own, for torch's sake.
+    """Measure the operations per second of a bfloat16 matrix product, in a process of its own that has torch.
 
     Raises:
         MachineUnknown: that process failed.

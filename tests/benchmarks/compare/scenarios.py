@@ -1,4 +1,4 @@
-"""What is measured of a running server, and how the figures are called."""
+"""Scenarios in which a running server is measured, and the names of their figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFIX_OUTPUT = 4
 PREFILL_TOKENS = 1500
 PREFILL_REQUESTS = 4
 LEAST_REQUESTS = 12
-"""Per level, so that few streams are measured for more than a second, and not mostly while they begin."""
+"""Minimum number of requests per level, so that a run of few streams is more than its beginning."""
 SAMPLED_STREAMS = 16
 SAMPLED_TEMPERATURE, SAMPLED_TOP_P = 0.8, 0.95
 SCENARIOS = ("decode", "sampled", "prefill", "prefix")
@@ -38,7 +38,7 @@ class Metric(msgspec.Struct, frozen=True):
 
 
 class RequestsFailed(UllmError):
-    """A server did not answer what it was asked, so there is no figure."""
+    """A server did not answer all requests, so there is no figure."""
 
     def __init__(self, errors: Sequence[str]) -> None:
         super().__init__(f"requests failed: {errors[0]}")
@@ -60,19 +60,19 @@ PREFIX_WARM = Metric(f"the same with a shared {PREFIX_TOKENS}-token prefix", "ms
 
 
 def decode_metric(streams: int) -> Metric:
-    """Throughput of so many streams."""
+    """Return the metric for the throughput of ``streams`` streams."""
     return Metric(f"decode, {streams} stream" + ("s" if streams > 1 else ""), "tok/s")
 
 
 @dataclass(frozen=True)
 class ComparisonLoad:
-    """What each server is asked.
+    """The load on each server.
 
     Args:
         levels: concurrencies of the decode scenario.
         scenarios: some of `SCENARIOS`.
-        prompt_tokens, output_tokens: of the scenarios decode and sampled.
-        seed: of the prompts; differs between rounds.
+        prompt_tokens, output_tokens: tokens per request in the scenarios decode and sampled.
+        seed: seed of the prompts; differs between rounds.
     """
 
     levels: tuple[int, ...]
@@ -84,11 +84,12 @@ class ComparisonLoad:
 
 @dataclass
 class Figures:
-    """What one server did in one round.
+    """One server's figures of one round.
 
     Args:
-        values: by metric.
-        prompt_tokens: of all requests by scenario, as the server counted them; to see that all got the same.
+        values: metric → value.
+        prompt_tokens: scenario → tokens of all prompts as the server counted them, to see that all servers
+            got the same.
     """
 
     values: dict[Metric, float]
@@ -98,10 +99,10 @@ class Figures:
 async def run_scenarios(
     target: BenchTarget, load: ComparisonLoad, after_decode: Callable[[], Awaitable[None]]
 ) -> Figures:
-    """Warm up with one short request, then each scenario in turn.
+    """Warm up with one short request, then run each scenario in turn.
 
     Raises:
-        RequestsFailed: at the first one that did.
+        RequestsFailed: a request failed; further scenarios are not run.
     """
     figures = Figures({}, {})
     await _measured(target, Workload(Length(8, 8), Length(8, 8), seed=load.seed), 1, 1, -1)
@@ -118,7 +119,7 @@ async def run_scenarios(
 
 
 async def first_token(target: BenchTarget, seed: int) -> float:
-    """Ask for one token; when it came, on trio's clock.
+    """Request one token; return the time of its arrival on trio's clock.
 
     Raises:
         RequestsFailed

@@ -1,6 +1,6 @@
-"""A server in the dialect of vLLM's and llama.cpp's: ``/health``, models, streamed completions with usage.
+"""A server like vLLM's and llama.cpp's: ``/health``, models, streamed completions with usage.
 
-It takes a millisecond per 100 prompt tokens whose prefix it does not know, and one per token.
+It takes a millisecond per 100 prompt tokens unless it knows their prefix, and one per generated token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class Peer(ThreadingHTTPServer):
-    """The server and what it knows."""
+    """The server, and the prefixes that it knows."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Bits per weight, which the roofline needs: what a server's options and its file make of them."""
+"""Bits per weight, for the roofline, derived from a server's options and its file."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 from ullm.config import ModelConfig
 
 PEER_BITS = {"int8": 8.0, "int4": 4.5, "fp8": 8.0}
-"""Of other servers' quantizations, by name."""
+"""Quantization of other servers → bits per weight."""
 INT8, INT4 = 8.5, 5.0
-"""Of ullm's: groups of 32 share 16 bits of scale, and with four bits a minimum; see docs/performance.md."""
+"""Bits per weight of ullm: groups of 32 share 16 bits of scale, and with four bits a minimum, too."""
 PLAIN = 16.0
-"""Where nothing is said: bfloat16."""
+"""Bits per weight without options: bfloat16."""
 DTYPE_BITS = {"float32": 32.0, "bfloat16": PLAIN, "float16": PLAIN, "auto": PLAIN}
 
 
 def bits_of(options: Sequence[str]) -> float:
-    """What a server's options ask for; 16 where they say nothing."""
+    """Return the bits per weight that a server's options choose; 16 without such options."""
     dtype = DTYPE_BITS.get(option(options, "--dtype"), PLAIN)
     return PEER_BITS.get(option(options, "--quantization"), dtype)
 
 
 def ullm_bits(options: Sequence[str], head_share: float) -> float:
-    """What ``ullm serve`` makes of the weights. It computes a GGUF file's as they are stored.
+    """Return the bits per weight of ``ullm serve``, which keeps the weights of a GGUF file as stored.
 
     Args:
-        head_share: of all weights; four bits leave the head at eight.
+        head_share: share of the weights that are the head's, which has eight bits beside four.
 
     Raises:
         ModelError: a GGUF file that cannot be found or read.
@@ -47,10 +47,10 @@ def ullm_bits(options: Sequence[str], head_share: float) -> float:
 
 
 def gguf_bits(path: Path) -> float:
-    """The bits of a GGUF file's tensors, per weight in it; what else is in the file does not count.
+    """Return the bits per weight of a GGUF file's tensors, without the rest of the file.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: the file cannot be read.
     """
     from ullm.model.loading.gguf_file import GgufFile  # its libraries take long to import
 
@@ -60,14 +60,14 @@ def gguf_bits(path: Path) -> float:
 
 
 def option(options: Sequence[str], flag: str) -> str:
-    """The value of ``--flag VALUE`` or ``--flag=VALUE``, the last one; empty if there is none."""
+    """Return the last value of ``--flag VALUE`` or ``--flag=VALUE``; empty if there is none."""
     found = [b for a, b in itertools.pairwise(options) if a == flag]
     found += [given.removeprefix(f"{flag}=") for given in options if given.startswith(f"{flag}=")]
     return found[-1] if found else ""
 
 
 def _local(model: str) -> Path:
-    """Fetched where it is a file of the hub, which the server would do, too."""
+    """Return a model's file, fetched from the hub if need be, as the server would do."""
     path = Path(model).expanduser()
     if path.is_file():
         return path

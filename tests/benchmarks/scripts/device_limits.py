@@ -1,4 +1,4 @@
-"""Print what a device allows as JSON, run as ``PYTHON device_limits.py auto|cpu|cuda``.
+"""Print the limits of a device as JSON, run as ``PYTHON device_limits.py auto|cpu|cuda``.
 
 ``arithmetic``: operations per second of a bfloat16 matrix product. ``bandwidth``: bytes per second of a large
 copy, read and written ones together; null on a CPU, where one thread's copy says little.
@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 COPY_BYTES = 2 << 30
-"""Far more than any cache holds."""
+"""Bytes to copy; far more than any cache holds."""
 SIZES = {"cpu": 1536, "cuda": 8192}
-"""Rows and columns of the matrices: beyond them the speed does not grow."""
+"""Rows and columns of the matrices; the speed does not grow beyond them."""
 REPEATS = 12
 
 
 def main(device: str) -> None:
-    """Measure, and say it on stdout."""
+    """Measure, and print the result."""
     import torch
 
     if device == "auto":
@@ -40,7 +40,7 @@ def main(device: str) -> None:
 
 
 def best(work: Callable[[], object], device: str) -> float:
-    """Least seconds of a few."""
+    """Return the minimum seconds of several runs."""
     import torch
 
     least = float("inf")

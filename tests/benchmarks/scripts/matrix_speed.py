@@ -6,12 +6,12 @@ import sys
 import time
 
 SIZE = 1536
-"""Rows and columns: beyond it the speed does not grow on the machines that were tried."""
+"""Rows and columns; the speed did not grow beyond them on any machine tried."""
 REPEATS = 12
 
 
 def main() -> None:
-    """Measure, and say it on stdout."""
+    """Measure, and print the result."""
     import torch
 
     matrix = torch.ones(SIZE, SIZE, dtype=torch.bfloat16)

@@ -1,9 +1,9 @@
-"""One engine's turn of ``ullm bench batch``, run as ``PYTHON offline_batch.py ENGINE MODEL JOB RESULT``.
+"""One engine's turn of the benchmark `batch`, run as ``PYTHON offline_batch.py ENGINE MODEL JOB RESULT``.
 
 It runs in the engine's own Python, so it needs nothing but that engine. JOB is a JSON file with ``requests``,
 ``single`` and ``warm_up`` (lists of ``prompt``, ``max_tokens``), ``temperature``, ``longest``, ``device`` and
-``options``, which are the engine's own. RESULT is written when all is measured. Exit status 3: the
-engine is not there, and the last line says why.
+``options``, which are the engine's own. RESULT is written at the end. Exit status 3: the engine cannot be
+imported, and the last line says why.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class OfflineEngine(Protocol):
     device: str
 
     def run(self, asks: Sequence[OfflineRequest]) -> int:
-        """Generate for all requests at once; the number of tokens."""
+        """Generate for all requests at once; return the number of tokens."""
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release all resources."""
 
 
 class Ullm:
@@ -127,7 +127,7 @@ class NanoVllm:
 class Transformers:
     """transformers' continuous batching, as ``generate_batch`` uses it, with a length for each request.
 
-    ``options`` are of its ``ContinuousBatchingConfig``; besides, ``attn_implementation`` of the model's.
+    ``options`` are fields of its ``ContinuousBatchingConfig``, and ``attn_implementation`` of the model.
     """
 
     def __init__(self, model: str, job: dict[str, Any]) -> None:
@@ -211,7 +211,7 @@ def main(name: str, model: str, job_file: str, result_file: str) -> int:
 
 
 def checked(engine: OfflineEngine, asks: Sequence[OfflineRequest]) -> float:
-    """Seconds that the requests took; an engine that makes other numbers of tokens is not comparable."""
+    """Return the seconds that the requests took; other numbers of tokens would not be comparable."""
     began = time.perf_counter()
     tokens = engine.run(asks)
     seconds = time.perf_counter() - began

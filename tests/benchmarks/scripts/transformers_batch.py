@@ -20,7 +20,7 @@ GATHER = 0.03
 
 
 class StaticRequest:
-    """One request and its tokens; None ends them."""
+    """One request and its tokens, which end with None."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         self.prompt: str = body["prompt"]
@@ -30,14 +30,14 @@ class StaticRequest:
 
 
 class BatchStreamer:
-    """A streamer that hands each row's token to its job; the first call is the prompts."""
+    """A streamer that hands each row's token to its request; the first call has the prompts."""
 
     def __init__(self, jobs: list[StaticRequest]) -> None:
         self._jobs = jobs
         self._count = -1
 
     def put(self, tokens: Any) -> None:
-        """One token of each row."""
+        """Take one token of each row."""
         self._count += 1
         if self._count == 0:
             return
@@ -48,7 +48,7 @@ class BatchStreamer:
                 job.tokens.put(None)
 
     def end(self) -> None:
-        """All have had theirs."""
+        """Do nothing: every request has had its last token."""
 
 
 class BatchingModel:
@@ -67,7 +67,7 @@ class BatchingModel:
         self.jobs: queue.Queue[StaticRequest] = queue.Queue()
 
     def run(self) -> None:
-        """Batch after batch, for ever."""
+        """Run batch after batch, for ever."""
         while True:
             jobs = [self.jobs.get()]
             time.sleep(GATHER)
@@ -76,7 +76,7 @@ class BatchingModel:
             self.generate(jobs)
 
     def generate(self, jobs: list[StaticRequest]) -> None:
-        """One batch to its end."""
+        """Run one batch to its end."""
         inputs = self.tokenizer([job.prompt for job in jobs], return_tensors="pt", padding=True)
         for job, mask in zip(jobs, inputs["attention_mask"], strict=True):
             job.prompt_tokens = int(mask.sum())
@@ -93,7 +93,7 @@ class BatchingModel:
 
 
 def handler(name: str, model: BatchingModel) -> type[BaseHTTPRequestHandler]:
-    """What answers requests."""
+    """Return the class that answers requests."""
 
     class BatchHandler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -113,7 +113,7 @@ def handler(name: str, model: BatchingModel) -> type[BaseHTTPRequestHandler]:
 
         def _stream(self, job: StaticRequest) -> None:
             while (token := job.tokens.get()) is not None:
-                # A token may be half a character; its replacement stands for it here.
+                # A token may be half a character; the replacement character stands for it here.
                 self._event([{"index": 0, "text": model.tokenizer.decode([token]) or "\u200b"}])
             usage = {"prompt_tokens": job.prompt_tokens, "completion_tokens": job.max_tokens}
             self._event([{"index": 0, "text": "", "finish_reason": "length"}], usage)
@@ -133,13 +133,13 @@ def handler(name: str, model: BatchingModel) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Not a line per request."""
+            """Log nothing."""
 
     return BatchHandler
 
 
 class BatchServer(ThreadingHTTPServer):
-    """With room for many connections at once."""
+    """A server with room for many connections at once."""
 
     request_queue_size = 1024
     daemon_threads = True

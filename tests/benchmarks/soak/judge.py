@@ -1,4 +1,4 @@
-"""Whether a cost has grown: the last tenth of a run against the first one after its warm-up. Pure."""
+"""Verdicts on growth of costs: the last tenth of a run against the first one after the warm-up. Pure."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ullm.errors import UllmError
 
 MIB = 1 << 20
 SHARE = 0.1
-"""Of what comes after the warm-up, at its beginning and at its end, that is compared."""
+"""Share of the run after its warm-up that is compared, at its beginning and at its end."""
 LEAST = 3
-"""Readings that are compared, at the least."""
+"""Minimum number of readings that are compared."""
 FILES = 8
-"""Open descriptors more that count as chance: connections that are being closed or opened."""
+"""Growth of open descriptors that counts as chance: connections that are being closed or opened."""
 
 Kind = Literal["rate", "time", "memory", "files"]
 
@@ -35,15 +35,15 @@ class TooShort(UllmError):
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """What one interval between two samples has cost.
+    """The costs of one interval between two samples.
 
     Args:
-        seconds, requests: at its end, since the load began.
+        seconds, requests: since the load began, at the interval's end.
         steps, tokens: per second.
         front, worker: processor milliseconds per step.
-        yardstick: processor milliseconds of the fixed work at its end.
-        pss, front_rss, worker_rss: MiB, at its end.
-        files: open descriptors of all processes, at its end.
+        yardstick: processor milliseconds of the fixed work at the interval's end.
+        pss, front_rss, worker_rss: MiB at the interval's end.
+        files: open descriptors of all processes at the interval's end.
     """
 
     seconds: float
@@ -61,10 +61,10 @@ class Reading(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Cost:
-    """Something that must not get worse.
+    """A cost that must not grow.
 
     Args:
-        of: its value in a reading.
+        of: returns its value in a reading.
     """
 
     name: str
@@ -86,10 +86,10 @@ COSTS = (
 
 
 class Tolerance(msgspec.Struct, frozen=True):
-    """What is not growth yet.
+    """Changes that do not count as growth.
 
     Args:
-        rate: share by which a rate may fall. Rates depend on what else the machine does.
+        rate: share by which a rate may fall. Rates depend on other work on the machine.
         time: share by which processor time per step may grow.
         memory, slack: share, and MiB beyond it, by which memory may grow.
     """
@@ -104,9 +104,9 @@ class Finding(msgspec.Struct, frozen=True):
     """One cost at the beginning and at the end.
 
     Args:
-        change: of the last against the first, as a share.
-        beside: the same in relation to the yardstick, of processor time only.
-        allowed: most that ``last`` may be; the least, for a rate.
+        change: change from first to last, as a share.
+        beside: the same in relation to the yardstick, for processor time only.
+        allowed: maximum of ``last``; the minimum for a rate.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def readings(samples: Sequence[Sample]) -> list[Reading]:
-    """The intervals between samples; none without a step, and none in which workers were replaced."""
+    """Return the intervals between samples, without those that have no step or in which workers changed."""
     pairs = itertools.pairwise(samples)
     return [_reading(a, b) for a, b in pairs if b.steps > a.steps and a.worker_pids == b.worker_pids]
 
@@ -143,7 +143,7 @@ def _reading(before: Sample, after: Sample) -> Reading:
 
 
 def ends(found: Sequence[Reading], warm_up: float) -> tuple[Sequence[Reading], Sequence[Reading]]:
-    """The readings at the beginning, after a share of warm-up, and at the end.
+    """Return the readings at the beginning, after a share of warm-up, and at the end.
 
     Raises:
         TooShort
@@ -172,7 +172,7 @@ def _find(cost: Cost, first: Sequence[Reading], last: Sequence[Reading], toleran
 
 
 def typical(cost: Cost, found: Sequence[Reading]) -> float:
-    """One value for several readings: the better quartile of what others on the machine can disturb."""
+    """Return one value for several readings; for times and rates, which others disturb, a quartile."""
     values = [cost.of(reading) for reading in found]
     match cost.kind:
         case "time":

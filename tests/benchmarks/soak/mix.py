@@ -1,4 +1,4 @@
-"""What a long run asks: every way that a request can take through the server, in random order."""
+"""The requests of a long run: every way through the server, in random order."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ullm.errors import ServerRefused, UllmError
 
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
 LEAVES_AFTER = 2
-"""Events of a stream after which an impatient client hangs up."""
+"""Number of events after which an impatient client disconnects."""
 BEGINNINGS = 4
-"""Different beginnings that some prompts share."""
+"""Number of different beginnings that some prompts share."""
 BEGINNING_WORDS = 64
 OK, REFUSED = 200, 400
 
@@ -30,8 +30,8 @@ class SoakRequest:
     """One request.
 
     Args:
-        leave_after: events after which the client hangs up; None: it stays.
-        status: 400 for a request that is wrong and must be refused.
+        leave_after: number of events after which the client disconnects; None: it stays.
+        status: expected status; 400 for an invalid request, which must be refused.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class SoakRequest:
 
     @property
     def choices(self) -> int:
-        """How many texts must come."""
+        """Number of choices that the answer must have."""
         return int(self.body.get("n", 1))
 
 
@@ -51,7 +51,7 @@ class Mix:
     """Draws requests; equal for equal seeds.
 
     Args:
-        prompt_words, output_tokens: drawn uniformly.
+        prompt_words, output_tokens: lengths, drawn uniformly.
     """
 
     model: str
@@ -60,7 +60,7 @@ class Mix:
     seed: int = 0
 
     def asks(self, client: int) -> Iterator[SoakRequest]:
-        """Endless, and different for each client."""
+        """Yield requests without end, different ones for each client."""
         source = random.Random(f"soak {self.seed} {client}")
         kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
         while True:
@@ -114,10 +114,10 @@ class Unexpected(UllmError):
 
 
 async def run_ask(connection: Connection, ask: SoakRequest) -> How:
-    """One request to its end, or to where its client leaves.
+    """Run one request to its end, or until its client disconnects.
 
     Raises:
-        Unexpected: it ended otherwise than it must.
+        Unexpected: it did not end as it must.
         ServerUnreachable: there is no server.
     """
     try:

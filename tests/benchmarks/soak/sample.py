@@ -1,4 +1,4 @@
-"""Looking at a server from outside: what its processes have used so far. Needs psutil."""
+"""Samples of a server from outside: the resources that its processes use. Needs psutil."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ullm.testing.processes import ServerProcess, at_root, descendants, psutil_m
 
 YARDSTICK_PIECES = 30
 YARDSTICK_PAUSE = 0.003
-"""Seconds between two pieces of the fixed work, in which others use the caches, as between two steps."""
+"""Seconds between two pieces of the fixed work, in which others fill the caches, as between two steps."""
 YARDSTICK_OBJECTS = 30_000
 STEPS, TOKENS, RESTARTS = "ullm_steps_total", "ullm_generation_tokens_total", "ullm_worker_restarts_total"
 IN_FLIGHT = ("ullm_num_requests_running", "ullm_num_requests_waiting", "ullm_kv_cache_usage_ratio")
@@ -23,7 +23,7 @@ _LINE = re.compile(r"^(\w+) (\S+)$", re.MULTILINE)
 
 
 class ProcessUsage(msgspec.Struct, frozen=True):
-    """What some processes take together.
+    """Resources that some processes use together.
 
     Args:
         cpu: processor seconds since their start, user and system.
@@ -44,15 +44,15 @@ class ProcessUsage(msgspec.Struct, frozen=True):
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One look.
+    """One sample of a server.
 
     Args:
         seconds: since the load began.
-        requests: ended until now, in whatever way.
+        requests: number of requests that have ended, in whatever way.
         steps, tokens, restarts: the server's own counts.
-        yardstick: processor seconds that a fixed piece of work took beside it: how fast the machine is now.
-        standby: worker processes that are not in service.
-        worker_pids: those in service.
+        yardstick: processor seconds of a fixed piece of work, which show how fast the machine is now.
+        standby: resources of worker processes that are not in service.
+        worker_pids: pids of worker processes in service.
     """
 
     seconds: float
@@ -68,7 +68,7 @@ class Sample(msgspec.Struct, frozen=True):
 
     @property
     def pss(self) -> int:
-        """Bytes of the whole tree."""
+        """Proportional set size of the whole process tree, in bytes."""
         return self.front.pss + self.worker.pss + self.standby.pss
 
 
@@ -77,20 +77,20 @@ class Sampler:
     """Takes samples of one server.
 
     Args:
-        began: trio's time that counts as 0.
+        began: time on trio's clock that counts as 0.
     """
 
     server: ServerProcess
     began: float = field(default_factory=trio.current_time)
 
     async def take(self, requests: int) -> Sample:
-        """Look now.
+        """Take a sample.
 
         Args:
-            requests: ended until now.
+            requests: number of requests that have ended.
 
         Raises:
-            ServerUnreachable, ServerRefused: it does not answer.
+            ServerUnreachable, ServerRefused: the server does not answer.
         """
         metrics = await self.metrics()
         health = await self._ask("/health")
@@ -110,11 +110,11 @@ class Sampler:
         )
 
     async def metrics(self) -> dict[str, float]:
-        """The samples of ``/metrics`` that have no labels."""
+        """Return the values of ``/metrics`` that have no labels."""
         return {name: float(value) for name, value in _LINE.findall((await self._ask("/metrics")).decode())}
 
     async def in_flight(self) -> dict[str, float]:
-        """Metrics that are 0 in a server without work, and are not."""
+        """Return the metrics of work in flight that are not 0."""
         found = await self.metrics()
         return {name: found[name] for name in IN_FLIGHT if found[name]}
 
@@ -128,7 +128,7 @@ class Sampler:
 
 
 def look(pid: int, worker_pids: list[int]) -> tuple[ProcessUsage, ProcessUsage, ProcessUsage]:
-    """What a server, its workers in service, and all others below it take."""
+    """Return the resources of a server, of its workers in service, and of all its other descendants."""
     front, worker, standby = process_usage(psutil_module().Process(pid)), ProcessUsage(), ProcessUsage()
     for process in descendants(pid):
         if process.pid in worker_pids:
@@ -139,7 +139,7 @@ def look(pid: int, worker_pids: list[int]) -> tuple[ProcessUsage, ProcessUsage, 
 
 
 def process_usage(process: Any) -> ProcessUsage:
-    """What one process takes; nothing, if it has ended."""
+    """Return the resources of one process; none if it has ended."""
     try:
         with process.oneshot():
             times, memory = process.cpu_times(), process.memory_full_info()
@@ -150,10 +150,10 @@ def process_usage(process: Any) -> ProcessUsage:
 
 
 def yardstick() -> float:
-    """Processor seconds of a fixed piece of Python, some milliseconds, in small pieces with pauses.
+    """Return the processor seconds of a fixed piece of work of some milliseconds, done in pieces with pauses.
 
-    On a machine that others use, the same work costs more time while they are busy, because they share
-    caches, memory and the clock's limits. What grows no more than this has not grown.
+    On a shared machine the same work costs more processor time while others are busy, because they share
+    caches, memory and clock limits. A cost that grows no more than this one has not grown.
     """
     objects = {number * 7919 % YARDSTICK_OBJECTS: str(number) for number in range(YARDSTICK_OBJECTS)}
     spent = 0.0

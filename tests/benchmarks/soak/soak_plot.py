@@ -1,4 +1,4 @@
-"""The course of a long run as a picture. Needs matplotlib."""
+"""Plot of the course of a long run. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PANELS = (
     ("processor ms per step", (("front end", "front"), ("worker", "worker"))),
     ("MiB", (("tree (PSS)", "pss"), ("front end (RSS)", "front_rss"), ("worker (RSS)", "worker_rss"))),
 )
-"""Label of the axis → label of each line and the reading's field."""
+"""Label of each axis, with the label and the reading's field of each line."""
 
 
 def draw(soak: SoakReport, file: Path) -> None:
-    """Write a picture: rates, processor time and memory against time; requests are on the upper axis.
+    """Write the plot: rates, processor time and memory against time; requests are on the upper axis.
 
     Args:
-        file: its suffix, such as .png or .svg, says of which kind.
+        file: its suffix, such as .png or .svg, is the format.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -46,7 +46,7 @@ def draw(soak: SoakReport, file: Path) -> None:
 
 
 def _count_requests(axes: object, readings: list[Reading]) -> None:
-    """Requests until then, above the axis of minutes."""
+    """Draw the number of requests on an upper axis."""
     from matplotlib.axes import Axes
 
     assert isinstance(axes, Axes)

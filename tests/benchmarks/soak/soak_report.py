@@ -12,17 +12,17 @@ from tests.benchmarks.soak.judge import COSTS, Finding, Reading, Tolerance, typi
 from tests.benchmarks.soak.sample import Sample
 
 PARTS = 10
-"""Rows of the table of the course of a run."""
+"""Number of rows in the table of the run's course."""
 
 
 class SoakReport(msgspec.Struct, frozen=True):
     """A finished run.
 
     Args:
-        command: of the server.
-        counts: how requests ended → how many.
-        compared: requests between the beginning and the end that are compared.
-        complaints: what must not have happened, and did.
+        command: the server's command.
+        counts: way in which requests ended → number of requests.
+        compared: number of requests between the beginning and the end that are compared.
+        complaints: what happened but must not.
     """
 
     when: str
@@ -41,15 +41,15 @@ class SoakReport(msgspec.Struct, frozen=True):
 
     @property
     def good(self) -> bool:
-        """Whether every cost stayed flat, and nothing else happened."""
+        """True if every cost stayed flat and there are no complaints."""
         return not self.complaints and all(finding.good for finding in self.findings)
 
     def json(self) -> str:
-        """Everything."""
+        """Return the whole report as indented JSON."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()
 
     def markdown(self) -> str:
-        """What was run, the verdicts, and the course."""
+        """Return heading, verdicts and course."""
         parts = [self._heading(), self._verdicts(), self._explanation(), self._course()]
         return "\n\n".join([*parts, *(f"- {complaint}" for complaint in self.complaints)]) + "\n"
 
@@ -88,18 +88,18 @@ class SoakReport(msgspec.Struct, frozen=True):
 
 
 def split(readings: Sequence[Reading], parts: int) -> list[Sequence[Reading]]:
-    """Into so many runs of neighbours, of nearly equal length; fewer where there are fewer readings."""
+    """Split readings into at most ``parts`` consecutive runs of nearly equal length."""
     parts = min(parts, len(readings))
     edges = [round(i * len(readings) / parts) for i in range(parts + 1)]
     return [readings[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def number(value: float) -> str:
-    """With about three digits."""
+    """Return a number with about three digits."""
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first row is the heading, numbers to the right."""
+    """Return a Markdown table; the first row is the heading, numbers are aligned to the right."""
     ruled = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
     return "\n".join("| " + " | ".join(row) + " |" for row in ruled)

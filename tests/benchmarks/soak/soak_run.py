@@ -1,4 +1,4 @@
-"""A long run: a server, its clients, a look at it at each interval, and the verdict."""
+"""A long run: a server, its clients, a sample at each interval, and the verdict."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from ullm.testing.processes import POLL, at_root, free_port, open_server
 
 START_SECONDS = 120.0
 SETTLE_SECONDS = 20.0
-"""After the last answer, until nothing may be in flight any more."""
+"""Seconds after the last answer within which nothing may be in flight any more."""
 MOST_FAILURES = 50
-"""Requests that end wrongly, after which the run is given up."""
+"""Number of failed requests after which the run is given up."""
 SAID = 10
-"""How often the run says where it is."""
+"""Number of progress lines per run."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class SoakPlan:
-    """What a run is.
+    """A run.
 
     Args:
-        model: folder or name, as ``ullm serve`` takes it.
-        arguments: more of ``ullm serve``.
-        streams: clients that ask one request after another.
-        seconds, requests: it lasts until so much time has passed and so many requests have been answered.
-        interval: seconds between two looks.
+        model: folder or name, as for ``ullm serve``.
+        arguments: more options of ``ullm serve``.
+        streams: number of clients that send one request after another.
+        seconds, requests: minimum duration, and minimum number of answered requests.
+        interval: seconds between two samples.
         warm_up: share of the run that is not judged. A server's memory grows until its prefix cache has
             filled the KV blocks, and its caches are full.
     """
@@ -61,14 +61,14 @@ class SoakPlan:
     tolerance: Tolerance = Tolerance()
 
     def command(self, port: int) -> list[str]:
-        """How the server is started."""
+        """Return the command that starts the server."""
         chosen = ("--model", self.model, "--port", str(port))
         return [sys.executable, "-m", "ullm", "serve", *chosen, *self.arguments]
 
 
 @dataclass
 class SoakLoad:
-    """What the clients have seen."""
+    """The clients, and what they have seen."""
 
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -98,11 +98,11 @@ async def run_soak(plan: SoakPlan, log: Path, say: Say) -> SoakReport:
     """Start the server, keep it busy, judge it, stop it.
 
     Args:
-        log: gets what the server writes.
-        say: told now and then where the run is.
+        log: file for the server's log.
+        say: gets a line of progress now and then.
 
     Raises:
-        ServerEnded: it does not start.
+        ServerEnded: the server does not start.
         TooShort: there are too few readings to judge.
     """
     endpoint = Endpoint("http", "127.0.0.1", free_port(), "/v1")
@@ -123,7 +123,7 @@ async def run_soak(plan: SoakPlan, log: Path, say: Say) -> SoakReport:
 
 
 async def _watch(plan: SoakPlan, load: SoakLoad, sampler: Sampler, say: Say) -> list[Sample]:
-    """Look at each interval until the run is over; then have the clients stop."""
+    """Take a sample at each interval until the run is over; then stop the clients."""
     samples: list[Sample] = []
     looks = said = 0
     try:
@@ -148,7 +148,7 @@ async def _watch(plan: SoakPlan, load: SoakLoad, sampler: Sampler, say: Say) -> 
 
 
 async def _at_rest(sampler: Sampler) -> list[str]:
-    """Wait until nothing is in flight; what is there for too long."""
+    """Wait until nothing is in flight; return complaints about what stays for too long."""
     left: dict[str, float] = {}
     try:
         with trio.move_on_after(SETTLE_SECONDS):

@@ -1,6 +1,7 @@
-"""``python -m ullm.entrypoints.openai.api_server --model …``: ``ullm serve`` under its older name.
+"""``python -m ullm.entrypoints.openai.api_server --model …``: ``ullm serve`` at vLLM's module path.
 
-Takes every flag of ``ullm serve``, and ``--use-threading`` for ``--transport thread``.
+Takes every flag of ``ullm serve``, vLLM's names of the common ones included, and ``--use-threading`` for
+``--transport thread``.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ USE_THREADING = "--use-threading"
 
 
 def translate(arguments: Sequence[str]) -> list[str]:
-    """The arguments of ``ullm serve`` that mean the same."""
+    """Return the equivalent arguments of ``ullm serve``."""
     threading = [argument for argument in arguments if argument == USE_THREADING]
     others = [argument for argument in arguments if argument != USE_THREADING]
     return ["serve", *others, *(["--transport", "thread"] if threading else [])]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve; the exit status is that of ``ullm serve``."""
+    """Serve; return the exit status of ``ullm serve``."""
     from ullm.cli.app import main as run
 
     return run(translate(sys.argv[1:] if arguments is None else arguments))
