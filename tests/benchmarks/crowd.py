@@ -37,7 +37,7 @@ class StreamBroken(UllmError):
 
 
 @dataclass
-class Heard:
+class CrowdResult:
     """What a crowd has received; times are seconds.
 
     Args:
@@ -57,18 +57,18 @@ class _Stream:
     """One stream: the time of its last piece, and its end."""
 
     def __init__(self) -> None:
-        self.heard: float | None = None
+        self.last: float | None = None
         self.tail = b""
 
 
-def listen(host: str, port: int, model: str, streams: int, tokens: int) -> Heard:
+def listen(host: str, port: int, model: str, streams: int, tokens: int) -> CrowdResult:
     """Request ``streams`` streams of ``tokens`` tokens at once, and read all of them to their ends. Blocks.
 
     Raises:
         StreamBroken: a stream does not have its tokens.
         ServerUnreachable: the server refuses connections, or falls silent.
     """
-    heard, began = Heard(), time.monotonic()
+    result, began = CrowdResult(), time.monotonic()
     with selectors.DefaultSelector() as selector, ExitStack() as sockets:
         for number in range(streams):
             sock = sockets.enter_context(_connect(host, port))
@@ -81,13 +81,13 @@ def listen(host: str, port: int, model: str, streams: int, tokens: int) -> Heard
                 raise ServerUnreachable(f"http://{host}:{port}", f"it was silent for {SILENCE:g} s")
             for key, _ in ready:
                 assert isinstance(key.fileobj, socket.socket)  # what was registered above
-                if not _read(key.fileobj, key.data, heard, began):
+                if not _read(key.fileobj, key.data, result, began):
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
-                    heard.tokens += _tokens(key.data.tail, tokens)
-    heard.seconds = time.monotonic() - began
-    heard.events -= 2 * streams  # the usage, and [DONE]
-    return heard
+                    result.tokens += _tokens(key.data.tail, tokens)
+    result.seconds = time.monotonic() - began
+    result.events -= 2 * streams  # the usage, and [DONE]
+    return result
 
 
 def _connect(host: str, port: int) -> socket.socket:
@@ -106,25 +106,25 @@ def _request(host: str, port: int, model: str, number: int, tokens: int) -> byte
     return head.encode() + content
 
 
-def _read(sock: socket.socket, stream: _Stream, heard: Heard, began: float) -> bool:
+def _read(sock: socket.socket, stream: _Stream, result: CrowdResult, began: float) -> bool:
     """Read what has arrived; return False at the stream's end."""
     try:
         data = sock.recv(READ_BYTES)
     except ConnectionResetError:
         return False
     now = time.monotonic()
-    if data and stream.heard is None:
-        heard.first.append(now - began)
-    elif data and stream.heard is not None:
-        heard.gaps.append(now - stream.heard)
-    stream.heard = now
+    if data and stream.last is None:
+        result.first.append(now - began)
+    elif data and stream.last is not None:
+        result.gaps.append(now - stream.last)
+    stream.last = now
     stream.tail = (stream.tail + data)[-TAIL_BYTES:]
-    heard.events += data.count(b"data: ")
+    result.events += data.count(b"data: ")
     return bool(data)
 
 
 def _tokens(tail: bytes, expected: int) -> int:
-    found = _USAGE.findall(tail)
-    if not found or int(found[-1]) != expected or b"data: [DONE]" not in tail:
+    counts = _USAGE.findall(tail)
+    if not counts or int(counts[-1]) != expected or b"data: [DONE]" not in tail:
         raise StreamBroken(tail)
     return expected

@@ -261,8 +261,8 @@ async def _named_workers(server: ServerProcess) -> list[int]:
     endpoint = Endpoint("http", "127.0.0.1", server.endpoint.port, "")
     connection = Connection(endpoint)
     try:
-        found = await connection.json("GET", "/health")
-        return [pid for replica in found["replicas"] for pid in replica["worker_pids"]]
+        answer = await connection.json("GET", "/health")
+        return [pid for replica in answer["replicas"] for pid in replica["worker_pids"]]
     except (ServerUnreachable, ServerRefused, KeyError, TypeError):
         return []
     finally:
@@ -312,9 +312,9 @@ async def run_event(
                 nursery.start_soon(reader.run, endpoint, model, number, max_tokens)
             for reader in readers:
                 await reader.begun.wait()
-            found = EventOutcome(name, await event(Scene(server, readers, model)))
+            outcome = EventOutcome(name, await event(Scene(server, readers, model)))
             nursery.cancel_scope.cancel()
-    return found
+    return outcome
 
 
 async def run_start_up(candidate: EventCandidate, after: float) -> EventOutcome:
@@ -336,8 +336,8 @@ async def run_start_up(candidate: EventCandidate, after: float) -> EventOutcome:
 async def _model(endpoint: Endpoint) -> str:
     connection = Connection(endpoint)
     try:
-        found = await connection.json("GET", "/models")
-        return str(found["data"][0]["id"])
+        answer = await connection.json("GET", "/models")
+        return str(answer["data"][0]["id"])
     finally:
         await connection.aclose()
 

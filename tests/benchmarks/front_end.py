@@ -19,7 +19,7 @@ import msgspec
 import trio
 from cyclopts import Parameter
 
-from tests.benchmarks.crowd import Heard, listen
+from tests.benchmarks.crowd import CrowdResult, listen
 from tests.benchmarks.options import ServerText, StepMilliseconds, split_server_options, write_report
 from ullm.bench.bench_report import machine
 from ullm.bench.stats import percentile
@@ -120,10 +120,12 @@ class FrontEndReport(msgspec.Struct, frozen=True):
 
     def markdown(self) -> str:
         """Return the load and a table of the rounds."""
-        said = f"{self.streams} streams of {self.tokens} tokens, steps of {self.step_seconds * 1000:g} ms\n\n"
+        heading = (
+            f"{self.streams} streams of {self.tokens} tokens, steps of {self.step_seconds * 1000:g} ms\n\n"
+        )
         lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " ---: |" * len(COLUMNS)]
         lines += ["| " + " | ".join(run.cells(number)) + " |" for number, run in enumerate(self.rounds, 1)]
-        return said + "\n".join(lines) + "\n"
+        return heading + "\n".join(lines) + "\n"
 
 
 async def run_front_end(load: CrowdLoad, log: Path, say: Callable[[str], None]) -> FrontEndReport:
@@ -151,8 +153,8 @@ async def run_front_end(load: CrowdLoad, log: Path, say: Callable[[str], None]) 
                 say(f"{rounds[-1].tokens / rounds[-1].seconds:.0f} tok/s")
             await server.stop()
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    asked = (load.streams, load.tokens, load.step_seconds, load.arguments)
-    return FrontEndReport(when, machine(), *asked, rounds)
+    load_fields = (load.streams, load.tokens, load.step_seconds, load.arguments)
+    return FrontEndReport(when, machine(), *load_fields, rounds)
 
 
 async def _run(server: ServerProcess, model: str, load: CrowdLoad) -> CrowdRound:
@@ -160,14 +162,14 @@ async def _run(server: ServerProcess, model: str, load: CrowdLoad) -> CrowdRound
     workers = front.children(recursive=True)
     before = _processor_time([front]), _processor_time(workers)
     where = server.endpoint.host, server.endpoint.port
-    heard = await trio.to_thread.run_sync(partial(listen, *where, model, load.streams, load.tokens))
+    result = await trio.to_thread.run_sync(partial(listen, *where, model, load.streams, load.tokens))
     spent = _processor_time([front]) - before[0], _processor_time(workers) - before[1]
-    return _round(heard, *spent, front.memory_info().rss)
+    return _round(result, *spent, front.memory_info().rss)
 
 
-def _round(heard: Heard, front: float, worker: float, rss: int) -> CrowdRound:
-    first, gap = _spread(heard.first), _spread(heard.gaps)
-    return CrowdRound(heard.seconds, heard.tokens, heard.events, front, worker, first, gap, rss)
+def _round(result: CrowdResult, front: float, worker: float, rss: int) -> CrowdRound:
+    first, gap = _spread(result.first), _spread(result.gaps)
+    return CrowdRound(result.seconds, result.tokens, result.events, front, worker, first, gap, rss)
 
 
 def _spread(values: list[float]) -> tuple[float, float, float]:

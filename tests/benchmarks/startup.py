@@ -114,13 +114,13 @@ def _row(name: str, starts: Sequence[ServerStart]) -> list[str]:
 
 def variants(contexts: Sequence[int], blocks: Sequence[int]) -> list[StartVariant]:
     """Return a variant for each context length and number of KV blocks, which the server chooses if empty."""
-    found = []
+    combinations = []
     for context in contexts:
         length = ("--context-len", str(context))
         for count in blocks or (None,):
             name = f"context {context}" + (f", {count} blocks" if count else "")
-            found.append(StartVariant(name, length + (("--num-blocks", str(count)) if count else ())))
-    return found
+            combinations.append(StartVariant(name, length + (("--num-blocks", str(count)) if count else ())))
+    return combinations
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a chaos run is made of: what it asks, how it judges, whom it spares."""
+"""The parts of a chaos run: its requests, its verdicts, and which requests it spares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from ullm.chaos.catalogue import FORMS, ChaosRequest, catalogue
-from ullm.chaos.chaos_client import AnswerOutcome, ChaosAnswer, ask_server
+from ullm.chaos.chaos_client import AnswerOutcome, ChaosAnswer, send_request
 from ullm.chaos.chaos_report import ChaosReport
 from ullm.chaos.chaos_run import ChaosPlan, chosen_kinds, one_fault
 from ullm.chaos.verify import Verdict, log_verdict
@@ -84,13 +84,13 @@ def test_gaps_are_of_those_who_read_at_once() -> None:
 
 
 def test_a_catalogue_has_every_form_and_depends_on_the_seed_only() -> None:
-    asks = catalogue("m", 5, 16, (3, 9))
-    assert asks == catalogue("m", 5, 16, (3, 9))
-    assert asks != catalogue("m", 6, 16, (3, 9))
-    assert {(ask.path, ask.stream) for ask in asks} == set(FORMS)
-    assert {ask.body["temperature"] == 0 for ask in asks} == {True, False}
-    assert {ask.choices for ask in asks} == {1, 2}
-    assert all(3 <= ask.body["max_tokens"] <= 9 for ask in asks)
+    requests = catalogue("m", 5, 16, (3, 9))
+    assert requests == catalogue("m", 5, 16, (3, 9))
+    assert requests != catalogue("m", 6, 16, (3, 9))
+    assert {(request.path, request.stream) for request in requests} == set(FORMS)
+    assert {request.body["temperature"] == 0 for request in requests} == {True, False}
+    assert {request.choices for request in requests} == {1, 2}
+    assert all(3 <= request.body["max_tokens"] <= 9 for request in requests)
 
 
 # --- a request, as its client sees it ------------------------------------------------------------------
@@ -107,7 +107,7 @@ async def asked(nursery: trio.Nursery, *parts: bytes, **manner: Any) -> ChaosAns
     (listener,) = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
     endpoint = Endpoint("http", "127.0.0.1", listener.socket.getsockname()[1], "/v1")
     found = ChaosAnswer(STREAM, trio.current_time())
-    await ask_server(endpoint, found, **manner)
+    await send_request(endpoint, found, **manner)
     return found
 
 
@@ -177,7 +177,7 @@ def world(nursery: trio.Nursery) -> World:
         server=cast(Any, None),
         endpoint=endpoint,
         admin=endpoint,
-        asks=[STREAM],
+        requests=[STREAM],
         source=random.Random(0),
         nursery=nursery,
         model="m",
@@ -211,8 +211,8 @@ async def test_what_finds_nothing_to_act_on_is_no_fault(world: World) -> None:
 async def test_requests_may_end_early_only_while_something_aborts(world: World) -> None:
     world.answers, world.live = [ChaosAnswer(STREAM, 0.0), ChaosAnswer(STREAM, 0.0)], {1}
     with world.may_abort():
-        during = await world.ask(STREAM)
-    after = await world.ask(STREAM)
+        during = await world.send(STREAM)
+    after = await world.send(STREAM)
     assert [bool(a.excused) for a in (*world.answers[:2], during, after)] == [False, True, True, False]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from fake_engine import serving
 
-from tests.benchmarks.soak.mix import SoakRequest, run_ask
+from tests.benchmarks.soak.mix import SoakRequest, run_request
 from ullm.client.http import Connection, Endpoint
 from ullm.config import EngineConfig
 from ullm.engine import open_engine
@@ -75,7 +75,7 @@ async def test_a_request_leaves_no_garbage(endpoint: Endpoint, ask: SoakRequest)
 
     async def work() -> None:
         for _ in range(REQUESTS):
-            await run_ask(
+            await run_request(
                 connection,
                 SoakRequest(ask.kind, ask.path, ask.body | {"model": "model"}, ask.leave_after, ask.status),
             )

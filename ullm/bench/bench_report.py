@@ -54,7 +54,7 @@ class BenchReport(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, target: str, model: str, workload: Workload, runs: Sequence[RunSummary]) -> BenchReport:
         """Build a report of the runs, with date, machine and workload."""
-        asked = {
+        requests = {
             "prompt_words": str(workload.prompt_words),
             "output_tokens": str(workload.output_tokens),
             "shared_prefix": workload.shared_prefix,
@@ -63,7 +63,7 @@ class BenchReport(msgspec.Struct, frozen=True):
             "top_p": workload.top_p,
         }
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return cls(target, model, when, machine(), asked, list(runs))
+        return cls(target, model, when, machine(), requests, list(runs))
 
     def json(self) -> str:
         """Return indented JSON, times in seconds."""

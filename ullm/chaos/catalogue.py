@@ -22,7 +22,7 @@ class ChaosRequest:
 
     Args:
         path: below the API's prefix.
-        body: as JSON; asks for a stream with usage, or for an answer in one piece.
+        body: JSON body, for a stream with usage or for an answer in one piece.
         choices: number of answers that it requests.
     """
 
@@ -44,16 +44,16 @@ def catalogue(model: str, seed: int, size: int, max_tokens: tuple[int, int]) -> 
         max_tokens: minimum and maximum per request.
     """
     source = random.Random(f"catalogue {seed}")
-    return [_ask(source, model, number, max_tokens) for number in range(size)]
+    return [_draw(source, model, number, max_tokens) for number in range(size)]
 
 
-def long_ask(model: str, max_tokens: int) -> ChaosRequest:
+def long_request(model: str, max_tokens: int) -> ChaosRequest:
     """Return a request whose stream, with log probabilities, is too long for the kernel's buffers."""
     body = {"prompt": "time year people", "logprobs": 5, "max_tokens": max_tokens}
     return ChaosRequest(-1, "/completions", {"model": model, "stream": True, "ignore_eos": True, **body}, 1)
 
 
-def _ask(source: random.Random, model: str, number: int, max_tokens: tuple[int, int]) -> ChaosRequest:
+def _draw(source: random.Random, model: str, number: int, max_tokens: tuple[int, int]) -> ChaosRequest:
     path, stream = FORMS[number % len(FORMS)]
     text = " ".join(source.choices(WORDS, k=source.randint(3, 40)))
     prompt = {"prompt": text} if path == "/completions" else {"messages": [{"role": "user", "content": text}]}

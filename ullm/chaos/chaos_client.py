@@ -43,10 +43,10 @@ class ChaosAnswer:
         crashes: workers lost by faults while it was running.
         excused: why it may end early, with ``abort``; empty if it may not.
         watched: True if its client reads as fast as it can, so that the server causes each silence.
-        heard: time of the last event.
+        last_event: time of the last event.
     """
 
-    ask: ChaosRequest
+    request: ChaosRequest
     started: float
     ended: float | None = None
     texts: dict[int, str] = field(default_factory=dict)
@@ -60,19 +60,19 @@ class ChaosAnswer:
     crashes: int = 0
     excused: str = ""
     watched: bool = True
-    heard: float = 0.0
+    last_event: float = 0.0
 
     def note_event(self, now: float) -> None:
         """Record an event of the stream; a long silence before it is a gap."""
-        last, self.heard = self.heard or self.started, now
+        last, self.last_event = self.last_event or self.started, now
         if self.watched and now - last >= NOTED_GAP:
             self.gaps.append((last, now))
 
     @property
     def outcome(self) -> AnswerOutcome:
         """The part that can be compared with another run."""
-        texts = tuple(self.texts.get(index, "") for index in range(self.ask.choices))
-        finishes = tuple(",".join(self.finishes.get(index, [])) for index in range(self.ask.choices))
+        texts = tuple(self.texts.get(index, "") for index in range(self.request.choices))
+        finishes = tuple(",".join(self.finishes.get(index, [])) for index in range(self.request.choices))
         return AnswerOutcome(texts, finishes, self.completion_tokens)
 
     def violations(self, expected: AnswerOutcome | None) -> list[str]:
@@ -81,36 +81,36 @@ class ChaosAnswer:
         Args:
             expected: outcome of an undisturbed run; None in that run itself.
         """
-        name = f"request {self.ask.number} ({self.ask.path}, {'stream' if self.ask.stream else 'unary'})"
+        name = f"request {self.request.number} ({self.request.path}, {'stream' if self.request.stream else 'unary'})"
         if self.error is not None:
             return [] if self.status == 429 and self.retry_after else [f"{name} failed: {self.error}"]
-        found = []
-        if self.ask.stream and self.dones != 1:
-            found.append(f"{name} said {self.dones} times that it was done")
-        for index in range(self.ask.choices):
+        violations = []
+        if self.request.stream and self.dones != 1:
+            violations.append(f"{name} said {self.dones} times that it was done")
+        for index in range(self.request.choices):
             if len(self.finishes.get(index, [])) != 1:
-                found.append(f"{name}, choice {index}: finish reasons {self.finishes.get(index, [])}")
-        return found or self._differences(name, expected)
+                violations.append(f"{name}, choice {index}: finish reasons {self.finishes.get(index, [])}")
+        return violations or self._differences(name, expected)
 
     def _differences(self, name: str, expected: AnswerOutcome | None) -> list[str]:
         if expected is None or self.outcome == expected:
             return []
-        found = []
+        violations = []
         for index, (text, wanted) in enumerate(zip(self.outcome.texts, expected.texts, strict=True)):
             if text != wanted and not (self.excused and wanted.startswith(text.rstrip("\ufffd"))):
-                found.append(f"{name}, choice {index}: {_difference(text, wanted)}")
+                violations.append(f"{name}, choice {index}: {_difference(text, wanted)}")
         if self.outcome.finishes != expected.finishes and not self._aborted():
-            found.append(f"{name}: finish reasons {self.outcome.finishes}, not {expected.finishes}")
+            violations.append(f"{name}: finish reasons {self.outcome.finishes}, not {expected.finishes}")
         if self.completion_tokens != expected.completion_tokens and not self.excused:
-            found.append(f"{name}: {self.completion_tokens} tokens, not {expected.completion_tokens}")
-        return found
+            violations.append(f"{name}: {self.completion_tokens} tokens, not {expected.completion_tokens}")
+        return violations
 
     def _aborted(self) -> bool:
         reasons = {reason for each in self.finishes.values() for reason in each}
         return bool(self.excused) and reasons <= {"abort", "length", "stop"}
 
 
-async def ask_server(
+async def send_request(
     endpoint: Endpoint,
     answer: ChaosAnswer,
     *,
@@ -130,9 +130,9 @@ async def ask_server(
     connection = Connection(endpoint, receive_buffer=None if answer.watched else 4096)
     try:
         with trio.fail_after(LONGEST):
-            async with connection.request("POST", answer.ask.path, answer.ask.body) as pieces:
+            async with connection.request("POST", answer.request.path, answer.request.body) as pieces:
                 async with aclosing(_paced(pieces, slow, stall_after, stall, leave_after)) as paced:
-                    await (_read_stream if answer.ask.stream else _read_whole)(paced, answer)
+                    await (_read_stream if answer.request.stream else _read_whole)(paced, answer)
     except trio.TooSlowError:
         answer.error = f"no end within {LONGEST:g} s"
     except ServerRefused as refusal:

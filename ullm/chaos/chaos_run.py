@@ -115,7 +115,7 @@ async def run_chaos(plan: ChaosPlan, folder: Path) -> ChaosReport:
     temporary.mkdir()
     shared = shared_memory()
     async with open_world(plan, folder, temporary) as world:
-        await ask_undisturbed(world)
+        await record_expected(world)
         before = await rest(world)
         kinds = [kind for kind in chosen_kinds(plan.only) if await kind.offered(world)]
         warm = await disturb(world, plan, kinds) or before
@@ -144,7 +144,7 @@ async def open_world(plan: ChaosPlan, folder: Path, temporary: Path) -> AsyncIte
                 server=server,
                 endpoint=endpoint,
                 admin=admin,
-                asks=catalogue(model, plan.seed, 16, plan.max_tokens),
+                requests=catalogue(model, plan.seed, 16, plan.max_tokens),
                 source=random.Random(f"faults {plan.seed}"),
                 nursery=nursery,
                 model=model,
@@ -154,31 +154,34 @@ async def open_world(plan: ChaosPlan, folder: Path, temporary: Path) -> AsyncIte
             )
 
 
-async def ask_undisturbed(world: World) -> None:
+async def record_expected(world: World) -> None:
     """Record the answers without faults: to each request alone, then to all at once, which must agree."""
-    for ask in world.asks:
-        answer = await world.ask(ask)
+    for request in world.requests:
+        answer = await world.send(request)
         world.judge(answer)
-        world.expected[ask.number] = answer.outcome
+        world.expected[request.number] = answer.outcome
     for _ in range(REFERENCE_ROUNDS - 1):
         async with trio.open_nursery() as nursery:
-            for ask in world.asks:
-                nursery.start_soon(_compare, world, ask)
+            for request in world.requests:
+                nursery.start_soon(_compare, world, request)
     if world.violations:
         raise UsageError(f"the server's answers differ even without faults: {world.violations[0]}")
 
 
 async def rest(world: World) -> Footprint:
     """Wait until the standby workers are up and connections are closed; return the stable footprint."""
-    found = [Footprint.of(world.server.pid)]
+    footprints = [Footprint.of(world.server.pid)]
 
     async def stable() -> bool:
         await trio.sleep(0.5)
-        found.append(Footprint.of(world.server.pid))
-        return (found[-1].processes, found[-1].files) == (found[-2].processes, found[-2].files)
+        footprints.append(Footprint.of(world.server.pid))
+        return (footprints[-1].processes, footprints[-1].files) == (
+            footprints[-2].processes,
+            footprints[-2].files,
+        )
 
     await settle(stable)
-    return found[-1]
+    return footprints[-1]
 
 
 async def disturb(world: World, plan: ChaosPlan, kinds: Sequence[FaultKind]) -> Footprint | None:
@@ -218,8 +221,8 @@ async def one_fault(world: World, kinds: Sequence[FaultKind]) -> None:
         world.faults.append(InjectedFault(len(world.faults) + 1, kind.name, at, detail))
 
 
-async def _compare(world: World, ask: ChaosRequest) -> None:
-    world.judge(await world.ask(ask))
+async def _compare(world: World, request: ChaosRequest) -> None:
+    world.judge(await world.send(request))
 
 
 def _lossless(world: World) -> Verdict:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import trio
 
-from ullm.chaos.catalogue import ChaosRequest, long_ask
+from ullm.chaos.catalogue import ChaosRequest, long_request
 from ullm.chaos.world import FaultKind, World
 
 SLOWEST = 0.02
@@ -28,14 +28,14 @@ class DisconnectFault:
 
     async def inject(self, world: World) -> str:
         """Send a request in the background and hang up."""
-        ask = _choose(world, stream=self.stream)
+        request = _choose(world, stream=self.stream)
         if self.stream:
             pieces = world.source.randint(1, 20)
-            world.nursery.start_soon(lambda: world.ask(ask, leave_after=pieces))
-            return f"request {ask.number} left after {pieces} pieces"
+            world.nursery.start_soon(lambda: world.send(request, leave_after=pieces))
+            return f"request {request.number} left after {pieces} pieces"
         seconds = world.source.uniform(0.01, 0.5)
-        world.nursery.start_soon(_cancel, world, ask, seconds)
-        return f"request {ask.number} left after {seconds:.2f} s"
+        world.nursery.start_soon(_cancel, world, request, seconds)
+        return f"request {request.number} left after {seconds:.2f} s"
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class SlowReaderFault:
 
     async def inject(self, world: World) -> str:
         """Read in the background; compare the answer at its end."""
-        ask, pause = _choose(world, stream=True), world.source.uniform(0.002, SLOWEST)
-        world.nursery.start_soon(_read_slowly, world, ask, pause)
-        return f"request {ask.number} waits {pause * 1000:.0f} ms after each piece"
+        request, pause = _choose(world, stream=True), world.source.uniform(0.002, SLOWEST)
+        world.nursery.start_soon(_read_slowly, world, request, pause)
+        return f"request {request.number} waits {pause * 1000:.0f} ms after each piece"
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class StalledReaderFault:
 
     async def inject(self, world: World) -> str:
         """Stall in the background."""
-        seconds, ask = world.stall_timeout + 1, long_ask(world.model, 1000)
-        world.nursery.start_soon(lambda: world.ask(ask, stall_after=3, stall=seconds))
+        seconds, request = world.stall_timeout + 1, long_request(world.model, 1000)
+        world.nursery.start_soon(lambda: world.send(request, stall_after=3, stall=seconds))
         return f"a long stream unread for {seconds:g} s"
 
 
@@ -92,7 +92,7 @@ class BurstFault:
         """Send requests in the background."""
         count = int(world.room * world.source.uniform(1.2, 2))
         for _ in range(count):
-            world.nursery.start_soon(_judged, world, world.source.choice(world.asks))
+            world.nursery.start_soon(_judged, world, world.source.choice(world.requests))
         return f"{count} requests at once"
 
 
@@ -106,17 +106,17 @@ KINDS: tuple[FaultKind, ...] = (
 
 
 def _choose(world: World, *, stream: bool) -> ChaosRequest:
-    return world.source.choice([ask for ask in world.asks if ask.stream is stream])
+    return world.source.choice([request for request in world.requests if request.stream is stream])
 
 
-async def _cancel(world: World, ask: ChaosRequest, seconds: float) -> None:
+async def _cancel(world: World, request: ChaosRequest, seconds: float) -> None:
     with trio.move_on_after(seconds):
-        await world.ask(ask)
+        await world.send(request)
 
 
-async def _read_slowly(world: World, ask: ChaosRequest, pause: float) -> None:
-    world.judge(await world.ask(ask, slow=pause))
+async def _read_slowly(world: World, request: ChaosRequest, pause: float) -> None:
+    world.judge(await world.send(request, slow=pause))
 
 
-async def _judged(world: World, ask: ChaosRequest) -> None:
-    world.judge(await world.ask(ask))
+async def _judged(world: World, request: ChaosRequest) -> None:
+    world.judge(await world.send(request))

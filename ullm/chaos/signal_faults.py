@@ -37,10 +37,10 @@ class WorkerSignalFault:
 
     async def inject(self, world: World) -> str:
         """Send the signal; a process that has just ended is no fault."""
-        found = await (world.standbys() if self.standby else world.workers(serving=self.serving))
-        if not found:
+        processes = await (world.standbys() if self.standby else world.workers(serving=self.serving))
+        if not processes:
             return NOTHING
-        process = world.source.choice(found)
+        process = world.source.choice(processes)
         hang = self.crashes and self.number is signal.SIGSTOP
         if self.crashes and not hang:
             world.note_crash()

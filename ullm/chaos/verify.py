@@ -70,8 +70,8 @@ async def gauges(world: World) -> dict[str, float]:
         return {}
     finally:
         await connection.aclose()
-    found = re.findall(r"^(\w+)(?:{[^}]*})? ([-+.\w]+)$", text, re.MULTILINE)
-    return {name: float(value) for name, value in found if name in GAUGES}
+    samples = re.findall(r"^(\w+)(?:{[^}]*})? ([-+.\w]+)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in samples if name in GAUGES}
 
 
 async def at_rest(world: World, before: Footprint, warm: Footprint) -> list[Verdict]:
@@ -83,8 +83,8 @@ async def at_rest(world: World, before: Footprint, warm: Footprint) -> list[Verd
     """
 
     async def nothing_in_flight() -> bool:
-        found = await gauges(world)
-        return len(found) == len(GAUGES) and not any(found.values())
+        values = await gauges(world)
+        return len(values) == len(GAUGES) and not any(values.values())
 
     async def as_before() -> bool:
         now = Footprint.of(world.server.pid)

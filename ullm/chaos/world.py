@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import trio
 
 from ullm.chaos.catalogue import ChaosRequest
-from ullm.chaos.chaos_client import AnswerOutcome, ChaosAnswer, ask_server
+from ullm.chaos.chaos_client import AnswerOutcome, ChaosAnswer, send_request
 from ullm.client.http import Connection, Endpoint
 from ullm.errors import ServerRefused, ServerUnreachable
 from ullm.testing.processes import ServerProcess, at_root, descendants, psutil_module
@@ -88,7 +88,7 @@ class World:
     server: ServerProcess
     endpoint: Endpoint
     admin: Endpoint
-    asks: list[ChaosRequest]
+    requests: list[ChaosRequest]
     source: random.Random
     nursery: trio.Nursery
     model: str
@@ -107,23 +107,23 @@ class World:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    async def ask(self, ask: ChaosRequest, **manner: Any) -> ChaosAnswer:
+    async def send(self, request: ChaosRequest, **manner: Any) -> ChaosAnswer:
         """Send one request and return its answer; it counts as in flight meanwhile."""
-        answer = ChaosAnswer(ask, trio.current_time(), excused=ABORTING if self.aborting else "")
+        answer = ChaosAnswer(request, trio.current_time(), excused=ABORTING if self.aborting else "")
         key = len(self.answers)
         self.answers.append(answer)
         self.live.add(key)
         try:
-            await ask_server(self.endpoint, answer, **manner)
+            await send_request(self.endpoint, answer, **manner)
         finally:
             self.live.discard(key)
         return answer
 
     async def client(self, number: int) -> None:
         """Send requests and compare answers until `stopping`; a refused request is asked again."""
-        source = random.Random(f"client {number} {len(self.asks)}")
+        source = random.Random(f"client {number} {len(self.requests)}")
         while not self.stopping.is_set():
-            answer = await self.ask(source.choice(self.asks))
+            answer = await self.send(source.choice(self.requests))
             self.judge(answer)
             if answer.error is not None:
                 await trio.sleep(RETRY)
@@ -134,8 +134,8 @@ class World:
         begin = self.faults[0].at if self.faults else answer.started
         when = f"{answer.started - begin:.1f}–{(answer.ended or begin) - begin:.1f} s"
         seen = f"{when}, {answer.crashes} crashes seen"
-        found = answer.violations(self.expected.get(answer.ask.number))
-        self.violations += [f"{violation} ({seen})" for violation in found]
+        violations = answer.violations(self.expected.get(answer.request.number))
+        self.violations += [f"{violation} ({seen})" for violation in violations]
 
     def note_crash(self, since: float = 0.0) -> None:
         """Count a loss of workers against all requests in flight that started at ``since`` or later."""
@@ -176,12 +176,12 @@ class World:
             serving: return no worker of a replica that starts, sleeps or wakes, and none in a restart.
         """
         status, health = await self.call(at_root(self.endpoint), "GET", "/health")
-        found = [process for process in descendants(self.server.pid) if _is_worker(process)]
+        workers = [process for process in descendants(self.server.pid) if _is_worker(process)]
         if status != 200:
-            return [] if serving else found
+            return [] if serving else workers
         replicas = [each for each in health["replicas"] if not serving or each["state"] == "up"]
         busy = {pid for replica in replicas for pid in replica["worker_pids"]}
-        return [process for process in found if process.pid in busy]
+        return [process for process in workers if process.pid in busy]
 
     async def standbys(self) -> list[Any]:
         """Return the standby worker processes; none during a restart, when they cannot be told apart."""

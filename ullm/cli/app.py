@@ -50,7 +50,7 @@ Prompt = Annotated[
 
 DEFAULT_LOAD, DEFAULT_CHAOS = LoadOptions(), ChaosOptions()
 REPEATABLE = Parameter(allow_repeating=True)
-"""Of an option given twice the last one counts; those that list take all."""
+"""The last of several values of one option counts; options that list take all of them."""
 
 app = App(
     name="ullm",
@@ -66,28 +66,28 @@ app.command(bench)
 
 @app.command
 @with_options(server_options(), engine_options(), without_effect())
-def serve(name: Name = None, /, **given: Any) -> int:
+def serve(name: Name = None, /, **options: Any) -> int:
     """Serve an OpenAI-compatible API."""
-    check_without_effect(given)
+    check_without_effect(options)
     if line := other_distribution():
         sys.stderr.write(f"warning: {line}\n")
     with lasting_imports():
         from ullm.cli.serve import serve as run
     collect_rarely()
-    return run(build(EngineConfig, _named(name, given)), build(ServerConfig, given))
+    return run(build(EngineConfig, _named(name, options)), build(ServerConfig, options))
 
 
 @app.command
 @with_options(sampling_options(CHAT_DEFAULTS), engine_options())
 def chat(
-    name: Name = None, /, *, system: System = None, url: Url = None, api_key: ApiKey = None, **given: Any
+    name: Name = None, /, *, system: System = None, url: Url = None, api_key: ApiKey = None, **options: Any
 ) -> int:
     """Chat on the terminal with a model or a running server."""
     from ullm.cli.chat import chat as run
 
-    given = _named(name, given)
-    params = sampling_params(given, CHAT_DEFAULTS)
-    return run(_quiet(given), params, system=system, url=url, model=given.get("model"), api_key=api_key)
+    options = _named(name, options)
+    params = sampling_params(options, CHAT_DEFAULTS)
+    return run(_quiet(options), params, system=system, url=url, model=options.get("model"), api_key=api_key)
 
 
 @app.command
@@ -100,16 +100,16 @@ def generate(
     system: System = None,
     url: Url = None,
     api_key: ApiKey = None,
-    **given: Any,
+    **options: Any,
 ) -> int:
     """Print the answer to one prompt."""
     from ullm.cli.generate import compose, read_prompt
     from ullm.cli.generate import generate as run
 
-    config = _quiet(given)
-    params = sampling_params(given, GENERATE_DEFAULTS)
+    config = _quiet(options)
+    params = sampling_params(options, GENERATE_DEFAULTS)
     question = compose(read_prompt(prompt), system, raw=raw)
-    return run(config, question, params, url=url, model=given.get("model"), api_key=api_key)
+    return run(config, question, params, url=url, model=options.get("model"), api_key=api_key)
 
 
 @bench.command(name="serve")
@@ -138,12 +138,12 @@ def bench_engine(
     load: LoadOptions = DEFAULT_LOAD,
     json: Json = False,
     output: Output = None,
-    **given: Any,
+    **options: Any,
 ) -> int:
     """Measure an engine in this process, without HTTP."""
     from ullm.cli import bench as run
 
-    report = run.bench_engine(_quiet(given), run.parse_load(load))
+    report = run.bench_engine(_quiet(options), run.parse_load(load))
     return run.publish(report, output, as_json=json)
 
 
@@ -169,20 +169,20 @@ def chaos(*, options: ChaosOptions = DEFAULT_CHAOS, json: Json = False) -> int:
 
 @app.command
 @with_options([option for option in engine_options() if option.name in PULL_OPTIONS])
-def pull(name: Name = None, /, **given: Any) -> int:
+def pull(name: Name = None, /, **options: Any) -> int:
     """Fetch a model, or its newer files, and print its path."""
     from ullm.cli.pull import pull as run
 
-    return run(_quiet(_named(name, given)))
+    return run(_quiet(_named(name, options)))
 
 
 @app.command
 @with_options([option for option in server_options() if option.name in DOCTOR_OPTIONS])
-def doctor(*, json: Json = False, **given: Any) -> int:
+def doctor(*, json: Json = False, **options: Any) -> int:
     """Report what this machine can do, and what would keep ullm from running."""
     from ullm.cli.doctor import doctor as run
 
-    return run(build(ServerConfig, given), as_json=json)
+    return run(build(ServerConfig, options), as_json=json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,19 +190,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command_line(app, sys.argv[1:] if arguments is None else arguments, hint_for)
 
 
-def _named(name: str | None, given: dict[str, Any]) -> dict[str, Any]:
+def _named(name: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options with the model that was named without a flag."""
-    if name is not None and "model" in given:
-        raise UsageError(f"the model is named twice: {name} and --model {given['model']}")
-    return given if name is None else {**given, "model": name}
+    if name is not None and "model" in options:
+        raise UsageError(f"the model is named twice: {name} and --model {options['model']}")
+    return options if name is None else {**options, "model": name}
 
 
-def _quiet(given: dict[str, Any]) -> EngineConfig:
+def _quiet(options: dict[str, Any]) -> EngineConfig:
     """Return the engine's configuration for commands that talk to a person: log warnings and worse only."""
     from ullm.logs import configure
 
     config = build(
-        EngineConfig, given if os.environ.get("ULLM_LOG_LEVEL") else {"log_level": "warning", **given}
+        EngineConfig, options if os.environ.get("ULLM_LOG_LEVEL") else {"log_level": "warning", **options}
     )
     configure(config.log_level)
     return config

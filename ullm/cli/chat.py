@@ -179,7 +179,7 @@ class Chat:
 
     async def _answer(self, question: str) -> int:
         self._conversation.say("user", question)
-        said: list[str] = []
+        pieces: list[str] = []
         answer: StreamedAnswer | None = None
         started = trio.current_time()
         with trio.CancelScope() as scope:
@@ -189,16 +189,16 @@ class Chat:
                     self._conversation.messages(), self._conversation.params
                 ) as answer:
                     async for text in answer.text:
-                        said.append(text)
+                        pieces.append(text)
                         await trio.to_thread.run_sync(self._write, text)
             except (RequestError, ServerRefused, ServerUnreachable) as error:
                 stderr().print(f"error: {error}", markup=False, style="red")
-                if not said:
+                if not pieces:
                     self._conversation.unsay()
                     self._answering = None
                     return 1
         self._answering = None
-        self._conversation.say("assistant", "".join(said))
+        self._conversation.say("assistant", "".join(pieces))
         self._write("\n")
         self._note(_footer(answer, trio.current_time() - started, scope.cancelled_caught))
         return 0

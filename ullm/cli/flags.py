@@ -1,6 +1,6 @@
 """Command line flags derived from dataclass fields: names, types, defaults and help are written once.
 
-A command's function takes ``**given``, the options that the user gave; its signature, which the command
+A command's function takes ``**options``, the options that the user gave; its signature, which the command
 line library reads, is made here. Options that are not given come from ``ULLM_*`` variables, and then from
 the field's default. The library could flatten the dataclasses by itself, but it reads help texts from
 annotations of its own, for which ``import ullm`` would have to load it, and it would fill in the defaults,
@@ -167,15 +167,15 @@ def docstring_arguments(cls: type[Any]) -> dict[str, str]:
 
 
 def with_options(*options: Iterable[Option]) -> Callable[[Callable[..., int]], Command]:
-    """Decorate ``def command(positional…, *, own=…, **given)``: ``**given`` becomes these options."""
+    """Decorate ``def command(positional…, *, own=…, **given)``: ``**options`` becomes these options."""
 
     def decorate(function: Callable[..., int]) -> Command:
         signature = inspect.signature(function, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         derived = [option.parameter() for group in options for option in group]
 
-        def command(*args: Any, **given: Any) -> int:
-            return function(*args, **given)
+        def command(*args: Any, **options: Any) -> int:
+            return function(*args, **options)
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
         command.__signature__ = inspect.Signature([*own, *derived])  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ def with_options(*options: Iterable[Option]) -> Callable[[Callable[..., int]], C
     return decorate
 
 
-def build(cls: type[C], given: Mapping[str, Any]) -> C:
+def build(cls: type[C], options: Mapping[str, Any]) -> C:
     """Build ``cls`` from the options that belong to it, ``ULLM_*`` variables, and defaults.
 
     Raises:
@@ -192,11 +192,11 @@ def build(cls: type[C], given: Mapping[str, Any]) -> C:
     """
     hints = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)}
-    own = {name: _converted(name, value, hints[name]) for name, value in given.items() if name in names}
+    own = {name: _converted(name, value, hints[name]) for name, value in options.items() if name in names}
     return from_env(cls, **own)
 
 
-def sampling_params(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
+def sampling_params(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
     """Build sampling parameters from the options that belong to them.
 
     Raises:
@@ -204,7 +204,7 @@ def sampling_params(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Sa
         ConfigError: a list that is not one.
     """
     hints = typing.get_type_hints(SamplingParams)
-    own = {k: _converted(k, v, hints[k]) for k, v in given.items() if k in SAMPLING_FIELDS}
+    own = {k: _converted(k, v, hints[k]) for k, v in options.items() if k in SAMPLING_FIELDS}
     return SamplingParams(**{**defaults, **own})
 
 

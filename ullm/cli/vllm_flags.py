@@ -77,10 +77,10 @@ def without_effect() -> list[Option]:
     ]
 
 
-def check_without_effect(given: Mapping[str, Any]) -> None:
+def check_without_effect(options: Mapping[str, Any]) -> None:
     """Raise `UsageError` for an option without effect that is turned off, which would need one."""
     for option in without_effect():
-        if given.get(option.name) is False:
+        if options.get(option.name) is False:
             raise UsageError(f"{option.flag}=false cannot be honoured: {option.help}")
 
 

@@ -147,17 +147,19 @@ def contenders(
     return participants
 
 
-def choose(baseline: str | None, who: Sequence[Contender]) -> str:
+def choose(baseline: str | None, participants: Sequence[Contender]) -> str:
     """Return the baseline's full name.
 
     Raises:
         UsageError: no engine has such a name.
     """
     if baseline is None:
-        return next((each.name for each in who if each.engine in PEERS), who[0].name)
-    fitting = [each.name for each in who if baseline.lower() in each.name.lower()]
+        return next((each.name for each in participants if each.engine in PEERS), participants[0].name)
+    fitting = [each.name for each in participants if baseline.lower() in each.name.lower()]
     if not fitting:
-        raise UsageError(f"--baseline {baseline}: expected one of {', '.join(each.name for each in who)}")
+        raise UsageError(
+            f"--baseline {baseline}: expected one of {', '.join(each.name for each in participants)}"
+        )
     return fitting[0]
 
 

@@ -79,7 +79,7 @@ class BatchReport(msgspec.Struct, frozen=True):
 def report(
     contenders: Sequence[Contender],
     turns: Sequence[Turn],
-    asked: Sequence[BatchRound],
+    batch_rounds: Sequence[BatchRound],
     load: BatchLoad,
     model: str,
     shape: ModelShape,
@@ -88,22 +88,22 @@ def report(
     """Condense the turns.
 
     Args:
-        asked: the rounds.
+        batch_rounds: the rounds.
         model: name of the model in the report.
     """
     by_name = {each.name: each for each in contenders}
 
     def bounds_of(contender: Contender, number: int) -> dict[Metric, float]:
-        return most_tokens_per_second(contender, asked[number], shape, load)
+        return most_tokens_per_second(contender, batch_rounds[number], shape, load)
 
     def bound(metric: Metric, turn: Turn) -> float:
         return bounds_of(by_name[turn.candidate], turn.round)[metric]
 
-    limits = [each.device.limits for each in asked]
+    limits = [each.device.limits for each in batch_rounds]
     return BatchReport(
         when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         machine=machine(),
-        device=asked[0].device.name,
+        device=batch_rounds[0].device.name,
         limits=Limits(
             statistics.median(each.bandwidth for each in limits),
             statistics.median(each.arithmetic for each in limits),
@@ -111,7 +111,7 @@ def report(
         model=model,
         shape=shape,
         load=_described(load),
-        rounds=len(asked),
+        rounds=len(batch_rounds),
         baseline=baseline,
         bounds={
             each.name: {metric.name: round(value, 1) for metric, value in bounds_of(each, 0).items()}
@@ -129,10 +129,10 @@ def report(
 
 
 def most_tokens_per_second(
-    contender: Contender, asked: BatchRound, shape: ModelShape, load: BatchLoad
+    contender: Contender, batch_round: BatchRound, shape: ModelShape, load: BatchLoad
 ) -> dict[Metric, float]:
     """Return the rooflines of the metrics that have one."""
-    limits, bits, job = asked.device.limits, contender.weight_bits, asked.job
+    limits, bits, job = batch_round.device.limits, contender.weight_bits, batch_round.job
     alone = job.single[-1]
     context = len(alone.prompt) + alone.max_tokens / 2
     return {
@@ -155,8 +155,8 @@ def _described(load: BatchLoad) -> dict[str, Any]:
 def _command(contender: Contender) -> str:
     """Return a contender's Python and options, for ullm without those that are defaults."""
     usual = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
-    given = contender.options.items()
+    options = contender.options.items()
     changed = [
-        f"{key}={value!r}" for key, value in given if contender.engine != "ullm" or usual[key] != value
+        f"{key}={value!r}" for key, value in options if contender.engine != "ullm" or usual[key] != value
     ]
     return f"{' '.join(contender.python)} {contender.engine}({', '.join(changed)})"

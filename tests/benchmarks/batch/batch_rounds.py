@@ -41,8 +41,8 @@ class ContenderFailed(UllmError):
 
     def __init__(self, contender: Contender, what: str, log: Path) -> None:
         lines = log.read_text("utf-8", "replace").strip().splitlines() if log.exists() else []
-        said = f": {lines[-1].strip()}" if lines else ""
-        super().__init__(f"{contender.name} {what}{said} (log: {log})")
+        reason = f": {lines[-1].strip()}" if lines else ""
+        super().__init__(f"{contender.name} {what}{reason} (log: {log})")
 
 
 class EngineResult(msgspec.Struct, frozen=True):
@@ -113,9 +113,9 @@ def measure_device(device: str) -> MeasuredDevice:
         raise MachineUnknown(f"--device {device} cannot be measured: {lines[-1]}") from None
     except subprocess.SubprocessError as error:
         raise MachineUnknown(f"{script}: {error}") from None
-    found = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     return MeasuredDevice(
-        found["device"], Limits(found["bandwidth"] or measure_bandwidth(), found["arithmetic"])
+        result["device"], Limits(result["bandwidth"] or measure_bandwidth(), result["arithmetic"])
     )
 
 
@@ -135,20 +135,20 @@ async def run_rounds(
     Raises:
         MachineUnknown: the device could not be measured.
     """
-    turns, asked = [], []
+    turns, finished = [], []
     for number in range(rounds):
-        asked.append(BatchRound(bench.job(number), await trio.to_thread.run_sync(measure, bench.device)))
+        finished.append(BatchRound(bench.job(number), await trio.to_thread.run_sync(measure, bench.device)))
         shift = number % len(contenders)
         for contender in [*contenders[shift:], *contenders[:shift]]:
-            turn = Turn(number, contender.name, None, asked[-1].device.limits.bandwidth)
+            turn = Turn(number, contender.name, None, finished[-1].device.limits.bandwidth)
             try:
-                found = await take_turn(contender, bench, asked[-1].job, number)
-                turn = replace(turn, figures=figures(found, asked[-1].job))
+                result = await take_turn(contender, bench, finished[-1].job, number)
+                turn = replace(turn, figures=figures(result, finished[-1].job))
             except UllmError as error:
                 turn = replace(turn, error=" ".join(str(error).split()))
             turns.append(turn)
             say(_line(turn))
-    return turns, asked
+    return turns, finished
 
 
 async def take_turn(contender: Contender, bench: BatchSetup, job: BatchJob, number: int) -> EngineResult:
@@ -174,14 +174,14 @@ async def take_turn(contender: Contender, bench: BatchSetup, job: BatchJob, numb
     return msgspec.json.decode(result.read_bytes(), type=EngineResult)
 
 
-def figures(found: EngineResult, job: BatchJob) -> Figures:
+def figures(result: EngineResult, job: BatchJob) -> Figures:
     """Return an engine's result by metric."""
     return Figures(
         {
-            THROUGHPUT: job.output_tokens / found.seconds,
-            SECONDS: found.seconds,
-            SINGLE: found.single_tokens / found.single_seconds,
-            LOADING: found.load_seconds,
+            THROUGHPUT: job.output_tokens / result.seconds,
+            SECONDS: result.seconds,
+            SINGLE: result.single_tokens / result.single_seconds,
+            LOADING: result.load_seconds,
         },
         {},
     )

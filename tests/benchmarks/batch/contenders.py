@@ -56,12 +56,12 @@ def ullm_contender(spec: str, model: Path, head_share: float, load: BatchLoad, d
         UsageError: not of that form, or an unknown option.
         ConfigError: options that cannot work.
     """
-    name, found, text = spec.partition("=")
-    if not found or not name.strip() or name.strip().startswith("-"):
+    name, equals, text = spec.partition("=")
+    if not equals or not name.strip() or name.strip().startswith("-"):
         raise UsageError(f"--ullm {spec}: expected NAME=OPTIONS, as in 'eager=--enforce-eager' or 'default='")
-    given = shlex.split(text)
-    config = engine_config(given, str(model), load, device)
-    bits = ullm_bits(given, head_share)
+    words = shlex.split(text)
+    config = engine_config(words, str(model), load, device)
+    bits = ullm_bits(words, head_share)
     return Contender(f"ullm {name.strip()}", "ullm", (sys.executable,), dataclasses.asdict(config), bits)
 
 
@@ -76,14 +76,14 @@ def peer_contender(engine: str, python: str, options: str) -> Contender:
         UsageError: the options are not a JSON object.
     """
     try:
-        given = json.loads(options) if options else {}
+        parsed = json.loads(options) if options else {}
     except json.JSONDecodeError as error:
-        given = str(error)
-    if not isinstance(given, dict):
+        parsed = str(error)
+    if not isinstance(parsed, dict):
         raise UsageError(
             f'--{engine}-options {options}: expected a JSON object such as {{"enforce_eager": true}}'
         )
-    return Contender(PEERS[engine], engine, tuple(shlex.split(python)), given)
+    return Contender(PEERS[engine], engine, tuple(shlex.split(python)), parsed)
 
 
 def engine_config(options: Sequence[str], model: str, load: BatchLoad, device: str) -> EngineConfig:
@@ -95,8 +95,8 @@ def engine_config(options: Sequence[str], model: str, load: BatchLoad, device: s
     """
     from ullm.cli.flags import build
 
-    given = parse(options)
-    width = given.get("max_bs", load.requests)
+    fields = parse(options)
+    width = fields.get("max_bs", load.requests)
     defaults = {
         "model": model,
         "max_bs": width,
@@ -107,7 +107,7 @@ def engine_config(options: Sequence[str], model: str, load: BatchLoad, device: s
         "standby_workers": 0,
         "log_level": "warning",
     }
-    return build(EngineConfig, {**defaults, **given})
+    return build(EngineConfig, {**defaults, **fields})
 
 
 def parse(options: Sequence[str]) -> dict[str, Any]:
@@ -120,17 +120,17 @@ def parse(options: Sequence[str]) -> dict[str, Any]:
 
     from ullm.cli.flags import engine_options, with_options
 
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     app = App(result_action="return_value", help_flags=[], version_flags=[])
 
     @app.default
     @with_options(engine_options())
-    def take(**given: Any) -> int:
-        found.update(given)
+    def take(**chosen: Any) -> int:
+        fields.update(chosen)
         return 0
 
     try:
         app(list(options), exit_on_error=False, print_error=False)
     except CycloptsError as error:
         raise UsageError(f"--ullm …={shlex.join(options)}: {' '.join(str(error).split())}") from None
-    return found
+    return fields

@@ -98,7 +98,7 @@ def tensors_of(config: dict[str, Any]) -> Tensors:
     """Return the names and shapes of a Qwen3's weights, tied ones once."""
     hidden, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
-    found: Tensors = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    tensors: Tensors = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     layer: Tensors = {
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
@@ -113,8 +113,8 @@ def tensors_of(config: dict[str, Any]) -> Tensors:
         "mlp.down_proj": (hidden, inner),
     }
     for index in range(config["num_hidden_layers"]):
-        found |= {f"model.layers.{index}.{part}.weight": shape for part, shape in layer.items()}
-    return found | {"model.norm.weight": (hidden,)}
+        tensors |= {f"model.layers.{index}.{part}.weight": shape for part, shape in layer.items()}
+    return tensors | {"model.norm.weight": (hidden,)}
 
 
 def write_weights(file: BinaryIO, tensors: Tensors, seed: int) -> None:

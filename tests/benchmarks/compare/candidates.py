@@ -55,13 +55,13 @@ def ullm_candidate(spec: str, model: str, head_share: float = 0.0) -> ServerCand
         UsageError: not of that form.
         ModelError: a GGUF file that cannot be found or read.
     """
-    name, found, options = spec.partition("=")
-    if not found or not name.strip() or name.strip().startswith("-"):
+    name, equals, options = spec.partition("=")
+    if not equals or not name.strip() or name.strip().startswith("-"):
         raise UsageError(f"--ullm {spec}: expected NAME=OPTIONS, as in 'int8=--quantization int8' or 'bf16='")
-    given = shlex.split(options)
-    chosen = [] if option(given, "--model") else ["--model", model]
-    command = (sys.executable, "-m", "ullm", "serve", *chosen, "--port", "{port}", *given)
-    bits = ullm_bits([*chosen, *given], head_share)
+    words = shlex.split(options)
+    chosen = [] if option(words, "--model") else ["--model", model]
+    command = (sys.executable, "-m", "ullm", "serve", *chosen, "--port", "{port}", *words)
+    bits = ullm_bits([*chosen, *words], head_share)
     return ServerCandidate(f"ullm {name.strip()}", command, "/live", "/ready", weight_bits=bits)
 
 
@@ -70,10 +70,10 @@ def vllm_candidate(command: str, model: Path, options: str) -> ServerCandidate:
     program = shlex.split(command)
     if Path(program[-1]).name.startswith("python"):
         program += ["-m", "vllm.entrypoints.cli.main"]
-    given = shlex.split(options)
+    words = shlex.split(options)
     arguments = ["serve", str(model), "--dtype", "bfloat16", "--max-model-len", str(MODEL_LENGTH)]
-    arguments += ["--port", "{port}", *given]
-    return ServerCandidate("vLLM", (*program, *arguments), "/health", "/health", 300.0, bits_of(given))
+    arguments += ["--port", "{port}", *words]
+    return ServerCandidate("vLLM", (*program, *arguments), "/health", "/health", 300.0, bits_of(words))
 
 
 def llama_candidate(program: str, gguf: Path, options: str) -> ServerCandidate:

@@ -142,18 +142,20 @@ def candidates(model: str, folder: Path, peers: ComparePeers, shape: ModelShape)
     return participants
 
 
-def choose(baseline: str | None, who: Sequence[ServerCandidate]) -> str:
+def choose(baseline: str | None, participants: Sequence[ServerCandidate]) -> str:
     """Return the baseline's full name.
 
     Raises:
         UsageError: no candidate has such a name.
     """
-    peers = [each.name for each in who if not each.name.startswith("ullm ")]
+    peers = [each.name for each in participants if not each.name.startswith("ullm ")]
     if baseline is None:
-        return (peers or [who[0].name])[0]
-    fitting = [each.name for each in who if baseline.lower() in each.name.lower()]
+        return (peers or [participants[0].name])[0]
+    fitting = [each.name for each in participants if baseline.lower() in each.name.lower()]
     if not fitting:
-        raise UsageError(f"--baseline {baseline}: expected one of {', '.join(each.name for each in who)}")
+        raise UsageError(
+            f"--baseline {baseline}: expected one of {', '.join(each.name for each in participants)}"
+        )
     return fitting[0]
 
 

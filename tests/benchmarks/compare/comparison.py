@@ -167,15 +167,15 @@ def line_of(
     Args:
         bound: returns the roofline of a turn; None for a metric without a roofline.
     """
-    found: dict[str, dict[int, float]] = {}
+    by_candidate: dict[str, dict[int, float]] = {}
     shares: dict[str, list[float]] = {}
     for turn in turns:
         if turn.figures is not None and metric in turn.figures.values:
             value = turn.figures.values[metric]
-            found.setdefault(turn.candidate, {})[turn.round] = value
+            by_candidate.setdefault(turn.candidate, {})[turn.round] = value
             if bound is not None:
                 shares.setdefault(turn.candidate, []).append(value / bound(turn))
-    base = found.get(baseline, {})
+    base = by_candidate.get(baseline, {})
     return Line(
         metric,
         {
@@ -185,7 +185,7 @@ def line_of(
                 None if name == baseline else _ratio_of(metric, values, base),
                 statistics.median(shares[name]) if bound is not None else None,
             )
-            for name, values in found.items()
+            for name, values in by_candidate.items()
         },
     )
 
@@ -201,7 +201,7 @@ def _unequal(turns: Sequence[Turn]) -> list[str]:
     for turn in turns:
         for scenario, count in (turn.figures.prompt_tokens if turn.figures else {}).items():
             counts.setdefault((turn.round, scenario), set()).add(count)
-    return sorted({scenario for (_, scenario), found in counts.items() if len(found) > 1})
+    return sorted({scenario for (_, scenario), different in counts.items() if len(different) > 1})
 
 
 def shown(value: float) -> str:

@@ -34,8 +34,8 @@ def draw(comparison: Comparison, file: Path, context: float) -> None:
         axes.plot(steps, bounds, linestyle="--", linewidth=1, color="0.6")
         axes.annotate(f"bound, {bits:g} bits", (steps[0], bounds[0]), fontsize=8, color="0.4", va="bottom")
     for competitor in comparison.competitors:
-        found = {n: _median(comparison, competitor.name, n) for n in levels}
-        shown = {n: value for n, value in found.items() if value is not None}
+        medians = {n: _median(comparison, competitor.name, n) for n in levels}
+        shown = {n: value for n, value in medians.items() if value is not None}
         axes.plot(list(shown), list(shown.values()), marker="o", label=competitor.name)
     axes.set_xticks(levels, [str(level) for level in levels], minor=False)
     axes.grid(visible=True, which="both", alpha=0.2)

@@ -61,9 +61,9 @@ def gguf_bits(path: Path) -> float:
 
 def option(options: Sequence[str], flag: str) -> str:
     """Return the last value of ``--flag VALUE`` or ``--flag=VALUE``; empty if there is none."""
-    found = [b for a, b in itertools.pairwise(options) if a == flag]
-    found += [given.removeprefix(f"{flag}=") for given in options if given.startswith(f"{flag}=")]
-    return found[-1] if found else ""
+    values = [b for a, b in itertools.pairwise(options) if a == flag]
+    values += [word.removeprefix(f"{flag}=") for word in options if word.startswith(f"{flag}=")]
+    return values[-1] if values else ""
 
 
 def _local(model: str) -> Path:

@@ -27,7 +27,7 @@ def main(device: str) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[device]
     matrix = torch.ones(size, size, dtype=torch.bfloat16, device=device)
-    found: dict[str, Any] = {
+    limits: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "arithmetic": 2 * size**3 / best(lambda: torch.mm(matrix, matrix), device),
         "bandwidth": None,
@@ -35,8 +35,8 @@ def main(device: str) -> None:
     if device == "cuda":
         source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        found["bandwidth"] = 2 * COPY_BYTES / best(lambda: target.copy_(source), device)
-    sys.stdout.write(json.dumps(found) + "\n")
+        limits["bandwidth"] = 2 * COPY_BYTES / best(lambda: target.copy_(source), device)
+    sys.stdout.write(json.dumps(limits) + "\n")
 
 
 def best(work: Callable[[], object], device: str) -> float:

@@ -197,7 +197,7 @@ def main(name: str, model: str, job_file: str, result_file: str) -> int:
         alone = [checked(engine, [ask]) for ask in (first, whole)]
     finally:
         engine.close()
-    found = {
+    result = {
         "version": engine.version,
         "device": engine.device,
         "load_seconds": loaded,
@@ -206,7 +206,7 @@ def main(name: str, model: str, job_file: str, result_file: str) -> int:
         "single_seconds": alone[1] - alone[0],
         "first_seconds": alone[0],
     }
-    Path(result_file).write_text(json.dumps(found), "utf-8")
+    Path(result_file).write_text(json.dumps(result), "utf-8")
     return 0
 
 

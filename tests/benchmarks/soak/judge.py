@@ -27,9 +27,9 @@ Kind = Literal["rate", "time", "memory", "files"]
 class TooShort(UllmError):
     """There are too few readings to compare a beginning with an end."""
 
-    def __init__(self, found: int) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__(
-            f"{found} readings after the warm-up are too few to compare, {2 * LEAST} are the least; "
+            f"{count} readings after the warm-up are too few to compare, {2 * LEAST} are the least; "
             "use more --seconds or a shorter --interval"
         )
 
@@ -142,13 +142,13 @@ def _reading(before: Sample, after: Sample) -> Reading:
     )
 
 
-def ends(found: Sequence[Reading], warm_up: float) -> tuple[Sequence[Reading], Sequence[Reading]]:
+def ends(intervals: Sequence[Reading], warm_up: float) -> tuple[Sequence[Reading], Sequence[Reading]]:
     """Return the readings at the beginning, after a share of warm-up, and at the end.
 
     Raises:
         TooShort
     """
-    warm = found[round(len(found) * warm_up) :]
+    warm = intervals[round(len(intervals) * warm_up) :]
     if len(warm) < 2 * LEAST:
         raise TooShort(len(warm))
     count = max(LEAST, round(len(warm) * SHARE))
@@ -171,9 +171,9 @@ def _find(cost: Cost, first: Sequence[Reading], last: Sequence[Reading], toleran
     return Finding(cost.name, cost.unit, before, after, change, beside, allowed, good)
 
 
-def typical(cost: Cost, found: Sequence[Reading]) -> float:
+def typical(cost: Cost, intervals: Sequence[Reading]) -> float:
     """Return one value for several readings; for times and rates, which others disturb, a quartile."""
-    values = [cost.of(reading) for reading in found]
+    values = [cost.of(reading) for reading in intervals]
     match cost.kind:
         case "time":
             return _quartile(values, 0)
@@ -187,8 +187,8 @@ def _quartile(values: Sequence[float], which: int) -> float:
     return statistics.quantiles(values, n=4, method="inclusive")[which] if len(values) > 1 else values[0]
 
 
-def _speed(found: Sequence[Reading]) -> float:
-    return _quartile([reading.yardstick for reading in found], 0)
+def _speed(intervals: Sequence[Reading]) -> float:
+    return _quartile([reading.yardstick for reading in intervals], 0)
 
 
 def _change(before: float, after: float) -> float:

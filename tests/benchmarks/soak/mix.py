@@ -59,7 +59,7 @@ class Mix:
     output_tokens: Length = Length(8, 64)
     seed: int = 0
 
-    def asks(self, client: int) -> Iterator[SoakRequest]:
+    def requests(self, client: int) -> Iterator[SoakRequest]:
         """Yield requests without end, different ones for each client."""
         source = random.Random(f"soak {self.seed} {client}")
         kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
@@ -109,11 +109,11 @@ _MANNER: dict[str, tuple[str, dict[str, Any]]] = {
 class Unexpected(UllmError):
     """A request did not end as it must."""
 
-    def __init__(self, ask: SoakRequest, why: str) -> None:
-        super().__init__(f"{ask.kind}: {why}")
+    def __init__(self, request: SoakRequest, why: str) -> None:
+        super().__init__(f"{request.kind}: {why}")
 
 
-async def run_ask(connection: Connection, ask: SoakRequest) -> How:
+async def run_request(connection: Connection, request: SoakRequest) -> How:
     """Run one request to its end, or until its client disconnects.
 
     Raises:
@@ -121,31 +121,31 @@ async def run_ask(connection: Connection, ask: SoakRequest) -> How:
         ServerUnreachable: there is no server.
     """
     try:
-        if not ask.body["stream"]:
+        if not request.body["stream"]:
             answer = msgspec.convert(
-                await connection.json("POST", f"/v1{ask.path}", ask.body), CompletionChunk
+                await connection.json("POST", f"/v1{request.path}", request.body), CompletionChunk
             )
-            return _complete(ask, sum(choice.finish_reason is not None for choice in answer.choices))
-        return await _streamed(connection, ask)
+            return _complete(request, sum(choice.finish_reason is not None for choice in answer.choices))
+        return await _streamed(connection, request)
     except ServerRefused as refusal:
-        if refusal.status != ask.status or refusal.status == OK:
-            raise Unexpected(ask, str(refusal)) from None
+        if refusal.status != request.status or refusal.status == OK:
+            raise Unexpected(request, str(refusal)) from None
         return "refused"
 
 
-async def _streamed(connection: Connection, ask: SoakRequest) -> How:
+async def _streamed(connection: Connection, request: SoakRequest) -> How:
     ended = seen = 0
-    async with connection.events(f"/v1{ask.path}", ask.body) as events:
+    async with connection.events(f"/v1{request.path}", request.body) as events:
         async for payload in events:
             chunk = decode_chunk(connection.endpoint, payload)
             ended += sum(choice.finish_reason is not None for choice in chunk.choices)
             seen += 1
-            if seen == ask.leave_after:
+            if seen == request.leave_after:
                 return "left"
-    return _complete(ask, ended)
+    return _complete(request, ended)
 
 
-def _complete(ask: SoakRequest, ended: int) -> How:
-    if ended != ask.choices or ask.status != 200:
-        raise Unexpected(ask, f"{ended} of {ask.choices} choices ended")
+def _complete(request: SoakRequest, ended: int) -> How:
+    if ended != request.choices or request.status != 200:
+        raise Unexpected(request, f"{ended} of {request.choices} choices ended")
     return "answered"

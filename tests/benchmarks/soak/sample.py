@@ -115,8 +115,8 @@ class Sampler:
 
     async def in_flight(self) -> dict[str, float]:
         """Return the metrics of work in flight that are not 0."""
-        found = await self.metrics()
-        return {name: found[name] for name in IN_FLIGHT if found[name]}
+        metrics = await self.metrics()
+        return {name: metrics[name] for name in IN_FLIGHT if metrics[name]}
 
     async def _ask(self, path: str) -> bytes:
         connection = Connection(at_root(self.server.endpoint))

@@ -13,7 +13,7 @@ from pathlib import Path
 import trio
 
 from tests.benchmarks.soak.judge import Tolerance, ends, judge, readings
-from tests.benchmarks.soak.mix import Mix, Unexpected, run_ask
+from tests.benchmarks.soak.mix import Mix, Unexpected, run_request
 from tests.benchmarks.soak.sample import Sample, Sampler
 from tests.benchmarks.soak.soak_report import SoakReport
 from ullm.bench.bench_report import machine
@@ -28,7 +28,7 @@ SETTLE_SECONDS = 20.0
 """Seconds after the last answer within which nothing may be in flight any more."""
 MOST_FAILURES = 50
 """Number of failed requests after which the run is given up."""
-SAID = 10
+PROGRESS_LINES = 10
 """Number of progress lines per run."""
 
 Say = Callable[[str], None]
@@ -77,11 +77,11 @@ class SoakLoad:
     async def client(self, endpoint: Endpoint, mix: Mix, number: int) -> None:
         """Send one request after another until `stopping`, or until too many have failed."""
         connection = Connection(at_root(endpoint))
-        asks = mix.asks(number)
+        requests = mix.requests(number)
         try:
             while not self.stopping.is_set():
                 try:
-                    self.counts[await run_ask(connection, next(asks))] += 1
+                    self.counts[await run_request(connection, next(requests))] += 1
                 except (Unexpected, ServerUnreachable) as error:
                     self._fail(str(error))
         finally:
@@ -125,7 +125,7 @@ async def run_soak(plan: SoakPlan, log: Path, say: Say) -> SoakReport:
 async def _watch(plan: SoakPlan, load: SoakLoad, sampler: Sampler, say: Say) -> list[Sample]:
     """Take a sample at each interval until the run is over; then stop the clients."""
     samples: list[Sample] = []
-    looks = said = 0
+    looks = lines_shown = 0
     try:
         while not load.stopping.is_set():
             with suppress(ServerRefused):  # no worker is up now; that one was lost will be seen
@@ -135,9 +135,9 @@ async def _watch(plan: SoakPlan, load: SoakLoad, sampler: Sampler, say: Say) -> 
             if passed >= plan.seconds and answered >= plan.requests:
                 break
             share = min(passed / plan.seconds, answered / plan.requests if plan.requests else 1.0)
-            if share * SAID >= said:
+            if share * PROGRESS_LINES >= lines_shown:
                 say(f"{passed:.0f} s, {load.counts.total()} requests")
-                said += 1
+                lines_shown += 1
             with trio.move_on_at(sampler.began + looks * plan.interval):
                 await load.stopping.wait()
     except ServerUnreachable as error:
@@ -169,8 +169,8 @@ def condense(
     Raises:
         TooShort
     """
-    found = readings(samples)
-    first, last = ends(found, plan.warm_up)
+    intervals = readings(samples)
+    first, last = ends(intervals, plan.warm_up)
     restarts = samples[-1].restarts - samples[0].restarts
     return SoakReport(
         when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -185,5 +185,5 @@ def condense(
         findings=judge(first, last, plan.tolerance),
         complaints=complaints + ([f"{restarts:g} workers were restarted"] if restarts else []),
         samples=samples,
-        readings=found,
+        readings=intervals,
     )

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from tests.benchmarks.soak.judge import MIB, Finding, Tolerance, TooShort, ends, judge, readings
-from tests.benchmarks.soak.mix import WEIGHTS, Mix, SoakRequest, Unexpected, run_ask
+from tests.benchmarks.soak.mix import WEIGHTS, Mix, SoakRequest, Unexpected, run_request
 from tests.benchmarks.soak.sample import ProcessUsage, Sample, yardstick
 from tests.benchmarks.soak.soak_command import check, publish, with_model
 from tests.benchmarks.soak.soak_plot import draw
@@ -195,15 +195,15 @@ def test_the_yardstick_takes_a_moment() -> None:
 
 def test_the_mix_is_the_same_for_the_same_seed() -> None:
     def first(mix: Mix, client: int) -> list[SoakRequest]:
-        return list(itertools.islice(mix.asks(client), 300))
+        return list(itertools.islice(mix.requests(client), 300))
 
     mix = Mix("m", Length(3, 5), Length(2, 4))
     assert first(mix, 1) == first(mix, 1)
     assert first(mix, 1) != first(mix, 2)
     assert first(mix, 1) != first(dataclasses.replace(mix, seed=1), 1)
-    assert {ask.kind for ask in first(mix, 1)} == set(WEIGHTS)
-    assert {ask.choices for ask in first(mix, 1)} == {1, 2}
-    assert {ask.body["max_tokens"] for ask in first(mix, 1)} == {-1, 2, 3, 4}
+    assert {request.kind for request in first(mix, 1)} == set(WEIGHTS)
+    assert {request.choices for request in first(mix, 1)} == {1, 2}
+    assert {request.body["max_tokens"] for request in first(mix, 1)} == {-1, 2, 3, 4}
 
 
 @pytest.mark.slow
@@ -254,8 +254,8 @@ async def test_a_request_that_ends_otherwise_than_it_must(nursery: trio.Nursery)
     listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
     port = listeners[0].socket.getsockname()[1]
     connection = Connection(Endpoint("http", "127.0.0.1", port, ""))
-    ask = SoakRequest("completion, whole", "/completions", {"stream": False})
+    request = SoakRequest("completion, whole", "/completions", {"stream": False})
     with pytest.raises(Unexpected, match="0 of 1 choices ended"):
-        await run_ask(connection, ask)
+        await run_request(connection, request)
     await connection.aclose()
     nursery.cancel_scope.cancel()
