@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ullm.bench.bench_report import COLUMNS, BenchReport
 from ullm.bench.load import measure
-from ullm.bench.stats import Distribution, RequestRecord, percentile, summarise
+from ullm.bench.stats import BenchRecord, Distribution, percentile, summarise
 from ullm.bench.workload import BenchRequest, Length, Workload
 from ullm.cli import bench as command
 from ullm.cli.options import LoadOptions
@@ -90,11 +90,11 @@ def test_percentiles_are_values_that_occurred() -> None:
 
 
 def test_summary() -> None:
-    good = RequestRecord(
+    good = BenchRecord(
         started=0.0, arrivals=[1.0, 1.5, 2.5], finished=3.0, tokens=4, prompt_tokens=9, finish_reason="length"
     )
-    bad = RequestRecord(started=1.0, arrivals=[1.1], finished=5.0, error="it broke")
-    silent = RequestRecord(started=1.0, finished=2.0)
+    bad = BenchRecord(started=1.0, arrivals=[1.1], finished=5.0, error="it broke")
+    silent = BenchRecord(started=1.0, finished=2.0)
     summary = summarise([good, bad, silent], 2)
     assert (summary.requests, summary.failed, summary.concurrency) == (3, 2, 2)
     assert (summary.seconds, summary.output_tokens, summary.prompt_tokens) == (5.0, 4, 9)
@@ -119,7 +119,7 @@ class Steady:
         self.running = self.most = 0
         self.asked: list[BenchRequest] = []
 
-    async def run(self, request: BenchRequest, record: RequestRecord) -> None:
+    async def run(self, request: BenchRequest, record: BenchRecord) -> None:
         self.asked.append(request)
         self.running += 1
         self.most = max(self.most, self.running)
@@ -156,8 +156,8 @@ async def test_levels_are_warmed_up_and_never_repeat_a_prompt(autojump_clock: tr
 
 @pytest.fixture
 def report() -> BenchReport:
-    record = RequestRecord(started=0.0, arrivals=[0.1, 0.2], finished=0.3, tokens=2)
-    failed = RequestRecord(started=0.0, finished=0.3, error="server said [no]")
+    record = BenchRecord(started=0.0, arrivals=[0.1, 0.2], finished=0.3, tokens=2)
+    failed = BenchRecord(started=0.0, finished=0.3, error="server said [no]")
     return BenchReport.of("http://x", "m", Workload(), [summarise([record, failed], 1)])
 
 

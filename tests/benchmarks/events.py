@@ -27,7 +27,7 @@ from ullm.cli.interrupts import run_to_end
 from ullm.cli.terminal import stderr
 from ullm.client.http import Connection, Endpoint
 from ullm.errors import ServerRefused, ServerUnreachable, UsageError
-from ullm.testing.processes import ServerEnded, ServerProcess, free_port, open_server
+from ullm.testing.processes import MeasuredServer, ServerEnded, free_port, open_server
 
 READY_SECONDS = 240.0
 """Seconds that a server may take until it answers."""
@@ -117,7 +117,7 @@ class EventStream:
 class Scene:
     """A server with streams in flight, as seen from outside."""
 
-    def __init__(self, server: ServerProcess, readers: list[EventStream], model: str) -> None:
+    def __init__(self, server: MeasuredServer, readers: list[EventStream], model: str) -> None:
         self.server = server
         self.readers = readers
         self.model = model
@@ -256,7 +256,7 @@ async def kill_server(scene: Scene) -> dict[str, Any]:
     return {"processes before": len(scene.before)} | first | await scene.left(19.0)
 
 
-async def _named_workers(server: ServerProcess) -> list[int]:
+async def _named_workers(server: MeasuredServer) -> list[int]:
     """Return the workers' pids from ``/health``; none for servers that do not tell."""
     endpoint = Endpoint("http", "127.0.0.1", server.endpoint.port, "")
     connection = Connection(endpoint)

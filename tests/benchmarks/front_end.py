@@ -20,7 +20,7 @@ import trio
 from cyclopts import Parameter
 
 from tests.benchmarks.crowd import CrowdResult, listen
-from tests.benchmarks.options import ServerText, StepMilliseconds, split_server_options, write_report
+from tests.benchmarks.shared_options import ServerText, StepMilliseconds, split_server_options, write_report
 from ullm.bench.bench_report import machine
 from ullm.bench.stats import percentile
 from ullm.cli.interrupts import run_to_end
@@ -31,7 +31,7 @@ from ullm.client.http import Endpoint
 from ullm.errors import UsageError
 from ullm.server.http.descriptors import connection_limit, raise_limit
 from ullm.testing import write_scripted_model
-from ullm.testing.processes import ServerProcess, free_port, open_server, psutil_module
+from ullm.testing.processes import MeasuredServer, free_port, open_server, psutil_module
 
 START_SECONDS = 60.0
 MICRO = 1e6
@@ -157,7 +157,7 @@ async def run_front_end(load: CrowdLoad, log: Path, say: Callable[[str], None]) 
     return FrontEndReport(when, machine(), *load_fields, rounds)
 
 
-async def _run(server: ServerProcess, model: str, load: CrowdLoad) -> CrowdRound:
+async def _run(server: MeasuredServer, model: str, load: CrowdLoad) -> CrowdRound:
     front = psutil_module().Process(server.pid)
     workers = front.children(recursive=True)
     before = _processor_time([front]), _processor_time(workers)

@@ -20,7 +20,7 @@ from cyclopts import Parameter
 
 from tests.benchmarks.compare.scenarios import first_token
 from tests.benchmarks.events import EventCandidate, run_event
-from tests.benchmarks.options import Model, Rounds, ServerText, split_server_options, write_report
+from tests.benchmarks.shared_options import Model, Rounds, ServerText, split_server_options, write_report
 from tests.benchmarks.soak.judge import MIB
 from tests.benchmarks.soak.soak_report import table
 from ullm.bench.bench_report import machine

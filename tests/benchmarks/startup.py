@@ -19,7 +19,13 @@ import trio
 from cyclopts import Parameter
 
 from tests.benchmarks.compare.scenarios import first_token
-from tests.benchmarks.options import Model, ServerText, parse_numbers, split_server_options, write_report
+from tests.benchmarks.shared_options import (
+    Model,
+    ServerText,
+    parse_numbers,
+    split_server_options,
+    write_report,
+)
 from tests.benchmarks.soak.judge import MIB
 from tests.benchmarks.soak.sample import ProcessUsage, process_usage
 from tests.benchmarks.soak.soak_report import number, table
@@ -32,7 +38,7 @@ from ullm.client.completions import first_model
 from ullm.client.http import Endpoint
 from ullm.config import DEFAULT_MODEL
 from ullm.errors import UsageError
-from ullm.testing.processes import ServerProcess, descendants, free_port, open_server, psutil_module
+from ullm.testing.processes import MeasuredServer, descendants, free_port, open_server, psutil_module
 
 START_SECONDS = 240.0
 CONTEXTS = (512, 2048, 8192)
@@ -187,7 +193,7 @@ async def measure_start(command: Sequence[str], log: Path) -> ServerStart:
     return ServerStart(live, live_cpu, ready, ready_cpu, first, tree.cpu, tree.pss / MIB)
 
 
-async def _cpu(server: ServerProcess) -> float:
+async def _cpu(server: MeasuredServer) -> float:
     return (await trio.to_thread.run_sync(_tree, server.pid)).cpu
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.benchmarks.options import parse_numbers
+from tests.benchmarks.shared_options import parse_numbers
 from tests.benchmarks.startup import (
     ServerStart,
     StartupPlan,

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from ullm.bench.server_target import ServerTarget
-from ullm.bench.stats import RequestRecord
+from ullm.bench.stats import BenchRecord
 from ullm.bench.workload import BenchRequest
 from ullm.cli.backend import ServerBackend, request_fields
 from ullm.client.completions import first_model
@@ -179,7 +179,7 @@ async def test_leaving_early_hangs_up(script: Scripted, endpoint: Endpoint) -> N
 async def test_target_counts_by_usage(script: Scripted, endpoint: Endpoint) -> None:
     usage = event(choices=[], usage={"prompt_tokens": 5, "completion_tokens": 7})
     script.answers = [chunked(text("a"), text("bc"), text("", "length"), usage, b"data: [DONE]\n\n")]
-    target, record = ServerTarget(endpoint, "m"), RequestRecord(trio.current_time())
+    target, record = ServerTarget(endpoint, "m"), BenchRecord(trio.current_time())
     await target.run(BenchRequest("hi", 7), record)
     await target.aclose()
     assert (record.tokens, record.prompt_tokens, len(record.arrivals)) == (7, 5, 2)
@@ -195,7 +195,7 @@ async def test_target_counts_pieces_without_usage_and_reads_chat(
         return event(choices=[{"index": 0, "delta": fields}])
 
     script.answers = [chunked(delta(role="assistant", content=""), delta(content="a"), delta(content="b"))]
-    target, record = ServerTarget(endpoint, "m", chat=True), RequestRecord(trio.current_time())
+    target, record = ServerTarget(endpoint, "m", chat=True), BenchRecord(trio.current_time())
     await target.run(BenchRequest("hi", 2), record)
     await target.aclose()
     assert (record.tokens, len(record.arrivals)) == (2, 2)
@@ -217,7 +217,7 @@ async def test_target_records_failures(
     script: Scripted, endpoint: Endpoint, answer: bytes | list[bytes]
 ) -> None:
     script.answers = [answer]
-    target, record = ServerTarget(endpoint, "m"), RequestRecord(trio.current_time())
+    target, record = ServerTarget(endpoint, "m"), BenchRecord(trio.current_time())
     await target.run(BenchRequest("hi", 2), record)
     await target.aclose()
     assert record.error is not None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ullm.bench.stats import RequestRecord
+from ullm.bench.stats import BenchRecord
 from ullm.bench.workload import BenchRequest
 from ullm.errors import RequestError
 from ullm.sampling import SamplingParams
@@ -26,7 +26,7 @@ class EngineTarget:
         """The name in reports."""
         return f"engine {self._engine.model_name}"
 
-    async def run(self, request: BenchRequest, record: RequestRecord) -> None:
+    async def run(self, request: BenchRequest, record: BenchRecord) -> None:
         """Run one request; see `ullm.bench.load.BenchTarget`."""
         params = SamplingParams(
             temperature=request.temperature,

@@ -7,10 +7,10 @@ from typing import Protocol
 
 import trio
 
-from ullm.bench.stats import RequestRecord, RunSummary, summarise
+from ullm.bench.stats import BenchRecord, RunSummary, summarise
 from ullm.bench.workload import BenchRequest, Workload
 
-OnRecord = Callable[[int, RequestRecord], None]
+OnRecord = Callable[[int, BenchRecord], None]
 
 
 class BenchTarget(Protocol):
@@ -20,20 +20,20 @@ class BenchTarget(Protocol):
     def name(self) -> str:
         """The name in reports."""
 
-    async def run(self, request: BenchRequest, record: RequestRecord) -> None:
+    async def run(self, request: BenchRequest, record: BenchRecord) -> None:
         """Run one request to its end and fill in ``record``; failures go into ``record.error``."""
 
 
 async def measure(
     target: BenchTarget, workload: Workload, concurrency: int, num_requests: int, *, stream: int = 0
-) -> tuple[RunSummary, list[RequestRecord]]:
+) -> tuple[RunSummary, list[BenchRecord]]:
     """Run a closed loop: ``concurrency`` clients, each sending its next request when the last has ended.
 
     Args:
         stream: number of the workload's stream of requests; see `Workload.requests`.
     """
     requests = workload.requests(stream)
-    records: list[RequestRecord] = []
+    records: list[BenchRecord] = []
     left = iter(range(num_requests))
     async with trio.open_nursery() as nursery:
         for _ in range(min(concurrency, num_requests)):
@@ -42,11 +42,11 @@ async def measure(
 
 
 async def _client(
-    target: BenchTarget, requests: Iterator[BenchRequest], left: Iterator[int], records: list[RequestRecord]
+    target: BenchTarget, requests: Iterator[BenchRequest], left: Iterator[int], records: list[BenchRecord]
 ) -> None:
     for _ in left:
         request = next(requests)
-        record = RequestRecord(started=trio.current_time())
+        record = BenchRecord(started=trio.current_time())
         records.append(record)
         await target.run(request, record)
         record.finished = trio.current_time()

@@ -6,7 +6,7 @@ from typing import Any
 
 import trio
 
-from ullm.bench.stats import RequestRecord
+from ullm.bench.stats import BenchRecord
 from ullm.bench.workload import BenchRequest
 from ullm.client.completions import ChunkUsage, CompletionChunk, decode_chunk
 from ullm.client.http import Connection, Endpoint
@@ -32,7 +32,7 @@ class ServerTarget:
         """The server's URL."""
         return self.endpoint.url
 
-    async def run(self, request: BenchRequest, record: RequestRecord) -> None:
+    async def run(self, request: BenchRequest, record: BenchRecord) -> None:
         """Stream one request; see `ullm.bench.load.BenchTarget`."""
         connection = self._idle.pop() if self._idle else Connection(self.endpoint)
         try:
@@ -48,7 +48,7 @@ class ServerTarget:
             await connection.aclose()
         self._idle.clear()
 
-    async def _stream(self, connection: Connection, request: BenchRequest, record: RequestRecord) -> None:
+    async def _stream(self, connection: Connection, request: BenchRequest, record: BenchRecord) -> None:
         path = "/chat/completions" if self._chat else "/completions"
         usage: ChunkUsage | None = None
         async with connection.events(path, self._body(request)) as events:
@@ -77,7 +77,7 @@ class ServerTarget:
         }
 
 
-def _note(chunk: CompletionChunk, record: RequestRecord) -> None:
+def _note(chunk: CompletionChunk, record: BenchRecord) -> None:
     for choice in chunk.choices:
         if choice.piece:
             record.arrivals.append(trio.current_time())

@@ -11,7 +11,7 @@ import msgspec
 
 
 @dataclass
-class RequestRecord:
+class BenchRecord:
     """One request as its client saw it; times are seconds of one monotonic clock.
 
     Args:
@@ -95,7 +95,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def summarise(records: Sequence[RequestRecord], concurrency: int) -> RunSummary:
+def summarise(records: Sequence[BenchRecord], concurrency: int) -> RunSummary:
     """Condense the records of one run."""
     good = [record for record in records if record.error is None and record.arrivals]
     bad = [record for record in records if record.error is not None or not record.arrivals]

@@ -81,7 +81,8 @@ class ChaosAnswer:
         Args:
             expected: outcome of an undisturbed run; None in that run itself.
         """
-        name = f"request {self.request.number} ({self.request.path}, {'stream' if self.request.stream else 'unary'})"
+        form = "stream" if self.request.stream else "unary"
+        name = f"request {self.request.number} ({self.request.path}, {form})"
         if self.error is not None:
             return [] if self.status == 429 and self.retry_after else [f"{name} failed: {self.error}"]
         violations = []

@@ -175,10 +175,8 @@ async def rest(world: World) -> Footprint:
     async def stable() -> bool:
         await trio.sleep(0.5)
         footprints.append(Footprint.of(world.server.pid))
-        return (footprints[-1].processes, footprints[-1].files) == (
-            footprints[-2].processes,
-            footprints[-2].files,
-        )
+        last, now = footprints[-2:]
+        return (last.processes, last.files) == (now.processes, now.files)
 
     await settle(stable)
     return footprints[-1]

@@ -15,7 +15,7 @@ from ullm.chaos.catalogue import ChaosRequest
 from ullm.chaos.chaos_client import AnswerOutcome, ChaosAnswer, send_request
 from ullm.client.http import Connection, Endpoint
 from ullm.errors import ServerRefused, ServerUnreachable
-from ullm.testing.processes import ServerProcess, at_root, descendants, psutil_module
+from ullm.testing.processes import MeasuredServer, at_root, descendants, psutil_module
 
 MAX_CRASHES = 2
 """Losses of workers after which a request runs alone; if that fails, too, the request is refused."""
@@ -85,7 +85,7 @@ class World:
         hanging: number of workers that are known to hang.
     """
 
-    server: ServerProcess
+    server: MeasuredServer
     endpoint: Endpoint
     admin: Endpoint
     requests: list[ChaosRequest]

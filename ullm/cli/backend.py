@@ -27,7 +27,7 @@ class StreamedAnswer:
     """``finish_reason``, ``prompt_tokens``, ``completion_tokens``, as far as known."""
 
 
-class Backend(Protocol):
+class ChatBackend(Protocol):
     """A model to talk to."""
 
     name: str
@@ -52,7 +52,7 @@ class EngineBackend:
 
     @asynccontextmanager
     async def ask(self, prompt: str | list[Message], params: SamplingParams) -> AsyncIterator[StreamedAnswer]:
-        """See `Backend.ask`."""
+        """See `ChatBackend.ask`."""
         tokenizer = self._engine.tokenizer
         assert tokenizer is not None, "an open engine has a tokenizer"
         if isinstance(prompt, str):
@@ -92,7 +92,7 @@ class ServerBackend:
 
     @asynccontextmanager
     async def ask(self, prompt: str | list[Message], params: SamplingParams) -> AsyncIterator[StreamedAnswer]:
-        """See `Backend.ask`."""
+        """See `ChatBackend.ask`."""
         chat = not isinstance(prompt, str)
         body = {"model": self.name, ("messages" if chat else "prompt"): prompt, **request_fields(params)}
         # One connection per answer: a person may think for longer than a server keeps one open.
@@ -138,7 +138,7 @@ def request_fields(params: SamplingParams) -> dict[str, Any]:
 @asynccontextmanager
 async def open_backend(
     config: EngineConfig, url: str | None, model: str | None, api_key: str | None
-) -> AsyncIterator[Backend]:
+) -> AsyncIterator[ChatBackend]:
     """Open a backend on the server at ``url``, or on a new engine without one.
 
     Args:

@@ -19,7 +19,7 @@ import msgspec
 import trio
 from rich.console import Console
 
-from ullm.cli.backend import Backend, Message, StreamedAnswer, open_backend
+from ullm.cli.backend import ChatBackend, Message, StreamedAnswer, open_backend
 from ullm.cli.flags import SAMPLING_FIELDS
 from ullm.cli.interrupts import cancel_on_signal
 from ullm.cli.terminal import fetch_model, stderr
@@ -127,7 +127,7 @@ class Chat:
     """
 
     def __init__(
-        self, backend: Backend, conversation: Conversation, read_line: Callable[[str], str], out: Console
+        self, backend: ChatBackend, conversation: Conversation, read_line: Callable[[str], str], out: Console
     ) -> None:
         self._backend = backend
         self._conversation = conversation

@@ -6,7 +6,7 @@ import sys
 
 import trio
 
-from ullm.cli.backend import Backend, Message, open_backend
+from ullm.cli.backend import ChatBackend, Message, open_backend
 from ullm.cli.interrupts import run_interruptibly
 from ullm.cli.terminal import fetch_model, stderr
 from ullm.config import EngineConfig
@@ -63,7 +63,7 @@ def generate(
     return run_interruptibly(main)
 
 
-async def print_answer(backend: Backend, prompt: str | list[Message], params: SamplingParams) -> None:
+async def print_answer(backend: ChatBackend, prompt: str | list[Message], params: SamplingParams) -> None:
     """Write an answer to stdout while it is generated."""
     async with backend.ask(prompt, params) as answer:
         async for text in answer.text:

@@ -68,7 +68,7 @@ def free_port() -> int:
         return port
 
 
-class ServerProcess:
+class MeasuredServer:
     """A server in a process of its own; made by `open_server`.
 
     Args:
@@ -136,7 +136,7 @@ async def open_server(
     endpoint: Endpoint,
     log: Path,
     environ: Mapping[str, str] | None = None,
-) -> AsyncIterator[ServerProcess]:
+) -> AsyncIterator[MeasuredServer]:
     """Start ``command``; kill whatever is left of its process tree at the end of the block.
 
     Raises:
@@ -154,7 +154,7 @@ async def open_server(
             )
         except OSError as error:
             raise UsageError(f"{name}: cannot run {command[0]}: {error.strerror}") from None
-    server = ServerProcess(name, process, endpoint, log)
+    server = MeasuredServer(name, process, endpoint, log)
     try:
         yield server
     finally:

@@ -16,7 +16,7 @@ from tests.benchmarks.batch.batch_rounds import BatchSetup, run_rounds
 from tests.benchmarks.batch.contenders import PEERS, Contender, peer_contender, ullm_contender
 from tests.benchmarks.batch.shapes import write_shape
 from tests.benchmarks.compare.hardware import ModelShape, model_shape
-from tests.benchmarks.options import Baseline, JsonObject, Rounds
+from tests.benchmarks.shared_options import Baseline, JsonObject, Rounds
 from ullm.bench.workload import Length
 from ullm.cli.interrupts import run_to_end
 from ullm.cli.options import Seed

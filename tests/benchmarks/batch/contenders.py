@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.benchmarks import scripts
 from tests.benchmarks.batch.batch_load import BatchLoad
-from tests.benchmarks.compare.weights import PLAIN, ullm_bits
+from tests.benchmarks.compare.weight_bits import PLAIN, ullm_bits
 from ullm.config import EngineConfig
 from ullm.errors import UsageError
 

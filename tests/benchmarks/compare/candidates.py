@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tests.benchmarks import scripts
 from tests.benchmarks.compare.scenarios import SCENARIOS
-from tests.benchmarks.compare.weights import bits_of as bits_of
-from tests.benchmarks.compare.weights import gguf_bits, option, ullm_bits
+from tests.benchmarks.compare.weight_bits import bits_of as bits_of
+from tests.benchmarks.compare.weight_bits import gguf_bits, option, ullm_bits
 from ullm.errors import UsageError
 
 MODEL_LENGTH = 2048

@@ -17,7 +17,7 @@ from tests.benchmarks.compare.comparison_plot import draw
 from tests.benchmarks.compare.comparison_rounds import run_rounds
 from tests.benchmarks.compare.hardware import ModelShape, matrix_speed, model_shape
 from tests.benchmarks.compare.scenarios import SCENARIOS, ComparisonLoad
-from tests.benchmarks.options import Baseline, Plot, Rounds
+from tests.benchmarks.shared_options import Baseline, Plot, Rounds
 from ullm.cli.bench import DEFAULT_LEVELS, parse_concurrency
 from ullm.cli.interrupts import run_to_end
 from ullm.cli.options import Seed, split_commas

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ullm.bench.load import BenchTarget, measure
-from ullm.bench.stats import RequestRecord, RunSummary
+from ullm.bench.stats import BenchRecord, RunSummary
 from ullm.bench.workload import Length, Workload
 from ullm.errors import UllmError
 
@@ -176,7 +176,7 @@ def _median_first(summary: RunSummary) -> float:
 
 async def _measured(
     target: BenchTarget, workload: Workload, streams: int, count: int, stream: int
-) -> tuple[RunSummary, list[RequestRecord]]:
+) -> tuple[RunSummary, list[BenchRecord]]:
     summary, records = await measure(target, workload, streams, count, stream=stream)
     if summary.failed:
         raise RequestsFailed(summary.errors)

@@ -29,7 +29,7 @@ from tests.benchmarks.compare.comparison_plot import draw
 from tests.benchmarks.compare.comparison_rounds import Turn, measure_candidate, order, run_rounds
 from tests.benchmarks.compare.hardware import Limits, MachineUnknown, ModelShape, model_shape, roofline
 from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures, Metric, decode_metric
-from tests.benchmarks.compare.weights import bits_of
+from tests.benchmarks.compare.weight_bits import bits_of
 from ullm.errors import ModelFileBroken, UsageError
 from ullm.testing import write_tiny_model
 

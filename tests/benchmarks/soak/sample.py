@@ -11,7 +11,7 @@ import msgspec
 import trio
 
 from ullm.client.http import Connection
-from ullm.testing.processes import ServerProcess, at_root, descendants, psutil_module
+from ullm.testing.processes import MeasuredServer, at_root, descendants, psutil_module
 
 YARDSTICK_PIECES = 30
 YARDSTICK_PAUSE = 0.003
@@ -73,14 +73,14 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 @dataclass
-class Sampler:
+class ServerSampler:
     """Takes samples of one server.
 
     Args:
         began: time on trio's clock that counts as 0.
     """
 
-    server: ServerProcess
+    server: MeasuredServer
     began: float = field(default_factory=trio.current_time)
 
     async def take(self, requests: int) -> Sample:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tests.benchmarks.options import Plot, ServerText, StepMilliseconds, split_server_options
+from tests.benchmarks.shared_options import Plot, ServerText, StepMilliseconds, split_server_options
 from tests.benchmarks.soak.judge import LEAST, Tolerance
 from tests.benchmarks.soak.soak_plot import draw
 from tests.benchmarks.soak.soak_report import SoakReport

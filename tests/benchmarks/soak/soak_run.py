@@ -14,7 +14,7 @@ import trio
 
 from tests.benchmarks.soak.judge import Tolerance, ends, judge, readings
 from tests.benchmarks.soak.mix import Mix, Unexpected, run_request
-from tests.benchmarks.soak.sample import Sample, Sampler
+from tests.benchmarks.soak.sample import Sample, ServerSampler
 from tests.benchmarks.soak.soak_report import SoakReport
 from ullm.bench.bench_report import machine
 from ullm.bench.workload import Length
@@ -111,7 +111,7 @@ async def run_soak(plan: SoakPlan, log: Path, say: Say) -> SoakReport:
     async with open_server("ullm serve", command, endpoint, log) as server:
         await server.wait_answer("/ready", START_SECONDS)
         mix = Mix(await first_model(endpoint), plan.prompt_words, plan.output_tokens, plan.seed)
-        sampler = Sampler(server)
+        sampler = ServerSampler(server)
         async with trio.open_nursery() as nursery:
             for number in range(plan.streams):
                 nursery.start_soon(load.client, endpoint, mix, number)
@@ -122,7 +122,7 @@ async def run_soak(plan: SoakPlan, log: Path, say: Say) -> SoakReport:
     return condense(plan, command, load.counts, samples, complaints)
 
 
-async def _watch(plan: SoakPlan, load: SoakLoad, sampler: Sampler, say: Say) -> list[Sample]:
+async def _watch(plan: SoakPlan, load: SoakLoad, sampler: ServerSampler, say: Say) -> list[Sample]:
     """Take a sample at each interval until the run is over; then stop the clients."""
     samples: list[Sample] = []
     looks = lines_shown = 0
@@ -147,7 +147,7 @@ async def _watch(plan: SoakPlan, load: SoakLoad, sampler: Sampler, say: Say) -> 
     return samples
 
 
-async def _at_rest(sampler: Sampler) -> list[str]:
+async def _at_rest(sampler: ServerSampler) -> list[str]:
     """Wait until nothing is in flight; return complaints about what stays for too long."""
     left: dict[str, float] = {}
     try:
