@@ -196,7 +196,7 @@ def pauses(
 ) -> int:
     """Show how long clients wait when a worker is lost, a server stops, or it sleeps."""
     if streams < 1 or rounds < 1:
-        raise UsageError("--streams and --rounds must be at least 1")
+        raise UsageError("--streams must be at least 1, and --rounds must be at least 1")
     psutil_module()
     options = split_server_options(server)
     command = [sys.executable, "-m", "ullm", "serve", "--model", model, "--port", "{port}", *options]

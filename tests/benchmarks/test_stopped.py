@@ -12,6 +12,7 @@ import pytest
 import trio
 
 pytestmark = pytest.mark.process
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -20,7 +21,7 @@ async def test_a_signal_ends_the_servers_too(tmp_path: Path, number: signal.Sign
     command = [sys.executable, "-m", "tests.benchmarks", "front-end", "--log", str(tmp_path / "log")]
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            run = partial(trio.run_process, command, capture_stderr=True, check=False)
+            run = partial(trio.run_process, command, capture_stderr=True, check=False, cwd=REPOSITORY)
             process = await nursery.start(run)
             servers: list[psutil.Process] = []
             while not servers:

@@ -31,9 +31,7 @@ def import_psutil() -> Any:
     try:
         import psutil
     except ModuleNotFoundError:
-        raise RuntimeError(
-            "to look for leaks, ullm.testing needs psutil: pip install 'ullm[testing]'"
-        ) from None
+        raise RuntimeError("to look for leaks, ullm.testing needs psutil: pip install psutil") from None
     return psutil
 
 

@@ -1,0 +1,36 @@
+"""``python -m tests.benchmarks``: one command line, with errors of one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.benchmarks.__main__ import main
+
+
+@pytest.mark.parametrize("name", ["batch", "compare", "events", "front-end", "pauses", "soak", "startup"])
+def test_every_benchmark_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    assert f"Usage: python -m tests.benchmarks {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("soak --nope", "Unknown option: --nope"),
+        ("soak --seconds 60", "--interval 10 is too long for --seconds 60"),
+        ("compare --scenarios decode,nope", "--scenarios nope"),
+        ("compare --concurrency 1 --concurrency x", "--concurrency 1,x"),
+        ("batch --requests 0", "--requests must be at least 1"),
+        ("batch --rounds 5 --rounds 0", "--rounds must be at least 1, got 0"),
+        ("events --only nope", "--only 'nope'"),
+        ("startup --contexts 512,x", "--contexts 512,x"),
+        ("front-end --streams 0", "--streams must be at least 1"),
+        ("pauses --rounds 0", "--rounds must be at least 1"),
+    ],
+)
+def test_errors_are_one_line(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert says in error
