@@ -7,13 +7,13 @@ pages of the heap. Both are told to release them, and the measured difference is
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-ROLLUP = Path("/proc/self/smaps_rollup")
+from ullm.machine import resident_memory
 
 
 def held_bytes(device: torch.device) -> int | None:
@@ -23,12 +23,8 @@ def held_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
-    try:
-        # Not statm, which may be off by some pages per core.
-        lines = ROLLUP.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:")), None)
+    # Not statm, which may be off by some pages per core.
+    return resident_memory(os.getpid()) or None
 
 
 def release_cached_memory(device: torch.device) -> None:
