@@ -45,7 +45,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "model.layers": frozenset({"errors", "protocol", "model.sampling", "model.attention"}),
     "model.loading": frozenset({"errors", "config", "logs", "hub", "model.layers"}),
     "model.kernels": frozenset(
-        {"logs", "hub", "model.memory", "model.sampling", "model.attention", "model.layers"}
+        {"errors", "logs", "hub", "model.memory", "model.sampling", "model.attention", "model.layers"}
     ),
     "model.architectures": frozenset(
         {"errors", "config", "machine", "model.memory", "model.sampling", "model.attention"}

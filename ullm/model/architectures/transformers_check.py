@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ullm.errors import ModelUnsupported
+from ullm.errors import ModelUnsupported, one_line
 from ullm.model.attention.batch import Batch, CausalModel
 
 RECORDING = "ullm_recording"
@@ -137,8 +137,7 @@ def refusing(name: str) -> Iterator[None]:
     except (ModelUnsupported, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        message = f"{name} does not run with paged attention: {type(error).__name__}: {line}"
+        message = f"{name} does not run with paged attention: {type(error).__name__}: {one_line(error)}"
         raise ModelUnsupported(message) from error
 
 

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from ullm.config import ModelConfig
-from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
+from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported, one_line
 from ullm.model.architectures.transformers_check import compare, observe
 from ullm.model.attention.batch import Batch
 from ullm.model.memory.kv_pool import KvShape
@@ -193,7 +193,7 @@ def read_hf_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             path, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # the config's checks may raise anything
-        raise ModelFileBroken(path / "config.json", f"cannot be used: {_first_line(error)}") from error
+        raise ModelFileBroken(path / "config.json", f"cannot be used: {one_line(error)}") from error
     if known and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not custom:
         raise ModelUnsupported(f"{path}: {name} is not a causal language model")
     return config
@@ -235,11 +235,11 @@ def _stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: boo
             raise ModelNotFound(
                 f"{path}: has no weights; a model folder must have model.safetensors"
             ) from error
-        raise ModelFileBroken(path, _first_line(error)) from error
+        raise ModelFileBroken(path, one_line(error)) from error
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged file or a custom class may raise anything
-        raise ModelFileBroken(path, f"cannot be loaded: {_first_line(error)}") from error
+        raise ModelFileBroken(path, f"cannot be loaded: {one_line(error)}") from error
     if info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"])
         detail = f"tensor {name!r} has shape {tuple(stored)}, the config says {tuple(wanted)}"
@@ -257,11 +257,7 @@ def _random_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: boo
             torch.manual_seed(0)
             return auto.from_config(hf_config, dtype=checkpoint.dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
-        raise ModelUnsupported(f"{checkpoint.path}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelUnsupported(f"{checkpoint.path}: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

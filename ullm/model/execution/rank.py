@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ullm.config import EngineConfig
-from ullm.errors import OutOfMemory
+from ullm.errors import OutOfMemory, one_line
 from ullm.model.architectures.decoder import Decoder
 from ullm.model.architectures.registry import NATIVE, choose_device, load_model
 from ullm.model.attention.batch import AttentionBackend, BatchLayout, CausalModel
@@ -236,7 +236,7 @@ def reporting_out_of_memory(device: torch.device) -> Iterator[None]:
         yield
     except BaseException as error:
         if is_out_of_memory(error):
-            raise OutOfMemory(f"{device}: {str(error).splitlines()[0]}") from error
+            raise OutOfMemory(f"{device}: {one_line(error)}") from error
         raise
 
 

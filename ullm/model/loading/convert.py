@@ -13,7 +13,7 @@ import math
 import sys
 from pathlib import Path
 
-from ullm.errors import ModelError, ModelFileBroken
+from ullm.errors import ModelError, ModelFileBroken, one_line
 
 
 def main(arguments: list[str]) -> int:
@@ -41,8 +41,7 @@ def write_tokenizer_of_folder(source: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelFileBroken(source, f"its tokenizer cannot be read: {reason}") from error
+        raise ModelFileBroken(source, f"its tokenizer cannot be read: {one_line(error)}") from error
     tokenizer.save_pretrained(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ModelFileBroken(source, f"{type(tokenizer).__name__} cannot be written as tokenizer.json")

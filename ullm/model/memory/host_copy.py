@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from ullm.errors import one_line
 from ullm.logs import get_logger
 
 log = get_logger(__name__)
@@ -77,6 +78,6 @@ def _host_chunk(part: Tensor) -> Tensor:
     try:
         host = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
     except RuntimeError as error:  # limits on locked memory
-        log.debug("host memory is not pinned", reason=str(error).splitlines()[0])
+        log.debug("host memory is not pinned", reason=one_line(error))
         host = torch.empty(part.shape, dtype=part.dtype)
     return host.copy_(part, non_blocking=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ullm.errors import one_line
 from ullm.logs import get_logger
 from ullm.model.attention.varlen import DecodeAttention, SequenceGroup, VarlenAttention, VarlenStep
 
@@ -107,7 +108,7 @@ def choose_decode(
             for count in (min(max_bs, max(1, limit // 8)), max_bs)
         )
     except Exception as error:  # no Triton, no C compiler, or whatever its compiler raises
-        log.warning("using Flash Attention for decode", reason=str(error).strip()[:200])
+        log.warning("using Flash Attention for decode", reason=one_line(error))
         return None
     return None if few is None and many is None else DecodeChoice(few, many, limit)
 

@@ -8,6 +8,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
+from ullm.errors import one_line
 from ullm.logs import get_logger
 from ullm.model.attention.batch import Batch
 from ullm.model.kernels.cuda.check import disagreements
@@ -102,13 +103,9 @@ def choose_ops(cos: Tensor, sin: Tensor, module: AttentionModule, hidden: int, i
         fused = FusedOps(cos, sin, kernels, choose)
         differences = disagreements(fused, plain, module, hidden, inner)
     except Exception as error:  # no Triton, no C compiler, or whatever its compiler raises
-        log.warning("layers are computed without fused kernels", reason=_first_line(error))
+        log.warning("layers are computed without fused kernels", reason=one_line(error))
         return plain
     if differences:
         log.warning("fused kernels disagree with PyTorch and are not used", where=differences)
         return plain
     return fused
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
