@@ -236,7 +236,7 @@ class TokenizerActor:
             for _ in range(ATTEMPTS - 1):
                 try:
                     return await ask(self._jobs, job, ANSWER_SECONDS)
-                except ActorLost:  # restarted meanwhile; the work has no effects, so it may be done again
+                except ActorLost:  # restarted meanwhile; the work has no side effects, so it can be repeated
                     log.debug("tokenizer restarted")
             return await ask(self._jobs, job, ANSWER_SECONDS)
         except (ActorLost, AskTimeout) as error:
