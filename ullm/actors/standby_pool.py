@@ -25,6 +25,7 @@ from ullm.config import GIB, EngineConfig
 from ullm.errors import WorkerLost
 from ullm.logs import get_logger
 from ullm.machine import available_memory
+from ullm.protocol import stop_budget
 from ullm.protocol.messages import Failed, Prepare, Prepared
 from ullm.supervision.actor import cleanup_scope
 
@@ -42,8 +43,6 @@ MEMORY_SECONDS = 30.0
 """How often memory is looked at while there is not enough."""
 PREPARE_SECONDS = 300.0
 """A spare that takes longer hangs."""
-STOP_SECONDS = 0.4
-"""For a spare to end by itself: it holds nothing."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +213,8 @@ class StandbyPool:
                     await self._hold(spare, Prepare(target.config, place.spec.rank, target.model_path))
                 finally:
                     if spare.prepared and not spare.taken:  # else there is nothing to stop in order
-                        with cleanup_scope(STOP_SECONDS):
-                            await transport.stop(STOP_SECONDS)
+                        with cleanup_scope(stop_budget.SPARE_WORKER):
+                            await transport.stop(stop_budget.SPARE_WORKER)
         except Exception as error:  # whatever it was, it is no reason to disturb those who serve
             self._count_loss(place, spare, error)
         finally:

@@ -18,6 +18,7 @@ from ullm.actors.worker_failure import checked
 from ullm.config import EngineConfig
 from ullm.errors import WorkerLost, first_cause
 from ullm.logs import get_logger
+from ullm.protocol import stop_budget
 from ullm.protocol.messages import (
     Asleep,
     Awake,
@@ -38,13 +39,6 @@ from ullm.protocol.messages import (
 from ullm.supervision.actor import cleanup_scope
 
 log = get_logger("ullm.group")
-
-
-REPORT_SHARE = 0.95
-"""Part of the time for stopping that the ranks have: their reports must be in before it is over."""
-
-STARTING_GRACE = 1.0
-"""Seconds for a rank that is not ready yet to end by itself."""
 
 
 class WorkerGroup:
@@ -305,9 +299,9 @@ class WorkerGroup:
 
     async def _stop_ranks(self) -> None:
         with cleanup_scope() as scope:
-            budget = REPORT_SHARE * max(0.0, scope.deadline - trio.current_time())
+            budget = stop_budget.RANK_SHARE * max(0.0, scope.deadline - trio.current_time())
             if not self._ready:  # nothing to finish
-                budget = min(budget, STARTING_GRACE)
+                budget = min(budget, stop_budget.STARTING_WORKER)
             reports: list[StopReport] = []
             async with trio.open_nursery() as nursery:
                 for transport in self._transports:

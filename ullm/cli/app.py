@@ -29,13 +29,12 @@ from ullm.config import DEFAULT_MODEL, EngineConfig, ServerConfig
 from ullm.errors import EngineDead, UllmError, UsageError
 from ullm.logs import flush
 from ullm.machine import collect_rarely, lasting_imports
+from ullm.protocol import stop_budget
+from ullm.protocol.exit_codes import EXIT_FAILED
 
 FAILED = 1
 USAGE = 2
-ENGINE_FAILED = 70
 INTERRUPTED = 130
-LOG_SECONDS = 0.5
-"""For the log to be written before the last line."""
 
 CHAT_DEFAULTS = {"temperature": 0.2, "top_p": 0.9, "max_tokens": 1024}
 """Temperature and top_p as SmolLM2's model card recommends them."""
@@ -465,7 +464,7 @@ def _failed(error: BaseException, *, debug: bool) -> int:
 def _status(cause: UllmError) -> int:
     if isinstance(cause, UsageError):
         return USAGE
-    return ENGINE_FAILED if isinstance(cause, EngineDead) else FAILED
+    return EXIT_FAILED if isinstance(cause, EngineDead) else FAILED
 
 
 def _only(error: BaseException) -> BaseException:
@@ -476,7 +475,7 @@ def _only(error: BaseException) -> BaseException:
 
 
 def _complain(line: str, status: int) -> int:
-    flush(LOG_SECONDS)  # what was logged before comes first
+    flush(stop_budget.LOG_FLUSH)  # what was logged before comes first
     print(f"error: {line}", file=sys.stderr)
     return status
 

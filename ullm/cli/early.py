@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from ullm.protocol.exit_codes import EXIT_SIGNAL_BASE
+
 _STOPS = ("SIGTERM", "SIGINT", "SIGBREAK")
-_FORCED = 128
 _STDERR = 2
 
 Handler = Callable[[int, FrameType | None], object]
@@ -58,7 +59,7 @@ def _stop_server(number: int, frame: FrameType | None) -> None:
 
 
 def _stop_command(number: int, frame: FrameType | None) -> None:
-    os._exit(_FORCED + number)
+    os._exit(EXIT_SIGNAL_BASE + number)
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

@@ -44,6 +44,7 @@ from ullm.errors import (
 from ullm.faults import FaultInjector
 from ullm.hub import LocalModel, resolve
 from ullm.logs import get_logger
+from ullm.protocol import stop_budget
 from ullm.protocol.messages import ModelInfo
 from ullm.sampling import SamplingParams
 from ullm.supervision import (
@@ -432,10 +433,10 @@ class Engine:
         assert self.tokenizer is not None, "the model is resolved before the tree is started"
         assert self._lifecycle.local is not None, "the model is resolved before the tree is started"
         return [
-            ChildSpec("tokenizer", self.tokenizer.run, shutdown=1.0),
+            ChildSpec("tokenizer", self.tokenizer.run, shutdown=stop_budget.TOKENIZER),
             *self._fleet.specs(str(self._lifecycle.local.path)),
-            ChildSpec("router", self._router.run, shutdown=1.0),
-            ChildSpec("lifecycle", self._lifecycle.run, shutdown=1.0),
+            ChildSpec("router", self._router.run, shutdown=stop_budget.ROUTER),
+            ChildSpec("lifecycle", self._lifecycle.run, shutdown=stop_budget.LIFECYCLE),
         ]
 
     def _take_model(self, config: EngineConfig, local: LocalModel) -> None:

@@ -18,6 +18,7 @@ from ullm.errors import StartFailed, WorkerLost, first_cause
 from ullm.faults import FaultInjector
 from ullm.logs import get_logger
 from ullm.machine import resident_memory
+from ullm.protocol import stop_budget
 from ullm.supervision import ChildSpec, Kind, Restart, Supervisor
 
 log = get_logger("ullm.engine.fleet")
@@ -67,7 +68,7 @@ class Fleet:
         """The children that the engine starts with."""
         for replica in self.replicas:
             replica.group.model_path = model_path
-        spares = [] if self._standby is None else [ChildSpec("standby", self._standby.run, shutdown=2.0)]
+        spares = [] if self._standby is None else [ChildSpec("standby", self._standby.run, shutdown=stop_budget.STANDBY_POOL)]
         return [*spares, *(self._spec(replica) for replica in self.replicas)]
 
     def supervised_by(self, root: Supervisor) -> None:

@@ -9,10 +9,8 @@ from ullm.actors.worker_group import WorkerGroup
 from ullm.config import EngineConfig
 from ullm.engine.status import ReplicaHealth
 from ullm.faults import FaultInjector
+from ullm.protocol import stop_budget
 from ullm.supervision import ChildSpec, Restart, Strategy
-
-TEARDOWN_RESERVE = 3.0
-"""Seconds of the shutdown timeout kept for ending requests and stopping children in order."""
 
 
 class Replica:
@@ -46,12 +44,12 @@ class Replica:
         """A scheduler is of no use without its workers, so their loss ends it too."""
         config = self.config
         # Their own budgets are wide: the engine's one deadline is what binds.
-        budget = max(config.shutdown_timeout, TEARDOWN_RESERVE)
+        budget = stop_budget.engine_seconds(config.shutdown_timeout)
         return ChildSpec.supervisor(
             f"replica{self.index}",
             [
                 ChildSpec("workers", self.group.run, shutdown=budget, kill=self.group.kill),
-                ChildSpec("scheduler", self.scheduler.run, shutdown=1.0),
+                ChildSpec("scheduler", self.scheduler.run, shutdown=stop_budget.SCHEDULER),
             ],
             strategy=Strategy.REST_FOR_ONE,
             intensity=config.max_restarts,

@@ -16,8 +16,8 @@ from ullm.actors.transports import StopReport
 from ullm.config import EngineConfig
 from ullm.engine.generation import Readers
 from ullm.engine.lifecycle import AWAKE, Lifecycle
-from ullm.engine.replica import TEARDOWN_RESERVE
 from ullm.logs import get_logger
+from ullm.protocol import stop_budget
 from ullm.supervision import (
     ChildReport,
     EngineState,
@@ -29,9 +29,6 @@ from ullm.supervision import (
 )
 
 log = get_logger("ullm.engine")
-
-FLUSH_BUDGET = 1.0
-"""Seconds that readers get to take the last outputs of aborted requests."""
 
 
 class Stop:
@@ -73,8 +70,8 @@ class Stop:
         """
         seconds = self._config.shutdown_timeout if timeout is None else timeout
         # Ending requests and children in order takes time even where draining is given none.
-        self._deadline = min(self._deadline, trio.current_time() + max(seconds, TEARDOWN_RESERVE))
-        drain_until = trio.current_time() + max(0.0, seconds - TEARDOWN_RESERVE)
+        self._deadline = min(self._deadline, trio.current_time() + stop_budget.engine_seconds(seconds))
+        drain_until = trio.current_time() + stop_budget.drain_seconds(seconds)
         self._draining.deadline = min(self._draining.deadline, drain_until)
         self._by = self._by or by
         self._asked = self._asked or _Clock()
@@ -117,7 +114,7 @@ class Stop:
         self._state.advance(EngineState.ABORTING)
         clock = _Clock()
         aborted = self._router.finish_all("abort")
-        with trio.move_on_after(FLUSH_BUDGET) as scope:
+        with trio.move_on_after(stop_budget.READER_FLUSH) as scope:
             await self._readers.wait_none()
         stages.append(StageReport("abort", clock.seconds(), "timeout" if scope.cancelled_caught else "done"))
         return aborted

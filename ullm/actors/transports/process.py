@@ -21,6 +21,7 @@ from ullm.actors.transports.base import STDERR_TAIL_LINES, StopReport, Transport
 from ullm.actors.transports.spawn import lifeline, spawn
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.logs import get_logger
+from ullm.protocol import stop_budget
 from ullm.protocol.frames import FrameReader, encode
 from ullm.protocol.messages import FromWorker, Ready, Stop, Stopped, ToWorker
 
@@ -28,15 +29,6 @@ OUTBOX = 64
 """Frames that may wait for the pipe before a sender waits itself."""
 
 READ_BYTES = 1 << 16
-
-EXIT_SECONDS = 1.0
-"""How long a worker may take from closing its pipe to being gone, and the kernel to reap a killed one."""
-
-STARTING_SECONDS = 1.0
-"""Budget for stopping a worker that has not become ready, and may be in the middle of loading."""
-
-STDERR_SECONDS = 0.2
-"""How long the end of stderr is waited for, for the error's tail; a grandchild may hold it open."""
 
 LINE_BYTES = 8192
 """A longer line of stderr is cut into several."""
@@ -135,25 +127,25 @@ class ProcessTransport:
     async def stop(self, budget: float) -> StopReport:
         """`Stop`, then SIGTERM for the last quarter of the budget, then SIGKILL.
 
-        A worker that is not ready has nothing to finish: it gets `STARTING_SECONDS` at most.
+        A worker that is not ready has nothing to finish: it gets `stop_budget.STARTING_WORKER` at most.
         """
         began = trio.current_time()
         if not self.alive():
             return self._report("stopped" if self._stopped else "lost", began)
         if not self._ready:
-            budget = min(budget, STARTING_SECONDS)
-        with trio.move_on_at(began + 0.75 * budget):
-            await self._ask(Stop(0.75 * budget))
+            budget = min(budget, stop_budget.STARTING_WORKER)
+        with trio.move_on_at(began + stop_budget.SIGTERM_SHARE * budget):
+            await self._ask(Stop(stop_budget.SIGTERM_SHARE * budget))
             await self._drain()
         if self.alive() and os.name == "posix":
             log.warning("worker does not stop: SIGTERM", worker=self.name)
             self._process.terminate()
-            with trio.move_on_at(began + 0.95 * budget):
+            with trio.move_on_at(began + stop_budget.SIGKILL_SHARE * budget):
                 await self._drain()
         if self.alive():
             log.warning("worker does not stop: SIGKILL", worker=self.name)
             self.kill()
-            await self._wait_gone(EXIT_SECONDS)
+            await self._wait_gone(stop_budget.PROCESS_EXIT)
         return self._report("stopped" if self._stopped else "killed", began)
 
     async def write_frames(self) -> None:
@@ -187,10 +179,10 @@ class ProcessTransport:
         with trio.CancelScope(shield=True):
             if self.alive():
                 self.kill()
-            await self._wait_gone(EXIT_SECONDS)
+            await self._wait_gone(stop_budget.PROCESS_EXIT)
             for stream in (self._stdin, self._stdout):
                 await stream.aclose()
-            with trio.move_on_after(STDERR_SECONDS):
+            with trio.move_on_after(stop_budget.STDERR_TAIL):
                 await self._stderr_ended.wait()
             await self._stderr.aclose()
 
@@ -242,10 +234,10 @@ class ProcessTransport:
                     self._backlog.append(await self._read_message())
 
     async def _lost(self) -> WorkerLost:
-        if not await self._wait_gone(EXIT_SECONDS):
+        if not await self._wait_gone(stop_budget.PROCESS_EXIT):
             self._cause = self._cause or "closed its pipe without ending"
             self.kill()
-        with trio.move_on_after(STDERR_SECONDS):
+        with trio.move_on_after(stop_budget.STDERR_TAIL):
             await self._stderr_ended.wait()
         tail = tuple(self._stderr_tail)
         return WorkerLost(self.name, self._cause or _describe_exit(self._process.returncode, tail), tail)
