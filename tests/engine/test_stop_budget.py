@@ -36,7 +36,7 @@ def test_the_watchdog_comes_after_everything_that_could_be_late(timeout: float) 
     if timeout >= budget.TEARDOWN_RESERVE:
         assert overrun < budget.WATCHDOG_MARGIN
     assert budget.engine_seconds(timeout) < budget.watchdog_seconds(timeout)
-    assert budget.watchdog_seconds(timeout) == timeout + 5.0, "docs/behaviour.md: five seconds past the deadline"
+    assert budget.watchdog_seconds(timeout) == timeout + 5.0, "as docs/behaviour.md promises"
 
 
 def test_what_children_have_is_more_than_what_they_spend_inside() -> None:

@@ -78,7 +78,7 @@ class SchedulerActor:
         self._router = router
         self._faults = faults
         self._core: Scheduler | None = None
-        self._incarnation = 0
+        self._epoch = 0
         self._in_flight: deque[Step] = deque()
         self._mailbox: Mailbox[SchedulerMessage] | None = None
         self._pause: Pause | None = None
@@ -131,8 +131,8 @@ class SchedulerActor:
         config = self._config.on_device(group.info.device)
         core = self._core = new_scheduler(config, group.info, last_step)
         # Unique over restarts of either: a scheduler may restart while its group lives on.
-        self._incarnation += 1
-        epoch = self._incarnation
+        self._epoch += 1
+        epoch = self._epoch
         self._router.mailbox.send_nowait(
             ReplicaUp(
                 group.replica,

@@ -120,6 +120,17 @@ class Tokenizer:
         self.bos_token_id = backend.token_to_id(special.get("bos_token", ""))
         self.eos_token_ids = self._eos_token_ids(special.get("eos_token", ""))
 
+    def take_over(self, other: Tokenizer) -> None:
+        """Serve another model's files from now on, which ``other`` has loaded.
+
+        What is being encoded or decoded already goes on with the files that it began with.
+        """
+        self._model = other._model
+        self._template = other._template
+        self._backend, self._bytes, self._special = other._backend, other._bytes, other._special
+        self.vocab_size, self._longest_token = other.vocab_size, other._longest_token
+        self.bos_token_id, self.eos_token_ids = other.bos_token_id, other.eos_token_ids
+
     # --- encoding ---
 
     async def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:

@@ -2,7 +2,7 @@
 
 The ranks must start at the same time, because they meet in a rendezvous, and none is of use without
 the others. So they are tasks of one nursery: the first one to be lost ends them all, and the group's
-supervisor starts a new incarnation, with a higher epoch.
+supervisor starts a new incarnation, with a higher number.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ class WorkerGroup:
     def __init__(self, replica: int, slot: int, config: EngineConfig, open_transport: OpenTransport) -> None:
         self.replica = replica
         self.slot = slot
-        self.epoch = 0
-        self.restarts = -1
+        self.incarnation = 0
         self.model_path = ""
         self.info: ModelInfo | None = None
         self.stop_reports: list[StopReport] = []
+        self._starts = 0
+        self._requested_starts = 1
         self._config = config
         self._open_transport = open_transport
         self._transports: list[Transport] = []
@@ -139,6 +140,28 @@ class WorkerGroup:
         """Drop results until a scheduler attaches again."""
         self._deliver = None
 
+    # --- for the fleet -----------------------------------------------------------------------------
+
+    @property
+    def restarts(self) -> int:
+        """Starts after a loss; those that were requested do not count."""
+        return max(0, self._starts - self._requested_starts)
+
+    def expect_start(self) -> None:
+        """Note that the next start is requested: it follows a stop, not a loss."""
+        self._requested_starts += 1
+
+    def load_from(self, model_path: str) -> None:
+        """Have the ranks load the model from there when they are started the next time."""
+        self.model_path = model_path
+
+    def continue_after(self, other: WorkerGroup) -> None:
+        """Count incarnations on from those of another group in the same slot.
+
+        Ports of the rendezvous are counted with them: a rank must not meet what is left of an earlier one.
+        """
+        self.incarnation = max(self.incarnation, other.incarnation)
+
     def kill(self) -> None:
         """End every rank now."""
         for transport in self._transports:
@@ -170,8 +193,8 @@ class WorkerGroup:
             ModelError: the model cannot be loaded; trying again would not help.
             WorkerLost: a rank died, hung, or failed.
         """
-        self.epoch += 1
-        self.restarts += 1
+        self.incarnation += 1
+        self._starts += 1
         self._known.clear()
         self._ready = False
         self._starting.clear()
@@ -222,7 +245,7 @@ class WorkerGroup:
             await transport.send(Start(self._config, self._spec(rank).rank, self.model_path))
             while not isinstance(message := await self._sign_of_life(transport), Ready):
                 log.debug("worker starting", worker=transport.name, said=message)
-            log.info("worker ready", worker=transport.name, epoch=self.epoch, **message.timings)
+            log.info("worker ready", worker=transport.name, incarnation=self.incarnation, **message.timings)
             infos.append(message.info)
             return
         raise WorkerLost(transport.name, f"was not ready within --start-timeout {patience:g} s")
@@ -318,9 +341,9 @@ class WorkerGroup:
             replica=self.replica,
             rank=rank,
             world_size=config.world_size,
-            epoch=self.epoch,
+            epoch=self.incarnation,
             # A port of its own for each incarnation: a rank must not meet what is left of the last one.
-            rendezvous=f"127.0.0.1:{config.nccl_port + self.slot + config.replicas * (self.epoch - 1)}",
+            rendezvous=f"127.0.0.1:{config.nccl_port + self.slot + config.replicas * (self.incarnation - 1)}",
             device_index=None if config.device == "cpu" else devices[first + rank],
         )
         return WorkerSpec(rank_spec, config.runner, config.cpu_threads)

@@ -3,6 +3,7 @@
 Imports the actors, supervision, hub and what is below them; no model code, nothing of HTTP.
 """
 
-from ullm.engine.engine import Engine, find_local_model, open_engine
+from ullm.engine.current_model import find_local_model
+from ullm.engine.engine import Engine, open_engine
 
 __all__ = ["Engine", "find_local_model", "open_engine"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,8 +25,7 @@ class RequestRecord:
         params: with ``seed`` set and ``n`` 1.
         max_total: tokens of prompt and output together at which it ends.
         order: (priority, arrival).
-        notify: called after changes, for the reader.
-        quiet_until: before this time new tokens are not worth a call; an end always is.
+        notify: wakes the reader; called after each change with its time, and with infinity at the end.
         crashes: worker losses while it was in a step, since it last made some progress.
         resumed_at: tokens that it had when it was last given to a replica.
         replica: the replica that runs it; None while it waits for one.
@@ -37,7 +37,7 @@ class RequestRecord:
     params: SamplingParams
     max_total: int
     order: tuple[int, int]
-    notify: Callable[[], None]
+    notify: Callable[[float], None]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
@@ -48,7 +48,6 @@ class RequestRecord:
     replica: int | None = None
     crashes: int = 0
     resumed_at: int = 0
-    quiet_until: float = 0.0
 
     @property
     def done(self) -> bool:
@@ -77,16 +76,15 @@ class RequestRecord:
             self.num_cached_tokens = event.num_cached_tokens
         if event.finish_reason is not None:
             self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
-        if now >= self.quiet_until or event.finish_reason is not None:
-            self.notify()
+        self.notify(now if event.finish_reason is None else math.inf)
         return len(new)
 
     def finish(self, reason: FinishReason) -> None:
         """End it with what it has."""
         self.finish_reason = reason
-        self.notify()
+        self.notify(math.inf)
 
     def fail(self, error: Exception) -> None:
         """End it with an error."""
         self.error = error
-        self.notify()
+        self.notify(math.inf)
