@@ -21,7 +21,7 @@ from ullm.scheduling.sequence import TokenEvent
 def record(router: Router, crashes: int = 0) -> RequestRecord:
     number = router.arrival()
     params = SamplingParams(seed=0)
-    found = RequestRecord(number, f"r{number}", [1], params, 9, (0, number), lambda: None)
+    found = RequestRecord(number, f"r{number}", [1], params, 9, (0, number), lambda time: None)
     found.crashes = crashes
     return found
 
