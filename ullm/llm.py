@@ -191,7 +191,7 @@ class LLM:
 
     # --- stopping --------------------------------------------------------------------------------------
 
-    def shutdown(self, timeout: float | None = None) -> Shutdown:
+    def shutdown(self, timeout: float | None = None) -> PendingShutdown:
         """Stop in order: drain for ``timeout`` seconds, abort the rest, stop the workers.
 
         Outside of an event loop it blocks until the engine is gone. Inside one it returns at once, because
@@ -200,7 +200,7 @@ class LLM:
         """
         if self._thread.alive:
             self._thread.post(self._host.request_shutdown, timeout)
-        ending = Shutdown(self._thread, self._host)
+        ending = PendingShutdown(self._thread, self._host)
         if not _in_event_loop():
             ending.wait()
         return ending
@@ -219,7 +219,7 @@ class LLM:
         await self.shutdown()
 
 
-class Shutdown:
+class PendingShutdown:
     """A stop in progress: await it in asyncio or trio, or call `wait`. The result is the report."""
 
     def __init__(self, thread: TrioThread, host: _Host) -> None:
@@ -415,4 +415,4 @@ def _stop_now(thread: TrioThread, host: _Host) -> None:
     """Stop at once: the object is gone, or the interpreter ends, so nobody waits for answers."""
     if thread.alive:
         thread.post(host.request_shutdown, 0.0)
-        Shutdown(thread, host).wait()
+        PendingShutdown(thread, host).wait()

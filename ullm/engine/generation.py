@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import trio
 
-from ullm.engine.output import Choice, Output
+from ullm.engine.output import ChoiceReader, Output
 from ullm.engine.readers import WakeUpCall
 from ullm.errors import InvalidParameter, PromptTooLong
 from ullm.protocol.messages import TokenLogprobs
@@ -68,7 +68,7 @@ class Generation:
         self._router = router
         self._current = current
         self._prompt = prompt
-        self._choices: list[Choice] = []
+        self._choices: list[ChoiceReader] = []
         self._turn = 0
         self._wake_up = WakeUpCall()
         self._held_at_most = math.inf
@@ -130,7 +130,7 @@ class Generation:
             if await self._wait(deadline) and trio.current_time() >= deadline:
                 return None
 
-    def _changed(self) -> Choice | None:
+    def _changed(self) -> ChoiceReader | None:
         """Return a choice that has something to read now, taking turns; None if there is none."""
         count = len(self._choices)
         for number in range(self._turn, self._turn + count):
@@ -145,7 +145,7 @@ class Generation:
         held_until = self._wake_up.quiet_until
         return held_until > 0.0 and trio.current_time() < held_until
 
-    def _advance(self, choice: Choice) -> Output | None:
+    def _advance(self, choice: ChoiceReader) -> Output | None:
         if choice.record.error is not None:
             choice.finished = True
             raise choice.record.error
@@ -176,7 +176,7 @@ class Generation:
                 self._router.finish(choice.record.seq_id, "timeout")
         return True
 
-    def _make_choices(self) -> list[Choice]:
+    def _make_choices(self) -> list[ChoiceReader]:
         info, tokenizer = self._current.loaded()
         self._check_tokens(info.vocab_size)
         max_total = self._max_total(info.context_len)
@@ -186,7 +186,7 @@ class Generation:
             for index in range(self.params.n)
         ]
 
-    def _make_choice(self, index: int, max_total: int, seed: int, tokenizer: Tokenizer) -> Choice:
+    def _make_choice(self, index: int, max_total: int, seed: int, tokenizer: Tokenizer) -> ChoiceReader:
         prompt_logprobs = self.params.prompt_logprobs if index == 0 else None
         params = replace(self.params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
         arrival = self._router.arrival()
@@ -208,7 +208,7 @@ class Generation:
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
         )
-        return Choice(index, record, text)
+        return ChoiceReader(index, record, text)
 
     def _check_tokens(self, vocab_size: int) -> None:
         if not self.prompt_token_ids:

@@ -48,7 +48,7 @@ class WakeUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Reload:
+class ReloadModel:
     """A command: load the model again, or another revision of it, in new workers."""
 
     model: str | None
@@ -56,7 +56,7 @@ class Reload:
     reply: Reply[ReloadReport]
 
 
-Command = FallAsleep | WakeUp | Reload
+Command = FallAsleep | WakeUp | ReloadModel
 
 
 class Lifecycle:
@@ -147,11 +147,11 @@ class Lifecycle:
             InvalidParameter: a revision of a local path.
             ReloadFailed: the new workers did not come up, and the old ones serve on.
         """
-        return await ask(self.mailbox, lambda reply: Reload(model, revision, reply), float("inf"))
+        return await ask(self.mailbox, lambda reply: ReloadModel(model, revision, reply), float("inf"))
 
     def request_reload(self) -> None:
         """Begin a reload without waiting for it; the log says how it goes."""
-        self.mailbox.send_nowait(Reload(None, None, Reply()))
+        self.mailbox.send_nowait(ReloadModel(None, None, Reply()))
 
     # --- the supervised child -------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class Lifecycle:
                 case WakeUp():
                     await self._wake()
                     command.reply.send(None)
-                case Reload():
+                case ReloadModel():
                     command.reply.send(await self._reload(command.model, command.revision))
         except RequestError as error:
             command.reply.fail(error)

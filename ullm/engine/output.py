@@ -33,7 +33,7 @@ class Output(msgspec.Struct, frozen=True, gc=False):
     num_cached_tokens: int = 0
 
 
-class Choice:
+class ChoiceReader:
     """One choice: its record, its text, and how far its reader has come."""
 
     def __init__(self, index: int, record: RequestRecord, text: TextAssembler) -> None:

@@ -17,7 +17,7 @@ import trio
 
 from ullm.config import EngineConfig, ServerConfig, from_env
 from ullm.errors import EngineDead, EngineNotReady, RequestError
-from ullm.hosting.bridge import Job, TrioThread
+from ullm.hosting.bridge import BackgroundTask, TrioThread
 from ullm.hosting.hypercorn import DrainFirst, asyncio_either, survive_hangups, trio_either
 from ullm.logs import configure, get_logger
 from ullm.machine import collect_rarely
@@ -181,24 +181,24 @@ class App:
         thread = self._thread = TrioThread().start()
         try:
             try:
-                job = await thread.start_task_async(self._host)
+                task = await thread.start_task_async(self._host)
             except Exception as error:
                 failure = error
             else:
-                self._hosted = job.value
-                with self._draining_in_asyncio(thread, job.value):
+                self._hosted = task.value
+                with self._draining_in_asyncio(thread, task.value):
                     await send({"type": "lifespan.startup.complete"})
                     await receive()
-                    await self._leave(thread, job)
+                    await self._leave(thread, task)
         finally:
             thread.stop(timeout=0)  # also where this task is cancelled
         await thread.stop_async(stop_budget.WATCHDOG_MARGIN)
         await self._end(failure, send)
 
-    async def _leave(self, thread: TrioThread, job: Job) -> None:
+    async def _leave(self, thread: TrioThread, task: BackgroundTask) -> None:
         with suppress(EngineDead):  # the thread has died; there is nothing left to stop
-            thread.post(job.value.stop.set)
-            await job.wait_async()
+            thread.post(task.value.stop.set)
+            await task.wait_async()
 
     def _draining_in_asyncio(self, thread: TrioThread, hosted: HostedApp) -> AbstractContextManager[object]:
         import asyncio
