@@ -40,6 +40,7 @@ class Generation:
 
     Attributes:
         prompt_token_ids: the prompt, once entered.
+        pace: as given; may be set until the first output is read.
 
     Raises:
         InvalidParameter: on entering, for token ids outside the vocabulary, or an empty prompt.

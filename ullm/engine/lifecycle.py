@@ -116,7 +116,7 @@ class Lifecycle:
         )
 
     async def sleep(self, level: int, mode: SleepMode) -> None:
-        """Fall asleep; returns at once if the engine sleeps as deep already.
+        """Fall asleep; return at once if the engine sleeps as deep already.
 
         Args:
             mode: wait for the requests in flight, abort them, or keep them until the engine wakes.

@@ -1,8 +1,8 @@
 """``hypercorn ullm.app:app``: the engine and its API inside any ASGI server, on asyncio or on trio.
 
-Configured by ``ULLM_*`` variables. The engine starts with the server's lifespan, so importing this
+Configured by ``ULLM_*`` variables. The engine starts with the server's lifespan; importing this module
 starts nothing. Under a trio server everything runs in that server's loop; under an asyncio server the
-engine and the app run in a trio loop of their own, in a thread, and messages are carried over.
+engine and the app run in a trio loop of their own, in a thread, and messages are carried between the loops.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OpenEngine: TypeAlias = Callable[[], "AbstractAsyncContextManager[tuple[Engine, 
 
 @asynccontextmanager
 async def open_from_env() -> AsyncIterator[tuple[Engine, ServerConfig]]:
-    """The engine and the server as ``ULLM_*`` variables describe them."""
+    """Open an engine as ``ULLM_*`` variables configure it, and return the server's configuration with it."""
     from ullm.engine import open_engine
 
     config, server_config = from_env(EngineConfig), from_env(ServerConfig)
@@ -116,7 +116,7 @@ class App:
             await self._carry(self._hosted, scope, receive, send)
 
     async def _host(self, *, task_status: trio.TaskStatus[HostedApp]) -> None:
-        """Keep the engine open until the lifespan ends. If it fails meanwhile, the probes tell."""
+        """Keep the engine open until the lifespan ends. If it fails meanwhile, the probes report it."""
         from ullm.hosting.engine_host import EngineHost
 
         hosted: HostedApp | None = None
@@ -165,7 +165,7 @@ class App:
         return drain_first
 
     async def _end(self, failure: Exception | None, send: Send) -> None:
-        """All of the engine is gone: now the server may hear of it, because it ends this task then."""
+        """Tell the server, which then ends this task: all of the engine is gone."""
         self._hosted = self._thread = None
         if failure is None:
             await send({"type": "lifespan.shutdown.complete"})
@@ -191,7 +191,7 @@ class App:
                     await receive()
                     await self._leave(thread, task)
         finally:
-            thread.stop(timeout=0)  # also where this task is cancelled
+            thread.stop(timeout=0)  # also when this task is cancelled
         await thread.stop_async(stop_budget.WATCHDOG_MARGIN)
         await self._end(failure, send)
 
@@ -261,7 +261,7 @@ class App:
 
 
 def _joined(batch: list[Message]) -> list[Message]:
-    """Adjacent pieces of a body as one message: what has piled up costs one write."""
+    """Join adjacent pieces of a body into one message, so that what has piled up costs one write."""
     joined: list[Message] = []
     for message in batch:
         last = joined[-1] if joined else None
@@ -274,7 +274,7 @@ def _joined(batch: list[Message]) -> list[Message]:
 
 
 async def _refuse(scope: Message, send: Send, error: RequestError) -> None:
-    """Answer without an engine: 503 with OpenAI's body, or a closed websocket."""
+    """Answer where there is no engine: 503 with OpenAI's body, or a closed websocket."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1013})
         return

@@ -46,7 +46,7 @@ CONNECTION_CUT_RESERVE: Final = 0.5
 HANDLER_FLUSH: Final = 5.0
 """For running handlers to finish where nobody has set a deadline."""
 
-# --- worker groups: they have all of the time that is left ---------------------------------------------------
+# --- worker groups: they have all of the time that is left --------------------------------------------
 
 RANK_SHARE: Final = 0.95
 """Share of a group's time that its ranks have: their reports must be in before it is over."""

@@ -54,8 +54,8 @@ class Stream(Generic[T]):
     """The items that a task in a `TrioThread` yields, for one consumer in asyncio, in trio, or in no loop.
 
     Iterate with ``async for`` or ``for``. After the last item the task's error is raised, if there was one,
-    and `EngineDead` when the loop stops. The task is cancelled when the stream is closed, when a wait for an item
-    is cancelled, or when nobody refers to the stream any more.
+    and `EngineDead` when the loop stops. The task is cancelled when the stream is closed, when a wait for an
+    item is cancelled, or when nobody refers to the stream any more.
     """
 
     def __init__(self, current_loop: Callable[[], ConsumerLoop], channel: Channel[T]) -> None:
