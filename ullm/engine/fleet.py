@@ -27,7 +27,7 @@ STDERR_LINES = 5
 
 
 class Fleet:
-    """Every change of an engine's replicas, in bulk and one by one; so it has a few more than 20 short methods.
+    """Every change of an engine's replicas, of all at once or of one; hence some more than 20 short methods.
 
     Args:
         config: how many replicas, and what they are first started with.
