@@ -22,19 +22,20 @@ _BASE = frozenset({"errors", "logs", "config", "sampling", "machine", "protocol"
 _ENGINE = _BASE | {"scheduling", "tokenization", "supervision", "faults", "hub", "worker", "actors"}
 
 LAYERS: dict[str, frozenset[str]] = {
+    # a library of its own
+    "supervision": frozenset(),
     # plain modules
-    "errors": frozenset(),
+    "errors": frozenset({"supervision"}),
     "logs": frozenset(),
     "machine": frozenset(),
     "config": frozenset({"errors"}),
     "sampling": frozenset({"errors"}),
     # what engine and worker share
     "protocol": frozenset({"errors", "config", "sampling"}),
-    "scheduling": frozenset({"config", "sampling", "protocol"}),
+    "scheduling": frozenset({"errors", "config", "sampling", "protocol"}),
     "tokenization": frozenset({"errors"}),
     "hub": frozenset({"errors", "config", "logs"}),
     "faults": frozenset({"errors", "logs", "protocol"}),
-    "supervision": frozenset(),
     # the worker
     "worker": frozenset({"errors", "logs", "machine", "protocol"}),
     "model": _BASE | {"scheduling", "hub"},

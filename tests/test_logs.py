@@ -47,6 +47,20 @@ def test_json_has_one_object_per_record(stream: io.StringIO) -> None:
     assert (record["event"], record["level"], record["seconds"]) == ("asleep", "info", 0.5)
 
 
+def test_named_arguments_are_values_in_json_and_in_text(stream: io.StringIO) -> None:
+    """As `ullm.supervision` logs, which knows nothing of ullm's loggers."""
+    logger = logging.getLogger("ullm.test_logs")
+    for formatter in (JsonFormatter(), KeyValueFormatter()):
+        logger.handlers[0].setFormatter(formatter)
+        logger.warning(
+            "child failed  child=%(child)s cause=%(cause)s", {"child": "a", "cause": "OSError: gone"}
+        )
+    as_json, as_text = stream.getvalue().splitlines()
+    record = json.loads(as_json)
+    assert (record["event"], record["child"]) == ("child failed", "a")
+    assert as_text.endswith("warning ullm.test_logs  child failed  child=a cause=OSError: gone")
+
+
 def test_a_reader_that_has_stopped_to_read_holds_up_nobody() -> None:
     read, write = os.pipe()
     os.set_blocking(read, False)

@@ -115,7 +115,7 @@ class ParallelConfig:
     pp_size: int = option(1, "Pipeline stages per replica.")
     replicas: int = option(1, "Data-parallel replicas of the whole model.")
     device_ids: tuple[int, ...] | None = option(None, "GPUs to use; default: the first ones.")
-    nccl_port: int = option(29500, "Port of the ranks' rendezvous, counted up per replica.")
+    nccl_port: int = option(29500, "First port of the ranks' rendezvous; 16 per replica are used in turn.")
     transport: Transport = option(
         "auto",
         "What a worker is: a process, a thread, or a Ray actor; auto: a thread on Windows, else a process.",

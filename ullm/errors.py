@@ -1,30 +1,129 @@
 """Every error that ullm raises on purpose.
 
-Names say who did it: ``Invalid…`` and ``…NotFound`` are the caller's doing, ``…Closed`` is something
-you ended yourself, ``…Lost`` and ``…Broken`` are the other side's doing. Constructors build the
+The name of an error tells whose doing it is: ``Invalid…`` and ``…NotFound`` are the caller's, ``…Closed`` is
+something that you ended yourself, ``…Lost`` and ``…Broken`` are the other side's. Constructors build the
 message, so that every message names the cause and, where there is one, the remedy.
+
+The errors of `ullm.supervision`, which is a library of its own, can be imported from here as well. Their base
+is `SupervisionError`, not `UllmError`. They are loaded when they are first used, because they bring trio
+with them, which worker processes do without.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ullm.supervision.errors import ActorLost as ActorLost
+    from ullm.supervision.errors import AskTimeout as AskTimeout
+    from ullm.supervision.errors import ChildConflict as ChildConflict
+    from ullm.supervision.errors import ChildNotFound as ChildNotFound
+    from ullm.supervision.errors import MailboxClosed as MailboxClosed
+    from ullm.supervision.errors import MailboxFull as MailboxFull
+    from ullm.supervision.errors import RestartLimitReached as RestartLimitReached
+    from ullm.supervision.errors import StartFailed as StartFailed
+    from ullm.supervision.errors import SupervisionError as SupervisionError
+    from ullm.supervision.errors import first_cause as first_cause
+
+__all__ = [
+    "ActorLost",
+    "AskTimeout",
+    "ChildConflict",
+    "ChildNotFound",
+    "ConfigError",
+    "EngineBusy",
+    "EngineDead",
+    "EngineDraining",
+    "EngineNotReady",
+    "EngineSleeping",
+    "FaultInjected",
+    "FrameBroken",
+    "InvalidParameter",
+    "MailboxClosed",
+    "MailboxFull",
+    "ModelError",
+    "ModelFileBroken",
+    "ModelNotFound",
+    "ModelUnknown",
+    "ModelUnsupported",
+    "OutOfMemory",
+    "PortTaken",
+    "PromptTooLong",
+    "QueueFull",
+    "ReloadFailed",
+    "RequestError",
+    "RequestPoisoned",
+    "RestartLimitReached",
+    "ServerRefused",
+    "ServerUnreachable",
+    "StartCancelled",
+    "StartFailed",
+    "SupervisionError",
+    "TooManyTokens",
+    "UllmError",
+    "UsageError",
+    "WorkerFailed",
+    "WorkerLost",
+    "first_cause",
+    "one_line",
+]
+
+_OF_SUPERVISION = frozenset(
+    {
+        "ActorLost",
+        "AskTimeout",
+        "ChildConflict",
+        "ChildNotFound",
+        "MailboxClosed",
+        "MailboxFull",
+        "RestartLimitReached",
+        "StartFailed",
+        "SupervisionError",
+        "first_cause",
+    }
+)
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _OF_SUPERVISION:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from ullm.supervision import errors
+
+        return getattr(errors, name)
+
 
 class UllmError(Exception):
-    """Base of all of ullm's errors."""
+    """An operation of ullm failed for a known reason.
+
+    Raised by: nobody as such; it is the base of all errors of ullm but those of `ullm.supervision`.
+    Remedy: catch one of its subclasses where one of them can be handled.
+    """
 
 
-# --- what the caller did -----------------------------------------------------------------------
+# --- the caller's doing ------------------------------------------------------------------------
 
 
 class ConfigError(UllmError, ValueError):
-    """The configuration cannot work; names the option and what to set it to. Exit code 1."""
+    """The configuration cannot work; ends a command with exit code 1.
+
+    Raised by: `EngineConfig`, `ServerConfig`, the command line, and a worker whose device or model does not
+        fit the configuration.
+    Remedy: set the option that the message names to a value that it allows.
+    """
 
 
 class RequestError(UllmError):
-    """One request cannot be served; carries what an OpenAI error body needs.
+    """One request cannot be served.
+
+    It carries what an OpenAI error body needs: ``status``, ``type``, ``code``, ``message`` and ``param``.
+
+    Raised by: the engine and the server, mostly as one of its subclasses.
+    Remedy: the message names it.
 
     Args:
         message: one line for the user.
-        param: the name of the offending request field, if there is one.
+        param: name of the request field at fault, if there is one.
     """
 
     status = 400
@@ -38,13 +137,27 @@ class RequestError(UllmError):
 
 
 class InvalidParameter(RequestError, ValueError):
-    """A request field or a sampling parameter has a value that cannot be used."""
+    """A request field or a sampling parameter has a value that cannot be used.
+
+    Raised by: `SamplingParams`, the engine and the server, before the request is queued.
+    Remedy: correct the field that ``param`` and the message name.
+    """
 
     code = "invalid_value"
 
 
 class PromptTooLong(RequestError):
-    """The prompt does not leave room for one generated token."""
+    """The prompt does not leave room for one generated token.
+
+    Raised by: the tokenizer and the engine, before the request is queued.
+    Remedy: shorten the prompt, or start with a larger ``--context-len`` if the model allows it.
+
+    Args:
+        prompt_tokens: tokens of the prompt.
+        context_len: tokens that prompt and generated text may have together.
+        param: name of the request field at fault.
+        at_least: whether the prompt may have even more tokens; it was not encoded to its end.
+    """
 
     code = "context_length_exceeded"
 
@@ -60,7 +173,11 @@ class PromptTooLong(RequestError):
 
 
 class ModelUnknown(RequestError):
-    """The request names a model that this server does not serve."""
+    """The request names a model that this server does not serve.
+
+    Raised by: the server.
+    Remedy: use a name from ``GET /v1/models``, or start the server with ``--served-model-name``.
+    """
 
     status = 404
     code = "model_not_found"
@@ -70,7 +187,11 @@ class ModelUnknown(RequestError):
 
 
 class QueueFull(RequestError):
-    """The waiting queue is full; try again after ``retry_after`` seconds."""
+    """The waiting queue is full.
+
+    Raised by: the engine, when ``--max-queue`` requests are waiting.
+    Remedy: try again after ``retry_after`` seconds, add replicas, or raise ``--max-queue``.
+    """
 
     status = 429
     type = "rate_limit_error"
@@ -82,7 +203,11 @@ class QueueFull(RequestError):
 
 
 class EngineDraining(RequestError):
-    """The engine is stopping and takes no new requests."""
+    """The engine is stopping and takes no new requests.
+
+    Raised by: the engine, from the request to stop on.
+    Remedy: send the request to another server, or to this one when it has been started again.
+    """
 
     status = 503
     type = "service_unavailable"
@@ -94,7 +219,11 @@ class EngineDraining(RequestError):
 
 
 class EngineNotReady(RequestError):
-    """The engine is starting, asleep, or restarting, and cannot take the request now."""
+    """The engine is starting, asleep, or restarting a part of itself, and cannot take the request now.
+
+    Raised by: the engine and its tokenizer.
+    Remedy: try again after ``retry_after`` seconds; wait for ``GET /ready`` before the first request.
+    """
 
     status = 503
     type = "service_unavailable"
@@ -106,7 +235,11 @@ class EngineNotReady(RequestError):
 
 
 class EngineSleeping(EngineNotReady):
-    """The engine is asleep, and requests do not wake it."""
+    """The engine is asleep, and requests do not wake it.
+
+    Raised by: the engine, if it was started with ``--no-wake-on-request``.
+    Remedy: wake it with ``POST /wake_up``, or start it without that option.
+    """
 
     code = "sleeping"
 
@@ -115,22 +248,35 @@ class EngineSleeping(EngineNotReady):
 
 
 class TooManyTokens(RequestError):
-    """The admitted requests have as many tokens as there may be; try again later."""
+    """The admitted requests already need as many tokens as are allowed.
+
+    Raised by: the engine, when ``--max-admitted-tokens`` would be exceeded.
+    Remedy: try again after ``retry_after`` seconds, ask for fewer tokens, or raise the option.
+
+    Args:
+        admitted: tokens that the admitted requests need.
+        needed: tokens that this request may need.
+        limit: the most that may be admitted.
+    """
 
     status = 429
     type = "rate_limit_error"
     code = "too_many_tokens"
 
-    def __init__(self, admitted: int, asked: int, limit: int, retry_after: float = 1.0) -> None:
+    def __init__(self, admitted: int, needed: int, limit: int, retry_after: float = 1.0) -> None:
         super().__init__(
-            f"this request may need {asked} tokens, the admitted ones need {admitted}, and "
+            f"this request may need {needed} tokens, the admitted ones need {admitted}, and "
             f"--max-admitted-tokens is {limit}; try again later"
         )
         self.retry_after = retry_after
 
 
 class EngineBusy(RequestError):
-    """Another change of the whole engine, a sleep, a wake or a reload, is under way or overtook this one."""
+    """Another change of the whole engine, a sleep, a wake, a reload or a stop, is under way or came first.
+
+    Raised by: the engine, when it is told to sleep, to wake up or to reload.
+    Remedy: wait until the other change is done; ``GET /health`` shows it.
+    """
 
     status = 409
     type = "conflict_error"
@@ -138,7 +284,11 @@ class EngineBusy(RequestError):
 
 
 class ReloadFailed(RequestError):
-    """The new workers did not come up; the old ones serve on."""
+    """The new workers did not come up; the old ones continue to serve.
+
+    Raised by: the engine, on a reload.
+    Remedy: remove the cause, which the message and the log name, and reload again.
+    """
 
     status = 500
     type = "server_error"
@@ -146,7 +296,11 @@ class ReloadFailed(RequestError):
 
 
 class RequestPoisoned(RequestError):
-    """This request crashed its workers each time it ran, so it was given up; others were not."""
+    """This request crashed its workers each time it ran, so it was given up; other requests were not.
+
+    Raised by: the engine.
+    Remedy: do not send it again; report it with the worker's last lines from the log.
+    """
 
     status = 500
     type = "server_error"
@@ -157,7 +311,11 @@ class RequestPoisoned(RequestError):
 
 
 class EngineDead(RequestError):
-    """The engine failed for good; the message is the first cause in one line."""
+    """The engine failed for good; the message is the first cause in one line. Exit code 70.
+
+    Raised by: the engine, when its parts failed more often than ``--max-restarts`` allows.
+    Remedy: remove the cause and start again; a service manager should restart the process.
+    """
 
     status = 500
     type = "server_error"
@@ -168,18 +326,29 @@ class EngineDead(RequestError):
 
 
 class ModelError(UllmError):
-    """The model cannot be loaded. Exit code 1, one line, no traceback."""
+    """The model cannot be loaded; ends a command with exit code 1 and one line.
+
+    Raised by: the loading of a model, as one of its subclasses.
+    Remedy: the message names it.
+    """
 
 
 class ModelNotFound(ModelError):
-    """No such folder, file, or hub repository."""
+    """There is no such folder, file, or hub repository, or the hub cannot be reached.
+
+    Raised by: the search for the model's files.
+    Remedy: check ``--model`` and ``--revision``, the network, and HF_TOKEN for gated models.
+    """
 
 
 class ModelFileBroken(ModelError):
     """A weight or config file is truncated, unreadable, or disagrees with the config.
 
+    Raised by: the search for the model's files, and the loading of weights and tokenizer.
+    Remedy: fetch the file again, with ``ullm pull`` for models of a hub.
+
     Args:
-        file: the file's path.
+        file: path of the file.
         detail: what is wrong with it; names the tensor and both shapes where one is at fault.
     """
 
@@ -188,34 +357,29 @@ class ModelFileBroken(ModelError):
 
 
 class ModelUnsupported(ModelError):
-    """The architecture, quantization, or file format is one that ullm cannot run."""
+    """The architecture, quantization, or file format is one that ullm cannot run.
+
+    Raised by: the loading of a model.
+    Remedy: choose another model, or another format of this one.
+    """
 
 
 class OutOfMemory(ModelError):
-    """The device cannot hold the weights, or not even one block of KV cache."""
+    """The device cannot hold the weights, or not even one block of KV cache.
+
+    Raised by: a worker, as it loads the model.
+    Remedy: free memory, choose a smaller or quantized model, or lower ``--context-len``.
+    """
 
 
-# --- actors, workers and supervision -----------------------------------------------------------
-
-
-class MailboxClosed(UllmError):
-    """You closed this mailbox, or its actor has ended; nothing more can be sent to it."""
-
-
-class MailboxFull(UllmError):
-    """A bounded mailbox had no room for a message sent without waiting."""
-
-
-class AskTimeout(UllmError):
-    """The actor did not answer before the deadline."""
-
-
-class ActorLost(UllmError):
-    """The actor ended before it answered."""
+# --- workers -----------------------------------------------------------------------------------
 
 
 class WorkerLost(UllmError):
     """A worker died, was killed, or stopped answering.
+
+    Raised by: the transports, to the engine, which restarts the worker and runs its requests again.
+    Remedy: none is needed once; if it repeats, the cause and the worker's last lines are in the log.
 
     Args:
         name: the worker's name, as in ``replica0.rank0``.
@@ -231,96 +395,72 @@ class WorkerLost(UllmError):
 
 
 class WorkerFailed(WorkerLost):
-    """A worker reported an exception of its own and ended."""
+    """A worker reported an exception of its own and ended.
+
+    Raised by: the engine's side of a worker, to the engine, which restarts the worker.
+    Remedy: as for `WorkerLost`; the traceback is in the log at level debug.
+    """
 
 
 class FrameBroken(UllmError):
-    """Bytes on a worker's pipe are not a frame; the pipe cannot be used any further."""
+    """The bytes on a worker's pipe are not a frame; the pipe cannot be used any further.
+
+    Raised by: the reader of a pipe between engine and worker.
+    Remedy: none is needed once, since the worker is replaced; a library that prints to the worker's
+        pipe may be the reason.
+    """
 
 
 class FaultInjected(UllmError):
-    """A fault plan asked for this error; see docs/fault-injection.md."""
+    """A fault plan asked for this error.
+
+    Raised by: the fault points, if ``--faults`` or ``POST /admin/faults`` armed them.
+    Remedy: clear the faults; see docs/fault-injection.md.
+    """
 
     def __init__(self, where: str) -> None:
         super().__init__(f"injected fault: {where}")
 
 
-class StartFailed(UllmError):
-    """A supervised child failed before it was ready."""
-
-    def __init__(self, child_id: str, cause: BaseException) -> None:
-        super().__init__(f"child {child_id!r} failed to start: {cause}")
-        self.child_id = child_id
-        self.cause = cause
+# --- start, command line and client ------------------------------------------------------------
 
 
 class StartCancelled(UllmError):
-    """A stop was asked for before the engine had started; nothing is left of it."""
+    """A stop was asked for before the engine had started; nothing is left of it.
+
+    Raised by: `open_engine`.
+    Remedy: none is needed.
+    """
 
     def __init__(self) -> None:
         super().__init__("stopped while starting")
 
 
-class RestartLimitReached(UllmError):
-    """A supervisor's children failed more often than its intensity allows.
-
-    Args:
-        supervisor: the supervisor's id.
-        intensity: restarts allowed within one period.
-        period: seconds.
-        cause: what ended the child the last time.
-        child_id: that child.
-    """
-
-    def __init__(
-        self,
-        supervisor: str,
-        intensity: float,
-        period: float,
-        cause: BaseException | None,
-        child_id: str = "",
-    ) -> None:
-        last = f"child {child_id!r}: {cause}" if child_id else str(cause)
-        super().__init__(
-            f"supervisor {supervisor!r}: more than {intensity:g} restarts within {period:g} s; "
-            f"last cause: {last}"
-        )
-        self.cause = cause
-        self.child_id = child_id
-
-
-class ChildNotFound(UllmError, LookupError):
-    """The supervisor has no child of this id."""
-
-    def __init__(self, supervisor: str, child_id: str) -> None:
-        super().__init__(f"supervisor {supervisor!r} has no child {child_id!r}")
-
-
-class ChildConflict(UllmError):
-    """The child's status does not allow what was asked for; terminate or delete it first.
-
-    Args:
-        status: as in `ullm.supervision.ChildStatus`.
-    """
-
-    def __init__(self, supervisor: str, child_id: str, status: str) -> None:
-        super().__init__(f"child {child_id!r} of supervisor {supervisor!r} exists and is {status}")
-        self.status = status
-
-
 class PortTaken(UllmError):
-    """The address that the server should listen on is in use. Exit code 1."""
+    """The address on which the server should listen is in use; ends a command with exit code 1.
+
+    Raised by: the server, as it starts.
+    Remedy: stop the other program, or choose another ``--port``.
+    """
 
     def __init__(self, host: str, port: int) -> None:
         super().__init__(f"{host}:{port} is already in use; stop what listens there or choose another --port")
 
 
 class UsageError(UllmError):
-    """The command line does not say what to do. Exit code 2."""
+    """The command line does not say what to do; ends a command with exit code 2.
+
+    Raised by: the commands.
+    Remedy: the message names it; ``--help`` lists the options.
+    """
 
 
 class ServerUnreachable(UllmError):
-    """No server answers at a URL, or it hung up in the middle."""
+    """No server answers at a URL, or it closed the connection in the middle.
+
+    Raised by: ``ullm chat --url``, ``ullm generate --url`` and ``ullm bench serve``.
+    Remedy: start a server with ``ullm serve``, or correct the URL.
+    """
 
     def __init__(self, url: str, cause: str) -> None:
         super().__init__(f"{url}: {cause}; is a server running there? (ullm serve starts one)")
@@ -328,6 +468,9 @@ class ServerUnreachable(UllmError):
 
 class ServerRefused(UllmError):
     """A server answered a request with an error.
+
+    Raised by: ``ullm chat --url``, ``ullm generate --url`` and ``ullm bench serve``.
+    Remedy: the server's message names it.
 
     Args:
         status: the HTTP status; 200 for an error inside a stream.
@@ -338,20 +481,7 @@ class ServerRefused(UllmError):
         self.status = status
 
 
-class ShutdownForced(UllmError):
-    """A stop was escalated: what had not stopped was killed or abandoned."""
-
-
-def first_cause(error: BaseException) -> BaseException:
-    """What went wrong first, without the groups and supervisors that it passed through.
-
-    Of a group that is the first real error; the cancellations beside it are its consequences.
-    """
-    while True:
-        if isinstance(error, BaseExceptionGroup):
-            inner: list[BaseException] = list(error.exceptions)
-            error = next((one for one in inner if isinstance(one, Exception)), inner[0])
-        elif isinstance(error, StartFailed | RestartLimitReached) and error.cause is not None:
-            error = error.cause
-        else:
-            return error
+def one_line(error: BaseException) -> str:
+    """Return the first line of the error's message, or the name of its class if there is no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip() if lines else type(error).__name__

@@ -18,11 +18,11 @@ import trio
 from ullm.config import DEFAULT_MODEL, EngineConfig, SleepMode
 from ullm.engine import Engine, open_engine
 from ullm.engine.output import Output
+from ullm.engine.shutdown_report import ShutdownReport
 from ullm.engine.status import Health, ReloadReport, SleepHealth
 from ullm.errors import EngineDead, first_cause
 from ullm.hosting.bridge import Stream, TrioThread
 from ullm.sampling import SamplingParams
-from ullm.supervision import ShutdownReport
 
 __all__ = ["LLM", "Completion", "GenerateOutput", "SamplingParams"]
 

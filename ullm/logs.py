@@ -1,7 +1,7 @@
 """Structured logging on top of the standard library's.
 
-Loggers are structlog's in front of `logging`, with processors of their own, so that an embedding
-program's configuration of either library is left alone. Only entry points call `configure`.
+Loggers are structlog's in front of `logging`, with processors of their own, so that the configuration of
+either library by an embedding program is left alone. Only entry points call `configure`.
 """
 
 from __future__ import annotations
@@ -12,56 +12,56 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 MAX_QUEUED = 10_000
-"""Lines that may wait to be written; further ones are dropped, and counted."""
+"""Maximum number of lines that wait to be written; further ones are dropped and counted."""
 
 
 logging.getLogger("ullm").addHandler(logging.NullHandler())
-"""As libraries do: a program that does not configure logging is not written to."""
+"""As usual for libraries: nothing is printed unless the program configures logging."""
 
 
 class Logger:
-    """A logger of structlog's that is made when it first has something to say: the import takes 50 ms,
-    and most workers never say anything."""
+    """A structlog logger made at its first record: the import takes 50 ms, and most workers log nothing."""
 
     def __init__(self, name: str) -> None:
         self._records = logging.getLogger(name)
         self._logger: Any = None
 
     def log(self, level: int, event: str, /, *arguments: object, **values: object) -> None:
-        """Write a record of a level."""
+        """Log an event at a level; lines below the configured level cost nothing."""
         if not self._records.isEnabledFor(level):
             return
         if self._logger is None:
             self._logger = _wrap(self._records)
-        free = {f"{key}_" if key in _TAKEN else key: value for key, value in values.items()}
-        self._logger.log(level, event, *arguments, **free)
+        renamed = {f"{key}_" if key in _RESERVED else key: value for key, value in values.items()}
+        self._logger.log(level, event, *arguments, **renamed)
 
     def debug(self, event: str, /, *arguments: object, **values: object) -> None:
-        """For who looks into ullm itself."""
+        """Log an event for developers of ullm."""
         self.log(logging.DEBUG, event, *arguments, **values)
 
     def info(self, event: str, /, *arguments: object, **values: object) -> None:
-        """For who runs a server."""
+        """Log an event for operators of a server."""
         self.log(logging.INFO, event, *arguments, **values)
 
     def warning(self, event: str, /, *arguments: object, **values: object) -> None:
-        """Something is not as it should be."""
+        """Log that something is not as it should be."""
         self.log(logging.WARNING, event, *arguments, **values)
 
     def error(self, event: str, /, *arguments: object, **values: object) -> None:
-        """Something has failed."""
+        """Log a failure."""
         self.log(logging.ERROR, event, *arguments, **values)
 
     def exception(self, event: str, /, *arguments: object, **values: object) -> None:
-        """Something has failed; with the traceback of the exception that is being handled."""
+        """Log a failure with the traceback of the exception that is being handled."""
         self.log(logging.ERROR, event, *arguments, exc_info=True, **values)
 
 
 def get_logger(name: str) -> Logger:
-    """A logger whose calls take an event and key-value pairs: ``log.info("loaded", seconds=0.4)``."""
+    """Return a logger whose calls take an event and key-value pairs: ``log.info("loaded", seconds=0.4)``."""
     return Logger(name)
 
 
@@ -82,15 +82,15 @@ def _wrap(records: logging.Logger) -> Any:
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-_TAKEN = _STANDARD - {"exc_info", "stack_info"} | {"level", "event", "extra", "self"}
-"""Keys that `logging` and structlog have uses of their own for."""
+_RESERVED = _STANDARD - {"exc_info", "stack_info"} | {"level", "event", "extra", "self"}
+"""Keys that `logging` and structlog use themselves; a value of such a name gets an underscore behind it."""
 
 
 class KeyValueFormatter(logging.Formatter):
-    """``12:00:00.123 info  ullm.router  replica lost  replica=0 epoch=1``."""
+    """Lines such as ``12:00:00.123 info  ullm.router  replica lost  replica=0 epoch=1``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line per record, and the traceback if there is one."""
+        """Return one line for a record, and its traceback if there is one."""
         clock = self.formatTime(record, "%H:%M:%S") + f".{int(record.msecs):03d}"
         pairs = " ".join(f"{key}={value!s}" for key, value in _extras(record).items())
         line = f"{clock} {record.levelname.lower():7} {record.name}  {record.getMessage()}  {pairs}".rstrip()
@@ -101,12 +101,17 @@ class JsonFormatter(logging.Formatter):
     """One JSON object per record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Keys ``time`` (seconds since 1970), ``level``, ``logger``, ``event`` and the record's own."""
+        """Return an object with ``time`` (seconds since 1970), ``level``, ``logger``, ``event`` and values.
+
+        Values are the record's extra attributes, and arguments that its message names: `ullm.supervision`,
+        which knows nothing of this module, logs ``"child failed  child=%(child)s", {"child": "a"}``.
+        """
         body: dict[str, Any] = {
             "time": record.created,
             "level": record.levelname.lower(),
             "logger": record.name,
-            "event": record.getMessage(),
+            "event": _event(record),
+            **(record.args if isinstance(record.args, Mapping) else {}),
             **_extras(record),
         }
         if record.exc_info:
@@ -115,11 +120,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class PatientWriter(logging.Handler):
-    """Writes to a descriptor in a thread of its own: a reader that is slow, or has stopped to read, must not
-    hold up an event loop.
+    """Write to a descriptor in a thread, so that a slow or stopped reader does not block an event loop.
 
     Args:
-        descriptor: a file, a terminal or a pipe.
+        descriptor: that of a file, a terminal or a pipe.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -130,10 +134,10 @@ class PatientWriter(logging.Handler):
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue a record's line."""
+        """Queue the line of a record."""
         line = self.format(record)
         if self._dropped:
-            line += f"\n{self._dropped} lines before this one were dropped: nobody reads fast enough"
+            line += f"\n{self._dropped} lines before this one were dropped: the log is read too slowly"
         try:
             self._lines.put_nowait(line + "\n")
             self._dropped = 0
@@ -141,7 +145,7 @@ class PatientWriter(logging.Handler):
             self._dropped += 1
 
     def flush(self, seconds: float = 1.0) -> None:
-        """Wait until all is written, so many seconds at most. Python calls it at its end."""
+        """Wait until all lines are written, at most ``seconds`` seconds; Python does so at its exit."""
         with self._lines.all_tasks_done:
             self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, seconds)
 
@@ -151,36 +155,46 @@ class PatientWriter(logging.Handler):
             try:
                 while data:
                     data = data[os.write(self._descriptor, data) :]
-            except OSError:  # nobody will ever read it
+            except OSError:  # the reader is gone for good
                 data = b""
             self._lines.task_done()
 
 
 def flush(seconds: float) -> None:
-    """Wait until what was logged is written, so many seconds at most."""
+    """Wait until the lines logged so far are written, at most ``seconds`` seconds."""
     for handler in logging.getLogger("ullm").handlers:
         if isinstance(handler, PatientWriter):  # any other writes at once
             handler.flush(seconds)
 
 
 def _stderr_handler(*, as_json: bool) -> logging.Handler:
-    """A worker's own stderr is read by its parent, and a worker may end at any moment: it writes at once."""
+    """Return the handler for stderr; a worker, which logs JSON and may end at any moment, writes at once."""
     if not as_json:
         try:
             return PatientWriter(sys.stderr.fileno())
-        except (AttributeError, OSError, ValueError):  # replaced by something that is no file
+        except (AttributeError, OSError, ValueError):  # stderr was replaced by something that is not a file
             pass
     return logging.StreamHandler(sys.stderr)
 
 
 def configure(level: str = "info", *, as_json: bool = False) -> None:
-    """Send ullm's logs to stderr. Called by entry points, never by the library."""
+    """Send the logs of ullm to stderr; called by entry points, never by the library.
+
+    Args:
+        level: lines below it are dropped: debug, info, warning or error.
+        as_json: write one JSON object per line, not text.
+    """
     handler = _stderr_handler(as_json=as_json)
     handler.setFormatter(JsonFormatter() if as_json else KeyValueFormatter())
     root = logging.getLogger("ullm")
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     root.propagate = False
+
+
+def _event(record: logging.LogRecord) -> str:
+    """Return the message, or its constant part where its arguments are values that it names."""
+    return str(record.msg).partition("  ")[0] if isinstance(record.args, Mapping) else record.getMessage()
 
 
 def _extras(record: logging.LogRecord) -> dict[str, Any]:

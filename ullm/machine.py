@@ -1,22 +1,23 @@
-"""What the machine has to give, its container's limits included, and how not to waste it."""
+"""Memory of the machine and of its container, and settings of Python's garbage collector."""
 
 from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 UNKNOWN_MEMORY = 4 << 30
-"""Bytes to assume where the system does not say."""
+"""Bytes of memory to assume where the system does not tell."""
 
 YOUNG_OBJECTS = 20_000
-"""Objects made, and not yet gone, after which garbage is looked for."""
+"""Number of new objects, less those freed, after which garbage is collected."""
 
 
 def available_memory() -> int:
-    """Bytes that this process could still use, its container's limit included."""
+    """Return the bytes of memory that this process can still use, within its container's limit."""
     free = _meminfo_available() or _physical_memory()
     limit = _read_int("/sys/fs/cgroup/memory.max")
     used = _read_int("/sys/fs/cgroup/memory.current")
@@ -24,20 +25,21 @@ def available_memory() -> int:
 
 
 def resident_memory(pid: int) -> int:
-    """Bytes of a process that are in memory; 0 where the system does not say."""
+    """Return the bytes of a process that are in memory; 0 where the system does not tell."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it is gone, or this is not Linux
+    except OSError:  # the process is gone, or this is not Linux
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:")), 0)
 
 
 @contextmanager
 def lasting_imports() -> Iterator[None]:
-    """Import what stays until the end of the process. For entry points, because it is about all objects.
+    """Exempt the modules imported in this block, and all earlier objects, from garbage collection.
 
-    Importing PyTorch makes half a million objects. Looking through them for garbage costs 0.1 s while they
-    are imported, and as much each time later, in the middle of whatever the process then does.
+    For entry points only, because it affects the whole process. Importing PyTorch makes half a million
+    objects. Each collection that looks through them takes 0.1 s, during the import and later, in the middle
+    of the process's work.
     """
     gc.disable()
     try:
@@ -48,12 +50,12 @@ def lasting_imports() -> Iterator[None]:
 
 
 def collect_rarely() -> None:
-    """Look for garbage less often. For entry points, like `lasting_imports`.
+    """Collect garbage less often; for entry points only, like `lasting_imports`.
 
-    A step of a thousand sequences makes some thousand objects at once, which are gone with the step. By
-    Python's own threshold of 700 each such burst is looked through several times, and all objects of all
-    streams with every hundredth time: with 1,000 streams two fifths of a front end's time, in pauses of up
-    to 0.2 s. Garbage that only a collection finds takes some megabytes until then.
+    A step of a thousand sequences makes some thousand objects at once, which are freed at its end. Python's
+    own threshold of 700 starts several collections within each such burst, and every hundredth of them
+    visits all objects of all streams: with 1,000 streams, two fifths of a front end's time in pauses of up
+    to 0.2 s. Garbage that only a collection can find takes a few megabytes until then.
     """
     gc.set_threshold(YOUNG_OBJECTS)
 
@@ -67,9 +69,11 @@ def _meminfo_available() -> int | None:
 
 
 def _physical_memory() -> int:
+    if sys.platform == "win32":  # which has no sysconf
+        return UNKNOWN_MEMORY
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+    except (ValueError, OSError):
         return UNKNOWN_MEMORY
 
 

@@ -1,4 +1,4 @@
-"""A router that fails while requests wait, and goes on; and whom it blames for lost workers."""
+"""A router that fails and restarts while requests wait, and the requests that it blames for lost workers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from ullm.actors.router import CLEARED_AFTER, Router
+from ullm.actors.router import Router
 from ullm.actors.router_messages import ReplicaDown, ReplicaUp, RouterMessage, Tokens
 from ullm.config import EngineConfig
 from ullm.errors import FaultInjected, RequestPoisoned
 from ullm.faults import FaultInjector, FaultPlan
 from ullm.sampling import SamplingParams
-from ullm.scheduling.request import RequestRecord
+from ullm.scheduling.request import CLEARED_AFTER, RequestRecord
 from ullm.scheduling.sequence import TokenEvent
 
 
 def record(router: Router, crashes: int = 0) -> RequestRecord:
     number = router.arrival()
     params = SamplingParams(seed=0)
-    found = RequestRecord(number, f"r{number}", [1], params, 9, (0, number), lambda time: None)
-    found.crashes = crashes
-    return found
+    result = RequestRecord(number, f"r{number}", [1], params, 9, number, lambda time: None)
+    result.crashes = crashes
+    return result
 
 
 async def fail_once(router: Router) -> None:
@@ -41,11 +41,10 @@ async def test_each_waiting_request_is_submitted_once(nursery: trio.Nursery, cra
     for _ in range(2):
         await fail_once(router)
     await nursery.start(lambda task_status: router.run(task_status=task_status))
-    submitted: list[RequestRecord] = []
-    router.mailbox.send_nowait(ReplicaUp(0, 1, 64, submitted.append, lambda seq_id: None))
-    await wait_all_tasks_blocked()
+    replica = Replica(router)
+    await replica.up()
     # A suspect runs alone, and first.
-    assert submitted == (records[:1] if crashes else records)
+    assert list(replica.running.values()) == (records[:1] if crashes else records)
     assert router.statistics().unassigned == (1 if crashes else 0)
     assert router.finish_all("abort") == 2
     assert router.live == 0
@@ -53,30 +52,32 @@ async def test_each_waiting_request_is_submitted_once(nursery: trio.Nursery, cra
 
 
 class Replica:
-    """What a router gives to a replica, and what it hears of it."""
+    """A replica under the test's control; it is its own `SchedulerHandle`."""
 
     def __init__(self, router: Router) -> None:
         self.running: dict[int, RequestRecord] = {}
-        self._router, self._epoch = router, 0
+        self._router, self._incarnation = router, 0
 
     async def up(self) -> None:
-        self._epoch += 1
+        self._incarnation += 1
         self.running.clear()
-        submit, abort = self._submit, lambda seq_id: self.running.pop(seq_id, None)
-        await self._tell(ReplicaUp(0, self._epoch, 64, submit, abort))
+        await self._tell(ReplicaUp(0, self._incarnation, 64, self))
 
     async def down(self, in_step: set[int], *, crashed: bool = True) -> None:
-        await self._tell(ReplicaDown(0, self._epoch, frozenset(in_step), crashed))
+        await self._tell(ReplicaDown(0, self._incarnation, frozenset(in_step), crashed))
 
     async def tokens(self, count: int) -> None:
-        """For each that it runs."""
+        """Have each running request emit ``count`` tokens."""
         events = [
             TokenEvent(record.seq_id, len(record.token_ids), [7] * count) for record in self.running.values()
         ]
-        await self._tell(Tokens(0, self._epoch, events))
+        await self._tell(Tokens(0, self._incarnation, events))
 
-    def _submit(self, record: RequestRecord) -> None:
+    def submit(self, record: RequestRecord) -> None:
         self.running[record.seq_id] = record
+
+    def abort(self, seq_id: int) -> None:
+        self.running.pop(seq_id, None)
 
     async def _tell(self, message: RouterMessage) -> None:
         self._router.mailbox.send_nowait(message)

@@ -37,7 +37,7 @@ class Pool:
 
     @property
     def spares(self) -> list[FakeWorker]:
-        """All that were ever started as such."""
+        """All workers that were ever started as spares."""
         return [worker for worker in self.workers.started if worker.spec.standby]
 
     @property
@@ -52,12 +52,12 @@ class Pool:
 async def running(
     behaviour: FakeBehaviour | None = None, memory: Callable[[], int] = lambda: 100 * GIB
 ) -> AsyncIterator[Pool]:
-    found = Pool(FakeWorkers(behaviour or FakeBehaviour()), memory)
+    result = Pool(FakeWorkers(behaviour or FakeBehaviour()), memory)
     async with trio.open_nursery() as nursery:
-        await nursery.start(found.pool.run)
-        yield found
+        await nursery.start(result.pool.run)
+        yield result
         nursery.cancel_scope.cancel()
-    assert not any(worker.alive() for worker in found.workers.started)
+    assert not any(worker.alive() for worker in result.workers.started)
 
 
 async def start(transport: Transport, config: EngineConfig = CONFIG) -> None:
@@ -70,7 +70,7 @@ async def test_a_spare_is_prepared_when_the_workers_are_ready(autojump_clock: Mo
     async with running() as pool, pool.pool.open(spec(epoch=1)) as worker:
         await start(worker)
         await trio.sleep(100)
-        assert pool.spares == []  # nobody has said so
+        assert pool.spares == []  # `prepare` has not been called
         pool.prepare()
         await trio.sleep(standby.SETTLE_SECONDS + 0.1)
         (spare,) = pool.spares
@@ -155,8 +155,8 @@ async def test_one_for_each_worker_or_as_many_as_configured(autojump_clock: Mock
         assert pool.statistics.prepared == 0
 
 
-async def test_a_place_that_is_not_used_any_more_has_no_spares_too_many(autojump_clock: MockClock) -> None:
-    """As after a reload, during which the old workers and the new ones were there."""
+async def test_a_kind_that_is_no_longer_used_has_no_surplus_spares(autojump_clock: MockClock) -> None:
+    """As after a reload, when the old workers have ended beside the new ones."""
     async with running() as pool:
         async with pool.pool.open(spec(replica=0)):
             pool.prepare()

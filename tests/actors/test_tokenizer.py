@@ -8,8 +8,16 @@ import pytest
 import trio
 import trio.testing
 
-from ullm.actors.tokenizer import Tokenizer
-from ullm.errors import FaultInjected, InvalidParameter, ModelFileBroken, PromptTooLong
+from ullm.actors.tokenizer import TokenizerActor
+from ullm.errors import (
+    ActorLost,
+    AskTimeout,
+    EngineNotReady,
+    FaultInjected,
+    InvalidParameter,
+    ModelFileBroken,
+    PromptTooLong,
+)
 from ullm.faults import FaultInjector
 from ullm.supervision.actor import Lifetime
 from ullm.testing import local_model, write_scripted_model
@@ -25,13 +33,13 @@ def folder(tmp_path):
 
 @pytest.fixture
 async def tokenizer(folder, nursery):
-    tokenizer = Tokenizer(local_model(folder))
+    tokenizer = TokenizerActor(local_model(folder))
     await nursery.start(tokenizer.run)
     return tokenizer
 
 
 def loaded(folder, **changes):
-    tokenizer = Tokenizer(dataclasses.replace(local_model(folder), **changes))
+    tokenizer = TokenizerActor(dataclasses.replace(local_model(folder), **changes))
     tokenizer.load()
     return tokenizer
 
@@ -44,7 +52,6 @@ async def test_text_to_tokens_and_back(tokenizer):
     decoder = tokenizer.detokenizer()
     assert "".join(decoder.push([token]) for token in ids) + decoder.flush() == text
     assert tokenizer.vocab_size == 512
-    assert tokenizer.bos_token_id == 0
 
 
 async def test_tokens_are_those_of_transformers(tokenizer, folder):
@@ -181,20 +188,6 @@ async def test_work_in_hand_is_done_again_after_a_restart(folder, monkeypatch, n
 # --- loading ---
 
 
-@pytest.mark.parametrize(
-    ("generation", "config", "expected"),
-    [
-        ({}, {}, (2,)),
-        ({"eos_token_id": 0}, {"eos_token_id": 1}, (0, 2)),
-        ({"eos_token_id": [1, 2, 1]}, {}, (1, 2)),
-        ({}, {"eos_token_id": [1, 0]}, (1, 0, 2)),
-        ({"eos_token_id": None}, {"eos_token_id": 1}, (1, 2)),
-    ],
-)
-def test_end_of_sequence_tokens(folder, generation, config, expected):
-    assert loaded(folder, generation_config=generation, config=config).eos_token_ids == expected
-
-
 def test_template_of_the_command_line_wins(folder):
     tokenizer = loaded(folder, chat_template="mine: {{ messages[0].content }}")
     assert tokenizer._template.render(HELLO) == "mine: Hello"
@@ -205,8 +198,9 @@ def test_template_of_the_command_line_wins(folder):
 def test_broken_template_of_the_model_costs_only_chat(folder):
     (folder / "chat_template.jinja").write_text("{% if %}")
     tokenizer = loaded(folder)
-    assert not tokenizer.has_chat_template
-    assert loaded(folder, chat_template="x").has_chat_template
+    with pytest.raises(InvalidParameter, match="no chat template"):
+        tokenizer._template.render(HELLO)
+    assert loaded(folder, chat_template="x")._template.render(HELLO) == "x"
 
 
 def test_truncation_and_padding_of_the_file_do_not_apply(folder):
@@ -221,7 +215,7 @@ def test_truncation_and_padding_of_the_file_do_not_apply(folder):
     [
         ("tokenizer.json", None, "no such file; name the tokenizer's folder with --tokenizer"),
         ("tokenizer.json", '{"version": "1.0", "mod', "not a tokenizer"),
-        ("tokenizer_config.json", "{", "not JSON"),
+        ("tokenizer_config.json", "{", "not readable as JSON"),
     ],
 )
 async def test_unreadable_files_fail_the_start(folder, name, content, message):
@@ -230,7 +224,7 @@ async def test_unreadable_files_fail_the_start(folder, name, content, message):
         (folder / name).write_text(content)
     with pytest.RaisesGroup(pytest.RaisesExc(ModelFileBroken, match=message)):
         async with trio.open_nursery() as nursery:
-            await nursery.start(Tokenizer(local_model(folder)).run)
+            await nursery.start(TokenizerActor(local_model(folder)).run)
 
 
 async def test_what_is_far_too_long_is_not_encoded(folder, monkeypatch):
@@ -244,7 +238,7 @@ async def test_what_is_far_too_long_is_not_encoded(folder, monkeypatch):
 
 
 async def test_an_injected_fault_ends_the_actor_and_not_the_request(folder, nursery):
-    tokenizer = Tokenizer(local_model(folder), FaultInjector.from_text("tokenizer.encode:raise@times=3"))
+    tokenizer = TokenizerActor(local_model(folder), FaultInjector.from_text("tokenizer.encode:raise@times=3"))
     lost = []
 
     async def lives(task_status):
@@ -261,3 +255,25 @@ async def test_an_injected_fault_ends_the_actor_and_not_the_request(folder, nurs
     assert tokenizer.decode(ids) == "Hello"
     assert [type(error) for error in lost] == [FaultInjected] * 3
     nursery.cancel_scope.cancel()
+
+
+async def test_a_tokenizer_that_is_lost_or_silent_is_a_refusal(folder, nursery, monkeypatch):
+    """Callers get a `UllmError`, as from everything else of the engine."""
+    tokenizer = TokenizerActor(local_model(folder), FaultInjector.from_text("tokenizer.encode:raise@times=4"))
+
+    async def lives(task_status):
+        for _ in range(4):
+            try:
+                with Lifetime("tokenizer").running():
+                    await tokenizer.run(task_status=task_status)
+            except BaseExceptionGroup:
+                task_status = trio.TASK_STATUS_IGNORED
+
+    await nursery.start(lives)
+    with pytest.raises(EngineNotReady) as lost:
+        await tokenizer.encode("Hello")
+    assert isinstance(lost.value.__cause__, ActorLost)
+    monkeypatch.setattr("ullm.actors.tokenizer.ANSWER_SECONDS", 0.01)  # nobody lives to answer
+    with pytest.raises(EngineNotReady) as silent:
+        await tokenizer.encode("Hello")
+    assert isinstance(silent.value.__cause__, AskTimeout)

@@ -34,7 +34,7 @@ def test_a_stuck_loop_is_left_at_the_deadline(serve: Serve, scripted_model: Path
     server = stuck(serve, scripted_model)
     server.signal(signal.SIGTERM)
     assert server.wait(10) == 71
-    assert "What still runs" in server.errors()
+    assert "Threads that still run" in server.errors()
 
 
 def test_a_stuck_loop_is_left_at_the_third_signal(serve: Serve, scripted_model: Path) -> None:

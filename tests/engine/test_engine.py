@@ -16,7 +16,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from ullm.actors.router import Router
 from ullm.actors.router_messages import Tokens
 from ullm.config import EngineConfig
-from ullm.engine import Engine, open_engine
+from ullm.engine import Engine, EngineState, open_engine
 from ullm.engine.output import Output
 from ullm.errors import (
     EngineDead,
@@ -30,7 +30,7 @@ from ullm.errors import (
 from ullm.hub import LocalModel
 from ullm.protocol.messages import Sampled, Step, StepResult, Stop, ToWorker
 from ullm.sampling import SamplingParams
-from ullm.supervision import ChildSpec, EngineState
+from ullm.supervision import ChildSpec
 from ullm.testing import (
     FakeBehaviour,
     FakeWorkers,
@@ -287,7 +287,7 @@ async def test_a_failing_scheduler_is_restarted_alone(
     clock: MockClock, opened: Open, script: ScriptedSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fault(engine: Engine, workers: FakeWorkers) -> None:
-        core = engine._fleet.replicas[0].scheduler._core
+        core = engine._fleet.replicas[0].scheduler._scheduler
         assert core is not None
         monkeypatch.setattr(core, "apply", lambda result: 1 / 0)
         fault_seen.append(workers)
@@ -554,7 +554,7 @@ async def test_a_hung_worker_is_not_asked_to_stop(clock: MockClock, opened: Open
 
 async def test_more_choices_than_ever_fit_are_a_bad_request(clock: MockClock, opened: Open) -> None:
     async with opened(max_bs=2, max_num_batched_tokens=16, max_queue=3) as (engine, _):
-        with pytest.raises(InvalidParameter, match="5 at most"):
+        with pytest.raises(InvalidParameter, match="at most 5"):
             await collect(engine, params=SamplingParams(n=6, max_tokens=2))
 
 

@@ -556,7 +556,7 @@ async def test_a_new_chat_template_that_cannot_be_read_changes_nothing(
     hello = [{"role": "user", "content": "Hello"}]
     async with opened(find_model=lambda config: local_model(Path(config.model))) as (engine, workers):
         before = await engine.tokenizer.render_chat(hello)
-        with pytest.raises(ReloadFailed, match=r"tokenizer_config.json: not JSON"):
+        with pytest.raises(ReloadFailed, match=r"tokenizer_config.json: not readable as JSON"):
             await engine.reload(model=str(other))
         assert len(workers) == 1
         assert await engine.tokenizer.render_chat(hello) == before

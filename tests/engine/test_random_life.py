@@ -14,11 +14,10 @@ from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from ullm.engine import Engine
+from ullm.engine import Engine, EngineState
 from ullm.errors import EngineBusy, EngineDraining, EngineNotReady, ReloadFailed
 from ullm.protocol.messages import StepResult
 from ullm.sampling import SamplingParams
-from ullm.supervision import EngineState
 from ullm.testing import (
     FakeBehaviour,
     FakeWorkers,

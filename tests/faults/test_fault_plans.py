@@ -14,12 +14,12 @@ from trio.testing import MockClock
 
 from ullm.errors import ConfigError, FaultInjected
 from ullm.faults import ACTOR_ACTIONS, FRAME_ACTIONS, POINTS, WORKER_ACTIONS, Fault, FaultInjector, FaultPlan
-from ullm.faults.injector import HISTORY, Site
+from ullm.faults.injector import HISTORY, FaultSite
 
-STEP = Site("worker.step", replica=0, rank=0, epoch=1)
+STEP = FaultSite("worker.step", replica=0, rank=0, epoch=1)
 
 
-def fires(injector: FaultInjector, hits: int, site: Site = STEP) -> list[int]:
+def fires(injector: FaultInjector, hits: int, site: FaultSite = STEP) -> list[int]:
     """The hits, counted from 1, at which something happens."""
     return [hit for hit in range(1, hits + 1) if injector.fire(site)]
 
@@ -75,8 +75,8 @@ def faults(draw: st.DrawFn) -> Fault:
 
 
 @given(st.lists(faults()), st.integers(0, 10**6))
-def test_what_is_written_can_be_read(found: list[Fault], seed: int) -> None:
-    plan = FaultPlan(tuple(found), seed)
+def test_what_is_written_can_be_read(written: list[Fault], seed: int) -> None:
+    plan = FaultPlan(tuple(written), seed)
     assert FaultPlan.parse(str(plan)) == plan
     assert FaultPlan.parse(msgspec.json.encode(plan).decode()) == plan
 
@@ -103,9 +103,9 @@ def test_plans_are_added_with_their_seeds() -> None:
         ("worker.step:crash@probability=nan", "above 0 and at most 1, got nan"),
         ("worker.step:slow@seconds=-1", "above 0 and finite, got -1"),
         ("worker.step:crash@seconds=1", "crash takes no seconds"),
-        ("worker.step:crash@nth=1,nth=2", "'nth=2' is no option, or is there twice"),
-        ("worker.step:crash@action=hang", "'action=hang' is no option"),
-        ("worker.step:crash@wehn=3", "'wehn=3' is no option"),
+        ("worker.step:crash@nth=1,nth=2", "'nth=2' is not an option, or is given twice"),
+        ("worker.step:crash@action=hang", "'action=hang' is not an option"),
+        ("worker.step:crash@wehn=3", "'wehn=3' is not an option"),
         ("frame.to_worker:drop@message=Stepp", "no message 'Stepp'; there are Asleep"),
         ("worker.step:crash@message=Step", "only frames can be filtered by message"),
         ("router.tokens:raise@rank=1", "cannot be filtered by rank"),
@@ -142,17 +142,21 @@ def test_it_happens_at_these_hits(options: str, expected: list[int]) -> None:
 
 def test_only_what_is_meant_is_counted() -> None:
     injector = FaultInjector.from_text("worker.step:crash@nth=2,replica=1,rank=0,epoch=2")
-    other = [Site("worker.step", 0, 0, 2), Site("worker.step", 1, 1, 2), Site("worker.step", 1, 0, 1)]
-    other.append(Site("worker.start", 1, 0, 2))
+    other = [
+        FaultSite("worker.step", 0, 0, 2),
+        FaultSite("worker.step", 1, 1, 2),
+        FaultSite("worker.step", 1, 0, 1),
+    ]
+    other.append(FaultSite("worker.start", 1, 0, 2))
     for site in other:
         assert fires(injector, 5, site) == []
-    assert fires(injector, 3, Site("worker.step", 1, 0, 2)) == [2]
+    assert fires(injector, 3, FaultSite("worker.step", 1, 0, 2)) == [2]
 
 
 def test_frames_are_counted_by_message() -> None:
     injector = FaultInjector.from_text("frame.from_worker:drop@nth=2,message=StepResult")
-    assert fires(injector, 3, Site("frame.from_worker", 0, 0, 1, "Progress")) == []
-    assert fires(injector, 3, Site("frame.from_worker", 0, 0, 1, "StepResult")) == [2]
+    assert fires(injector, 3, FaultSite("frame.from_worker", 0, 0, 1, "Progress")) == []
+    assert fires(injector, 3, FaultSite("frame.from_worker", 0, 0, 1, "StepResult")) == [2]
 
 
 def test_chance_is_seeded_and_independent_of_other_points() -> None:
@@ -160,12 +164,12 @@ def test_chance_is_seeded_and_independent_of_other_points() -> None:
     alone = fires(FaultInjector.from_text(plan), 1000)
     assert 150 < len(alone) < 250
     mixed = FaultInjector.from_text(plan)
-    found = []
+    hits = []
     for hit in range(1, 1001):
-        mixed.fire(Site("worker.ping"))
+        mixed.fire(FaultSite("worker.ping"))
         if mixed.fire(STEP):
-            found.append(hit)
-    assert found == alone
+            hits.append(hit)
+    assert hits == alone
     assert fires(FaultInjector.from_text(plan.replace("seed=3", "seed=4")), 1000) != alone
     assert fires(FaultInjector.from_text("worker.step:crash@probability=0.2,seed=3"), 1000) == alone
 
@@ -215,7 +219,7 @@ def test_windows_has_no_sigstop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_happened_is_remembered_and_can_be_sent() -> None:
     injector = FaultInjector(FaultPlan.parse("frame.to_worker:drop@times=2"), clock=lambda: 12.5)
-    injector.fire(Site("frame.to_worker", 1, 0, 3, "Step"))
+    injector.fire(FaultSite("frame.to_worker", 1, 0, 3, "Step"))
     report = msgspec.json.decode(msgspec.json.encode(injector.describe()))
     assert report == {
         "armed": [

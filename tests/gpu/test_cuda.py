@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-from fake_cuda import Calls
-from model_fixtures import (
+from tests.model.fake_cuda import Calls
+from tests.model.kernel_checks import check_choice
+from tests.model.model_fixtures import (
     GREEDY,
     MODELS,
     SHAPE,
@@ -23,12 +23,10 @@ from model_fixtures import (
     reference_greedy,
     save_tiny,
 )
-from test_cuda_ops import check_choice
-
 from ullm.model.architectures.decoder import Decoder
-from ullm.model.attention.varlen import VarlenAttention, VarlenStep
+from ullm.model.attention.varlen import SequenceGroup, VarlenAttention, VarlenStep
 from ullm.model.execution.runner import ModelRunner
-from ullm.model.kernels.cuda.choice import SplitDecode, trial
+from ullm.model.kernels.cuda.decode_choice import SplitDecode, random_group
 from ullm.model.kernels.cuda.ops import FusedOps
 from ullm.model.memory.kv_pool import KvShape
 from ullm.protocol.messages import NewSequence, RankSpec, ScheduledSequence, Start, Step
@@ -117,7 +115,7 @@ def test_attention_of_decodes_is_flash_attention(shape: KvShape, window: int | N
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     backend = VarlenAttention(shape, 40, 256, torch.bfloat16, device)
     for count in (1, 3, 300):
-        part = trial(backend, count)
+        part = random_group(backend, count)
         q = torch.randn(count, shape.num_query_heads, shape.head_dim, device=device).bfloat16()
         expected = VarlenStep(backend, part.query_start, [part]).attend(0, q, 0.1, window)
         for tiling in kernels.TILINGS:
@@ -149,7 +147,7 @@ def fix_attention(runner: ModelRunner) -> None:
     rank = runner._rank
     assert rank is not None
     assert isinstance(rank.backend, VarlenAttention)
-    processors = torch.cuda.get_device_properties(rank.site.device).multi_processor_count
+    processors = torch.cuda.get_device_properties(rank.context.device).multi_processor_count
     first = SplitDecode(kernels, kernels.TILINGS[0], processors)
     rank.backend.choose_decode = lambda count: first
     if rank.graphs is not None:
@@ -181,16 +179,17 @@ def test_the_kernel_is_what_its_stand_in_is(name: str, tmp_path: Path) -> None:
     assert isinstance(rank.backend, VarlenAttention)
     real, fake, pairs = rank.backend.kernel, Calls(), []
 
-    def both(*args: Any, **options: Any) -> torch.Tensor:
-        out = real(*args, **options)
-        on_cpu = {
-            key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in options.items()
-        }
-        expected = fake(
-            *(arg.cpu().float() if arg.is_floating_point() else arg.cpu() for arg in args[:5]),
-            *args[5:],
-            **on_cpu,
+    def both(
+        q: torch.Tensor, pool: torch.Tensor, group: SequenceGroup, key_start: torch.Tensor, *rest: Any
+    ) -> torch.Tensor:
+        out = real(q, pool, group, key_start, *rest)
+        on_cpu = dataclasses.replace(
+            group,
+            query_start=group.query_start.cpu(),
+            seq_lens=group.seq_lens.cpu(),
+            block_tables=group.block_tables.cpu(),
         )
+        expected = fake(q.cpu().float(), pool.cpu().float(), on_cpu, key_start.cpu(), *rest)
         pairs.append((out.float().cpu(), expected))
         return out
 
@@ -275,7 +274,7 @@ def test_foreign_model_sleeps(load_format: str, tmp_path: Path) -> None:
 
 
 def test_sleep_gives_the_device_back(tmp_path: Path) -> None:
-    """As the driver counts it, and as it is reported; awake again, as many blocks as before."""
+    """Driver and report agree on the freed memory; awake again, there are as many blocks as before."""
     shape = SHAPE | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(tmp_path)
     runner = ModelRunner()
@@ -285,13 +284,13 @@ def test_sleep_gives_the_device_back(tmp_path: Path) -> None:
     pool = info.num_blocks * info.block_size * info.kv_bytes_per_token
     free_awake = torch.cuda.mem_get_info()[0]
     for level in (1, 2):
-        given_back = runner.sleep(level)
-        assert list(given_back) == ["graphs", "kv_cache", "weights"]
-        assert given_back["kv_cache"] >= pool
-        assert given_back["weights"] >= 0.9 * info.weight_bytes
+        freed_bytes = runner.sleep(level)
+        assert list(freed_bytes) == ["graphs", "kv_cache", "weights"]
+        assert freed_bytes["kv_cache"] >= pool
+        assert freed_bytes["weights"] >= 0.9 * info.weight_bytes
         grown = torch.cuda.mem_get_info()[0] - free_awake
         assert grown >= 0.95 * (pool + info.weight_bytes)
-        assert abs(grown - sum(given_back.values())) < 64 << 20
+        assert abs(grown - sum(freed_bytes.values())) < 64 << 20
         assert runner.wake(lambda _: None) == info
         assert abs(torch.cuda.mem_get_info()[0] - free_awake) < 64 << 20
     runner.close()

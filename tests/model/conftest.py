@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_fixtures import save_tiny
+
+from tests.model.model_fixtures import save_tiny
 
 
 @pytest.fixture(autouse=True)

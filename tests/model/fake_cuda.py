@@ -1,7 +1,7 @@
-"""What runs only on CUDA, on a CPU: the paged kernel in plain PyTorch, and graphs that compute anew.
+"""CUDA's code paths on a CPU: the paged kernel in plain PyTorch, and graphs that compute their step again.
 
-The kernel insists on what Flash Attention's insists on, and wastes as it does: what lies beyond the length
-that it is told is not looked at.
+The kernel checks its arguments for what Flash Attention's kernel requires, and ignores keys beyond the
+longest length that it is given.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_fixtures import load_runner
 from torch import Tensor
 
-from ullm.model.attention.varlen import CAUSAL, FULL, VarlenAttention
-from ullm.model.execution.graphs import Captured, DecodeGraphs
+from tests.model.model_fixtures import load_runner
+from ullm.model.attention.varlen import CAUSAL, FULL, SequenceGroup, VarlenAttention
+from ullm.model.execution.graphs import CapturedStep, DecodeGraphs
 from ullm.model.execution.runner import ModelRunner
 
 
 class Calls:
-    """A kernel that remembers how it was called.
+    """A kernel that records its calls.
 
     Attributes:
-        calls: (sequences, longest query, longest sequence, window).
+        calls: per call, (sequences, longest query, longest sequence, window).
     """
 
     def __init__(self) -> None:
@@ -31,19 +31,15 @@ class Calls:
     def __call__(
         self,
         q: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        query_start: Tensor,
+        pool: Tensor,
+        group: SequenceGroup,
         key_start: Tensor,
-        max_query_len: int,
-        max_seq_len: int,
-        *,
         scale: float,
-        window: tuple[int, int],
-        seq_lens: Tensor,
-        block_tables: Tensor,
+        sliding_window: int | None,
     ) -> Tensor:
-        count = len(seq_lens)
+        query_start, seq_lens, block_tables = group.query_start, group.seq_lens, group.block_tables
+        count, window = len(seq_lens), group.window(sliding_window)
+        max_query_len, max_seq_len = group.max_query_len, group.max_seq_len
         self.calls.append((count, max_query_len, max_seq_len, window))
         for numbers in (query_start, key_start, seq_lens, block_tables):
             assert numbers.dtype == torch.int32
@@ -54,18 +50,18 @@ class Calls:
         assert query_start[-1] == len(q)
         assert block_tables.shape[0] == count
         assert block_tables.stride(1) == q.stride(-1) == 1
-        assert int(seq_lens.max()) <= max_seq_len <= block_tables.shape[1] * keys.shape[1]
+        assert int(seq_lens.max()) <= max_seq_len <= block_tables.shape[1] * pool.shape[2]
         out = torch.empty(q.shape, dtype=q.dtype)
         for i, (start, end) in enumerate(zip(query_start.tolist(), query_start.tolist()[1:], strict=False)):
             assert end - start <= max_query_len
             length = min(int(seq_lens[i]), max_seq_len)
-            k, v = (pool[block_tables[i].long()].flatten(0, 1)[:length] for pool in (keys, values))
+            k, v = (half[block_tables[i].long()].flatten(0, 1)[:length] for half in pool)
             out[start:end] = attend(q[start:end], k, v, scale, window)
         return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: tuple[int, int]) -> Tensor:
-    """One sequence; the last query is at the last key."""
+    """Compute attention of one sequence; the last query is at the last key."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     distance = torch.arange(len(k)) - torch.arange(len(k) - len(q), len(k))[:, None]
@@ -80,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: tuple[int, int
 
 
 class Anew:
-    """Stands for a CUDA graph: computes the same step from what its inputs hold now."""
+    """Stands in for a CUDA graph: computes the same step from the current inputs."""
 
     def __init__(self, graphs: DecodeGraphs, size: int, reach: int) -> None:
         self.graphs, self.size, self.reach = graphs, size, reach
@@ -88,23 +84,23 @@ class Anew:
         self.replays = 0
 
     def replay(self) -> None:
-        """As a replay: the result is where it always is."""
+        """Compute the step into the tensor that a replay would write to."""
         self.replays += 1
         self.hidden.copy_(self.graphs._step(self.size, self.reach))
 
     def reset(self) -> None:
-        """Nothing is held."""
+        """Do nothing; there is nothing to free."""
 
 
 def fake_graphs(graphs: DecodeGraphs) -> dict[tuple[int, int], Anew]:
-    """In place of `DecodeGraphs.capture`."""
+    """Fill in graphs as `DecodeGraphs.capture` does."""
     found = {}
     for size in graphs.sizes:
         for reach in graphs.reaches[size]:
             graphs._write(size, reach, None, ([], []))
             fake = Anew(graphs, size, reach)
             fake.hidden = graphs._step(size, reach).clone()
-            graphs.graphs[size, reach] = Captured(fake, fake.hidden)
+            graphs.graphs[size, reach] = CapturedStep(fake, fake.hidden)
             found[size, reach] = fake
     return found
 
@@ -113,8 +109,8 @@ class FakeCuda:
     """A runner whose rank computes as on CUDA, with a model in float32 on the CPU.
 
     Args:
-        graphs: whether decodes are "captured".
-        processors: of the GPU that there is not.
+        graphs: "capture" decodes.
+        processors: number of the imaginary GPU's multiprocessors.
     """
 
     def __init__(self, path: Path, *, graphs: bool, processors: int = 132, **options: Any) -> None:
@@ -133,14 +129,14 @@ class FakeCuda:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Make graphs of what the model computes now."""
+        """Make graphs of the model's steps."""
         rank, backend = self.rank, self.rank.backend
         assert isinstance(backend, VarlenAttention)
         rank.graphs = DecodeGraphs(
             rank.model,
             backend,
             rank.last_tokens,
-            rank.site.config.max_bs,
+            rank.context.config.max_bs,
             rank.info.context_len,
             self._processors,
         )
@@ -149,5 +145,5 @@ class FakeCuda:
 
     @property
     def replays(self) -> dict[tuple[int, int], int]:
-        """(size, reach) → how often that graph ran."""
+        """(size, reach) → number of replays of that graph."""
         return {key: graph.replays for key, graph in self.graphs.items() if graph.replays}

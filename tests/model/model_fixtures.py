@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from ullm.config import EngineConfig
@@ -66,6 +65,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def save_tiny(folder: Path, name: str, **save: Any) -> Any:
     """Save a random model of `MODELS` and return it, for its answers."""
+    import transformers  # takes seconds, which processes that only load models need not spend
+
     family, changes = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**(SHAPE | changes))
     torch.manual_seed(0)
@@ -137,7 +138,7 @@ class LogitsModel:
         logits = self.model.logits(self.model.forward(batch.token_ids, batch))
         return {
             row.seq_id: logits[end - row.count : end]
-            for (row, _), end in zip(plan.rows, plan.ends, strict=True)
+            for (row, _), end in zip(plan.sequences, plan.ends, strict=True)
         }
 
 
@@ -161,3 +162,52 @@ def generate(runner: ModelRunner, tokens: list[int], count: int, *, chunk: int =
         result = runner.submit(Step(i, [ScheduledSequence(0, len(tokens) + i, 1, True)])).result()
         found += result.sampled[0].token_ids
     return found
+
+
+def step_by_step(runner: ModelRunner, prompts: list[list[int]], steps: int) -> list[list[int]]:
+    """Greedy tokens; prompts come one after the other, so that steps mix their chunks with decodes."""
+    found: list[list[int]] = [[] for _ in prompts]
+    done = [0] * len(prompts)
+    for number in range(steps):
+        rows, new = [], []
+        for i, prompt in enumerate(prompts[: number + 1]):
+            if not done[i]:
+                new.append(NewSequence(i, prompt, len(prompt), GREEDY, list(range(8 * i, 8 * i + 8))))
+            count = min(4, len(prompt) - done[i]) if done[i] < len(prompt) else 1
+            rows.append(ScheduledSequence(i, done[i], count, done[i] + count >= len(prompt)))
+            done[i] += count
+        for sampled in runner.submit(Step(number, rows, new)).result().sampled:
+            found[sampled.seq_id] += sampled.token_ids
+    return found
+
+
+def outputs(
+    path: Path, prompts: list[list[int]], *, chunk: int, lose_after: int | None = None, **options: Any
+) -> list[list[int]]:
+    """Twelve greedy tokens of each prompt, computed together, in chunks; perhaps with a loss of all KV."""
+    runner = load_runner(path, dtype="bfloat16", num_blocks=400, **options)
+    tokens = [list(prompt) for prompt in prompts]
+    computed = [0] * len(prompts)
+    greedy = SamplingParams(temperature=0, seed=0)
+
+    def introduce() -> list[NewSequence]:
+        blocks = [list(range(40 * i, 40 * i + 40)) for i in range(len(prompts))]
+        return [NewSequence(i, tokens[i], len(prompts[i]), greedy, blocks[i]) for i in range(len(prompts))]
+
+    new, forget = introduce(), list[int]()
+    for number in range(1, 200):
+        rows = []
+        for i, known in enumerate(tokens):
+            count = min(chunk, len(known) - computed[i])
+            if len(known) < len(prompts[i]) + 12:
+                rows.append(ScheduledSequence(i, computed[i], count, computed[i] + count == len(known)))
+                computed[i] += count
+        if not rows:
+            break
+        for sampled in runner.submit(Step(number, rows, new, forget)).result().sampled:
+            tokens[sampled.seq_id] += sampled.token_ids
+        new, forget = [], []
+        if number == lose_after:
+            new, forget, computed = introduce(), list(range(len(prompts))), [0] * len(prompts)
+    runner.close()
+    return [known[len(prompt) :] for known, prompt in zip(tokens, prompts, strict=True)]

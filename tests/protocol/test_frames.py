@@ -157,13 +157,13 @@ def test_any_bytes_give_messages_or_are_broken(data):
         pass
 
 
-def test_values_of_a_step_are_unknown_to_the_collector_of_garbage():
-    """There are thousands in each step; it would look through them all, and go on to everything else."""
+def test_values_of_a_step_are_not_tracked_by_the_garbage_collector():
+    """Each step has thousands of them, and traversing them triggers full collections."""
     result = StepResult(1, [Sampled(number, [number]) for number in range(3)])
     reader: FrameReader[FromWorker] = FrameReader(FromWorker)
     reader.feed(encode(result))
-    found = reader.next()
-    assert found == result
+    decoded = reader.next()
+    assert decoded == result
     step = Step(1, [ScheduledSequence(1, 0, 1, sample=True)])
-    assert not any(map(gc.is_tracked, [found, *found.sampled, step, *step.scheduled]))
+    assert not any(map(gc.is_tracked, [decoded, *decoded.sampled, step, *step.scheduled]))
     assert not gc.is_tracked(TokenEvent(1, 0, [5]))

@@ -1,4 +1,4 @@
-"""The block pool: who holds what, what can be found again, what is evicted first."""
+"""The block pool: holders, the prefix cache, and the order of eviction."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ullm.scheduling.block_pool import ROOT_HASH, BlockPool, block_hash
 
 def test_blocks_are_handed_out_once() -> None:
     pool = BlockPool(4)
-    taken = pool.allocate(4)
-    assert sorted(taken) == [0, 1, 2, 3]
-    assert pool.num_free == 0
+    blocks = pool.allocate(4)
+    assert sorted(blocks) == [0, 1, 2, 3]
+    assert pool.num_available == 0
     pool.check_integrity()
 
 
@@ -31,9 +31,9 @@ def test_a_published_block_is_found_after_its_release() -> None:
     pool.publish(block, digest)
     pool.release([block])
     assert pool.find([digest]) == [block]
-    assert pool.num_free == 2
+    assert pool.num_available == 2
     pool.take([block])
-    assert pool.num_free == 1
+    assert pool.num_available == 1
     pool.check_integrity()
 
 
@@ -58,12 +58,12 @@ def test_the_end_of_a_sequence_is_evicted_before_its_beginning() -> None:
     pool.check_integrity()
 
 
-def test_blank_blocks_go_before_cached_ones() -> None:
+def test_free_blocks_go_before_cached_ones() -> None:
     pool = BlockPool(2)
-    cached, blank = pool.allocate(2)
+    cached, free = pool.allocate(2)
     pool.publish(cached, b"x" * 16)
-    pool.release([cached, blank])
-    assert pool.allocate(1) == [blank]
+    pool.release([cached, free])
+    assert pool.allocate(1) == [free]
     assert pool.statistics().cached == 1
 
 
@@ -83,11 +83,11 @@ def test_a_block_held_twice_is_free_after_two_releases() -> None:
     pool.publish(block, b"x" * 16)
     pool.take([block])
     pool.release([block])
-    assert pool.num_free == 0
-    assert pool.num_free_after_taking([block]) == 0
+    assert pool.num_available == 0
+    assert pool.num_available_after_taking([block]) == 0
     pool.release([block])
-    assert pool.num_free == 1
-    assert pool.num_free_after_taking([block]) == 0
+    assert pool.num_available == 1
+    assert pool.num_available_after_taking([block]) == 0
 
 
 def test_a_hash_depends_on_tokens_and_on_all_before() -> None:
@@ -101,7 +101,7 @@ def test_no_operations_lose_or_double_a_block(operations: list[tuple[str, int]])
     pool = BlockPool(6)
     held: list[list[int]] = []
     for number, (operation, value) in enumerate(operations):
-        if operation == "allocate" and pool.num_free >= value:
+        if operation == "allocate" and pool.num_available >= value:
             blocks = pool.allocate(value)
             for block in blocks[: value // 2]:
                 pool.publish(block, number.to_bytes(8) + block.to_bytes(8))
@@ -118,6 +118,6 @@ def test_no_operations_lose_or_double_a_block(operations: list[tuple[str, int]])
 
 def test_the_integrity_check_sees_a_lost_block() -> None:
     pool = BlockPool(2)
-    pool._blank.pop()
+    pool._free.pop()
     with pytest.raises(AssertionError, match="lost"):
         pool.check_integrity()

@@ -1,4 +1,4 @@
-"""Drafts out of a sequence's own tokens, and how a scheduler plans and takes them."""
+"""Drafts from a sequence's own tokens, and how a scheduler plans and verifies them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ullm.config import EngineConfig
 from ullm.protocol.messages import RankSpec, Sampled, ScheduledSequence, Start, Step, StepResult
 from ullm.sampling import SamplingParams
 from ullm.scheduling.block_pool import BlockPool
-from ullm.scheduling.drafting import WAIT_IN_ROWS, WINDOW, Drafter, can_draft, find_following, price
+from ullm.scheduling.drafting import WAIT_COST, WINDOW, Drafter, can_draft, find_following, price
 from ullm.scheduling.scheduler import Scheduler
 from ullm.scheduling.sequence import Sequence
 from ullm.testing import ScriptedRunner, ScriptedSettings, scripted_tokens
@@ -30,7 +30,7 @@ def following(tokens: Values[int]) -> int | None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "found"),
+    ("tokens", "expected"),
     [
         ([], None),
         ([5], None),
@@ -43,8 +43,8 @@ def following(tokens: Values[int]) -> int | None:
         ([1 << 16, 1, 0, 1 << 16, 1, 0], 3),
     ],
 )
-def test_the_latest_of_the_longest_occurrences_is_found(tokens: list[int], found: int | None) -> None:
-    assert following(tokens) == found
+def test_the_latest_of_the_longest_occurrences_is_found(tokens: list[int], expected: int | None) -> None:
+    assert following(tokens) == expected
 
 
 def by_hand(tokens: list[int]) -> int | None:
@@ -90,10 +90,10 @@ def test_a_loop_is_continued() -> None:
 def test_the_text_may_grow_between_drafts() -> None:
     tokens = list(REPETITIVE)
     drafter = Drafter(tokens)
-    assert drafter.propose(tokens, 2, rows=1) == [13, 14]
+    assert drafter.propose(tokens, 2, batch_size=1) == [13, 14]
     tokens += [13, 14, 99, 16, 17]
     drafter.observe(tokens)
-    assert drafter.propose(tokens, 2, rows=1) == [10, 11]
+    assert drafter.propose(tokens, 2, batch_size=1) == [10, 11]
 
 
 def test_a_text_is_followed_where_it_is_copied_from() -> None:
@@ -103,7 +103,7 @@ def test_a_text_is_followed_where_it_is_copied_from() -> None:
     drafter = Drafter(tokens)
     tokens.append(12)
     drafter.observe(tokens)
-    assert drafter.propose(tokens, 3, rows=1) == [20, 11, 12]
+    assert drafter.propose(tokens, 3, batch_size=1) == [20, 11, 12]
 
 
 def test_the_chance_is_learned_without_drafts_too() -> None:
@@ -113,9 +113,9 @@ def test_the_chance_is_learned_without_drafts_too() -> None:
     for token in [*range(100, 120), *[5, 6] * 6]:
         tokens.append(token)
         drafter.observe(tokens)
-        lengths.append(len(drafter.propose(tokens, 8, rows=1)))
+        lengths.append(len(drafter.propose(tokens, 8, batch_size=1)))
     assert lengths[:20] == [0] * 20
-    assert drafter.value(rows=1) > WAIT_IN_ROWS
+    assert drafter.value(batch_size=1) > WAIT_COST
     assert lengths[-1] > 4, "as soon as the guesses are right"
 
 
@@ -126,11 +126,11 @@ def test_wrong_guesses_end_the_drafts() -> None:
     for number in range(300):
         tokens += [5, 6]
         drafter.observe(tokens)
-        drafted += len(drafter.propose(tokens, 8, rows=1))
+        drafted += len(drafter.propose(tokens, 8, batch_size=1))
         tokens += [100 + number]
         drafter.observe(tokens)
     assert 0 < drafted < 12
-    assert drafter.value(rows=1) < WAIT_IN_ROWS
+    assert drafter.value(batch_size=1) < WAIT_COST
 
 
 def test_the_more_sequences_the_surer_a_draft_must_be() -> None:
@@ -141,7 +141,7 @@ def test_the_more_sequences_the_surer_a_draft_must_be() -> None:
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > 10 > lengths[-1] >= 1
     assert price(1) < price(32) < 1
-    assert not Drafter(tokens).propose(tokens, 64, rows=64), "not at first"
+    assert not Drafter(tokens).propose(tokens, 64, batch_size=64), "not at first"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def make_sequence(
         num_prompt_tokens=len(prompt),
         params=params or SamplingParams(temperature=0, seed=seq_id),
         max_total=len(prompt) + max_tokens,
-        order=(0, seq_id),
+        queue_key=(0, seq_id),
     )
 
 
@@ -338,7 +338,7 @@ def test_a_sequence_preempted_while_its_draft_is_computed_goes_on() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_fewer_steps_and_the_same_text(temperature: float) -> None:
     params = SamplingParams(temperature=temperature, seed=3)
-    steps, found = [], []
+    steps, texts = [], []
     for speculate in (0, 8):
         scheduler, _ = make_scheduler(speculate=speculate)
         runner = ScriptedRunner()
@@ -351,7 +351,7 @@ def test_fewer_steps_and_the_same_text(temperature: float) -> None:
                 tokens += event.token_ids
             count += 1
         steps.append(count)
-        found.append(tokens)
-    assert found[0] == found[1] == scripted_tokens([7, 8, 9], params, 120, ScriptedSettings(repeat=5))
+        texts.append(tokens)
+    assert texts[0] == texts[1] == scripted_tokens([7, 8, 9], params, 120, ScriptedSettings(repeat=5))
     assert steps[1] < 0.6 * steps[0]
     assert steps[1] == steps[0] - scheduler.statistics().accepted_tokens == scheduler.statistics().steps

@@ -1,4 +1,4 @@
-"""A request's record: who is told of what, and when."""
+"""A request's record: when its reader is notified."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ullm.scheduling.sequence import TokenEvent
 def test_the_reader_is_notified_with_the_time_of_tokens_and_with_infinity_at_the_end() -> None:
     calls: list[tuple[float, int]] = []
     record = RequestRecord(
-        1, "r", [1], SamplingParams(), 9, (0, 1), lambda time: calls.append((time, len(record.token_ids)))
+        1, "r", [1], SamplingParams(), 9, 1, lambda time: calls.append((time, len(record.token_ids)))
     )
     record.take(TokenEvent(1, 0, [5]), now=1.0)
     record.take(TokenEvent(1, 1, [6]), now=2.0)
@@ -23,7 +23,7 @@ def test_the_reader_is_notified_with_the_time_of_tokens_and_with_infinity_at_the
 def test_an_error_is_an_end() -> None:
     calls: list[tuple[float, Exception | None]] = []
     record = RequestRecord(
-        1, "r", [1], SamplingParams(), 9, (0, 1), lambda time: calls.append((time, record.error))
+        1, "r", [1], SamplingParams(), 9, 1, lambda time: calls.append((time, record.error))
     )
     error = RuntimeError("lost")
     record.fail(error)
@@ -31,7 +31,7 @@ def test_an_error_is_an_end() -> None:
 
 
 def test_what_is_known_is_dropped_and_events_keep_their_tokens() -> None:
-    record = RequestRecord(1, "r", [1], SamplingParams(), 9, (0, 1), lambda time: None)
+    record = RequestRecord(1, "r", [1], SamplingParams(), 9, 1, lambda time: None)
     first = TokenEvent(1, 0, [5, 6])
     assert record.take(first, now=0.0) == 2
     assert record.take(TokenEvent(1, 1, [6, 7]), now=0.0) == 1

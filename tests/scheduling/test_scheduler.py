@@ -1,4 +1,4 @@
-"""The scheduler, driven by hand and against a runner that refuses every plan it could not follow."""
+"""The scheduler, driven step by step and by random runs against a runner that checks every plan."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_sequence(seq_id: int, prompt: list[int], max_tokens: int = 4, **params:
         num_prompt_tokens=len(prompt),
         params=SamplingParams(temperature=0, max_tokens=max_tokens, seed=seq_id, **params),  # type: ignore[arg-type]
         max_total=len(prompt) + max_tokens,
-        order=(priority, seq_id),
+        queue_key=(priority, seq_id),
     )
 
 

@@ -1,4 +1,4 @@
-"""A request without a server: the app's messages at the virtual times at which it sends them."""
+"""Calls of an app without a server; each piece of the answer has the virtual time at which it was sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quart_trio import QuartTrio
 
 @dataclass
 class Answer:
-    """What an app has sent.
+    """The messages that an app has sent.
 
     Args:
         pieces: of the body, with the trio time of each.
@@ -24,16 +24,16 @@ class Answer:
 
     @property
     def events(self) -> list[str]:
-        """Of a stream."""
+        """The events of a stream."""
         return b"".join(piece for _, piece in self.pieces).decode().split("\n\n")[:-1]
 
     def json(self) -> Any:
-        """Of an answer that is not a stream."""
+        """The body of an answer that is not a stream."""
         return json.loads(b"".join(piece for _, piece in self.pieces))
 
 
 async def call(app: QuartTrio, path: str, body: Any) -> Answer:
-    """POST ``body`` to an app."""
+    """POST ``body`` to an app and return its answer."""
     content = json.dumps(body).encode()
     answer = Answer()
     messages = [{"type": "http.request", "body": content, "more_body": False}]

@@ -1,4 +1,4 @@
-"""A fake engine behind a real server on loopback, and a client of it."""
+"""A fake engine behind a real server on loopback, and a client for it."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import trio
 from tokenizers import decoders, models, pre_tokenizers
 
 from ullm.config import EngineConfig, ServerConfig, SleepMode
+from ullm.engine import EngineState
 from ullm.engine.output import Output
 from ullm.engine.status import EngineStatistics, Health, ReloadReport, ReplicaHealth, SleepHealth
 from ullm.errors import (
@@ -26,8 +27,9 @@ from ullm.errors import (
 from ullm.protocol.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 from ullm.server import bind, serve_http
-from ullm.supervision import ChildInfo, ChildStatus, EngineState, Kind, Restart
-from ullm.tokenization.decoding import ByteLevelDecoder, IncrementalDecoder, TokenBytes
+from ullm.supervision import ChildInfo, ChildStatus, Kind, Restart
+from ullm.tokenization.decoding import ByteLevelDecoder, TokenBytes
+from ullm.tokenization.detokenizer import IncrementalDecoder
 
 BOS, EOS = "<s>", "</s>"
 ANSWER = "Grüße aus Paris! 🎉 "
@@ -36,8 +38,6 @@ CONTEXT_LEN = 512
 
 class ByteTokenizer:
     """One token per byte of UTF-8, behind the special tokens ``<s>`` and ``</s>``."""
-
-    has_chat_template = True
 
     def __init__(self) -> None:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -88,7 +88,7 @@ class ByteTokenizer:
 
 
 class FakeFaults:
-    """Plans are words; ``nonsense`` is none."""
+    """Accepts every plan that does not contain ``nonsense``."""
 
     def __init__(self) -> None:
         self.armed: list[str] = []
@@ -106,17 +106,17 @@ class FakeFaults:
 
 
 Script = Callable[[int], list[int]]
-"""What choice number so-and-so says."""
+"""Choice number → the tokens that it generates."""
 
 
 class FakeEngine:
-    """Has what the server needs of an engine.
+    """Implements `EngineInterface`.
 
     Args:
         hold_after: tokens of each choice after which it waits for `release`.
         fail_after: tokens of each choice after which `failure` is raised.
         busy: what sleep, wake and reload raise.
-        asked: what was asked of the engine as a whole; a shutdown only shows here.
+        asked: calls that concern the whole engine; a shutdown has no other effect.
     """
 
     def __init__(self, *, loaded: bool = True) -> None:
@@ -256,7 +256,7 @@ class FakeEngine:
 
 
 class FakeGeneration:
-    """One request; its outputs are made as they are asked for."""
+    """One request; its outputs are made on demand."""
 
     def __init__(
         self, engine: FakeEngine, prompt: list[int], params: SamplingParams, request_id: str
@@ -276,6 +276,10 @@ class FakeGeneration:
 
     async def __aenter__(self) -> FakeGeneration:
         await trio.lowlevel.checkpoint()
+        if not self.prompt_token_ids:
+            raise InvalidParameter("the prompt is empty; it must have at least one token", "prompt")
+        if not all(0 <= token_id < self._engine._info.vocab_size for token_id in self.prompt_token_ids):
+            raise InvalidParameter("prompt: a token id is not in the model's vocabulary", "prompt")
         if len(self.prompt_token_ids) >= CONTEXT_LEN:
             raise PromptTooLong(len(self.prompt_token_ids), CONTEXT_LEN)
         assert self.request_id not in self._engine.active
@@ -349,7 +353,7 @@ def _end(number: int, script: list[int], limit: int) -> str | None:
 
 
 class _Text:
-    """Text of whole characters, as they become complete."""
+    """Assembles text of whole characters."""
 
     def __init__(self, tokenizer: ByteTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -371,7 +375,7 @@ def _score(token: int, count: int) -> TokenLogprobs:
 
 @asynccontextmanager
 async def serving(engine: FakeEngine, **server_options: Any) -> AsyncIterator[str]:
-    """The app on a real Hypercorn server on loopback; yields its URL."""
+    """Serve the app on a real server on loopback; yield its URL."""
     config = ServerConfig(port=0, **server_options)
     async with trio.open_nursery() as nursery:
 

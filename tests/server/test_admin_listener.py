@@ -1,4 +1,4 @@
-"""The admin listener: where it may listen, what it leaves behind, and whom it answers."""
+"""The admin listener: its addresses, its socket's file, and the clients that it serves."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_a_loopback_port(engine: FakeEngine) -> None:
 
 
 async def test_no_page_of_a_browser_is_answered(engine: FakeEngine) -> None:
-    """Its scripts may send anything to loopback, and a name of its own may resolve to it."""
+    """Scripts of a page may send requests to loopback, directly or by a name that resolves to it."""
     async with listening(engine, "127.0.0.1:0") as client:
         for headers in (
             {"Origin": "https://a.example"},

@@ -1,4 +1,4 @@
-"""Bad input gets the right 4xx that names the parameter, and the server is none the worse."""
+"""Bad input gets the right 4xx, which names the parameter, and does no harm to the server."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ async def test_odd_request_targets(url: str) -> None:
 async def test_fifty_megabytes_get_413_in_full(
     client: httpx.AsyncClient, engine: FakeEngine, chunked: bool
 ) -> None:
-    """The whole body is taken off the wire, so that the answer is not lost to a reset, but not kept."""
+    """The whole body is read, so that no reset destroys the answer, but not kept."""
 
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(50):
@@ -251,7 +251,7 @@ async def test_the_limit_is_the_configured_one(engine: FakeEngine) -> None:
 
 
 async def test_a_refusal_before_the_body_is_read_arrives(client: httpx.AsyncClient) -> None:
-    """As for a wrong method or route: the answer comes although a large body was on its way."""
+    """Such as a wrong method or route: the answer arrives although a large body is being sent."""
     body = b" " * (8 << 20)
     check_error(await client.post("/nope", content=body), 404)
     check_error(await client.put(TEXT, content=body), 405)

@@ -1,4 +1,4 @@
-"""A client that closes its connection takes nothing of the server's with it."""
+"""A client that closes its connection leaves nothing open in the server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import trio
 
 from ullm.server.http.listener import Listener
-from ullm.server.serve import hypercorn_config
 
 pytestmark = pytest.mark.process
 
@@ -28,7 +27,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 @pytest.fixture
 async def address(nursery: trio.Nursery) -> AsyncIterator[tuple[Listener, int]]:
-    listener = Listener(app, hypercorn_config(), stall_timeout=5, max_connections=100)
+    listener = Listener(app, stall_timeout=5, max_connections=100)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         await nursery.start(lambda task_status: listener.serve([sock], task_status=task_status))
         yield listener, sock.getsockname()[1]

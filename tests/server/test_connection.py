@@ -25,7 +25,7 @@ pytestmark = pytest.mark.process
 
 @asynccontextmanager
 async def connected(url: str, receive_buffer: int | None = None) -> AsyncIterator[trio.SocketStream]:
-    """A connection; a small buffer is full soon, if it is set before the connection is made."""
+    """Connect; a small receive buffer fills up soon, if it is set before connecting."""
     sock = trio.socket.socket()
     if receive_buffer is not None:
         sock.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, receive_buffer)
@@ -197,7 +197,7 @@ class Running:
 
 
 async def start(nursery: trio.Nursery, engine: FakeEngine, deadline: float | None = None) -> Running:
-    """Serve in a nursery, as a supervised child with a stop deadline does."""
+    """Serve in a nursery, as a supervised child with a stop deadline would."""
     running, config = Running(), ServerConfig(port=0)
 
     async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
@@ -226,7 +226,7 @@ async def test_no_socket_stays_open(engine: FakeEngine) -> None:
 async def test_a_server_that_failed_can_be_started_again(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The port is not given up in between."""
+    """The port stays bound in between."""
     config = ServerConfig(port=0)
     sockets = [bind(config)]
     crash = trio.Event()

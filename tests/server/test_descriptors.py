@@ -1,4 +1,4 @@
-"""Connections that say nothing: they end, give way to others, and leave descriptors for the rest."""
+"""Silent connections end, give way to others, and leave descriptors for the rest of the program."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import trio
 
-from ullm.server.http import listener as listening
+from ullm.server.http import hypercorn_connection, places
 from ullm.server.http.descriptors import ENOUGH, RESERVE, connection_limit, raise_limit
 from ullm.server.http.listener import Listener
-from ullm.server.serve import hypercorn_config
 
 pytestmark = pytest.mark.process
 
@@ -26,14 +25,16 @@ Connect = Callable[[], Awaitable[trio.SocketStream]]
 
 
 class Held:
-    """An app that answers when it is told to."""
+    """An app that answers once it is released."""
 
     def __init__(self) -> None:
         self.release = trio.Event()
+        self.called = trio.Event()
         self.asked = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.asked += 1
+        self.called.set()
         await self.release.wait()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok", "more_body": False})
@@ -59,7 +60,7 @@ class Reading(Held):
 
 @asynccontextmanager
 async def served(app: Held) -> AsyncIterator[tuple[Listener, Connect]]:
-    listener = Listener(app, hypercorn_config(), stall_timeout=5, max_connections=ROOM)
+    listener = Listener(app, stall_timeout=5, max_connections=ROOM)
     async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
         sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         await nursery.start(lambda task_status: listener.serve([sock], task_status=task_status))
@@ -98,7 +99,7 @@ async def has_ended(connection: trio.SocketStream) -> bool:
 
 @pytest.mark.parametrize("sent", [b"", b"G", ASK[:-1]])
 async def test_who_does_not_ask_is_not_kept(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(listening, "REQUEST_WITHIN", 0.2)
+    monkeypatch.setattr(hypercorn_connection, "REQUEST_WITHIN", 0.2)
     async with served(Held()) as (listener, connect):
         connection = await connect()
         await connection.send_all(sent)
@@ -106,16 +107,18 @@ async def test_who_does_not_ask_is_not_kept(monkeypatch: pytest.MonkeyPatch, sen
         await until(lambda: listener.connections == 0)
 
 
-async def test_who_asks_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "REQUEST_WITHIN", 0.2)
+async def test_a_client_that_has_asked_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silent connection, which ends at the limit of new ones, tells when that limit has passed."""
+    monkeypatch.setattr(hypercorn_connection, "REQUEST_WITHIN", 0.2)
     app = Held()
     async with served(app) as (_, connect):
         connection = await connect()
         await connection.send_all(ASK)
-        await trio.sleep(0.4)
+        await app.called.wait()
+        assert await has_ended(await connect())
         app.release.set()
         assert await answered(connection)
-        await trio.sleep(0.4)  # a kept connection has the longer time of idle ones
+        assert await has_ended(await connect())  # a kept connection has the longer time of idle ones
         await connection.send_all(ASK)
         assert await answered(connection)
 
@@ -123,7 +126,7 @@ async def test_who_asks_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> No
 async def test_the_silent_give_way_one_by_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(listening, "UNDISTURBED", 0.05)
+    monkeypatch.setattr(places, "UNDISTURBED", 0.05)
     app = Held()
     app.release.set()
     with caplog.at_level(logging.WARNING, "ullm"):
@@ -140,7 +143,7 @@ async def test_the_silent_give_way_one_by_one(
 
 
 async def test_half_a_body_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "UNDISTURBED", 0.05)
+    monkeypatch.setattr(places, "UNDISTURBED", 0.05)
     app = Reading()
     async with served(app) as (listener, connect):
         halves = [await connect() for _ in range(ROOM)]
@@ -156,7 +159,18 @@ async def test_half_a_body_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_those_that_are_served_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "UNDISTURBED", 0.05)
+    monkeypatch.setattr(places, "UNDISTURBED", 0.05)
+    searches, searched = 0, trio.Event()
+    free_a_place = places.Places._free_a_place
+
+    def counting(self: places.Places) -> None:
+        nonlocal searches
+        free_a_place(self)
+        searches += 1
+        if searches == 5:
+            searched.set()
+
+    monkeypatch.setattr(places.Places, "_free_a_place", counting)
     app = Held()
     async with served(app) as (listener, connect):
         asking = [await connect() for _ in range(ROOM)]
@@ -165,7 +179,7 @@ async def test_those_that_are_served_are_waited_for(monkeypatch: pytest.MonkeyPa
         await until(lambda: app.asked == ROOM)
         late = await connect()
         await late.send_all(ASK)
-        await trio.sleep(0.3)
+        await searched.wait()
         assert (listener.connections, app.asked) == (ROOM, ROOM)
         app.release.set()
         assert all([await answered(connection) for connection in asking])

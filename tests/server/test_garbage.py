@@ -50,7 +50,7 @@ async def endpoint(tmp_path: Path) -> AsyncIterator[Endpoint]:
 
 @contextmanager
 def no_collections() -> Iterator[Counter[str]]:
-    """Counts what only a collection would free, by the names of ullm's types."""
+    """Counts objects of ullm's types that only the garbage collector would free."""
     found: Counter[str] = Counter()
     gc.collect()
     gc.disable()

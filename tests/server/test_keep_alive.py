@@ -1,4 +1,4 @@
-"""Streams that have nothing to say for a while, on a virtual clock."""
+"""Streams with pauses, on a virtual clock."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture
 def engine() -> FakeEngine:
-    """Says nothing after its third token until it is released."""
+    """An engine that pauses after its third token until it is released."""
     engine = FakeEngine()
     engine.hold_after = 3
     return engine
 
 
 async def ask(engine: FakeEngine, path: str, silence: float, **body: Any) -> Answer:
-    """The answer of an engine that is held for so long."""
+    """Return the answer of an engine that pauses for ``silence`` seconds."""
     app = create_app(engine, ServerConfig(sse_keep_alive=10))
 
     async def release() -> None:
@@ -48,7 +48,7 @@ async def ask(engine: FakeEngine, path: str, silence: float, **body: Any) -> Ans
 
 
 def texts(events: list[str]) -> dict[int, str]:
-    """The text of each choice."""
+    """Return the text of each choice."""
     found: dict[int, str] = {}
     for event in events:
         if event.startswith("data: {"):
@@ -87,7 +87,7 @@ async def test_no_comment_in_a_unary_answer(engine: FakeEngine, autojump_clock: 
 async def test_a_failure_after_a_comment_is_an_event(
     engine: FakeEngine, path: str, body: dict[str, Any], autojump_clock: MockClock
 ) -> None:
-    """The status has been sent with the comment."""
+    """The status went out with the comment."""
     engine.hold_after, engine.fail_after = 0, 1
     engine.failure = EngineDead("the engine has failed: replica0.rank0 was killed by SIGKILL")
     answer = await ask(engine, path, 15, **body, stream=True)

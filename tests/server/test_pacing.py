@@ -1,4 +1,4 @@
-"""Readers that are held back so that tokens reach them together, on a virtual clock with a step a second."""
+"""Paced readers, which get several tokens together, on a virtual clock with one step per second."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def read(
 
 
 def shape(outputs: list[tuple[float, Output]]) -> list[tuple[int, int]]:
-    """When how many tokens came, to the nearest second."""
+    """Return times, to the nearest second, and numbers of tokens."""
     return [(round(at), len(output.token_ids)) for at, output in outputs]
 
 
@@ -78,7 +78,7 @@ async def test_the_first_and_the_last_token_never_wait(
 
 
 async def test_tokens_do_not_wait_for_ever_for_others(clock: MockClock, tmp_path: Path) -> None:
-    """What waits when a worker hangs is shown after twice the pace."""
+    """Tokens that are held back when a worker hangs are read after twice the pace."""
     steps = 0
 
     def fourth_step(message: object) -> bool:
@@ -102,7 +102,7 @@ async def test_the_deadline_of_a_request_does_not_wait(clock: MockClock, tmp_pat
 
 
 async def test_nothing_waits_where_a_stop_string_may_come(clock: MockClock, tmp_path: Path) -> None:
-    """Or tokens would be computed that nobody gets."""
+    """Otherwise tokens would be computed after the stop string."""
     params = SamplingParams(temperature=0, max_tokens=10, stop="not to be found")
     async with opened(tmp_path, FakeBehaviour(step_seconds=1)) as engine:
         assert len(await read(engine, unhurried, params)) == 10

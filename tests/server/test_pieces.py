@@ -1,4 +1,4 @@
-"""Streams in pieces: the same events by each way that they can take, and many connections at once."""
+"""Streams in pieces: the same events over HTTP/1.1, HTTP/1.0 and HTTP/2; many connections at once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import trio
 from fake_engine import ByteTokenizer, FakeEngine, serving
 from test_connection import connected, request
 
-from ullm.server.http.accepting import AT_ONCE
-from ullm.server.http.listener import Listener
-from ullm.server.serve import hypercorn_config
+from ullm.server.http.listener import AT_ONCE, Listener
 
 pytestmark = pytest.mark.process
 
@@ -36,7 +34,7 @@ def texts(events: bytes) -> list[bytes]:
 
 
 async def read_all(url: str, asked: bytes) -> tuple[bytes, bytes]:
-    """The head and what follows it, as they are on the wire."""
+    """Send a request; return the head and the body of the answer as they are on the wire."""
     async with connected(url) as connection:
         await connection.send_all(asked)
         head, _, body = b"".join([data async for data in connection]).partition(b"\r\n\r\n")
@@ -88,8 +86,8 @@ async def test_a_connection_goes_on_after_a_stream(engine: FakeEngine) -> None:
 
 
 async def test_a_crowd_is_let_in_at_once() -> None:
-    """Not one by one, each after a turn of an event loop that is busy with others."""
-    listener = Listener(None, hypercorn_config(), stall_timeout=5, max_connections=CROWD - 10)
+    """Not one per turn of an event loop that is busy with other connections."""
+    listener = Listener(None, stall_timeout=5, max_connections=CROWD - 10)
     with ExitStack() as stack:
         sock = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=CROWD))
         for _ in range(CROWD):

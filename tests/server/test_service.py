@@ -1,4 +1,4 @@
-"""What surrounds the routes: probes, states, keys, CORS, request ids, metrics, tokenize."""
+"""Probes, states, keys, CORS, request ids, metrics, timeouts, and the smaller routes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fake_engine import ANSWER, CONTEXT_LEN, FakeEngine, serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from ullm.config import ServerConfig
+from ullm.engine import EngineState
 from ullm.engine.status import SleepHealth
 from ullm.errors import (
     ActorLost,
@@ -25,7 +26,7 @@ from ullm.errors import (
 )
 from ullm.server import create_app
 from ullm.server.metrics import Histogram, Metrics, RequestTimer
-from ullm.supervision import EngineState
+from ullm.server.metrics_table import METRICS, MetricSpec, MetricType, reference_rows
 
 PROBES = ("/live", "/ready", "/health")
 
@@ -282,6 +283,22 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
     assert samples[("ullm_http_responses_total", *other, ("status", "404"))] == 1
 
 
+async def test_every_metric_of_the_table_is_exposed(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """With its type, help and labels; and no other metric is."""
+    await client.post("/v1/completions", json={"prompt": "hi"})
+    families = {
+        family.name: family for family in text_string_to_metric_families((await client.get("/metrics")).text)
+    }
+    without_sample = {"ullm_last_wake_seconds"}
+    assert set(families) == {spec.name for spec in METRICS} - without_sample
+    for spec in METRICS:
+        if spec.name not in without_sample:
+            family = families[spec.name]
+            assert (family.type, family.documentation) == (spec.type.value, spec.help)
+            assert {*family.samples[0].labels} - {"le"} == set(spec.labels)
+    assert [row.name for row in reference_rows()] == [spec.exposed_name for spec in METRICS]
+
+
 async def test_two_apps_have_metrics_of_their_own(client: httpx.AsyncClient) -> None:
     async with serving(FakeEngine()) as url, httpx.AsyncClient(base_url=url) as other:
         await other.post("/v1/completions", json={"prompt": "hi"})
@@ -290,7 +307,7 @@ async def test_two_apps_have_metrics_of_their_own(client: httpx.AsyncClient) -> 
 
 
 def test_histogram_buckets_are_cumulative_and_include_their_bound() -> None:
-    histogram = Histogram("h", "help", (1, 2))
+    histogram = Histogram(MetricSpec("h", MetricType.HISTOGRAM, "help", bounds=(1, 2)))
     for value in (0.5, 1, 1.5, 99):
         histogram.observe(value)
     samples = {sample.labels.get("le", sample.name): sample.value for sample in histogram.collect().samples}
@@ -352,7 +369,7 @@ async def test_a_wrong_timeout_header(client: httpx.AsyncClient, value: str) -> 
 async def test_the_timeout_counts_from_the_arrival(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """Encoding takes its share; what has none left is admitted to end at once."""
+    """Encoding counts; a request whose time is over is admitted and ends at once."""
     seconds = [3.0]
 
     async def slowly(text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -1,4 +1,4 @@
-"""Clients that stop reading: what happens to them, and that nothing happens to others."""
+"""Clients that stop reading: they are cut, and others do not notice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def engine() -> FakeEngine:
 
 @asynccontextmanager
 async def stalled(url: str) -> AsyncIterator[trio.SocketStream]:
-    """A client that asks for an endless stream, reads its beginning, and no more."""
+    """Start an endless stream, read its beginning, and stop reading."""
     async with connected(url, receive_buffer=4096) as connection:
         await connection.send_all(request(prompt="hi", stream=True, max_tokens=ENDLESS))
         await read_until(connection, b"data: ")
@@ -34,7 +34,7 @@ async def stalled(url: str) -> AsyncIterator[trio.SocketStream]:
 
 
 async def ends_with_a_reset(connection: trio.SocketStream) -> bool:
-    """Read what had been sent before the connection was cut."""
+    """Read the bytes that were sent before the connection was cut."""
     try:
         while await connection.receive_some():
             pass
@@ -65,7 +65,7 @@ async def test_a_stall_ends_the_request_and_the_connection(engine: FakeEngine) -
 
 
 async def test_little_is_produced_for_whom_does_not_read(engine: FakeEngine) -> None:
-    """Neither the server nor the kernel piles up what is not taken."""
+    """Neither the server nor the kernel accumulates unread events."""
     async with serving(engine, stall_timeout=60) as url, stalled(url):
         generation = next(iter(engine.active.values()))
         await trio.testing.wait_all_tasks_blocked(0.3)
@@ -73,7 +73,7 @@ async def test_little_is_produced_for_whom_does_not_read(engine: FakeEngine) -> 
 
 
 async def test_a_slow_reader_is_no_stalled_one(engine: FakeEngine) -> None:
-    """It reads less often than the limit, but goes on: bytes that get through are progress."""
+    """It reads rarely but steadily: every byte that gets through is progress."""
     engine.script = lambda index: [70] * 500
     async with serving(engine, stall_timeout=0.5) as url, connected(url, receive_buffer=4096) as connection:
         asked = request(headers="Connection: close\r\n", prompt="x", stream=True, max_tokens=500)
@@ -87,7 +87,7 @@ async def test_a_slow_reader_is_no_stalled_one(engine: FakeEngine) -> None:
 
 
 async def test_a_stalled_reader_does_not_hold_up_the_stop(engine: FakeEngine) -> None:
-    """Its connection is cut shortly before the deadline; the others end as usual."""
+    """Its connection is cut shortly before the deadline; others end as usual."""
     async with trio.open_nursery() as nursery:
         running: Running = await start(nursery, engine, deadline=trio.current_time() + 1.5)
         async with stalled(running.url), connected(running.url) as other:

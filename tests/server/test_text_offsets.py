@@ -1,4 +1,4 @@
-"""``text_offset`` says where a token's text begins, however tokens are grouped into events."""
+"""``text_offset`` is where a token's text begins, however tokens are grouped into events."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ullm.errors import ActorLost, AskTimeout, MailboxClosed, MailboxFull
 from ullm.supervision.actor import (
     CLEANUP_FALLBACK,
     Lifetime,
@@ -21,6 +20,7 @@ from ullm.supervision.actor import (
     cleanup_scope,
     current_lifetime,
 )
+from ullm.supervision.errors import ActorLost, AskTimeout, MailboxClosed, MailboxFull
 
 # --- lifetimes and cleanup -----------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ async def test_messages_come_in_order() -> None:
 async def test_full_mailbox(nursery: trio.Nursery) -> None:
     mailbox = Mailbox[int](1, "actor")
     mailbox.send_nowait(1)
-    with pytest.raises(MailboxFull, match="the mailbox of actor holds 1 messages already"):
+    with pytest.raises(MailboxFull, match="the mailbox of actor already holds 1 messages"):
         mailbox.send_nowait(2)
     nursery.start_soon(mailbox.send, 2)
     await wait_all_tasks_blocked()

@@ -9,9 +9,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ullm.errors import ActorLost
 from ullm.supervision import ChildSpec, cleanup_scope, open_supervisor
 from ullm.supervision.actor import Mailbox, Reply, ask
+from ullm.supervision.errors import ActorLost
 
 
 @dataclass(frozen=True)

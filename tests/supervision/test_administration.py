@@ -8,8 +8,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ullm.errors import ActorLost, ChildConflict, ChildNotFound, StartFailed
 from ullm.supervision import ChildCounts, ChildSpec, ChildStatus, Restart, Strategy, open_supervisor
+from ullm.supervision.errors import ActorLost, ChildConflict, ChildNotFound, StartFailed
 
 
 async def test_child_administration(cast: Any, autojump_clock: MockClock) -> None:

@@ -14,6 +14,7 @@ from ullm.supervision import (
     Strategy,
     cleanup_scope,
     open_supervisor,
+    supervisor_child,
 )
 from ullm.supervision.shutdown import KILL_GRACE, SETTLE
 
@@ -92,7 +93,7 @@ async def test_the_cleanup_scope_follows_an_expedited_stop(cast: Any, autojump_c
                 finally:
                     deadlines.append(scope.deadline)
 
-    nested = ChildSpec.supervisor("nested", [ChildSpec("a", run, shutdown=50.0)])
+    nested = supervisor_child("nested", [ChildSpec("a", run, shutdown=50.0)])
     async with open_supervisor("root", [nested]) as supervisor:
         began = trio.current_time()
         supervisor.request_stop(began + 40.0)
@@ -108,7 +109,7 @@ async def test_kill_calls_every_hook_at_once(cast: Any, autojump_clock: MockCloc
     def hook(name: str) -> ChildSpec:
         return cast.stubborn(name, release, kill=lambda: killed.append(name))  # type: ignore[no-any-return]
 
-    nested = ChildSpec.supervisor("nested", [hook("c"), hook("d")])
+    nested = supervisor_child("nested", [hook("c"), hook("d")])
     async with open_supervisor("root", [hook("a"), nested, hook("b")]) as supervisor:
         began = trio.current_time()
         supervisor.kill()

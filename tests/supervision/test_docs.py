@@ -1,4 +1,4 @@
-"""docs/supervision.md is true."""
+"""docs/supervision.md is true, and the library stands alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,26 +14,54 @@ import pytest
 import ullm.supervision
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "ullm" / "supervision"
 PAGE = (ROOT / "docs" / "supervision.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", PAGE, re.DOTALL)
+
+BLOCK = textwrap.dedent(
+    """
+    import sys
+
+    ALLOWED = {"trio", "attr", "attrs", "idna", "outcome", "sniffio", "sortedcontainers", "cffi"}
+
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            top = name.partition(".")[0]
+            of_ullm = name != "ullm" and name.startswith("ullm.") and not name.startswith("ullm.supervision")
+            if of_ullm or (top != "ullm" and top not in ALLOWED and top not in sys.stdlib_module_names):
+                raise ImportError(f"{name} is blocked")
+
+    sys.meta_path.insert(0, Blocked())
+    """
+)
+"""Imports trio, what trio itself needs, and the standard library; anything else fails."""
 
 
-@pytest.mark.process
-def test_the_example_prints_what_the_page_says() -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    (printed,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
+def run(program: str, *options: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
+        [sys.executable, *options, "-c", program],
         capture_output=True,
         text=True,
         timeout=60,
-        check=True,
+        check=False,
         cwd=ROOT,
     )
-    assert done.stdout == printed
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_has_its_output() -> None:
+    assert len(EXAMPLES) == PAGE.count("```python\n") == 3
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("program", "printed"), EXAMPLES, ids=["twenty lines", "station", "batch"])
+def test_the_examples_print_what_the_page_says_with_trio_alone(program: str, printed: str) -> None:
+    assert run(BLOCK + program, "-W", "error") == printed
 
 
 def test_twenty_lines_are_twenty_lines() -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    program, _ = EXAMPLES[0]
     assert len([line for line in program.splitlines() if line and "import" not in line]) <= 20
 
 
@@ -41,23 +70,38 @@ def test_every_public_name_is_in_the_page() -> None:
     assert missing == []
 
 
-def test_it_stands_alone() -> None:
-    """Whoever embeds it gets nothing of the engine."""
-    allowed = {"trio", "ullm.supervision.actor", "ullm.errors", "ullm.logs", *sys.stdlib_module_names}
-    files = [*(ROOT / "ullm" / "supervision").glob("*.py"), ROOT / "ullm" / "actors" / "base.py"]
+@pytest.mark.process
+def test_importing_it_loads_nothing_else_of_ullm() -> None:
+    listing = "import ullm.supervision; print(*sorted(name for name in sys.modules if name[:4] == 'ullm'))"
+    loaded = run(BLOCK + listing).split()
+    modules = {f"ullm.supervision.{path.stem}" for path in PACKAGE.glob("*.py")}
+    expected = {"ullm", "ullm.supervision"} | modules - {"ullm.supervision.__init__"}
+    assert set(loaded) == expected
+
+
+@pytest.mark.process
+def test_the_block_blocks() -> None:
+    """So that the tests above can fail."""
+    for name in ("ullm.errors", "ullm.logs", "structlog", "msgspec"):
+        program = f"{BLOCK}\ntry:\n    import {name}\nexcept ImportError as error:\n    print(error)"
+        assert run(program) == f"{name} is blocked\n"
+
+
+def test_its_files_import_trio_and_the_standard_library() -> None:
+    allowed = {"trio", *sys.stdlib_module_names}
     foreign = {
         name
-        for file in files
+        for file in PACKAGE.glob("*.py")
         for name in imports(ast.parse(file.read_text(encoding="utf-8")))
-        if name not in allowed and not name.startswith(("ullm.supervision", "collections."))
+        if name.partition(".")[0] not in allowed and not name.startswith("ullm.supervision")
     }
     assert foreign == set()
 
 
 def test_the_pure_parts_know_neither_trio_nor_clocks() -> None:
-    for module in ("policy", "shutdown"):
-        tree = ast.parse((ROOT / "ullm" / "supervision" / f"{module}.py").read_text(encoding="utf-8"))
-        assert imports(tree).isdisjoint({"trio", "time", "ullm.logs"})
+    for module in ("errors", "policy", "shutdown"):
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+        assert imports(tree).isdisjoint({"trio", "time", "logging"})
 
 
 def imports(tree: ast.AST) -> set[str]:

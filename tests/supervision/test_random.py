@@ -10,8 +10,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ullm.errors import ActorLost, ChildConflict, ChildNotFound, RestartLimitReached, StartFailed
 from ullm.supervision import ChildSpec, ChildStatus, Restart, Strategy, Supervisor, open_supervisor
+from ullm.supervision.errors import ActorLost, ChildConflict, ChildNotFound, RestartLimitReached, StartFailed
 from ullm.supervision.shutdown import KILL_GRACE, SETTLE
 
 EXPECTED = (ActorLost, ChildConflict, ChildNotFound, StartFailed)

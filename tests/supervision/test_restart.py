@@ -8,7 +8,6 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ullm.errors import RestartLimitReached
 from ullm.supervision import (
     ChildCounts,
     ChildStatus,
@@ -16,6 +15,7 @@ from ullm.supervision import (
     Strategy,
     open_supervisor,
 )
+from ullm.supervision.errors import RestartLimitReached
 
 HOUR = 3600.0
 

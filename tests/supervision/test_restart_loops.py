@@ -8,7 +8,6 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ullm.errors import ChildConflict, RestartLimitReached
 from ullm.supervision import (
     ChildCounts,
     ChildSpec,
@@ -17,6 +16,7 @@ from ullm.supervision import (
     exponential_backoff,
     open_supervisor,
 )
+from ullm.supervision.errors import ChildConflict, RestartLimitReached
 
 HOUR = 3600.0
 

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ullm.supervision import AutoShutdown, ChildSpec, Restart, Strategy, open_supervisor
+from ullm.supervision import AutoShutdown, ChildSpec, Restart, Strategy, open_supervisor, supervisor_child
 
 
 def significant(cast: Any, child_id: str, restart: Restart = Restart.TRANSIENT) -> ChildSpec:
@@ -95,7 +95,7 @@ async def test_being_stopped_for_a_sibling_does_not_stop_it(cast: Any, autojump_
 async def test_a_nested_supervisor_that_stops_by_itself_ends_normally(
     cast: Any, autojump_clock: MockClock
 ) -> None:
-    nested = ChildSpec.supervisor(
+    nested = supervisor_child(
         "nested",
         [significant(cast, "a")],
         auto_shutdown=AutoShutdown.ANY_SIGNIFICANT,
@@ -114,9 +114,7 @@ async def test_a_nested_supervisor_that_stops_by_itself_ends_normally(
 async def test_a_permanent_nested_supervisor_that_stops_by_itself_is_restarted(
     cast: Any, autojump_clock: MockClock
 ) -> None:
-    nested = ChildSpec.supervisor(
-        "nested", [significant(cast, "a")], auto_shutdown=AutoShutdown.ANY_SIGNIFICANT
-    )
+    nested = supervisor_child("nested", [significant(cast, "a")], auto_shutdown=AutoShutdown.ANY_SIGNIFICANT)
     async with open_supervisor("root", [nested]) as supervisor:
         await cast.end("a")
         (child,) = supervisor.which_children()

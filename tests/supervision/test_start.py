@@ -8,7 +8,6 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ullm.errors import ConfigError, StartFailed
 from ullm.supervision import (
     BRUTAL_KILL,
     INFINITY,
@@ -20,7 +19,9 @@ from ullm.supervision import (
     Strategy,
     cleanup_scope,
     open_supervisor,
+    supervisor_child,
 )
+from ullm.supervision.errors import InvalidSpec, StartFailed
 
 
 async def test_start_normal(autojump_clock: MockClock) -> None:
@@ -151,7 +152,7 @@ async def test_default_values_of_specs(cast: Any) -> None:
     worker = cast.spec("a")
     assert (worker.restart, worker.shutdown, worker.kind) == (Restart.PERMANENT, 5.0, Kind.WORKER)
     assert (worker.significant, worker.kill) == (False, None)
-    nested = ChildSpec.supervisor("s")
+    nested = supervisor_child("s")
     assert (nested.restart, nested.shutdown, nested.kind) == (Restart.PERMANENT, INFINITY, Kind.SUPERVISOR)
     async with open_supervisor("root", [worker, nested]) as supervisor:
         assert supervisor.get_childspec("a") is worker
@@ -194,14 +195,14 @@ async def test_faulty_flags(options: dict[str, Any], message: str) -> None:
 
 async def test_flags_and_specs_that_do_not_fit(cast: Any) -> None:
     significant = cast.spec("a", restart=Restart.TRANSIENT, significant=True)
-    with pytest.raises(ConfigError, match="child 'a' is significant, but 'root' has auto_shutdown never"):
+    with pytest.raises(InvalidSpec, match="child 'a' is significant, but 'root' has auto_shutdown never"):
         async with open_supervisor("root", [significant]):
             pytest.fail("the body must not run")
-    with pytest.raises(ConfigError, match="'root' has 2 children called 'a'"):
+    with pytest.raises(InvalidSpec, match="'root' has 2 children called 'a'"):
         async with open_supervisor("root", [cast.spec("a"), cast.spec("a")]):
             pytest.fail("the body must not run")
     async with open_supervisor("root") as supervisor:
-        with pytest.raises(ConfigError, match="is significant"):
+        with pytest.raises(InvalidSpec, match="is significant"):
             await supervisor.start_child(significant)
     assert cast.log == []
 
@@ -267,7 +268,7 @@ async def test_children_see_the_context_of_the_opener_and_their_own_lifetime(
             with cleanup_scope() as scope:
                 names.append(f"{scope.deadline - trio.current_time():g} s left")
 
-    nested = ChildSpec.supervisor("s", [ChildSpec("a", run, shutdown=7.0)])
+    nested = supervisor_child("s", [ChildSpec("a", run, shutdown=7.0)])
     async with open_supervisor("root", [nested]):
         await wait_all_tasks_blocked()
         assert names == ["a"]

@@ -8,87 +8,95 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ullm.supervision import EngineState, StateCell
-from ullm.supervision.state import may_follow
+from ullm.supervision import ForwardState, StateCell
 
-ORDER = [
-    EngineState.STARTING,
-    EngineState.RUNNING,
-    EngineState.DRAINING,
-    EngineState.ABORTING,
-    EngineState.STOPPING,
-    EngineState.STOPPED,
-]
+
+class Light(ForwardState):
+    """A bulb; its last state is the final one."""
+
+    NEW = "new"
+    ON = "on"
+    BURNT_OUT = "burnt_out"
+
+
+class Job(ForwardState):
+    """A print job, which has two final states."""
+
+    QUEUED = "queued"
+    ACTIVE = "active"
+    REVIEWED = "reviewed"
+    PRINTED = "printed"
+    DELIVERED = "delivered"
+    LOST = "lost"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (Job.DELIVERED, Job.LOST)
 
 
 def test_states_only_go_forward() -> None:
-    for (i, old), (j, new) in itertools.product(enumerate(ORDER), repeat=2):
-        assert may_follow(old, new) is (i < j)
+    for (i, old), (j, new) in itertools.product(enumerate(Light), repeat=2):
+        assert old.may_become(new) is (i < j)
+        assert old.reached(new) is (i >= j)
+    assert [state.is_final for state in Light] == [False, False, True]
 
 
-@pytest.mark.parametrize("state", ORDER)
-def test_failed_is_final_and_follows_everything_but_stopped(state: EngineState) -> None:
-    assert may_follow(state, EngineState.FAILED) is (state is not EngineState.STOPPED)
-    assert not may_follow(EngineState.FAILED, state)
-
-
-def test_what_counts_as_stopping() -> None:
-    assert not EngineState.RUNNING.is_stopping
-    assert EngineState.DRAINING.is_stopping
-    assert EngineState.FAILED.is_stopping
+def test_nothing_follows_a_final_state() -> None:
+    assert Job.PRINTED.may_become(Job.LOST)
+    assert not Job.DELIVERED.may_become(Job.LOST)
 
 
 async def test_history_has_times(autojump_clock: MockClock) -> None:
-    cell = StateCell()
+    cell = StateCell(Job.QUEUED)
     await trio.sleep(2)
-    assert cell.set(EngineState.RUNNING)
-    assert not cell.set(EngineState.RUNNING)
-    assert cell.value is EngineState.RUNNING
+    assert cell.set(Job.ACTIVE)
+    assert not cell.set(Job.ACTIVE)
+    assert cell.value is Job.ACTIVE
     (first, began), (second, ran) = cell.history
-    assert (first, second) == (EngineState.STARTING, EngineState.RUNNING)
+    assert (first, second) == (Job.QUEUED, Job.ACTIVE)
     assert ran - began == 2.0
 
 
 async def test_backwards_is_refused() -> None:
-    cell = StateCell()
-    cell.set(EngineState.STOPPING)
-    with pytest.raises(ValueError, match="running cannot follow stopping"):
-        cell.set(EngineState.RUNNING)
-    assert not cell.advance(EngineState.DRAINING)
-    assert cell.advance(EngineState.STOPPED)
-    assert cell.value is EngineState.STOPPED
+    cell = StateCell(Job.QUEUED)
+    cell.set(Job.PRINTED)
+    with pytest.raises(ValueError, match="active cannot follow printed"):
+        cell.set(Job.ACTIVE)
+    assert not cell.advance(Job.REVIEWED)
+    assert cell.advance(Job.DELIVERED)
+    assert cell.value is Job.DELIVERED
 
 
 async def test_waiters_see_a_state_that_was_skipped(nursery: trio.Nursery) -> None:
-    cell = StateCell()
-    seen: list[EngineState] = []
+    cell = StateCell(Job.QUEUED)
+    seen: list[Job] = []
 
-    async def wait(state: EngineState) -> None:
+    async def wait(state: Job) -> None:
         seen.append(await cell.wait_for(state))
 
-    for state in (EngineState.RUNNING, EngineState.ABORTING):
+    for state in (Job.ACTIVE, Job.REVIEWED):
         nursery.start_soon(wait, state)
     await wait_all_tasks_blocked()
     assert seen == []
-    cell.set(EngineState.RUNNING)
-    cell.set(EngineState.STOPPING)
+    cell.set(Job.ACTIVE)
+    cell.set(Job.PRINTED)
     await wait_all_tasks_blocked()
-    assert seen == [EngineState.STOPPING, EngineState.STOPPING]
+    assert seen == [Job.PRINTED, Job.PRINTED]
 
 
 async def test_changed_misses_nothing(nursery: trio.Nursery) -> None:
-    cell = StateCell()
-    cell.set(EngineState.RUNNING)
-    assert await cell.changed(EngineState.STARTING) is EngineState.RUNNING
-    seen: list[EngineState] = []
+    cell = StateCell(Job.QUEUED)
+    cell.set(Job.ACTIVE)
+    assert await cell.changed(Job.QUEUED) is Job.ACTIVE
+    seen: list[Job] = []
 
     async def wait() -> None:
-        seen.append(await cell.changed(EngineState.RUNNING))
+        seen.append(await cell.changed(Job.ACTIVE))
 
     nursery.start_soon(wait)
     nursery.start_soon(wait)
     await wait_all_tasks_blocked()
     assert seen == []
-    cell.set(EngineState.FAILED)
+    cell.set(Job.LOST)
     await wait_all_tasks_blocked()
-    assert seen == [EngineState.FAILED] * 2
+    assert seen == [Job.LOST] * 2

@@ -9,15 +9,14 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ullm.errors import RestartLimitReached
 from ullm.supervision import (
     INFINITY,
     ChildReport,
     ChildSpec,
     Strategy,
-    Supervisor,
     open_supervisor,
 )
+from ullm.supervision.errors import RestartLimitReached
 
 
 async def test_cancelling_the_surrounding_scope(cast: Any, autojump_clock: MockClock) -> None:
@@ -51,25 +50,6 @@ async def test_the_shutdown_timeout_counts_from_the_cancellation(
                 await trio.sleep(9)
     assert trio.current_time() - began == pytest.approx(15.0)
     assert supervisor.reports[0].seconds == pytest.approx(10.0)
-
-
-async def test_on_cancelled_replaces_the_stop_at_once(cast: Any, autojump_clock: MockClock) -> None:
-    """A program that has to drain first is told, and ends its body by itself."""
-    drained = trio.Event()
-    told: list[Supervisor] = []
-
-    def on_cancelled(supervisor: Supervisor) -> None:
-        told.append(supervisor)
-        drained.set()
-
-    with trio.move_on_after(5):
-        async with open_supervisor("root", [cast.spec("a")], on_cancelled=on_cancelled) as supervisor:
-            with trio.CancelScope(shield=True):
-                await drained.wait()
-                await trio.sleep(3)
-                assert not supervisor.stopping
-    assert told == [supervisor]
-    assert cast.log == ["start a", "stop a"]
 
 
 async def test_an_exception_of_the_body_stops_the_tree_and_comes_out_as_it_is(

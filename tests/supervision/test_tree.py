@@ -8,7 +8,6 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ullm.errors import RestartLimitReached, StartFailed
 from ullm.supervision import (
     INFINITY,
     ChildCounts,
@@ -19,7 +18,9 @@ from ullm.supervision import (
     Strategy,
     Supervisor,
     open_supervisor,
+    supervisor_child,
 )
+from ullm.supervision.errors import RestartLimitReached, StartFailed
 from ullm.supervision.shutdown import KILL_GRACE, SETTLE
 
 HOUR = 3600.0
@@ -27,8 +28,8 @@ HOUR = 3600.0
 
 async def test_tree(cast: Any, autojump_clock: MockClock) -> None:
     """Only what fails is restarted; a nested supervisor that gives up comes back without dynamic children."""
-    sup1 = ChildSpec.supervisor("sup1", [cast.spec("child1"), cast.spec("child2")], intensity=4, period=HOUR)
-    sup2 = ChildSpec.supervisor("sup2", intensity=4, period=HOUR)
+    sup1 = supervisor_child("sup1", [cast.spec("child1"), cast.spec("child2")], intensity=4, period=HOUR)
+    sup2 = supervisor_child("sup2", intensity=4, period=HOUR)
     options: Any = {"strategy": Strategy.ONE_FOR_ALL, "intensity": 4, "period": HOUR}
     async with open_supervisor("top", **options) as top:
         await top.start_child(sup1)
@@ -53,8 +54,8 @@ async def test_tree(cast: Any, autojump_clock: MockClock) -> None:
 
 
 async def test_stop_order_across_levels(cast: Any, autojump_clock: MockClock) -> None:
-    inner = ChildSpec.supervisor("inner", [cast.spec("b1"), cast.spec("b2")])
-    outer = ChildSpec.supervisor("outer", [cast.spec("a1"), inner, cast.spec("a2")])
+    inner = supervisor_child("inner", [cast.spec("b1"), cast.spec("b2")])
+    outer = supervisor_child("outer", [cast.spec("a1"), inner, cast.spec("a2")])
     async with open_supervisor("root", [cast.spec("x"), outer, cast.spec("y")]) as supervisor:
         cast.clear()
     assert cast.log == ["stop y", "stop a2", "stop b2", "stop b1", "stop a1", "stop x"]
@@ -62,8 +63,8 @@ async def test_stop_order_across_levels(cast: Any, autojump_clock: MockClock) ->
 
 
 async def test_escalation_names_the_first_cause(cast: Any, autojump_clock: MockClock) -> None:
-    inner = ChildSpec.supervisor("inner", [cast.spec("worker")], intensity=0)
-    outer = ChildSpec.supervisor("outer", [inner], intensity=0)
+    inner = supervisor_child("inner", [cast.spec("worker")], intensity=0)
+    outer = supervisor_child("outer", [inner], intensity=0)
 
     async def live() -> None:
         async with open_supervisor("root", [outer], intensity=0):
@@ -81,7 +82,7 @@ async def test_escalation_names_the_first_cause(cast: Any, autojump_clock: MockC
 
 async def test_a_failing_start_deep_in_the_tree(cast: Any, autojump_clock: MockClock) -> None:
     cast.opening("worker", "fail")
-    inner = ChildSpec.supervisor("inner", [cast.spec("sibling"), cast.spec("worker")])
+    inner = supervisor_child("inner", [cast.spec("sibling"), cast.spec("worker")])
 
     async def live() -> None:
         async with open_supervisor("root", [cast.spec("x"), inner]):
@@ -93,8 +94,8 @@ async def test_a_failing_start_deep_in_the_tree(cast: Any, autojump_clock: MockC
 
 
 async def test_the_deadline_reaches_every_level(cast: Any, autojump_clock: MockClock) -> None:
-    inner = ChildSpec.supervisor("inner", [cast.tidy("a", 100.0, shutdown=INFINITY)])
-    async with open_supervisor("root", [ChildSpec.supervisor("outer", [inner])]) as supervisor:
+    inner = supervisor_child("inner", [cast.tidy("a", 100.0, shutdown=INFINITY)])
+    async with open_supervisor("root", [supervisor_child("outer", [inner])]) as supervisor:
         began = trio.current_time()
         await supervisor.stop(began + 7.0)
         assert trio.current_time() - began == pytest.approx(7.0)
@@ -102,7 +103,7 @@ async def test_the_deadline_reaches_every_level(cast: Any, autojump_clock: MockC
 
 
 async def test_a_nested_supervisor_with_a_budget(cast: Any, autojump_clock: MockClock) -> None:
-    nested = ChildSpec.supervisor("nested", [cast.tidy("a", 100.0, shutdown=INFINITY)], shutdown=4.0)
+    nested = supervisor_child("nested", [cast.tidy("a", 100.0, shutdown=INFINITY)], shutdown=4.0)
     async with open_supervisor("root", [nested]):
         began = trio.current_time()
     assert trio.current_time() - began == pytest.approx(4.0)
@@ -112,7 +113,7 @@ async def test_abandoned_grandchildren_do_not_take_their_supervisor_along(
     cast: Any, autojump_clock: MockClock
 ) -> None:
     release, told = trio.Event(), list[ChildReport]()
-    nested = ChildSpec.supervisor(
+    nested = supervisor_child(
         "nested", [cast.spec("a"), cast.stubborn("b", release, shutdown=1.0)], on_abandoned=told.append
     )
     async with open_supervisor("root", [cast.spec("x"), nested]) as supervisor:
@@ -128,7 +129,7 @@ async def test_abandoned_grandchildren_do_not_take_their_supervisor_along(
 async def test_a_nested_supervisor_that_is_stopped_by_name_is_restarted_if_permanent(
     cast: Any, autojump_clock: MockClock
 ) -> None:
-    nested = ChildSpec.supervisor("nested", [cast.spec("a")])
+    nested = supervisor_child("nested", [cast.spec("a")])
     async with open_supervisor("root", [nested]) as root:
         (info,) = root.which_children()
         await info.value.stop()
@@ -138,7 +139,7 @@ async def test_a_nested_supervisor_that_is_stopped_by_name_is_restarted_if_perma
 
 
 async def test_terminating_and_restarting_a_nested_supervisor(cast: Any, autojump_clock: MockClock) -> None:
-    nested = ChildSpec.supervisor("nested", [cast.spec("a"), cast.spec("b", restart=Restart.TEMPORARY)])
+    nested = supervisor_child("nested", [cast.spec("a"), cast.spec("b", restart=Restart.TEMPORARY)])
     async with open_supervisor("root", [nested]) as root:
         report = await root.terminate_child("nested")
         assert report is not None

@@ -86,11 +86,11 @@ def test_bytes_held_by_the_decoder_come_at_the_end() -> None:
 )
 def test_it_is_the_same_as_searching_the_whole_text(pieces: list[str], stops: list[str], batch: int) -> None:
     text, stop, _ = play(pieces, *stops, batch=batch)
-    whole, found = "", None
+    whole, first = "", None
     for piece in pieces:  # a stop string counts as soon as it is complete
         whole += piece
         hits = [(whole.find(s), s) for s in stops if s in whole]
         if hits:
-            found = min(hits, key=lambda hit: hit[0])
+            first = min(hits, key=lambda hit: hit[0])
             break
-    assert (text, stop) == ((whole[: found[0]], found[1]) if found else (whole, None))
+    assert (text, stop) == ((whole[: first[0]], first[1]) if first else (whole, None))

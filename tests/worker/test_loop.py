@@ -34,7 +34,7 @@ INFO = ModelInfo("Test", 0, 10, (), 10, 1, 1, "none", "none")
 
 
 class Device:
-    """A runner whose step n is done after ``polls[n]`` questions; keeps a diary."""
+    """A runner whose step n is done after ``polls[n]`` polls, and which logs its calls."""
 
     def __init__(self, polls):
         self.polls = polls
@@ -90,8 +90,8 @@ def work(device, *messages):
     return run_worker(device, inbox(*messages), device.send)
 
 
-def said(device, *kinds):
-    """What the worker said of some kinds, without what differs each time."""
+def sent(device, *kinds):
+    """The worker's messages of some kinds, without values that vary."""
     neutral = {Asleep: {"seconds": 0.0}, Awake: {"timings": {}}}
     return [
         msgspec.structs.replace(entry, **neutral.get(type(entry), {}))
@@ -155,7 +155,7 @@ def test_deeper_sleep_follows_and_adds_up():
     device = Device(polls=0)
     work(device, START, Sleep(1), Sleep(1), Sleep(2), Sleep(2), Sleep(1), Wake(), Sleep(2), Stop(1))
     shallow, deep = Asleep({"kv": 8}), Asleep({"kv": 9, "weights": 100})
-    assert said(device, Asleep) == [shallow, shallow, deep, deep, deep, Asleep({"kv": 1, "weights": 100})]
+    assert sent(device, Asleep) == [shallow, shallow, deep, deep, deep, Asleep({"kv": 1, "weights": 100})]
     assert [entry for entry in device.diary if isinstance(entry, str)] == [
         *("sleep 1", "sleep 2", "wake", "sleep 2", "close")
     ]
@@ -165,7 +165,7 @@ def test_wake_answers_with_what_was_found_and_shows_signs_of_life():
     device = Device(polls=0)
     work(device, START, Wake(), Sleep(2), Wake(), Wake(), Stop(1))
     woken = Awake(msgspec.structs.replace(INFO, num_blocks=7))
-    assert said(device, Awake, Progress) == [
+    assert sent(device, Awake, Progress) == [
         *(Awake(INFO), Progress("sleep", SLEEP_BUDGET), Progress("load"), woken, woken)
     ]
 
@@ -173,7 +173,7 @@ def test_wake_answers_with_what_was_found_and_shows_signs_of_life():
 def test_asleep_it_answers_pings_and_computes_nothing():
     device = Device(polls=0)
     work(device, START, Sleep(1), Step(3, []), Ping(1), Stop(1))
-    assert said(device, NotUnderstood, Pong, Stopped) == [
+    assert sent(device, NotUnderstood, Pong, Stopped) == [
         NotUnderstood("Step came while asleep at level 1"),
         *(Pong(1), Stopped({"kv": 0.5})),
     ]
@@ -183,14 +183,14 @@ def test_asleep_it_answers_pings_and_computes_nothing():
 def test_nothing_comes_before_start(message):
     device = Device(polls=0)
     work(device, message, Stop(1))
-    assert said(device, NotUnderstood) == [NotUnderstood(f"{type(message).__name__} came before Start")]
+    assert sent(device, NotUnderstood) == [NotUnderstood(f"{type(message).__name__} came before Start")]
 
 
 @pytest.mark.parametrize("level", [-1, 0, 3])
 def test_levels_that_are_none_of_a_worker_s(level):
     device = Device(polls=0)
     work(device, START, Sleep(level), Step(0, []), Stop(1))
-    assert said(device, NotUnderstood) == [NotUnderstood(f"Sleep has level {level}; workers know (1, 2)")]
+    assert sent(device, NotUnderstood) == [NotUnderstood(f"Sleep has level {level}; workers know (1, 2)")]
     assert "submit 0" in device.diary
 
 

@@ -1,5 +1,5 @@
 """The engine's actors: router, scheduler, tokenizer, worker group and standby pool.
 
-They carry out what `ullm.scheduling` decides and talk to workers in `ullm.protocol` through a transport.
+They carry out the decisions of `ullm.scheduling`, and exchange messages of `ullm.protocol` with workers.
 Imports supervision, scheduling, tokenization, protocol, faults, hub, worker and what is below them.
 """

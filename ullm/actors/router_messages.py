@@ -1,14 +1,22 @@
-"""What schedulers say to the router, and what the router says of itself."""
+"""Messages from schedulers to the router, and the router's statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from ullm.scheduling.request import RequestRecord
 from ullm.scheduling.sequence import TokenEvent
 
-# --- what schedulers say ---------------------------------------------------------------------------
+
+class SchedulerHandle(Protocol):
+    """A scheduler, as the router sees it. Neither method waits, and both are void once it has ended."""
+
+    def submit(self, record: RequestRecord) -> None:
+        """Run a request, from its prompt and the tokens that it has emitted."""
+
+    def abort(self, seq_id: int) -> None:
+        """Drop a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,15 +24,15 @@ class ReplicaUp:
     """A scheduler is ready for requests.
 
     Args:
-        max_bs: most sequences that it runs at once.
-        submit: give it a request; abort: take one away by ``seq_id``.
+        incarnation: counts the starts of this scheduler.
+        max_bs: maximum number of sequences that it runs at once.
+        scheduler: takes requests.
     """
 
     replica: int
-    epoch: int
+    incarnation: int
     max_bs: int
-    submit: Callable[[RequestRecord], None]
-    abort: Callable[[int], None]
+    scheduler: SchedulerHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,41 +40,39 @@ class ReplicaDown:
     """A scheduler has ended; its requests need another one.
 
     Args:
-        in_step: ``seq_id`` of those that its workers were computing.
-        crashed: whether that was a loss, not an orderly stop.
+        in_step: ``seq_id`` of the requests that its workers were computing.
+        crashed: whether it was a loss, not an orderly stop.
     """
 
     replica: int
-    epoch: int
+    incarnation: int
     in_step: frozenset[int]
     crashed: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What one step produced."""
+    """The output of one step."""
 
     replica: int
-    epoch: int
+    incarnation: int
     events: list[TokenEvent]
 
 
 RouterMessage = ReplicaUp | ReplicaDown | Tokens
 
 
-# --- what the router keeps --------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class RouterStatistics:
-    """Counts since the start, and requests alive now.
+    """Requests that are live now, and counts since the start.
 
     Args:
-        live: choices not yet finished, of which ``unassigned`` wait for a replica.
+        live: choices not yet finished.
+        unassigned: live choices that wait for a replica.
         finished: finish reason → choices; ``error`` for those that failed.
-        resumed: submissions of a request that had been submitted before.
+        resumed: submissions of requests that had been submitted before.
         resumed_tokens: tokens computed again because of that.
-        admitted_tokens: prompts and possible outputs of the live ones.
+        admitted_tokens: prompt tokens and possible output tokens of the live choices.
     """
 
     live: int

@@ -23,30 +23,16 @@ from ullm.supervision.actor import Mailbox
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Run a request, from its prompt and the tokens it has emitted."""
+    """Run a request, from its prompt and the tokens that it has emitted."""
 
     record: RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Forget a request."""
+    """Drop a request."""
 
     seq_id: int
-
-
-@dataclass(slots=True, eq=False)
-class Pause:
-    """A pause of the scheduler, and how deep its workers sleep meanwhile.
-
-    Args:
-        reached: set when it is as asked for.
-        given_back: bytes, by the workers.
-    """
-
-    level: int
-    reached: trio.Event
-    given_back: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +43,47 @@ class Recheck:
 SchedulerMessage = Submit | Abort | StepResult | Recheck
 
 
+@dataclass(frozen=True, slots=True)
+class MailboxHandle:
+    """A `SchedulerHandle` for one incarnation of a scheduler, which has a mailbox of its own."""
+
+    mailbox: Mailbox[SchedulerMessage]
+
+    def submit(self, record: RequestRecord) -> None:
+        """See `SchedulerHandle`."""
+        self.mailbox.send_nowait(Submit(record))
+
+    def abort(self, seq_id: int) -> None:
+        """See `SchedulerHandle`."""
+        self.mailbox.send_nowait(Abort(seq_id))
+
+
+@dataclass(slots=True, eq=False)
+class Pause:
+    """A pause of the scheduler, and how deeply its workers sleep meanwhile.
+
+    Args:
+        level: 0: only plan no steps; 1 and 2: see `ullm.protocol.messages.Sleep`.
+        reached: set once the scheduler is paused and the workers sleep.
+        given_back: bytes freed by the workers.
+    """
+
+    level: int
+    reached: trio.Event
+    given_back: int = 0
+
+
 class SchedulerActor:
     """Keeps one worker group busy.
 
-    Nothing here must survive: each start begins with an empty scheduler, and the router submits what
-    is to be done.
+    None of its state needs to survive: each start begins with an empty scheduler, and the router submits
+    the requests again.
 
     Args:
         config: batch limits, and how many steps to plan ahead.
         group: the workers.
-        router: where requests come from and tokens go to.
-        faults: what shall go wrong at the point ``scheduler.step``.
+        router: the source of requests, and the receiver of tokens.
+        faults: faults to inject at the point ``scheduler.step``.
     """
 
     def __init__(
@@ -77,39 +93,39 @@ class SchedulerActor:
         self._group = group
         self._router = router
         self._faults = faults
-        self._core: Scheduler | None = None
-        self._epoch = 0
+        self._scheduler: Scheduler | None = None
+        self._incarnation = 0
         self._in_flight: deque[Step] = deque()
         self._mailbox: Mailbox[SchedulerMessage] | None = None
         self._pause: Pause | None = None
 
     def pause(self, level: int) -> Pause:
-        """Plan no more steps; at level 1 and 2, give all requests back and have the workers sleep.
+        """Plan no more steps; at level 1 and 2, also give all requests back and have the workers sleep.
 
-        Lasts until `resume`, over restarts of this actor and of its workers. May be called again with a
-        deeper level.
+        The pause lasts until `resume`, over restarts of this actor and of its workers. May be called again
+        with a deeper level.
         """
         self._pause = Pause(level, trio.Event(), self._pause.given_back if self._pause is not None else 0)
         self._recheck()
         return self._pause
 
     def resume(self) -> None:
-        """End the pause. The router hears when the workers are up again."""
+        """End the pause. The router is told when the workers are up again."""
         self._pause = None
         self._recheck()
 
     def give_up(self) -> None:
-        """It will not run again: nobody shall wait for its pause."""
+        """Release the tasks that wait for a pause: this actor will not run again."""
         if self._pause is not None:
             self._pause.reached.set()
 
     def statistics(self) -> SchedulerStatistics | None:
-        """What is in the scheduler; None before it has started."""
-        return self._core.statistics() if self._core else None
+        """Return what is in the scheduler; None before it has started."""
+        return self._scheduler.statistics() if self._scheduler else None
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """The supervised child: ready when the workers have forgotten what was before."""
-        self._core = None
+        """Run as a supervised child, which is ready once the workers have dropped their former sequences."""
+        self._scheduler = None
         last_step = await self._attach()
         task_status.started()
         while True:
@@ -124,44 +140,37 @@ class SchedulerActor:
         return await self._group.attach(self._mailbox.send_nowait)
 
     async def _serve(self, last_step: int) -> None:
-        """Take requests from the router until a deep pause is asked for, or the workers are lost."""
+        """Run requests of the router until a pause of level 1 or 2, or the loss of the workers."""
         group, mailbox = self._group, self._mailbox
         assert group.info is not None, "the group is started before its scheduler"
         assert mailbox is not None, "results are attached before they can come"
         config = self._config.on_device(group.info.device)
-        core = self._core = new_scheduler(config, group.info, last_step)
-        # Unique over restarts of either: a scheduler may restart while its group lives on.
-        self._epoch += 1
-        epoch = self._epoch
-        self._router.mailbox.send_nowait(
-            ReplicaUp(
-                group.replica,
-                epoch,
-                config.max_bs,
-                submit=lambda record: mailbox.send_nowait(Submit(record)),
-                abort=lambda seq_id: mailbox.send_nowait(Abort(seq_id)),
-            )
-        )
+        scheduler = self._scheduler = new_scheduler(config, group.info, last_step)
+        # Not the group's epoch: a scheduler may restart while its group lives on.
+        self._incarnation += 1
+        handle = MailboxHandle(mailbox)
+        self._router.mailbox.send_nowait(ReplicaUp(group.replica, self._incarnation, config.max_bs, handle))
         crashed = True
         try:
-            await self._loop(core, mailbox, epoch)
+            await self._loop(scheduler, mailbox)
             crashed = False
         except trio.Cancelled:
             crashed = not group.alive
             raise
         finally:
             group.detach()
-            in_step = frozenset(row.seq_id for step in self._in_flight for row in step.scheduled)
-            self._router.mailbox.send_nowait(ReplicaDown(group.replica, epoch, in_step, crashed))
+            in_step = frozenset(entry.seq_id for step in self._in_flight for entry in step.scheduled)
+            down = ReplicaDown(group.replica, self._incarnation, in_step, crashed)
+            self._router.mailbox.send_nowait(down)
 
-    async def _loop(self, core: Scheduler, mailbox: Mailbox[SchedulerMessage], epoch: int) -> None:
-        """Ends when a deep pause is asked for and no step is in flight."""
+    async def _loop(self, scheduler: Scheduler, mailbox: Mailbox[SchedulerMessage]) -> None:
+        """Plan steps and apply their results; return when a pause of level 1 or 2 has no step in flight."""
         while True:
             pause = self._pause
             while (
                 pause is None
-                and len(self._in_flight) <= core.steps_ahead
-                and (step := core.schedule()) is not None
+                and len(self._in_flight) <= scheduler.steps_ahead
+                and (step := scheduler.schedule()) is not None
             ):
                 await self._faults.at("scheduler.step")
                 self._in_flight.append(step)
@@ -170,14 +179,14 @@ class SchedulerActor:
                 if pause.level > 0:
                     return
                 pause.reached.set()
-            self._handle(core, await mailbox.receive(), epoch)
-            # All that has arrived meanwhile goes into the next plan.
+            self._handle(scheduler, await mailbox.receive())
+            # Everything that has arrived meanwhile goes into the next plan.
             while mailbox.statistics().queued:
-                self._handle(core, mailbox.receive_nowait(), epoch)
+                self._handle(scheduler, mailbox.receive_nowait())
 
     async def _sleep(self) -> None:
-        """Have the workers sleep as deep as is asked for, and wake them when it is over."""
-        depth, self._core = 0, None
+        """Put the workers to sleep as deeply as the pause says, and wake them when it is over."""
+        depth, self._scheduler = 0, None
         assert self._mailbox is not None, "it was made when the workers were attached"
         while (pause := self._pause) is not None:
             if pause.level > depth:
@@ -192,25 +201,26 @@ class SchedulerActor:
         if self._mailbox is not None:
             self._mailbox.send_nowait(Recheck())
 
-    def _handle(self, core: Scheduler, message: SchedulerMessage, epoch: int) -> None:
+    def _handle(self, scheduler: Scheduler, message: SchedulerMessage) -> None:
         match message:
             case StepResult():
                 self._in_flight.popleft()
-                events = core.apply(message)
-                self._router.mailbox.send_nowait(Tokens(self._group.replica, epoch, events))
+                events = scheduler.apply(message)
+                self._router.mailbox.send_nowait(Tokens(self._group.replica, self._incarnation, events))
             case Submit(record):
-                core.add(to_sequence(record))
+                scheduler.add(to_sequence(record))
             case Abort(seq_id):
-                core.abort(seq_id)
+                scheduler.abort(seq_id)
             case Recheck():
                 pass
 
 
 def new_scheduler(config: EngineConfig, info: ModelInfo, last_step: int = 0) -> Scheduler:
-    """A scheduler over the KV blocks that the workers have.
+    """Return a scheduler over the workers' KV blocks.
 
     Args:
-        config: with limits that are decided, see `EngineConfig.on_device`.
+        config: with its limits decided, see `EngineConfig.on_device`.
+        last_step: number of the last step that the workers were sent.
     """
     return Scheduler(
         config,
@@ -223,12 +233,12 @@ def new_scheduler(config: EngineConfig, info: ModelInfo, last_step: int = 0) -> 
 
 
 def to_sequence(record: RequestRecord) -> Sequence:
-    """A fresh sequence for a request: its prompt, and what it has emitted already."""
+    """Return a new sequence for a request: its prompt and the tokens that it has emitted."""
     return Sequence(
         seq_id=record.seq_id,
         token_ids=[*record.prompt_token_ids, *record.token_ids],
         num_prompt_tokens=len(record.prompt_token_ids),
         params=record.params,
         max_total=record.max_total,
-        order=record.order,
+        queue_key=record.queue_key,
     )

@@ -1,4 +1,4 @@
-"""What a pool of standby workers keeps: its spares, and the places where they are wanted."""
+"""The values that the pool of standby workers keeps: spares, and the kinds of workers they can replace."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from ullm.config import EngineConfig
 
 
 class SpareTransport(Transport, Protocol):
-    """A transport that can be given another name, because a spare takes the place of another worker."""
+    """A transport that can be given another name, because a spare replaces a worker that had one."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class Target:
-    """What spares are prepared for, and the bytes of memory that a worker of it takes."""
+class StandbyTarget:
+    """What spares are prepared for.
+
+    Args:
+        need: bytes of memory that a worker takes for weights.
+    """
 
     config: EngineConfig
     model_path: str
@@ -27,7 +31,7 @@ class Target:
 
     @property
     def spares(self) -> int:
-        """How many for each worker."""
+        """Spares for each worker."""
         return 1 if self.config.standby_workers is None else self.config.standby_workers
 
 
@@ -37,14 +41,14 @@ class Spare:
 
     Attributes:
         target: what it is prepared for.
-        born: in trio's time.
+        born: trio's time when it was created.
         transport: None until its process is started.
-        leave: cancelled to make the pool let go of it: it is taken, or not wanted any more.
-        released: whoever took it does not need it any more.
-        gone: it has ended.
+        leave: cancelled when it is taken, or no longer wanted.
+        released: set when the worker group that took it is done with it.
+        gone: set when it has ended.
     """
 
-    target: Target
+    target: StandbyTarget
     born: float
     transport: SpareTransport | None = None
     prepared: bool = False
@@ -55,19 +59,19 @@ class Spare:
 
     @property
     def usable(self) -> bool:
-        """Whether it would be ready at once."""
+        """Whether it can replace a worker at once."""
         transport = self.transport
         return transport is not None and self.prepared and transport.alive() and not transport.suspended()
 
 
 @dataclass(eq=False)
-class Place:
-    """Where workers of one kind are wanted.
+class WorkerKind:
+    """Workers that can replace each other, and the spares for them.
 
     Attributes:
-        spec: of the last worker of this kind.
+        spec: specification of the latest worker of this kind.
         serving: workers of this kind that are in use.
-        not_before: when the next spare may be started, in trio's time.
+        not_before: trio's time before which no further spare is started.
         losses: spares lost in a row.
     """
 
@@ -79,6 +83,6 @@ class Place:
 
 
 def kind_of(spec: WorkerSpec) -> tuple[object, ...]:
-    """Workers of one kind can take each other's place."""
+    """Return the key of a worker's kind: workers with equal keys can replace each other."""
     rank = spec.rank
     return spec.runner, spec.cpu_threads, rank.rank, rank.world_size, rank.device_index

@@ -1,12 +1,11 @@
-"""Standby workers: processes that have imported all they need and mapped the weights, and wait to be used.
+"""Standby workers: processes that have imported their libraries and mapped the weights, and wait to be used.
 
-A worker that starts from nothing takes most of a second to import PyTorch. A spare one is ready some
-hundredths of a second after its `Start`, so the loss of a worker costs its clients little more than
-computing their contexts again.
+A new worker takes most of a second to import PyTorch. A spare one is ready some hundredths of a second after
+its `Start`, so the loss of a worker costs its clients little more than computing their contexts again.
 
 The pool stands between worker groups and their transport: `StandbyPool.open` gives a group a spare worker
-that suits it, else a fresh one. Spares are all alike until they are told who they are. Should one die,
-another takes its place, later each time; nothing else happens.
+where one is prepared, otherwise a new one. Spares of one kind are alike until `Start` names their rank. A
+spare that dies is replaced, after a delay that grows with each loss; workers in use are not affected.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import cast
 
 import trio
 
-from ullm.actors.spare_worker import Place, Spare, SpareTransport, Target, kind_of
+from ullm.actors.spare_worker import Spare, SpareTransport, StandbyTarget, WorkerKind, kind_of
 from ullm.actors.transports.base import OpenTransport, Transport, WorkerSpec
 from ullm.config import GIB, EngineConfig
 from ullm.errors import WorkerLost
@@ -27,34 +26,34 @@ from ullm.logs import get_logger
 from ullm.machine import available_memory
 from ullm.protocol import stop_budget
 from ullm.protocol.messages import Failed, Prepare, Prepared
-from ullm.supervision.actor import cleanup_scope
+from ullm.supervision import cleanup_scope, exponential_backoff
 
 log = get_logger("ullm.standby")
 
 SETTLE_SECONDS = 1.0
-"""From the use of a spare, or the end of a start, to the next spare: whoever serves comes first."""
+"""Delay from the use of a spare, or the end of a start, to the next spare: workers in use come first."""
 BACKOFF_SECONDS, BACKOFF_LIMIT = 1.0, 60.0
-"""From the loss of a spare to the next one: doubled with each loss in a row, up to the limit."""
+"""Delay from the loss of a spare to the next one: doubled with each loss in a row, up to the limit."""
 STEADY_SECONDS = 60.0
-"""A spare that has lived as long was not lost in a row."""
+"""Lifetime after which the loss of a spare no longer counts as one in a row."""
 MEMORY_RESERVE = 1 * GIB
-"""What must be available beyond the weights for a spare that nobody asked for."""
+"""Bytes that must be available beyond the weights, unless ``standby_workers`` is set."""
 MEMORY_SECONDS = 30.0
-"""How often memory is looked at while there is not enough."""
+"""Interval between checks of the memory while there is too little."""
 PREPARE_SECONDS = 300.0
-"""A spare that takes longer hangs."""
+"""How long a spare may take to prepare before it counts as hung."""
 
 
 @dataclass(frozen=True)
 class StandbyStatistics:
-    """What is in the pool, and counts since the start.
+    """Spares in the pool now, and counts since the start.
 
     Args:
-        prepared: spares that wait.
-        preparing: spares that are not so far yet.
+        prepared: spares ready for use.
+        preparing: spares not ready yet.
         taken_total: spares that became workers.
         lost_total: spares that died.
-        pids: of the spares that are processes.
+        pids: process ids of the spares that are processes.
     """
 
     prepared: int = 0
@@ -65,18 +64,18 @@ class StandbyStatistics:
 
 
 class StandbyPool:
-    """See the module.
+    """Keeps spares for the workers in use, and hands them out.
 
     Args:
-        open_transport: how to start a worker.
-        memory: bytes available now.
+        open_transport: starts a worker.
+        memory: returns the bytes available now.
     """
 
     def __init__(self, open_transport: OpenTransport, memory: Callable[[], int] = available_memory) -> None:
         self._open_transport = open_transport
         self._memory = memory
-        self._places: dict[tuple[object, ...], Place] = {}
-        self._target: Target | None = None
+        self._kinds: dict[tuple[object, ...], WorkerKind] = {}
+        self._target: StandbyTarget | None = None
         self._changed = trio.Event()
         self._taken = self._lost = 0
 
@@ -84,11 +83,11 @@ class StandbyPool:
 
     @asynccontextmanager
     async def open(self, spec: WorkerSpec) -> AsyncIterator[Transport]:
-        """An `OpenTransport`: a spare worker where one is prepared, else a fresh one."""
-        place = self._places.setdefault(kind_of(spec), Place(spec))
-        place.spec, place.serving = spec, place.serving + 1
+        """Open a spare worker where one is prepared, otherwise a new one; an `OpenTransport`."""
+        kind = self._kinds.setdefault(kind_of(spec), WorkerKind(spec))
+        kind.spec, kind.serving = spec, kind.serving + 1
         try:
-            spare = self._take(place)
+            spare = self._take(kind)
             self._changed.set()
             if spare is None:
                 async with self._open_transport(spec) as transport:
@@ -97,61 +96,61 @@ class StandbyPool:
                 async with self._use(spare, spec) as transport:
                     yield transport
         finally:
-            place.serving -= 1
+            kind.serving -= 1
 
-    def _take(self, place: Place) -> Spare | None:
-        spare = next((each for each in place.spares if each.usable), None)
-        for each in list(place.spares):
-            if each is spare or (each.prepared and not each.usable):  # it is suspended, or just dying
-                place.spares.remove(each)
+    def _take(self, kind: WorkerKind) -> Spare | None:
+        spare = next((each for each in kind.spares if each.usable), None)
+        for each in list(kind.spares):
+            if each is spare or (each.prepared and not each.usable):  # suspended or dying
+                kind.spares.remove(each)
                 each.taken = each is spare
                 each.leave.cancel()
         if spare is not None:
             self._taken += 1
-            place.losses, place.not_before = 0, trio.current_time() + SETTLE_SECONDS
+            kind.losses, kind.not_before = 0, trio.current_time() + SETTLE_SECONDS
         return spare
 
     @asynccontextmanager
     async def _use(self, spare: Spare, spec: WorkerSpec) -> AsyncIterator[Transport]:
-        """Let a spare be the worker that ``spec`` describes; afterwards it has ended."""
+        """Use a spare as the worker that ``spec`` describes; on leaving, it has ended."""
         transport = spare.transport
-        assert transport is not None, "what is taken was started"
+        assert transport is not None, "only a started spare is taken"
         transport.name = spec.rank.name
         log.info("standby worker takes over", worker=transport.name, pid=transport.pid)
         try:
             yield transport
         finally:
             spare.released.set()
-            with trio.CancelScope(shield=True):  # as long as the transport takes to be left
+            with trio.CancelScope(shield=True):  # until its transport is closed
                 await spare.gone.wait()
 
     # --- for the engine ------------------------------------------------------------------------------
 
     def prepare(self, config: EngineConfig, model_path: str, need: int) -> None:
-        """Have spares for this from now on: called when all workers are ready, after a reload and a pause.
+        """Prepare spares for a model; called when all workers are ready, and after a reload or a pause.
 
         Args:
-            config: ``standby_workers`` for each worker; None: one, while memory allows.
+            config: ``standby_workers`` says how many for each worker; None: one, while memory allows.
             need: bytes of memory that a worker takes for weights.
         """
-        former, self._target = self._target, Target(config, model_path, need)
-        for place in self._places.values():
-            place.not_before = trio.current_time() + SETTLE_SECONDS
+        former, self._target = self._target, StandbyTarget(config, model_path, need)
+        for kind in self._kinds.values():
+            kind.not_before = trio.current_time() + SETTLE_SECONDS
             if former is not None and former != self._target:
-                self._retire(place, 0)
+                self._retire(kind, 0)
         self._changed.set()
 
     async def pause(self) -> None:
-        """End all spares, and start none until `prepare`; returns when they are gone."""
+        """End all spares, wait until they are gone, and start none until `prepare`."""
         self._target = None
         spares = self._spares()
-        for place in self._places.values():
-            self._retire(place, 0)
+        for kind in self._kinds.values():
+            self._retire(kind, 0)
         for spare in spares:
             await spare.gone.wait()
 
     def statistics(self) -> StandbyStatistics:
-        """What is in the pool, as a frozen value."""
+        """Return what is in the pool as a frozen value."""
         spares = self._spares()
         prepared = sum(spare.prepared for spare in spares)
         pids = [spare.transport.pid for spare in spares if spare.transport is not None]
@@ -161,65 +160,65 @@ class StandbyPool:
     # --- the supervised child ------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Have spares wherever they are missing. Workers that were taken live on in this task."""
+        """Start spares wherever they are missing. Taken ones live on as tasks of this one."""
         task_status.started()
         async with trio.open_nursery() as nursery:
             while True:
                 self._changed = trio.Event()
-                for place in self._places.values():
-                    for spare in self._complete(place):
-                        nursery.start_soon(self._keep, place, spare)
-                with trio.move_on_at(self._next_look()):
+                for kind in self._kinds.values():
+                    for spare in self._complete(kind):
+                        nursery.start_soon(self._keep, kind, spare)
+                with trio.move_on_at(self._next_check()):
                     await self._changed.wait()
 
-    def _complete(self, place: Place) -> list[Spare]:
-        """The spares that are missing, to be started now; those that are too many are retired."""
+    def _complete(self, kind: WorkerKind) -> list[Spare]:
+        """Return the missing spares, to be started now; retire surplus ones."""
         target, now = self._target, trio.current_time()
-        if target is None or now < place.not_before:
+        if target is None or now < kind.not_before:
             return []
-        self._retire(place, target.spares * max(1, place.serving))
-        missing = max(0, target.spares * place.serving - len(place.spares))
-        asked_for = target.config.standby_workers is not None
-        if missing and not asked_for and self._memory() < target.need + MEMORY_RESERVE:
-            log.debug("no memory for a standby worker", worker=place.spec.rank.name)
-            place.not_before = now + MEMORY_SECONDS
+        self._retire(kind, target.spares * max(1, kind.serving))
+        missing = max(0, target.spares * kind.serving - len(kind.spares))
+        required = target.config.standby_workers is not None
+        if missing and not required and self._memory() < target.need + MEMORY_RESERVE:
+            log.debug("no memory for a standby worker", worker=kind.spec.rank.name)
+            kind.not_before = now + MEMORY_SECONDS
             return []
         new = [Spare(target, now) for _ in range(missing)]
-        place.spares += new
+        kind.spares += new
         return new
 
-    def _next_look(self) -> float:
+    def _next_check(self) -> float:
         now = trio.current_time()
-        times = [place.not_before for place in self._places.values()]
+        times = [kind.not_before for kind in self._kinds.values()]
         return min((time for time in times if time > now), default=math.inf)
 
-    def _retire(self, place: Place, keep: int) -> None:
-        """End spares, the newest first, until ``keep`` are left."""
-        while len(place.spares) > keep:
-            place.spares.pop().leave.cancel()
+    def _retire(self, kind: WorkerKind, keep: int) -> None:
+        """End spares, the newest first, until at most ``keep`` are left."""
+        while len(kind.spares) > keep:
+            kind.spares.pop().leave.cancel()
 
     def _spares(self) -> list[Spare]:
-        return [spare for place in self._places.values() for spare in place.spares]
+        return [spare for kind in self._kinds.values() for spare in kind.spares]
 
     # --- one spare -----------------------------------------------------------------------------------
 
-    async def _keep(self, place: Place, spare: Spare) -> None:
-        """Task: one spare, from its start to its end, whoever has it meanwhile."""
+    async def _keep(self, kind: WorkerKind, spare: Spare) -> None:
+        """Run one spare from its start to its end, whether the pool or a group has it meanwhile."""
         target = spare.target
         try:
-            async with self._open_transport(replace(place.spec, standby=True)) as transport:
+            async with self._open_transport(replace(kind.spec, standby=True)) as transport:
                 spare.transport = cast(SpareTransport, transport)
                 try:
-                    await self._hold(spare, Prepare(target.config, place.spec.rank, target.model_path))
+                    await self._hold(spare, Prepare(target.config, kind.spec.rank, target.model_path))
                 finally:
-                    if spare.prepared and not spare.taken:  # else there is nothing to stop in order
+                    if spare.prepared and not spare.taken:  # otherwise there is nothing to stop in order
                         with cleanup_scope(stop_budget.SPARE_WORKER):
                             await transport.stop(stop_budget.SPARE_WORKER)
-        except Exception as error:  # whatever it was, it is no reason to disturb those who serve
-            self._count_loss(place, spare, error)
+        except Exception as error:  # the loss of a spare must not disturb workers in use
+            self._count_loss(kind, spare, error)
         finally:
-            if spare in place.spares:
-                place.spares.remove(spare)
+            if spare in kind.spares:
+                kind.spares.remove(spare)
             spare.gone.set()
             self._changed.set()
 
@@ -227,10 +226,10 @@ class StandbyPool:
         """Prepare a spare, and wait until it is taken and released, or retired.
 
         Raises:
-            WorkerLost: it has died, or hangs.
+            WorkerLost: it died or hangs.
         """
         transport = spare.transport
-        assert transport is not None, "it was started"
+        assert transport is not None, "it is started"
         with spare.leave:
             await transport.send(prepare)
             with trio.move_on_after(PREPARE_SECONDS):
@@ -244,12 +243,12 @@ class StandbyPool:
         if spare.taken:
             await spare.released.wait()
 
-    def _count_loss(self, place: Place, spare: Spare, error: Exception) -> None:
-        log.warning("standby worker lost", worker=place.spec.rank.name, cause=str(error))
+    def _count_loss(self, kind: WorkerKind, spare: Spare, error: Exception) -> None:
+        log.warning("standby worker lost", worker=kind.spec.rank.name, cause=str(error))
         lived = trio.current_time() - spare.born
-        place.losses = 1 if lived >= STEADY_SECONDS else place.losses + 1
-        pause = min(BACKOFF_LIMIT, BACKOFF_SECONDS * 2 ** (place.losses - 1))
-        place.not_before = trio.current_time() + pause
+        kind.losses = 1 if lived >= STEADY_SECONDS else kind.losses + 1
+        backoff = exponential_backoff(BACKOFF_SECONDS, BACKOFF_LIMIT)
+        kind.not_before = trio.current_time() + backoff(kind.losses)
         self._lost += 1
 
 

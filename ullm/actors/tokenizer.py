@@ -1,42 +1,49 @@
 """The tokenizer actor: chat templates, encoding, incremental decoding.
 
-Encoding and rendering may take long for a long prompt, so they run in threads of this actor and never
-hold up trio. Decoding a few tokens takes microseconds and is done where it is needed.
+Encoding and rendering a long prompt may take long, so they run in threads of this actor and never block
+trio. Decoding a few tokens takes microseconds and is done where it is needed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import trio
 from tokenizers import Tokenizer as Backend
 
-from ullm.errors import ActorLost, InvalidParameter, ModelFileBroken, PromptTooLong, UllmError
+from ullm.errors import (
+    ActorLost,
+    AskTimeout,
+    EngineNotReady,
+    InvalidParameter,
+    ModelFileBroken,
+    PromptTooLong,
+    UllmError,
+)
 from ullm.faults import FaultInjector
+from ullm.hub import LocalModel
+from ullm.hub.files import read_json
 from ullm.logs import get_logger
 from ullm.supervision.actor import Mailbox, Reply, ask
 from ullm.tokenization.chat_template import ChatTemplate, read_special_tokens, read_templates
-from ullm.tokenization.decoding import ByteLevelDecoder, IncrementalDecoder, TokenBytes, WindowDecoder
-
-if TYPE_CHECKING:
-    from ullm.hub import LocalModel
+from ullm.tokenization.decoding import ByteLevelDecoder, TokenBytes, WindowDecoder
+from ullm.tokenization.detokenizer import IncrementalDecoder
 
 THREADS = 2
-"""Prompts encoded at once: a long one does not hold up a short one."""
+"""Prompts encoded at a time; a short one need not wait for a long one."""
 
 QUEUE = 1024
-"""Prompts that may wait; more wait with their senders."""
+"""Prompts that may queue; further senders wait."""
 
 ANSWER_SECONDS = 120.0
-"""Bound for one answer; megabytes of text take seconds."""
+"""Timeout of one answer; megabytes of text take seconds."""
 
 ATTEMPTS = 4
-"""Lives of the tokenizer that one prompt may see, as many as a supervisor gives it by default."""
+"""Incarnations of the actor that may try one prompt, as many as a supervisor starts by default."""
 
 T = TypeVar("T")
 
@@ -44,34 +51,30 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class _Job(Generic[T]):
+class _TokenizerJob(Generic[T]):
     work: Callable[[], T]
     reply: Reply[T]
 
 
-class Tokenizer:
-    """From text to tokens and back, for one model.
+class TokenizerActor:
+    """Converts text to tokens and back, for one model.
 
-    It may be used as soon as `run` is ready, or after `load` where no actor is wanted.
+    Usable once `run` is ready.
 
     Args:
-        model: whose tokenizer, chat template and end-of-sequence tokens.
-        faults: what shall go wrong at the point ``tokenizer.encode``.
+        model: has the tokenizer and the chat template.
+        faults: faults to inject at the point ``tokenizer.encode``.
     """
 
-    eos_token_ids: tuple[int, ...]
-    """Tokens that end a text."""
     vocab_size: int
     """Number of tokens, special ones included."""
-    bos_token_id: int | None
-    """The token that begins a text, for models that have one."""
     max_tokens: int | None
-    """Tokens that a prompt may have; the engine sets it. None: as many as memory allows."""
+    """Maximum number of tokens of a prompt, set by the engine; None: no limit."""
 
     def __init__(self, model: LocalModel, faults: FaultInjector | None = None) -> None:
         self._model = model
         self._faults = faults or FaultInjector()
-        self._jobs: Mailbox[_Job[Any]] = Mailbox(QUEUE, "tokenizer")
+        self._jobs: Mailbox[_TokenizerJob[Any]] = Mailbox(QUEUE, "tokenizer")
         self._backend: Backend
         self._bytes: TokenBytes
         self._special: frozenset[int]
@@ -79,15 +82,10 @@ class Tokenizer:
         self.max_tokens = None
         self._template: ChatTemplate
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `encode_chat` can work."""
-        return bool(self._template)
-
     # --- the actor ---
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Load, be ready, and serve until cancelled.
+        """Load the files, report ready, and serve until cancelled.
 
         Raises:
             ModelFileBroken: the tokenizer's files or the chat template cannot be read.
@@ -100,14 +98,15 @@ class Tokenizer:
                 nursery.start_soon(self._do, job, threads)
 
     def load(self) -> None:
-        """Read the tokenizer's files; blocks for up to a second.
+        """Read the tokenizer's files, which blocks for up to a second.
 
         Raises:
             ModelFileBroken: one of them cannot be read.
         """
         folder = self._model.tokenizer_path
-        config = _read_json(folder / "tokenizer_config.json")
-        special = read_special_tokens(config, _read_json(folder / "special_tokens_map.json"))
+        config = read_json(folder / "tokenizer_config.json", missing_ok=True)
+        tokens_map = read_json(folder / "special_tokens_map.json", missing_ok=True)
+        special = read_special_tokens(config, tokens_map)
         self._template = self._load_template(folder, config, special)
         self._backend = backend = _load_backend(folder / "tokenizer.json")
         self._bytes = TokenBytes(backend)
@@ -117,10 +116,8 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = len(vocabulary)
         self._longest_token = max(map(len, vocabulary))
-        self.bos_token_id = backend.token_to_id(special.get("bos_token", ""))
-        self.eos_token_ids = self._eos_token_ids(special.get("eos_token", ""))
 
-    def take_over(self, other: Tokenizer) -> None:
+    def take_over(self, other: TokenizerActor) -> None:
         """Serve another model's files from now on, which ``other`` has loaded.
 
         What is being encoded or decoded already goes on with the files that it began with.
@@ -129,20 +126,19 @@ class Tokenizer:
         self._template = other._template
         self._backend, self._bytes, self._special = other._backend, other._bytes, other._special
         self.vocab_size, self._longest_token = other.vocab_size, other._longest_token
-        self.bos_token_id, self.eos_token_ids = other.bos_token_id, other.eos_token_ids
 
     # --- encoding ---
 
     async def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
-        """Token ids of a text.
+        """Return the token ids of a text.
 
         Args:
-            add_special_tokens: the ones that the tokenizer puts around a text, such as BOS.
+            add_special_tokens: whether to add those that the tokenizer puts around a text, such as BOS.
             param: the request's field that the text came from, for the error.
 
         Raises:
             InvalidParameter: the text is not valid Unicode.
-            PromptTooLong: it must have more than `max_tokens` tokens, whatever they are.
+            PromptTooLong: the text is so long that it must have more than `max_tokens` tokens.
         """
         return await self._ask(partial(self._encode, text, add_special_tokens, param))
 
@@ -154,10 +150,10 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> list[int]:
-        """Token ids of a conversation; the template writes special tokens itself.
+        """Return the token ids of a conversation; the template writes special tokens itself.
 
         Raises:
-            InvalidParameter: as `render_chat`.
+            InvalidParameter: see `render_chat`.
         """
         render = partial(
             self._template.render,
@@ -176,15 +172,15 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The text of a conversation.
+        """Return the text of a conversation.
 
         Args:
-            add_generation_prompt: end with the beginning of the assistant's answer.
+            add_generation_prompt: whether to end with the beginning of the assistant's answer.
             tools: JSON schemas of functions that the model may call.
             variables: further variables of the template, such as ``enable_thinking``.
 
         Raises:
-            InvalidParameter: there is no chat template, or it refuses the messages.
+            InvalidParameter: there is no chat template, or it rejects the messages.
         """
         return await self._ask(
             partial(
@@ -199,10 +195,10 @@ class Tokenizer:
     # --- decoding ---
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of some tokens; bytes that are no UTF-8 become U+FFFD, ids that are no token nothing.
+        """Return the text of tokens; invalid UTF-8 becomes U+FFFD, and ids without a token are skipped.
 
         Raises:
-            InvalidParameter: an id that no vocabulary can have.
+            InvalidParameter: an id is out of range for any vocabulary.
         """
         try:
             return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -212,7 +208,7 @@ class Tokenizer:
     def detokenizer(
         self, *, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
     ) -> IncrementalDecoder:
-        """A decoder for a sequence that continues ``prompt_token_ids``.
+        """Return a decoder for a sequence that continues ``prompt_token_ids``.
 
         Bytes at the prompt's end that do not make a character yet belong to the text that follows.
         """
@@ -222,16 +218,16 @@ class Tokenizer:
         return WindowDecoder(self._backend, skip, prompt_token_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; empty for an id that is none."""
+        """Return the bytes of a token; empty for an id without one."""
         return self._bytes[token_id]
 
     def token_text(self, token_id: int) -> str:
-        """A token as text; incomplete characters become U+FFFD."""
+        """Return a token as text; incomplete characters become U+FFFD."""
         return self._bytes[token_id].decode("utf-8", "replace")
 
     # --- inside ---
 
-    async def _do(self, job: _Job[Any], threads: trio.CapacityLimiter) -> None:
+    async def _do(self, job: _TokenizerJob[Any], threads: trio.CapacityLimiter) -> None:
         await self._faults.at("tokenizer.encode")
         try:
             result = await trio.to_thread.run_sync(
@@ -243,15 +239,18 @@ class Tokenizer:
             job.reply.send(result)
 
     async def _ask(self, work: Callable[[], T]) -> T:
-        def job(reply: Reply[T]) -> _Job[Any]:
-            return _Job(work, reply)
+        def job(reply: Reply[T]) -> _TokenizerJob[Any]:
+            return _TokenizerJob(work, reply)
 
-        for _ in range(ATTEMPTS - 1):
-            try:
-                return await ask(self._jobs, job, ANSWER_SECONDS)
-            except ActorLost:  # restarted meanwhile; the work has no effects, so it may be done again
-                log.debug("tokenizer restarted")
-        return await ask(self._jobs, job, ANSWER_SECONDS)
+        try:
+            for _ in range(ATTEMPTS - 1):
+                try:
+                    return await ask(self._jobs, job, ANSWER_SECONDS)
+                except ActorLost:  # restarted meanwhile; the work has no effects, so it may be done again
+                    log.debug("tokenizer restarted")
+            return await ask(self._jobs, job, ANSWER_SECONDS)
+        except (ActorLost, AskTimeout) as error:
+            raise EngineNotReady("restarting a part of itself") from error
 
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         try:
@@ -262,7 +261,7 @@ class Tokenizer:
                 f"{error.start}; it is not valid Unicode",
                 param,
             ) from None
-        # What is far too long is not encoded at all: that would take gigabytes for tens of megabytes.
+        # Text that is far too long is not encoded at all: tens of megabytes of it would take gigabytes.
         least = len(text) // self._longest_token
         if self.max_tokens is not None and least > self.max_tokens:
             raise PromptTooLong(least, self.max_tokens, param, at_least=True)
@@ -280,21 +279,14 @@ class Tokenizer:
             log.warning("chat template cannot be used", error=str(error))
             return ChatTemplate({}, special)
 
-    def _eos_token_ids(self, eos_token: str) -> tuple[int, ...]:
-        """Those of generation_config.json, or else of config.json, and the tokenizer's own."""
-        sources = (self._model.generation_config, self._model.config)
-        listed = next((ids for source in sources if (ids := _as_list(source.get("eos_token_id")))), [])
-        own = self._backend.token_to_id(eos_token)
-        return tuple(dict.fromkeys([*listed, *([] if own is None else [own])]))
-
 
 def _guarded(work: Callable[[], T]) -> T:
-    """In a thread: whatever a text does to the tokenizer is that request's error, and no one else's."""
+    """Run in a thread: whatever a text does to the tokenizer is an error of that request only."""
     try:
         return work()
     except UllmError:
         raise
-    except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
+    except BaseException as error:  # a panic of the tokenizer's Rust code is not an Exception
         log.warning("text cannot be tokenized", exc_info=True)
         raise InvalidParameter(f"the text cannot be tokenized: {error}") from error
 
@@ -309,18 +301,3 @@ def _load_backend(file: Path) -> Backend:
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The file's object; empty where there is no file."""
-    try:
-        content: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ModelFileBroken(file, f"not JSON: {error}") from None
-    return content
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return [ids] if isinstance(ids, int) else list(ids or ())

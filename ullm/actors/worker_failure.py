@@ -1,4 +1,4 @@
-"""What a worker says of its own failure, as one of the engine's errors."""
+"""Turns the failure that a worker reports into one of the engine's errors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ log = get_logger("ullm.group")
 
 
 def checked(transport: Transport, message: FromWorker) -> FromWorker:
-    """The message, unless it says that the worker failed.
+    """Return the message, unless it reports a failure.
 
     Raises:
         ModelError, ConfigError: trying again would not help.
-        WorkerFailed: the worker is of no use any more.
+        WorkerFailed: the worker is useless from now on.
     """
     match message:
         case Failed():
@@ -28,10 +28,10 @@ def checked(transport: Transport, message: FromWorker) -> FromWorker:
 
 
 def failure(name: str, message: Failed) -> UllmError:
-    """The worker's exception as one of the engine's.
+    """Return the worker's exception as one of the engine's.
 
-    An error that tells the user what to do comes back as itself, word for word; anything else is the
-    loss of the worker.
+    An error that tells the user what to do is returned as itself, word for word; anything else is the loss
+    of the worker.
     """
     kind = getattr(errors, message.kind, None)
     if isinstance(kind, type) and issubclass(kind, (ModelError, ConfigError)):

@@ -445,7 +445,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(error: BaseException, *, debug: bool) -> int:
     """The exit status for an exception; one that is neither the user's nor a signal's goes on."""
-    match _only(error):
+    from ullm.supervision.errors import SupervisionError, root_cause  # trio comes with it
+
+    match root_cause(error):
         case KeyboardInterrupt():
             return INTERRUPTED
         case BrokenPipeError():
@@ -454,24 +456,17 @@ def _failed(error: BaseException, *, debug: bool) -> int:
             return FAILED
         case OSError() as cause if cause.errno is not None:
             return _complain(f"{cause.filename or 'stdout'}: {cause.strerror}", FAILED)
-        case UllmError() as cause:
+        case (UllmError() | SupervisionError()) as cause:
             if debug:
                 traceback.print_exception(error)
             return _complain(" ".join(str(cause).split()), _status(cause))
     raise error
 
 
-def _status(cause: UllmError) -> int:
+def _status(cause: Exception) -> int:
     if isinstance(cause, UsageError):
         return USAGE
     return EXIT_FAILED if isinstance(cause, EngineDead) else FAILED
-
-
-def _only(error: BaseException) -> BaseException:
-    """The error in groups of one, which trio makes; else the error itself."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
 
 
 def _complain(line: str, status: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import trio
 
-from ullm.actors.tokenizer import Tokenizer
+from ullm.actors.tokenizer import TokenizerActor
 from ullm.config import EngineConfig
 from ullm.hub import LocalModel, resolve
 from ullm.protocol.messages import ModelInfo
@@ -31,10 +31,10 @@ class CurrentModel:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.local: LocalModel | None = None
-        self.tokenizer: Tokenizer | None = None
+        self.tokenizer: TokenizerActor | None = None
         self.info: ModelInfo | None = None
 
-    def loaded(self) -> tuple[ModelInfo, Tokenizer]:
+    def loaded(self) -> tuple[ModelInfo, TokenizerActor]:
         """Return the facts and the tokenizer of a running engine's model."""
         assert self.info is not None, "a running engine has a model"
         assert self.tokenizer is not None, "a running engine has a tokenizer"
@@ -47,7 +47,7 @@ class CurrentModel:
         self.tokenizer.max_tokens = info.context_len
 
     def replace(
-        self, config: EngineConfig, local: LocalModel, tokenizer: Tokenizer, info: ModelInfo | None
+        self, config: EngineConfig, local: LocalModel, tokenizer: TokenizerActor, info: ModelInfo | None
     ) -> None:
         """Give new requests another model, or another revision; those in flight keep what they have.
 

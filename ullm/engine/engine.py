@@ -21,7 +21,7 @@ import trio
 
 from ullm.actors.router import Router
 from ullm.actors.standby_pool import StandbyPool
-from ullm.actors.tokenizer import Tokenizer
+from ullm.actors.tokenizer import TokenizerActor
 from ullm.actors.transports import OpenTransport, open_transport
 from ullm.actors.transports.faulty import faulty
 from ullm.config import EngineConfig, SleepMode
@@ -33,6 +33,8 @@ from ullm.engine.life import EngineLife
 from ullm.engine.lifecycle import Lifecycle
 from ullm.engine.readers import Readers
 from ullm.engine.reload import Reloader
+from ullm.engine.shutdown_report import ShutdownReport
+from ullm.engine.state import EngineState
 from ullm.engine.status import EngineStatistics, Health, ReloadReport, SleepHealth
 from ullm.engine.stop import EngineStop
 from ullm.engine.tree import EngineParts, EngineTree
@@ -42,7 +44,7 @@ from ullm.faults import FaultInjector
 from ullm.hub import LocalModel
 from ullm.protocol.messages import ModelInfo
 from ullm.sampling import SamplingParams
-from ullm.supervision import ChildInfo, ChildSpec, EngineState, ShutdownReport
+from ullm.supervision import ChildInfo, ChildSpec, root_cause
 
 
 class Engine:
@@ -107,7 +109,7 @@ class Engine:
         return self._current.info
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> TokenizerActor | None:
         """The tokenizer of the loaded model; None before its files are found."""
         return self._current.tokenizer
 
@@ -320,11 +322,4 @@ async def open_engine(
                 with trio.CancelScope(shield=True):
                     await engine.wait_stopped()
     except BaseExceptionGroup as group:
-        raise _only_error(group) from None
-
-
-def _only_error(error: BaseException) -> BaseException:
-    """Return the error itself where there is just one; trio wraps each in a group."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
+        raise root_cause(group) from None

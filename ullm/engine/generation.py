@@ -21,7 +21,7 @@ from ullm.tokenization.detokenizer import TextAssembler
 
 if TYPE_CHECKING:
     from ullm.actors.router import Router
-    from ullm.actors.tokenizer import Tokenizer
+    from ullm.actors.tokenizer import TokenizerActor
     from ullm.engine.admission import Admission
     from ullm.engine.current_model import CurrentModel
 
@@ -187,7 +187,7 @@ class Generation:
             for index in range(self.params.n)
         ]
 
-    def _make_choice(self, index: int, max_total: int, seed: int, tokenizer: Tokenizer) -> ChoiceReader:
+    def _make_choice(self, index: int, max_total: int, seed: int, tokenizer: TokenizerActor) -> ChoiceReader:
         prompt_logprobs = self.params.prompt_logprobs if index == 0 else None
         params = replace(self.params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
         arrival = self._router.arrival()
@@ -197,7 +197,7 @@ class Generation:
             prompt_token_ids=self.prompt_token_ids,
             params=params,
             max_total=max_total,
-            order=(params.priority, arrival),
+            arrival=arrival,
             notify=self._wake_up.notify,
         )
         decoder = tokenizer.detokenizer(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ullm.engine.state import EngineState
 from ullm.errors import EngineDead, EngineDraining, EngineNotReady
-from ullm.supervision import EngineState, StateCell
+from ullm.supervision import StateCell
 
 
 class EngineLife:
@@ -16,7 +17,7 @@ class EngineLife:
     """
 
     def __init__(self) -> None:
-        self.cell = StateCell()
+        self.cell = StateCell(EngineState.STARTING)
         self.started = False
         self.failure: str | None = None
 

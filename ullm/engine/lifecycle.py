@@ -22,7 +22,15 @@ from ullm.engine.fleet import Fleet
 from ullm.engine.reload import Reloader
 from ullm.engine.replica import Replica
 from ullm.engine.status import ReloadReport, SleepHealth
-from ullm.errors import ActorLost, EngineBusy, InvalidParameter, RequestError, UllmError, first_cause
+from ullm.errors import (
+    ActorLost,
+    EngineBusy,
+    InvalidParameter,
+    RequestError,
+    SupervisionError,
+    UllmError,
+    first_cause,
+)
 from ullm.logs import get_logger
 from ullm.supervision.actor import Mailbox, Reply, ask
 
@@ -279,7 +287,7 @@ class Lifecycle:
             await self._fleet.start_all()
         except ActorLost:
             raise
-        except UllmError as error:
+        except (UllmError, SupervisionError) as error:
             self._on_failure(first_cause(error))
             await trio.sleep_forever()  # until the engine's stop ends this
         self._stopped = False

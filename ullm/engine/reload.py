@@ -10,13 +10,21 @@ from pathlib import Path
 import trio
 
 from ullm.actors.router import Router
-from ullm.actors.tokenizer import Tokenizer
+from ullm.actors.tokenizer import TokenizerActor
 from ullm.config import EngineConfig
 from ullm.engine.current_model import CurrentModel, FindModel
 from ullm.engine.fleet import Fleet
 from ullm.engine.replica import Replica
 from ullm.engine.status import ReloadReport
-from ullm.errors import ActorLost, InvalidParameter, ReloadFailed, StartFailed, UllmError, first_cause
+from ullm.errors import (
+    ActorLost,
+    InvalidParameter,
+    ReloadFailed,
+    StartFailed,
+    SupervisionError,
+    UllmError,
+    first_cause,
+)
 from ullm.faults import FaultInjector
 from ullm.hub import LocalModel
 from ullm.logs import get_logger
@@ -30,7 +38,7 @@ class _Candidate:
 
     config: EngineConfig
     local: LocalModel
-    tokenizer: Tokenizer
+    tokenizer: TokenizerActor
 
 
 class Reloader:
@@ -86,7 +94,7 @@ class Reloader:
             moved = await self._replace_all(candidate)
         except ActorLost:  # the engine stops meanwhile
             raise
-        except UllmError as error:
+        except (UllmError, SupervisionError) as error:
             self.counts["failed"] += 1
             cause = first_cause(error)
             log.error("reload failed; the old workers serve on", cause=str(cause))
@@ -117,7 +125,7 @@ class Reloader:
         digests = [await trio.to_thread.run_sync(_tokenizer_digest, each) for each in (current.local, local)]
         if digests[0] != digests[1]:
             raise ReloadFailed(f"{local.path} has another tokenizer; requests in flight could not go on")
-        tokenizer = Tokenizer(local)
+        tokenizer = TokenizerActor(local)
         await trio.to_thread.run_sync(tokenizer.load)
         return _Candidate(config, local, tokenizer)
 

@@ -10,7 +10,7 @@ from ullm.config import EngineConfig
 from ullm.engine.status import ReplicaHealth
 from ullm.faults import FaultInjector
 from ullm.protocol import stop_budget
-from ullm.supervision import ChildSpec, Restart, Strategy
+from ullm.supervision import ChildSpec, Restart, Strategy, supervisor_child
 
 
 class Replica:
@@ -46,7 +46,7 @@ class Replica:
         config = self.config
         # The budget is wide: what binds is the one deadline of the engine's stop.
         budget = stop_budget.engine_seconds(config.shutdown_timeout)
-        return ChildSpec.supervisor(
+        return supervisor_child(
             f"replica{self.index}",
             [
                 ChildSpec("workers", self.group.run, shutdown=budget, kill=self.group.kill),

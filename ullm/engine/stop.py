@@ -16,16 +16,11 @@ from ullm.engine.current_model import CurrentModel
 from ullm.engine.life import EngineLife
 from ullm.engine.lifecycle import AWAKE, Lifecycle
 from ullm.engine.readers import Readers
+from ullm.engine.shutdown_report import ShutdownReport, StageReport, stages_of
+from ullm.engine.state import EngineState
 from ullm.logs import get_logger
 from ullm.protocol import stop_budget
-from ullm.supervision import (
-    ChildReport,
-    EngineState,
-    ShutdownReport,
-    StageReport,
-    Supervisor,
-    stages_of,
-)
+from ullm.supervision import ChildReport, Supervisor
 
 log = get_logger("ullm.engine")
 

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 import trio
 
 from ullm.actors.router import Router
-from ullm.actors.tokenizer import Tokenizer
+from ullm.actors.tokenizer import TokenizerActor
 from ullm.engine.current_model import CurrentModel, FindModel
 from ullm.engine.fleet import Fleet
 from ullm.engine.life import EngineLife
 from ullm.engine.lifecycle import Lifecycle
+from ullm.engine.state import EngineState
 from ullm.engine.stop import EngineStop
 from ullm.errors import StartCancelled, first_cause
 from ullm.faults import FaultInjector
 from ullm.logs import get_logger
 from ullm.protocol import stop_budget
-from ullm.supervision import ChildInfo, ChildSpec, EngineState, Supervisor, open_supervisor
+from ullm.supervision import ChildInfo, ChildSpec, Supervisor, open_supervisor
 
 log = get_logger("ullm.engine")
 
@@ -125,7 +126,7 @@ class EngineTree:
         """Find the model's files, by a download of minutes maybe; return the children that need them."""
         parts, current = self._parts, self._parts.current
         current.local = await trio.to_thread.run_sync(self._find_model, current.config)
-        current.tokenizer = Tokenizer(current.local, parts.faults)
+        current.tokenizer = TokenizerActor(current.local, parts.faults)
         return [
             ChildSpec("tokenizer", current.tokenizer.run, shutdown=stop_budget.TOKENIZER),
             *parts.fleet.specs(str(current.local.path)),

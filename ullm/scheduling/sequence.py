@@ -1,7 +1,8 @@
-"""One sequence: its tokens, its KV blocks, and how far it has come."""
+"""One sequence: its tokens, its KV blocks, and its progress."""
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,10 +19,10 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False):
     """New tokens of one sequence, or its end, or both.
 
     Args:
-        seq_id: which sequence.
-        index: of the first token in ``token_ids``, counted from the first generated token; a reader
-            that has seen more drops what it knows.
-        stop_reason: the token that ended it, where that is not an end-of-sequence token.
+        seq_id: the sequence.
+        index: index of the first token in ``token_ids``, counted from the first generated token; a reader
+            drops tokens that it has seen already.
+        stop_reason: the token that ended the sequence, unless it is an end-of-sequence token.
         num_cached_tokens: prompt tokens that came from the prefix cache.
     """
 
@@ -35,6 +36,17 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False):
     num_cached_tokens: int = 0
 
 
+class SequenceStatus(enum.Enum):
+    """Where a sequence is in its scheduler; preemption takes a running one back to waiting."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+WAITING, RUNNING, FINISHED = SequenceStatus  # looked up for each sequence in each step
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A sequence in the scheduler.
@@ -42,17 +54,17 @@ class Sequence:
     Args:
         seq_id: given by the router; unique in its life.
         token_ids: every token whose value is known, the prompt first.
-        num_prompt_tokens: how many of them are the original prompt.
+        num_prompt_tokens: length of the original prompt.
         max_total: tokens of prompt and output together at which it ends.
-        order: (priority, arrival); lower runs first and is preempted last.
+        queue_key: (priority, arrival); the lowest runs first and is preempted last.
         num_computed: leading positions whose KV is computed, or will be by steps already planned.
         num_pending: tokens that planned steps will sample, whose values are not known yet.
         num_published: leading blocks offered to the prefix cache.
         num_sent_blocks: leading blocks that the worker knows.
-        num_drafted: guesses in the planned step; until it is known which were right, nothing can follow.
-        drafter: guesses further tokens; None: they are computed one by one.
-        planned_in: number of the last step that it has a row in.
-        endings: tokens that end it.
+        num_drafted: drafted tokens in the planned step; nothing more can be planned until they are verified.
+        drafter: drafts further tokens; None: tokens are computed one by one.
+        last_planned: number of the last step that computes part of it.
+        stop_token_ids: tokens that end it.
     """
 
     seq_id: int
@@ -60,7 +72,7 @@ class Sequence:
     num_prompt_tokens: int
     params: SamplingParams
     max_total: int
-    order: tuple[int, int]
+    queue_key: tuple[int, int]
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_computed: int = 0
@@ -70,10 +82,9 @@ class Sequence:
     num_drafted: int = 0
     drafter: Drafter | None = None
     num_cached_tokens: int = 0
-    running: bool = False
-    finished: bool = False
-    planned_in: int = 0
-    endings: frozenset[int] = frozenset()
+    status: SequenceStatus = WAITING
+    last_planned: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
 
     @property
     def num_output_tokens(self) -> int:
@@ -82,21 +93,21 @@ class Sequence:
 
     @property
     def num_to_compute(self) -> int:
-        """Positions that can be planned now: none once the pending tokens reach its end."""
+        """Positions that can be planned now; 0 once the pending tokens reach the end."""
         planned = len(self.token_ids) + self.num_pending
         return 0 if planned >= self.max_total or self.num_drafted else planned - self.num_computed
 
-    def know_endings(self, eos_token_ids: frozenset[int]) -> None:
-        """Gather the tokens that end it: end-of-sequence tokens, unless ignored, and its own."""
+    def set_stop_token_ids(self, eos_token_ids: frozenset[int]) -> None:
+        """Collect the tokens that end it: end-of-sequence tokens, unless ignored, and the request's own."""
         eos = frozenset() if self.params.ignore_eos else eos_token_ids
-        self.endings = eos.union(self.params.stop_token_ids) if self.params.stop_token_ids else eos
+        self.stop_token_ids = eos.union(self.params.stop_token_ids) if self.params.stop_token_ids else eos
 
     def finish_reason(self, token_id: int) -> FinishReason | None:
-        """Whether ``token_id``, just appended, ends the sequence.
+        """Return why ``token_id``, just appended, ends the sequence; None if it does not.
 
-        Below ``min_tokens`` the sampler makes ending tokens impossible, but a grammar or a logit
-        bias could still force one, so it is checked here too.
+        Below ``min_tokens`` the sampler makes stop tokens impossible, but a grammar or a logit bias could
+        still force one, so it is checked here, too.
         """
-        if token_id in self.endings and self.num_output_tokens > self.params.min_tokens:
+        if token_id in self.stop_token_ids and self.num_output_tokens > self.params.min_tokens:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_total else None

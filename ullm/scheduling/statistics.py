@@ -1,4 +1,4 @@
-"""What a scheduler says of itself."""
+"""What a scheduler reports about itself."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SchedulerStatistics:
-    """What is in the scheduler.
+    """Sequences and blocks in a scheduler now, and counts since the start.
 
     Args:
-        prefix_queries: prompt tokens looked up in the prefix cache since the start.
-        prefix_hits: of those, the ones found.
-        preemptions: since the start.
-        draft_tokens: guessed since the start.
-        accepted_tokens: of those, the right ones.
-        steps: planned for these workers since they started.
+        prefix_queries: prompt tokens looked up in the prefix cache.
+        prefix_hits: those of them that were found.
+        preemptions: sequences that lost their blocks to others.
+        draft_tokens: tokens drafted.
+        accepted_tokens: drafted tokens that were accepted.
+        steps: steps planned for these workers since they started.
     """
 
     running: int

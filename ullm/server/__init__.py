@@ -1,4 +1,8 @@
-"""The HTTP surface: OpenAI's API, probes, metrics and admin endpoints around an engine."""
+"""The HTTP surface: OpenAI's API, probes, metrics and admin endpoints around an engine.
+
+`http` serves connections, `api` holds the values of the API, `routes` the handlers and their table.
+Imports the engine, supervision and what is below them.
+"""
 
 from ullm.server.admin_listener import file_remover, open_admin_socket, serve_admin
 from ullm.server.app import create_admin_app, create_app

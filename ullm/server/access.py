@@ -1,4 +1,4 @@
-"""Who may call what: keys, origins, and names of requests."""
+"""Access: keys, origins of web pages, and names of requests."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ from quart_trio import QuartTrio
 
 from ullm.config import ServerConfig
 from ullm.server.api import errors
+from ullm.server.api.route import Access
+from ullm.server.routes.table import access_of
 
-OPEN = frozenset({"/live", "/ready", "/health", "/version", "/metrics", "/openapi.json", "/is_sleeping"})
-"""Paths that need no key, ever."""
-ADMIN = frozenset({"/sleep", "/wake", "/wake_up"})
-"""Paths that change the engine, beside all below ``/admin``."""
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
-def is_admin(path: str) -> bool:
-    """Whether a path is for those who run the server, and not for its clients."""
-    return path in ADMIN or path == "/admin" or path.startswith("/admin/")
+def install_common_headers(app: QuartTrio) -> None:
+    """Name each request and note when it arrived; give its answer the headers in ``g.common_headers``.
 
-
-def install_request_ids(app: QuartTrio) -> None:
-    """Take the client's ``X-Request-Id``, or make one, and send it back; note when the request arrived."""
+    Its name is the client's ``X-Request-Id``, or a new one, which is sent back. An event stream, which its
+    handler writes itself, takes the headers from there, too; so they are known before the handler runs.
+    """
 
     async def receive() -> None:
         g.arrived = trio.current_time()
-        given = request.headers.get("X-Request-Id", "")
-        g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        sent = request.headers.get("X-Request-Id", "")
+        g.request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        g.common_headers = {"X-Request-Id": g.request_id}
 
     async def send(response: Response) -> Response:
-        response.headers["X-Request-Id"] = g.request_id
+        response.headers.update(g.common_headers)
         return response
 
     app.before_request(receive)
@@ -43,37 +41,39 @@ def install_request_ids(app: QuartTrio) -> None:
 
 
 def install_keys(app: QuartTrio, config: ServerConfig) -> None:
-    """Ask clients for the API key, if there is one, and administrators for theirs; without one they get 403.
+    """Require the API key of clients, if there is one, and the admin key of administrators.
 
-    Neither key opens what the other does. A comparison takes the same time for any key.
+    Without an admin key, admin endpoints answer 403. Neither key is accepted in place of the other.
+    Comparing takes the same time for every key.
     """
 
     async def check() -> None:
-        if is_admin(request.path):
+        access = access_of(request.path)
+        if access is Access.ADMIN:
             if config.admin_key is None:
                 raise errors.AdminDisabled
-            if not _sent(config.admin_key):
+            if not _has_key(config.admin_key):
                 raise errors.AdminUnauthorized(
                     "the admin key is missing or wrong; send 'Authorization: Bearer <admin key>'"
                 )
-        elif config.api_key is not None and request.path not in OPEN and not _sent(config.api_key):
+        elif access is Access.KEY and config.api_key is not None and not _has_key(config.api_key):
             raise errors.Unauthorized("the API key is missing or wrong; send 'Authorization: Bearer <key>'")
 
     app.before_request(check)
 
 
-def _sent(key: str) -> bool:
-    given = request.headers.get("Authorization", "").encode("latin-1")  # the bytes that were sent
-    return hmac.compare_digest(given, f"Bearer {key}".encode())
+def _has_key(key: str) -> bool:
+    sent = request.headers.get("Authorization", "").encode("latin-1")  # the bytes that were sent
+    return hmac.compare_digest(sent, f"Bearer {key}".encode())
 
 
 def install_local_only(app: QuartTrio, *, by_name: bool) -> None:
-    """Refuse what a web page makes its visitor's browser send here: no key protects this app.
+    """Refuse requests that a web page makes its visitor's browser send: no key protects this app.
 
-    Browsers name the page's origin, and call a loopback address by the name that the page resolved.
+    Browsers send the page's origin, and as the host the name that the page used for the loopback address.
 
     Args:
-        by_name: it listens on an address, which names resolve to; no browser reaches a unix socket.
+        by_name: check the host's name, too; not needed on a unix socket, which no browser reaches.
     """
 
     async def check() -> None:
@@ -82,7 +82,7 @@ def install_local_only(app: QuartTrio, *, by_name: bool) -> None:
         host = request.headers.get("Host", "")
         if by_name and not _is_loopback(host):
             raise errors.ForeignOrigin(
-                f"the admin listener is called localhost or by its address, not {host}"
+                f"the admin listener accepts localhost or its address as the host, not {host}"
             )
 
     app.before_request(check)
@@ -99,35 +99,31 @@ def _is_loopback(host: str) -> bool:
 
 
 def install_cors(app: QuartTrio, origins: tuple[str, ...]) -> None:
-    """Let pages of these origins call the API (Fetch standard, CORS protocol); ``*`` is any."""
+    """Allow web pages of these origins to call the API (Fetch standard, CORS); ``*`` allows all."""
 
-    def allowed() -> str | None:
+    async def grant() -> Response | None:
         origin: str | None = request.headers.get("Origin")
-        return origin if origin is not None and ("*" in origins or origin in origins) else None
-
-    async def preflight() -> Response | None:
-        if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
+        if origin is None or not ("*" in origins or origin in origins):
             return None
-        if allowed() is None:
-            return None
-        return Response(
-            b"",
-            status=204,
-            headers={
-                "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-                "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", "*"),
-                "Access-Control-Max-Age": "600",
-            },
-        )
-
-    async def grant(response: Response) -> Response:
-        origin = allowed()
-        if origin is not None:
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = "X-Request-Id"
-            response.headers["Vary"] = "Origin"
-        return response
+        g.common_headers |= {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Expose-Headers": "X-Request-Id",
+            "Vary": "Origin",
+        }
+        is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+        return _preflight_response() if is_preflight else None
 
     if origins:
-        app.before_request(preflight)
-        app.after_request(grant)
+        app.before_request(grant)
+
+
+def _preflight_response() -> Response:
+    return Response(
+        b"",
+        status=204,
+        headers={
+            "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+            "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", "*"),
+            "Access-Control-Max-Age": "600",
+        },
+    )

@@ -1,6 +1,6 @@
-"""The admin listener: the admin endpoints without a key, where only this machine's own users can reach them.
+"""The admin listener: the admin endpoints without a key, out of reach of other machines.
 
-On a unix socket, which only the user who runs the server may open, or on a port of the loopback interface.
+It listens on a unix socket, which only the user who runs the server may open, or on a loopback port.
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ import trio
 
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError
-from ullm.server.api.types import Engine
-from ullm.server.app import Shutdown, create_admin_app
+from ullm.server.api.types import EngineInterface
+from ullm.server.app import create_admin_app
+from ullm.server.routes.service import Shutdown
 from ullm.server.serve import BACKLOG, claim, serve_app
 
 UNIX = "unix:"
 _MODE = 0o600
 MAX_CONNECTIONS = 16
-"""They come out of the reserve that the other server's connections leave."""
+"""Connections at a time; they come out of the reserve that the other server leaves."""
 
 
 async def serve_admin(
-    engine: Engine,
+    engine: EngineInterface,
     server_config: ServerConfig,
     *,
     sock: socket.socket,
     shutdown: Shutdown | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the admin endpoints and the probes until cancelled. A supervised child.
+    """Serve the admin endpoints and the probes until cancelled. Runs as a supervised child.
 
     Args:
         sock: from `open_admin_socket`.
         shutdown: see `ullm.server.app.create_app`.
+        task_status: gets the URL.
     """
     app = create_admin_app(engine, server_config, shutdown=shutdown)
     await serve_app(
@@ -51,10 +53,10 @@ async def serve_admin(
 
 @contextmanager
 def open_admin_socket(where: str) -> Iterator[socket.socket]:
-    """Listen on ``unix:PATH`` or ``HOST:PORT``; afterwards the socket is closed, and its file gone.
+    """Listen on ``unix:PATH`` or ``HOST:PORT`` within this block; then close the socket, remove its file.
 
     Raises:
-        ConfigError: no such address, one that others can reach, or one that is taken.
+        ConfigError: the address does not exist, is in use, or can be reached by other machines.
     """
     if where.startswith(UNIX):
         with _unix_socket(where) as sock:
@@ -65,9 +67,12 @@ def open_admin_socket(where: str) -> Iterator[socket.socket]:
 
 
 def file_remover(sock: socket.socket) -> Callable[[], object]:
-    """What removes the file of a socket from `open_admin_socket`, for who leaves without closing it."""
+    """Return a callback that unlinks the file of a socket from `open_admin_socket`.
+
+    It is for exits that skip the cleanup.
+    """
     if sock.family in (socket.AF_INET, socket.AF_INET6):
-        return bool  # there is none
+        return bool  # a TCP socket has no file
     path = sock.getsockname()
     return partial(_remove, path, os.stat(path).st_ino)
 
@@ -83,7 +88,7 @@ def _loopback_socket(where: str) -> socket.socket:
         raise ConfigError(f"--admin-listen {where}: {error.strerror or error}") from None
     if not ipaddress.ip_address(address[0]).is_loopback:
         raise ConfigError(
-            f"--admin-listen {where}: other machines could reach {host}, and this listener asks for no key; "
+            f"--admin-listen {where}: other machines could reach {host}, and this listener requires no key; "
             "use unix:PATH or 127.0.0.1:PORT, or --admin-key to open the endpoints on the server's own port"
         )
     sock = socket.socket(family, kind, protocol)
@@ -100,7 +105,7 @@ def _unix_socket(where: str) -> Iterator[socket.socket]:
     path = os.path.abspath(where.removeprefix(UNIX))
     if not hasattr(socket, "AF_UNIX"):
         raise ConfigError(f"--admin-listen {where}: no unix sockets on this system; use 127.0.0.1:PORT")
-    _clear_the_way(where, path)
+    _remove_stale_socket(where, path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         mask = os.umask(0o777 & ~_MODE)
@@ -121,19 +126,19 @@ def _unix_socket(where: str) -> Iterator[socket.socket]:
         _remove(path, ours)
 
 
-def _clear_the_way(where: str, path: str) -> None:
+def _remove_stale_socket(where: str, path: str) -> None:
     """Remove the socket of a server that has died, and nothing else."""
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
-        return  # nothing there, or binding will say what is wrong
-    if not stat.S_ISSOCK(found.st_mode):
-        raise ConfigError(f"--admin-listen {where}: there is something else at this path; choose another")
+        return  # nothing is there, or binding will report the error
+    if not stat.S_ISSOCK(status.st_mode):
+        raise ConfigError(f"--admin-listen {where}: this path exists and is not a socket; choose another")
     if _is_alive(path):
         raise ConfigError(
             f"--admin-listen {where}: another server listens there; stop it or choose another path"
         )
-    _remove(path, found.st_ino)
+    _remove(path, status.st_ino)
 
 
 def _is_alive(path: str) -> bool:
@@ -147,7 +152,7 @@ def _is_alive(path: str) -> bool:
 
 
 def _remove(path: str, inode: int) -> None:
-    """Remove a socket's file, unless it is another one by now."""
+    """Remove a socket's file, unless it has been replaced by another."""
     with contextlib.suppress(FileNotFoundError):
         if os.lstat(path).st_ino == inode:
             os.unlink(path)

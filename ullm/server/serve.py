@@ -1,4 +1,4 @@
-"""Listening and serving: the socket before the model is loaded, Hypercorn as a supervised child."""
+"""Listening before the model is loaded, and serving as a supervised child."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import trio
-from hypercorn.config import Config
 
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError, PortTaken
 from ullm.protocol import stop_budget
-from ullm.server.api.types import Engine
-from ullm.server.app import Shutdown, create_app
+from ullm.server.api.types import EngineInterface
+from ullm.server.app import create_app
 from ullm.server.http.descriptors import connection_limit
 from ullm.server.http.listener import Listener
+from ullm.server.routes.service import Shutdown
 from ullm.supervision.actor import current_lifetime
 
 BACKLOG = 2048
-KEEP_ALIVE = 75.0
-"""Seconds that an idle connection stays open; longer than the usual load balancer's 60."""
+"""Connections that the kernel holds until they are accepted."""
 
 
 def bind(server_config: ServerConfig) -> socket.socket:
-    """Take the address and listen, so that a taken port is known before the model loads.
+    """Bind the address and listen, so that a port in use is reported before the model loads.
 
     Connections wait in the backlog until `serve_http` runs.
 
     Raises:
-        PortTaken: something else listens there.
-        ConfigError: the address is not this machine's.
+        PortTaken: another program listens there.
+        ConfigError: the address does not belong to this machine.
     """
     host, port = server_config.host, server_config.port
     try:
@@ -51,10 +50,10 @@ def bind(server_config: ServerConfig) -> socket.socket:
 
 
 def claim(sock: socket.socket, address: tuple[Any, ...]) -> None:
-    """Bind a TCP socket, so that no other program can, and listen.
+    """Bind a TCP socket exclusively and listen.
 
     Raises:
-        OSError: the address is taken, or not this machine's.
+        OSError: the address is in use, or does not belong to this machine.
     """
     if sys.platform == "win32":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
@@ -75,40 +74,30 @@ def _bind_error(error: OSError, host: str, port: int) -> Exception:
 
 
 def urls(sockets: Sequence[socket.socket]) -> list[str]:
-    """Where the sockets can be reached; with ``--port 0`` this has the real port."""
-    found = []
+    """Return the URLs of the sockets, with the real port where ``--port 0`` was given."""
+    addresses = []
     for sock in sockets:
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            found.append(f"unix:{sock.getsockname()}")
+            addresses.append(f"unix:{sock.getsockname()}")
             continue
         host, port = sock.getsockname()[:2]
-        found.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-    return found
-
-
-def hypercorn_config() -> Config:
-    """Hypercorn's settings for a connection: no access log; no time limits of its own."""
-    config = Config()
-    config.accesslog = None
-    config.errorlog = None
-    config.keep_alive_timeout = KEEP_ALIVE
-    config.keep_alive_max_requests = sys.maxsize
-    config.include_server_header = False
-    return config
+        addresses.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    return addresses
 
 
 async def serve_http(
-    engine: Engine,
+    engine: EngineInterface,
     server_config: ServerConfig,
     *,
     sockets: Sequence[socket.socket],
     shutdown: Shutdown | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the whole API until cancelled; started with the URLs. A supervised child; see `serve_app`.
+    """Serve the whole API until cancelled; see `serve_app`. Runs as a supervised child.
 
     Args:
         shutdown: see `ullm.server.app.create_app`.
+        task_status: gets the URLs.
     """
     app = create_app(engine, server_config, shutdown=shutdown)
     await serve_app(app, server_config, sockets=sockets, task_status=task_status)
@@ -122,18 +111,19 @@ async def serve_app(
     max_connections: int | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve an app until cancelled; started with the URLs.
+    """Serve an app until cancelled.
 
-    When it is cancelled it stops accepting, gives the handlers that run until shortly before its stop
-    deadline to finish, and then cuts their connections. The engine is drained before that, while this
-    still serves, so what is left then is for clients that do not read.
+    When cancelled, it stops accepting, lets the running handlers finish until shortly before its stop
+    deadline, and then cuts their connections. The engine is drained before that, while this still serves,
+    so that only answers to clients that do not read are left by then.
 
     Args:
-        max_connections: at a time; default: as many as the limit of descriptors allows.
         sockets: from `bind`. A stop closes them; a failure does not, so that a supervisor can restart this.
+        max_connections: connections at a time; default: what the limit of descriptors allows.
+        task_status: gets the URLs.
     """
     limit = connection_limit() if max_connections is None else max_connections
-    listener = Listener(app, hypercorn_config(), server_config.stall_timeout, limit)
+    listener = Listener(app, stall_timeout=server_config.stall_timeout, max_connections=limit)
     ended = trio.Event()
     scope = trio.CancelScope(shield=True)
 
@@ -156,7 +146,7 @@ async def serve_app(
 
 
 async def _finish(sockets: Sequence[socket.socket], listener: Listener, ended: trio.Event) -> None:
-    """Stop accepting, let the handlers finish, and cut what has not finished in time."""
+    """Stop accepting, let the handlers finish, and cut those that do not finish in time."""
     for sock in sockets:
         sock.close()  # the listener closes its duplicate; the port listens until both are
     listener.stop()

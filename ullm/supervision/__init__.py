@@ -1,21 +1,34 @@
 """Erlang/OTP's supervision on trio: start in order, restart by rule, stop in order by one deadline.
 
-Knows nothing of language models and imports nothing of the engine's; docs/supervision.md shows how
-to embed it.
+A library of its own: it imports trio and the standard library and nothing else of ullm, not even its logs.
+docs/supervision.md shows it in a program that has nothing to do with language models.
 """
 
-from ullm.supervision.actor import cleanup_scope
-from ullm.supervision.policy import AutoShutdown, Restart, Strategy, exponential_backoff
-from ullm.supervision.shutdown import (
-    BRUTAL_KILL,
-    INFINITY,
-    ChildReport,
-    Deadline,
-    ShutdownReport,
-    StageReport,
-    stages_of,
+from ullm.supervision.actor import Mailbox, MailboxStatistics, Reply, ask, cleanup_scope
+from ullm.supervision.errors import (
+    ActorLost,
+    AskTimeout,
+    ChildConflict,
+    ChildNotFound,
+    InvalidSpec,
+    MailboxClosed,
+    MailboxFull,
+    RestartLimitReached,
+    StartFailed,
+    SupervisionError,
+    first_cause,
+    root_cause,
 )
-from ullm.supervision.signals import STOP_SIGNALS, Watchdog, forced_exit_code, leave_now, signal_ladder
+from ullm.supervision.policy import AutoShutdown, Restart, Strategy, exponential_backoff
+from ullm.supervision.shutdown import BRUTAL_KILL, INFINITY, ChildReport
+from ullm.supervision.signals import (
+    STOP_SIGNALS,
+    Watchdog,
+    forced_exit_code,
+    leave_now,
+    remember_signals,
+    signal_ladder,
+)
 from ullm.supervision.spec import (
     IGNORE,
     ChildCounts,
@@ -25,37 +38,51 @@ from ullm.supervision.spec import (
     Kind,
     Shutdown,
 )
-from ullm.supervision.state import EngineState, StateCell, StateReader
-from ullm.supervision.supervisor import Supervisor, open_supervisor
+from ullm.supervision.state import ForwardState, StateCell, StateReader
+from ullm.supervision.supervisor import Supervisor, open_supervisor, supervisor_child
 
 __all__ = [
     "BRUTAL_KILL",
     "IGNORE",
     "INFINITY",
     "STOP_SIGNALS",
+    "ActorLost",
+    "AskTimeout",
     "AutoShutdown",
+    "ChildConflict",
     "ChildCounts",
     "ChildInfo",
+    "ChildNotFound",
     "ChildReport",
     "ChildSpec",
     "ChildStatus",
-    "Deadline",
-    "EngineState",
+    "ForwardState",
+    "InvalidSpec",
     "Kind",
+    "Mailbox",
+    "MailboxClosed",
+    "MailboxFull",
+    "MailboxStatistics",
+    "Reply",
     "Restart",
+    "RestartLimitReached",
     "Shutdown",
-    "ShutdownReport",
-    "StageReport",
+    "StartFailed",
     "StateCell",
     "StateReader",
     "Strategy",
+    "SupervisionError",
     "Supervisor",
     "Watchdog",
+    "ask",
     "cleanup_scope",
     "exponential_backoff",
+    "first_cause",
     "forced_exit_code",
     "leave_now",
     "open_supervisor",
+    "remember_signals",
+    "root_cause",
     "signal_ladder",
-    "stages_of",
+    "supervisor_child",
 ]

@@ -1,9 +1,9 @@
-"""What every actor has: a lifetime with a stop deadline, a bounded mailbox, and questions with answers.
+"""The parts of an actor: a lifetime with a stop deadline, a bounded mailbox, questions with answers.
 
-An actor is an async function that a supervisor runs in a task. Whoever runs it opens its `Lifetime`,
+An actor is an async function that a supervisor runs in a task. The supervisor opens its `Lifetime`,
 which the actor's own code never needs to see: `cleanup_scope` takes the stop deadline from it, and
-`Mailbox` learns from it that the receiver has ended. A mailbox may outlive its actor: a restarted one
-goes on with what is still queued. Longer than 300 lines, so that an actor has one module to know.
+`Mailbox` learns from it that the receiver has ended. A mailbox may outlive its actor: a restarted actor
+goes on with the messages that are still queued. Longer than 300 lines, so that actors need one module only.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, Generic, TypeVar, cast
 
 import trio
 
-from ullm.errors import ActorLost, AskTimeout, MailboxClosed, MailboxFull
+from ullm.supervision.errors import ActorLost, AskTimeout, MailboxClosed, MailboxFull
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 CLEANUP_FALLBACK = 5.0
-"""Seconds that cleanup may take when nobody has set a stop deadline."""
+"""Seconds for cleanup where no stop deadline is set."""
 
 
 class Lifetime:
@@ -31,7 +31,7 @@ class Lifetime:
     Tasks that the actor starts share it, because a task inherits its parent's context variables.
 
     Args:
-        name: the actor's, for error messages.
+        name: the actor's name, for error messages.
     """
 
     __slots__ = ("_at_end", "_followers", "ended", "name", "stop_deadline")
@@ -54,7 +54,7 @@ class Lifetime:
             self.end()
 
     def tighten(self, deadline: float) -> None:
-        """Set the stop deadline, in trio's time, or move it to an earlier one; never to a later one."""
+        """Set the stop deadline, in trio's time, or move it to an earlier time; a later one is ignored."""
         if self.stop_deadline is not None and deadline >= self.stop_deadline:
             return
         self.stop_deadline = deadline
@@ -63,7 +63,7 @@ class Lifetime:
 
     @contextmanager
     def followed_by(self, callback: Callable[[float], None]) -> Iterator[None]:
-        """Within this block, call ``callback`` with each new stop deadline, and with a present one."""
+        """Within this block, call ``callback`` with the stop deadline, now if it is set, and as it moves."""
         if self._followers is None:
             self._followers = set()
         self._followers.add(callback)
@@ -81,7 +81,7 @@ class Lifetime:
         self._at_end.add(callback)
 
     def end(self) -> None:
-        """The actor has ended. A second call does nothing."""
+        """Mark the actor as ended. A second call does nothing."""
         self.ended = True
         callbacks, self._at_end = self._at_end, None
         for callback in callbacks or ():
@@ -92,16 +92,16 @@ _lifetime: ContextVar[Lifetime | None] = ContextVar("lifetime", default=None)
 
 
 def current_lifetime() -> Lifetime | None:
-    """The lifetime of the actor that the current task belongs to; None outside of any."""
+    """Return the lifetime of the actor that the current task belongs to; None outside of any."""
     return _lifetime.get()
 
 
 @contextmanager
 def cleanup_scope(fallback: float = CLEANUP_FALLBACK) -> Iterator[trio.CancelScope]:
-    """A shielded scope for an actor's cleanup: awaiting works in it although the actor is cancelled.
+    """Open a shielded scope for an actor's cleanup, in which it can await although it is cancelled.
 
-    Its deadline is the actor's stop deadline, also when that moves while the scope is open. Where
-    nobody has set one, it is ``fallback`` seconds from now.
+    The scope's deadline is the actor's stop deadline, and follows it when it moves. Where no stop
+    deadline is set, it is ``fallback`` seconds from now.
 
     Example::
 
@@ -125,21 +125,21 @@ def cleanup_scope(fallback: float = CLEANUP_FALLBACK) -> Iterator[trio.CancelSco
 
 
 class Reply(Generic[R]):
-    """Where an actor puts its answer to one question; goes into the message that asks."""
+    """The place for an actor's answer to one question; it travels in the message that asks."""
 
-    __slots__ = ("_answered", "_asked", "_error", "_value", "abandoned")
+    __slots__ = ("_answered", "_error", "_unanswered", "_value", "abandoned")
 
     def __init__(self) -> None:
         self._answered = trio.Event()
-        self._asked: set[Reply[Any]] | None = None
+        self._unanswered: set[Reply[Any]] | None = None
         self._error: BaseException | None = None
         self._value: R | None = None
         self.abandoned = False
-        """The asker no longer waits; answering does no harm and no good."""
+        """Whether the asker no longer waits; an answer is then ignored."""
 
     @property
     def answered(self) -> bool:
-        """Whether there is an answer, be it a value or an error."""
+        """Whether there is an answer, a value or an error."""
         return self._answered.is_set()
 
     def send(self, value: R) -> None:
@@ -155,11 +155,11 @@ class Reply(Generic[R]):
             self._settle()
 
     async def wait(self) -> R:
-        """The answer.
+        """Wait for the answer and return it.
 
         Raises:
             ActorLost: the actor ended before it answered.
-            BaseException: what the actor passed to `fail`.
+            BaseException: the error that the actor passed to `fail`.
         """
         await self._answered.wait()
         if self._error is not None:
@@ -168,8 +168,8 @@ class Reply(Generic[R]):
 
     def _settle(self) -> None:
         self._answered.set()
-        if self._asked is not None:
-            self._asked.discard(self)
+        if self._unanswered is not None:
+            self._unanswered.discard(self)
 
 
 class _Question:
@@ -184,16 +184,17 @@ class _Question:
 
 @dataclass(frozen=True)
 class MailboxStatistics:
-    """What is inside a mailbox.
+    """The state of a mailbox.
 
     Args:
-        capacity: most messages that can be queued.
+        capacity: maximum number of queued messages.
         queued: messages sent and not yet received.
         waiting_senders: tasks in `Mailbox.send` because it is full.
         waiting_receivers: tasks in `Mailbox.receive` because it is empty.
         unanswered: questions that were received and wait for their answer.
         received: messages taken out since the mailbox was made.
-        dropped: messages that were queued when mailbox and receiver ended.
+        dropped: messages that were still queued when the mailbox was closed and its receiver had ended.
+        closed: whether it takes no more messages.
     """
 
     name: str
@@ -211,8 +212,8 @@ class Mailbox(Generic[T]):
     """A bounded queue of messages to one actor.
 
     Args:
-        capacity: most messages that can be queued; ``math.inf`` for no bound.
-        name: the actor's, for error messages.
+        capacity: maximum number of queued messages; ``math.inf`` for no bound.
+        name: the actor's name, for error messages.
     """
 
     def __init__(self, capacity: float, name: str) -> None:
@@ -224,33 +225,33 @@ class Mailbox(Generic[T]):
         self._dropped = 0
 
     async def send(self, message: T) -> None:
-        """Queue a message; waits while the mailbox is full.
+        """Queue a message; wait while the mailbox is full.
 
         Raises:
-            MailboxClosed: it is closed, or was closed meanwhile.
+            MailboxClosed: the mailbox is closed, or was closed meanwhile.
         """
         await self._put(message)
 
     def send_nowait(self, message: T) -> None:
-        """Queue a message, or refuse.
+        """Queue a message without waiting.
 
         Raises:
             MailboxFull: there is no room.
-            MailboxClosed: it is closed.
+            MailboxClosed: the mailbox is closed.
         """
         try:
             self._sender.send_nowait(message)
         except trio.WouldBlock:
             capacity = self._sender.statistics().max_buffer_size
-            raise MailboxFull(f"the mailbox of {self.name} holds {capacity} messages already") from None
+            raise MailboxFull(f"the mailbox of {self.name} already holds {capacity} messages") from None
         except trio.ClosedResourceError:
             raise self._closed_error() from None
 
     async def receive(self) -> T:
-        """The next message; waits for one.
+        """Wait for the next message and return it.
 
         Raises:
-            MailboxClosed: it is closed and empty.
+            MailboxClosed: the mailbox is closed and empty.
         """
         self._register()
         try:
@@ -259,11 +260,11 @@ class Mailbox(Generic[T]):
             raise self._closed_error() from None
 
     def receive_nowait(self) -> T:
-        """The next message.
+        """Return the next message without waiting.
 
         Raises:
             trio.WouldBlock: there is none.
-            MailboxClosed: it is closed and empty.
+            MailboxClosed: the mailbox is closed and empty.
         """
         self._register()
         try:
@@ -272,25 +273,25 @@ class Mailbox(Generic[T]):
             raise self._closed_error() from None
 
     def __aiter__(self) -> Mailbox[T]:
-        """Messages as they come, until the mailbox is closed and empty."""
+        """Iterate over messages as they come, until the mailbox is closed and empty."""
         return self
 
     async def __anext__(self) -> T:
-        """The next message."""
+        """Return the next message."""
         try:
             return await self.receive()
         except MailboxClosed:
             raise StopAsyncIteration from None
 
     def close(self) -> None:
-        """Take no more messages. What is queued can still be received while the actor lives."""
+        """Take no more messages. Those that are queued can still be received while the actor lives."""
         self._closed = True
         self._sender.close()
         if not self._receivers:
             self._drop_queued()
 
     def statistics(self) -> MailboxStatistics:
-        """What is inside, as a frozen value."""
+        """Return the state of the mailbox as a frozen value."""
         inside = self._receiver.statistics()
         return MailboxStatistics(
             name=self.name,
@@ -311,7 +312,7 @@ class Mailbox(Generic[T]):
             raise self._closed_error() from None
 
     def _register(self) -> None:
-        """Remember who receives, to tell its askers when it ends."""
+        """Remember the receiver, so that its askers learn when it ends."""
         lifetime = _lifetime.get()
         if lifetime not in self._receivers:
             self._receivers[lifetime] = set()
@@ -322,10 +323,10 @@ class Mailbox(Generic[T]):
         self._received += 1
         if not isinstance(item, _Question):
             return item
-        asked = self._receivers.get(_lifetime.get())
-        if asked is not None and not item.reply.answered and not item.reply.abandoned:
-            item.reply._asked = asked
-            asked.add(item.reply)
+        unanswered = self._receivers.get(_lifetime.get())
+        if unanswered is not None and not item.reply.answered and not item.reply.abandoned:
+            item.reply._unanswered = unanswered
+            unanswered.add(item.reply)
         return cast(T, item.message)
 
     def _receiver_ended(self, lifetime: Lifetime) -> None:
@@ -335,7 +336,7 @@ class Mailbox(Generic[T]):
             self._drop_queued()
 
     def _drop_queued(self) -> None:
-        """Nobody will receive what is queued; fail the questions among it."""
+        """Drop the queued messages, which nobody will receive, and fail the questions among them."""
         while True:
             try:
                 item = self._receiver.receive_nowait()
@@ -354,11 +355,11 @@ async def ask(
     make_message: Callable[[Reply[R]], T],
     timeout: float,  # noqa: ASYNC109 (the error names the actor, which the caller's scope could not)
 ) -> R:
-    """Send a question and wait for its answer.
+    """Send a question, wait for the answer and return it.
 
     Args:
-        make_message: builds the message around the `Reply` that the actor will answer to.
-        timeout: seconds for queueing and answer together.
+        make_message: builds the message around the `Reply` that the actor answers to.
+        timeout: seconds for queueing and answering together.
 
     Raises:
         AskTimeout: no answer came in time.

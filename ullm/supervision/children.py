@@ -7,24 +7,10 @@ from typing import Any
 
 import trio
 
-from ullm.errors import ActorLost
 from ullm.supervision.actor import Lifetime
+from ullm.supervision.errors import ActorLost, root_cause
 from ullm.supervision.policy import ExitKind, Restart
 from ullm.supervision.spec import IGNORE, ChildInfo, ChildSpec, ChildStatus, Kind, Shutdown
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """What is inside of nested groups of one exception each."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
-
-
-def describe(error: BaseException) -> str:
-    """One line: the class and the first line of the message."""
-    error = root_cause(error)
-    message = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 class Incarnation:
@@ -32,6 +18,11 @@ class Incarnation:
 
     Args:
         ended: called when the task has ended.
+
+    Attributes:
+        settled: set when the child is ready, or has ended before that.
+        done: set when its task has ended.
+        error: the exception that ended it, if there was one.
     """
 
     __slots__ = (
@@ -54,14 +45,13 @@ class Incarnation:
         self.ready = False
         self.value: Any = None
         self.settled = trio.Event()
-        """Set when the child is ready, or has ended before that."""
         self.done = trio.Event()
         self.exit_kind = ExitKind.NORMAL
         self.error: BaseException | None = None
         self._ended = ended
 
     def started(self, value: Any = None) -> None:
-        """The child is ready."""
+        """Mark the child as ready."""
         if self.ready:
             raise RuntimeError(f"child {self.spec.child_id!r} called task_status.started() twice")
         self.ready = True
@@ -69,12 +59,12 @@ class Incarnation:
         self.settled.set()
 
     async def run(self) -> None:
-        """Run the child to its end; never raises what the child raised."""
+        """Run the child to its end; an exception of the child is kept in `error`, not raised."""
         try:
             with self.lifetime.running(), self.scope:
                 await self.spec.run(task_status=self)
             self.exit_kind = ExitKind.SHUTDOWN if self.scope.cancel_called else ExitKind.NORMAL
-        except trio.Cancelled:  # the run ends, and this child was abandoned long ago
+        except trio.Cancelled:  # the whole run ends, and this child was abandoned long ago
             raise
         except BaseException as error:  # the supervisor decides, also about KeyboardInterrupt
             self._classify(error)
@@ -92,18 +82,23 @@ class Incarnation:
 
     @property
     def declined(self) -> bool:
-        """Whether the child said that it has nothing to do."""
+        """Whether the child has nothing to do and said so with `IGNORE`."""
         return self.value is IGNORE
 
     def cause(self) -> BaseException:
-        """Why it ended, as an exception, also where it just returned."""
+        """Return the reason for its end as an exception, even if it just returned."""
         if self.error is not None:
             return self.error
         return ActorLost("ended" if self.ready else "ended before it was ready")
 
 
 class Child:
-    """A supervisor's record of one child."""
+    """A supervisor's record of one child.
+
+    Attributes:
+        incarnation: the present one; None if the child does not run.
+        pending: the only event that may still cause the next attempt to start it.
+    """
 
     __slots__ = ("incarnation", "pending", "restarts", "spec", "status")
 
@@ -113,23 +108,22 @@ class Child:
         self.incarnation: Incarnation | None = None
         self.restarts = 0
         self.pending: object | None = None
-        """The only event that may still bring about the child's next attempt to start."""
 
     def begin(self, ended: Callable[[Incarnation], None]) -> Incarnation:
-        """A new incarnation, to be run by the caller."""
+        """Return a new incarnation, which the caller runs."""
         self.status = ChildStatus.STARTING
         self.pending = None
         self.incarnation = Incarnation(self.spec, ended)
         return self.incarnation
 
     def stopped(self) -> None:
-        """It does not run, and nothing will start it by itself."""
+        """Record that it does not run and will not be started by itself."""
         self.status = ChildStatus.STOPPED
         self.pending = None
         self.incarnation = None
 
     def restarting(self, event: object | None = None) -> None:
-        """It failed; ``event`` is going to bring about the next attempt."""
+        """Record that it failed, and that ``event`` is going to cause the next attempt."""
         self.stopped()
         self.status = ChildStatus.RESTARTING
         self.pending = event
@@ -140,7 +134,7 @@ class Child:
         return self.spec.restart is Restart.TEMPORARY
 
     def info(self) -> ChildInfo:
-        """The child as a frozen value."""
+        """Return the child as a frozen value."""
         value: Any = self.incarnation.value if self.incarnation is not None else None
         supervises = self.spec.kind is Kind.SUPERVISOR and value is not None and value is not IGNORE
         return ChildInfo(

@@ -4,57 +4,47 @@ Events are the end of a child, the next attempt to start one that failed, and ca
 Children live in a system task's nursery, so that cancelling the scope around the supervisor does not
 reach them directly: it asks for the same orderly stop as everything else. It also means that a child
 which ignores cancellation can be left behind and reported, where a nursery would wait for it forever.
-Longer than 300 lines, because these rules are better read in one place.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast
 
 import trio
 
-from ullm.errors import (
+from ullm.supervision.children import Child, Incarnation
+from ullm.supervision.errors import (
     ActorLost,
-    ChildConflict,
-    ChildNotFound,
-    ConfigError,
     RestartLimitReached,
     StartFailed,
-    UllmError,
+    SupervisionError,
+    describe,
 )
-from ullm.logs import get_logger
-from ullm.supervision.children import Child, Incarnation, describe
-from ullm.supervision.policy import (
-    AutoShutdown,
-    RestartWindow,
-    Strategy,
-    affected,
-    should_restart,
-    shuts_down,
-)
+from ullm.supervision.launcher import Launcher, raise_fatal
+from ullm.supervision.policy import RestartWindow, should_restart, shuts_down
+from ullm.supervision.roster import Roster
 from ullm.supervision.shutdown import ChildReport
 from ullm.supervision.spec import ChildInfo, ChildSpec, ChildStatus, Flags
 from ullm.supervision.termination import Terminator
 
-log = get_logger("ullm.supervision")
+log = logging.getLogger("ullm.supervision")
 R = TypeVar("R")
 
 
 class _Call(Generic[R]):
-    """Something that another task wants the control task to do."""
+    """An operation that another task wants the control task to carry out."""
 
     def __init__(self, operation: Callable[[], Awaitable[R]]) -> None:
         self.operation = operation
         self.scope = trio.CancelScope()
         self.done = trio.Event()
         self.result: R | None = None
-        self.error: UllmError | None = None
+        self.error: SupervisionError | None = None
 
-    def fail(self, error: UllmError) -> None:
+    def fail(self, error: SupervisionError) -> None:
         if not self.done.is_set():
             self.error = error
             self.done.set()
@@ -65,13 +55,17 @@ class _Call(Generic[R]):
         with self.scope:
             try:
                 self.result = await self.operation()
-            except UllmError as error:
+            except SupervisionError as error:
                 self.fail(error)
             self.done.set()
 
 
 class _Retry:
-    """Start a child again that failed; ``cause`` is set if this is a new failure, which counts."""
+    """The next attempt to start a child that failed.
+
+    Args:
+        cause: set if the last attempt failed as well, which counts as another failure.
+    """
 
     def __init__(self, child: Child, cause: BaseException | None = None) -> None:
         self.child = child
@@ -79,56 +73,64 @@ class _Retry:
 
 
 class Control:
-    """The state and the rules of one supervisor; `Supervisor` is what others see of it."""
+    """The state and the rules of one supervisor; `Supervisor` is its public side.
+
+    Attributes:
+        body: the scope around the body of `open_supervisor`; cancelled when the supervisor ends by itself.
+        ready: set when all initial children have started, or one of them failed.
+        finished: set when all children have been stopped.
+    """
 
     def __init__(self, name: str, children: Sequence[ChildSpec], flags: Flags) -> None:
         self.name = name
         self.flags = flags
-        self.children: dict[str, Child] = {}
         self.failure: BaseException | None = None
         self.reports: tuple[ChildReport, ...] = ()
         self.stopping = False
         self.auto_stopped = False
+        self.roster = Roster(name, flags)
+        self.roster.check_all(children)
         self.terminator = Terminator(name, flags.on_abandoned)
         self.body = trio.CancelScope()
-        """Around the body of open_supervisor; cancelled when the supervisor ends by itself."""
         self.ready = trio.Event()
-        """All initial children have started, or one of them failed."""
         self.finished = trio.Event()
         self._initial = children
+        self._launcher = Launcher(self.roster, self.terminator, self._post)
         self._window = RestartWindow(flags.intensity, flags.period)
         self._send, self._events = trio.open_memory_channel[Incarnation | _Retry | _Call[Any]](math.inf)
         self._calls: set[_Call[Any]] = set()
         self._work = trio.CancelScope()
-        self._nursery: trio.Nursery
-        self._serial = 0
-        self._check_initial()
 
     async def host(self) -> None:
-        """A system task; it must not raise, and stays as long as abandoned children do."""
-        async with trio.open_nursery() as self._nursery:
+        """Run as a system task, which must not raise, for as long as abandoned children do."""
+        async with trio.open_nursery() as nursery:
+            self._launcher.nursery = nursery
             await self._run()
-            self._nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
 
     async def _run(self) -> None:
         try:
             with self._work:
-                await self._start_initial()
+                for spec in self._initial:
+                    await self.add(spec)
                 self.ready.set()
                 async for event in self._events:
                     await self._handle(event)
         except BaseException as error:  # raised again by open_supervisor, when the tree is down
             self._fail(error)
         self.request_stop()
-        self.reports = await self._stop_all()
+        self.reports = await self._launcher.end_all()
         self.finished.set()
         self.ready.set()
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
         self.body.cancel()
-        if not isinstance(error, StartFailed):  # whoever starts it hears of that one, once
-            log.warning("supervisor gave up", supervisor=self.name, cause=describe(error))
+        if not isinstance(error, StartFailed):  # open_supervisor raises that one, and nothing has run yet
+            log.warning(
+                "supervisor gave up  supervisor=%(supervisor)s cause=%(cause)s",
+                {"supervisor": self.name, "cause": describe(error)},
+            )
 
     async def _handle(self, event: Incarnation | _Retry | _Call[Any]) -> None:
         match event:
@@ -144,7 +146,7 @@ class Control:
             self._send.send_nowait(event)
 
     async def call(self, operation: Callable[[], Awaitable[R]]) -> R:
-        """Have the control task do it."""
+        """Have the control task carry out ``operation``, and return its result."""
         if self.stopping:
             raise ActorLost(f"supervisor {self.name!r} is stopping")
         call = _Call(operation)
@@ -160,7 +162,7 @@ class Control:
         return cast(R, call.result)
 
     def request_stop(self, deadline: float = math.inf) -> None:
-        """What `stop` does, without waiting for it."""
+        """Begin the stop of all children, or hurry it; return at once."""
         self.terminator.expedite(deadline)
         if self.stopping:
             return
@@ -169,133 +171,60 @@ class Control:
         for call in self._calls:
             call.fail(ActorLost(f"supervisor {self.name!r} is stopping"))
 
-    # --- starting ------------------------------------------------------------------------------
-
-    def check(self, spec: ChildSpec) -> None:
-        if spec.significant and self.flags.auto_shutdown is AutoShutdown.NEVER:
-            raise ConfigError(
-                f"child {spec.child_id!r} is significant, but {self.name!r} has auto_shutdown never"
-            )
-
-    def _check_initial(self) -> None:
-        ids = Counter(spec.child_id for spec in self._initial)
-        for child_id, number in ids.items():
-            if number > 1 and self.flags.strategy is not Strategy.DYNAMIC:
-                raise ConfigError(f"supervisor {self.name!r} has {number} children called {child_id!r}")
-        for spec in self._initial:
-            self.check(spec)
-
-    async def _start_initial(self) -> None:
-        for spec in self._initial:
-            await self.add(spec)
-
-    async def add(self, spec: ChildSpec) -> ChildInfo:
-        child = Child(self._with_unique_id(spec))
-        self.children[child.spec.child_id] = child
-        try:
-            await self._start(child)
-        except BaseException:
-            if not self.stopping:  # else the stop ends what was begun here
-                await self._terminate([child])
-                self._forget(child)
-            raise
-        info = child.info()
-        if child.incarnation is None:
-            self._forget_if_gone_for_good(child)
-        return info
-
-    def _with_unique_id(self, spec: ChildSpec) -> ChildSpec:
-        if self.flags.strategy is Strategy.DYNAMIC:
-            self._serial += 1
-            return replace(spec, child_id=f"{spec.child_id}#{self._serial}")
-        if spec.child_id in self.children:
-            raise ChildConflict(self.name, spec.child_id, self.children[spec.child_id].status)
-        return spec
-
-    async def _start(self, child: Child) -> None:
-        """Start it and wait until it is ready, declines, or fails.
-
-        Raises:
-            StartFailed: it failed; the child is left stopped.
-        """
-        await trio.lowlevel.checkpoint_if_cancelled()  # a stop may have come while siblings were ended
-        incarnation = child.begin(self._post)
-        self._nursery.start_soon(incarnation.run, name=f"{self.name}/{child.spec.child_id}")
-        await incarnation.settled.wait()
-        if not incarnation.ready:
-            child.stopped()
-            self._raise_fatal(incarnation)
-            if not incarnation.scope.cancel_called:  # else terminate_child did not let it become ready
-                raise StartFailed(child.spec.child_id, incarnation.cause()) from incarnation.error
-        elif incarnation.declined:
-            await self._terminate([child])
-        else:
-            child.status = ChildStatus.RUNNING
-
-    def _raise_fatal(self, incarnation: Incarnation) -> None:
-        """KeyboardInterrupt and SystemExit stop the whole tree in order; nothing is restarted."""
-        if incarnation.error is not None and not isinstance(incarnation.error, Exception):
-            raise incarnation.error
-
     # --- a child has ended ---------------------------------------------------------------------
 
     async def _handle_exit(self, incarnation: Incarnation) -> None:
-        child = self.children.get(incarnation.spec.child_id)
+        child = self.roster.get(incarnation.spec.child_id)
         if child is None or child.incarnation is not incarnation:
             return  # it was stopped, or failed to start, and that was dealt with
-        self._raise_fatal(incarnation)
+        raise_fatal(incarnation)
         child.stopped()
         if should_restart(child.spec.restart, incarnation.exit_kind):
             await self._recover(child, incarnation.cause())
             return
         if incarnation.error is not None:
-            log.warning(
-                "child failed",
-                supervisor=self.name,
-                child=child.spec.child_id,
-                cause=describe(incarnation.error),
-            )
-        self._forget_if_gone_for_good(child)
-        if shuts_down(self.flags.auto_shutdown, child.spec.significant, self._significant_active):
+            self._log_failure(child, incarnation.error)
+        self.roster.forget_if_gone_for_good(child)
+        if shuts_down(self.flags.auto_shutdown, child.spec.significant, self.roster.significant_active):
             self.auto_stopped = True
             self.body.cancel()
             self.request_stop()
-
-    def _significant_active(self) -> bool:
-        return any(
-            child.spec.significant and child.status is not ChildStatus.STOPPED
-            for child in self.children.values()
-        )
 
     async def _recover(self, child: Child, cause: BaseException) -> None:
         """Count a failure, stop the children that it affects, start them again now or later.
 
         Raises:
-            RestartLimitReached: there were too many of them.
+            RestartLimitReached: there were too many failures.
         """
         child_id, flags = child.spec.child_id, self.flags
         child.restarting()
-        log.warning("child failed", supervisor=self.name, child=child_id, cause=describe(cause))
+        self._log_failure(child, cause)
         if not self._window.record(trio.current_time()):
             raise RestartLimitReached(self.name, flags.intensity, flags.period, cause, child_id) from cause
         delay = flags.restart_delay(len(self._window)) if flags.restart_delay is not None else 0.0
         if delay <= 0.0:
             await self._start_again(child)
             return
-        await self._stop_affected(child)
+        await self._launcher.end_others(child)
         retry = _Retry(child)
         child.restarting(retry)
-        self._nursery.start_soon(self._post_later, retry, delay)
+        self._launcher.nursery.start_soon(self._post_later, retry, delay)
+
+    def _log_failure(self, child: Child, cause: BaseException) -> None:
+        log.warning(
+            "child failed  supervisor=%(supervisor)s child=%(child)s cause=%(cause)s",
+            {"supervisor": self.name, "child": child.spec.child_id, "cause": describe(cause)},
+        )
 
     async def _post_later(self, retry: _Retry, delay: float) -> None:
         await trio.sleep(delay)
         self._post(retry)
 
     async def _start_again(self, child: Child) -> None:
-        await self._stop_affected(child)
-        for each in self._affected(child):
+        await self._launcher.end_others(child)
+        for each in self.roster.affected_by(child):
             try:
-                await self._start(each)
+                await self._launcher.start(each)
             except StartFailed as error:
                 # Through the queue, so that a child which never starts does not keep others waiting.
                 if child.status is ChildStatus.RESTARTING:
@@ -306,88 +235,54 @@ class Control:
                 return
             each.restarts += each.incarnation is not None
 
-    def _affected(self, child: Child) -> list[Child]:
-        ids = affected(self.flags.strategy, self.children, child.spec.child_id)
-        return [self.children[child_id] for child_id in ids]
+    # --- changes by calls ----------------------------------------------------------------------
 
-    async def _stop_affected(self, child: Child) -> None:
-        """Stop the others in reverse order; temporary ones are not going to be started again."""
-        for each in reversed(self._affected(child)):
-            if each is child:
-                continue
-            await trio.lowlevel.checkpoint_if_cancelled()
-            await self._terminate([each])
-            if each.temporary:
-                self._forget(each)
+    async def add(self, spec: ChildSpec) -> ChildInfo:
+        """Add a child and start it.
 
-    # --- changes -------------------------------------------------------------------------------
-
-    def find(self, child_id: str) -> Child:
+        Raises:
+            ChildConflict: there is a child of this id.
+            StartFailed: it failed, and is not kept.
+        """
+        child = self.roster.add(spec)
         try:
-            return self.children[child_id]
-        except KeyError:
-            raise ChildNotFound(self.name, child_id) from None
-
-    def _find_stopped(self, child_id: str) -> Child:
-        child = self.find(child_id)
-        if child.status is not ChildStatus.STOPPED:
-            raise ChildConflict(self.name, child_id, child.status)
-        return child
+            await self._launcher.start(child)
+        except BaseException:
+            if not self.stopping:  # otherwise the stop ends it
+                await self._launcher.end([child])
+                self.roster.forget(child)
+            raise
+        info = child.info()
+        if child.incarnation is None:
+            self.roster.forget_if_gone_for_good(child)
+        return info
 
     async def remove(self, child: Child) -> ChildReport | None:
-        reports = await self._terminate([child])
-        self._forget_if_gone_for_good(child)
+        """End a child; return its report, or None if it did not run."""
+        reports = await self._launcher.end([child])
+        self.roster.forget_if_gone_for_good(child)
         return reports[0] if reports else None
 
     async def start_stopped(self, child_id: str) -> ChildInfo:
-        child = self._find_stopped(child_id)
+        """Start a child that does not run.
+
+        Raises:
+            ChildNotFound, ChildConflict: there is none of this id, or it runs.
+            StartFailed: it failed, and stays stopped.
+        """
+        child = self.roster.find_stopped(child_id)
         try:
-            await self._start(child)
+            await self._launcher.start(child)
         except trio.Cancelled:
             if not self.stopping:
-                await self._terminate([child])
+                await self._launcher.end([child])
             raise
         return child.info()
 
     async def delete_stopped(self, child_id: str) -> None:
-        self._forget(self._find_stopped(child_id))
+        """Forget a child that does not run.
 
-    def _forget_if_gone_for_good(self, child: Child) -> None:
-        if child.temporary or self.flags.strategy is Strategy.DYNAMIC:
-            self._forget(child)
-
-    def _forget(self, child: Child) -> None:
-        self.children.pop(child.spec.child_id, None)
-
-    # --- ending children -----------------------------------------------------------------------
-
-    async def _terminate(
-        self, children: Sequence[Child], later: float = 0.0, unlimited: int = 0
-    ) -> list[ChildReport]:
-        """End those of ``children`` that run, all at once, and report on them."""
-        running = [child.incarnation for child in children if child.incarnation is not None]
-        reports = await self.terminator.stop(running, later, unlimited)
-        for child in children:
-            child.stopped()
-        return reports
-
-    async def _stop_all(self) -> tuple[ChildReport, ...]:
-        """End all children in reverse order; what is left at the deadline, all at once."""
-        left = [child for child in self.children.values() if child.incarnation is not None]
-        later = sum(child.spec.shutdown for child in left if math.isfinite(child.spec.shutdown))
-        unlimited = sum(math.isinf(child.spec.shutdown) for child in left)
-        earlier = self.terminator.abandoned()
-        reports: list[ChildReport] = []
-        while (
-            left
-            and self.flags.strategy is not Strategy.DYNAMIC
-            and trio.current_time() < self.terminator.deadline
-        ):
-            child = left.pop()
-            if math.isinf(child.spec.shutdown):
-                unlimited -= 1
-            else:
-                later -= child.spec.shutdown
-            reports += await self._terminate([child], later, unlimited)
-        reports += await self._terminate(left[::-1])
-        return (*reports, *earlier)
+        Raises:
+            ChildNotFound, ChildConflict: there is none of this id, or it runs.
+        """
+        self.roster.forget(self.roster.find_stopped(child_id))

@@ -1,4 +1,4 @@
-"""Restart decisions on plain values, as in Erlang/OTP's supervisor; no I/O and no clock in here."""
+"""Restart decisions on plain values, as in Erlang/OTP's supervisor, without I/O or a clock."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class Strategy(enum.StrEnum):
-    """Which children are restarted when one of them fails.
+    """The choice of the children that are restarted when one of them fails.
 
-    ``DYNAMIC`` is one_for_one for many alike children that come and go: they are started at run time,
-    stopped all at once, forgotten when they have ended, and their ids are made unique.
+    ``DYNAMIC`` is one_for_one for many similar children that come and go: they are started at run time,
+    stopped all at once, and forgotten when they have ended; their ids are made unique.
     """
 
     ONE_FOR_ONE = "one_for_one"
@@ -22,7 +22,7 @@ class Strategy(enum.StrEnum):
 
 
 class Restart(enum.StrEnum):
-    """When a child that ended is started again: always, only after a failure, or never."""
+    """The condition for another start of a child that ended: always, only after a failure, or never."""
 
     PERMANENT = "permanent"
     TRANSIENT = "transient"
@@ -30,7 +30,7 @@ class Restart(enum.StrEnum):
 
 
 class AutoShutdown(enum.StrEnum):
-    """Whether a supervisor stops when its significant children have ended by themselves."""
+    """The condition for the stop of a supervisor whose significant children have ended by themselves."""
 
     NEVER = "never"
     ANY_SIGNIFICANT = "any_significant"
@@ -38,7 +38,7 @@ class AutoShutdown(enum.StrEnum):
 
 
 class ExitKind(enum.StrEnum):
-    """How a child ended: returned, was stopped or raised `Shutdown`, or raised anything else."""
+    """The end of a child: it returned; it was stopped or raised `Shutdown`; it raised anything else."""
 
     NORMAL = "normal"
     SHUTDOWN = "shutdown"
@@ -46,14 +46,14 @@ class ExitKind(enum.StrEnum):
 
 
 def should_restart(restart: Restart, exit_kind: ExitKind) -> bool:
-    """Whether a child that ended this way is started again."""
+    """Return whether a child that ended this way is started again."""
     if restart is Restart.TRANSIENT:
         return exit_kind is ExitKind.ABNORMAL
     return restart is Restart.PERMANENT
 
 
 def affected(strategy: Strategy, child_ids: Iterable[str], failed: str) -> Sequence[str]:
-    """The children to stop and start again with ``failed``, itself included, in order of start.
+    """Return the children to stop and start again with ``failed``, itself included, in order of start.
 
     Args:
         child_ids: all children in order of start.
@@ -66,11 +66,11 @@ def affected(strategy: Strategy, child_ids: Iterable[str], failed: str) -> Seque
 
 
 def shuts_down(mode: AutoShutdown, significant: bool, others_active: Callable[[], bool]) -> bool:
-    """Whether the end of a child, which is not started again, stops its supervisor.
+    """Return whether the end of a child, which is not started again, stops its supervisor.
 
     Args:
         significant: whether the child that ended is significant.
-        others_active: tells whether another significant child runs or is about to be restarted.
+        others_active: returns whether another significant child runs or is about to be restarted.
     """
     if mode is AutoShutdown.NEVER or not significant:
         return False
@@ -78,10 +78,10 @@ def shuts_down(mode: AutoShutdown, significant: bool, others_active: Callable[[]
 
 
 class RestartWindow:
-    """Counts restarts in a sliding window.
+    """A count of restarts in a sliding window.
 
     Args:
-        intensity: restarts that are allowed within one period; 0 allows none.
+        intensity: restarts allowed within one period; 0 allows none.
         period: seconds.
     """
 
@@ -91,19 +91,22 @@ class RestartWindow:
         self._times: deque[float] = deque()
 
     def record(self, now: float) -> bool:
-        """Count a restart at ``now``; whether it is still allowed. Costs O(1), amortized."""
+        """Count a restart at ``now`` and return whether it is still allowed; amortized O(1)."""
         self._times.append(now)
         while self._times[0] < now - self.period:
             self._times.popleft()
         return len(self._times) <= self.intensity
 
     def __len__(self) -> int:
-        """Restarts in the window that ended with the last one."""
+        """Return the number of restarts in the window that ends with the last one."""
         return len(self._times)
 
 
 def exponential_backoff(first: float, most: float, factor: float = 2.0) -> Callable[[int], float]:
-    """A restart delay: ``first`` seconds, then ``factor`` times the one before, at most ``most``."""
+    """Return a restart delay: ``first`` seconds, then ``factor`` times the one before, at most ``most``.
+
+    The function that is returned takes the number of restarts, from 1 on, and returns seconds.
+    """
 
     def delay(restarts: int) -> float:
         # The exponent is bounded so that a long series of restarts cannot overflow a float.

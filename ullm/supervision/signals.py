@@ -1,13 +1,13 @@
 """Signals that ask for a stop: the first drains, the second hurries, the third leaves now.
 
-Handlers put into a queue (trio's signal receiver does that), and the work is done in a task. What a task
-cannot bound, a blocked event loop or a thread that never returns, the `Watchdog` ends, which the handler
-itself arms.
+trio's signal receiver queues the signals, and a task answers them. A task cannot help where the event loop
+is blocked or a thread never returns; there the `Watchdog` ends the process, which the handler itself can arm.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -20,10 +20,9 @@ from typing import Any, Final
 
 import trio
 
-from ullm.logs import flush, get_logger
 from ullm.supervision.shutdown import EXIT_ABANDONED, EXIT_SIGNAL_BASE
 
-log = get_logger("ullm.supervision")
+log = logging.getLogger("ullm.supervision")
 
 STOP_SIGNALS: Final = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)
@@ -31,29 +30,44 @@ STOP_SIGNALS: Final = tuple(
 """SIGTERM, SIGINT, and on Windows SIGBREAK."""
 
 FLUSH_SECONDS = 0.2
-"""For the log, when a signal forces the process to leave."""
+"""Seconds for the log to be written, when a signal forces the process to leave."""
 REPORT_SECONDS = 1.0
-"""For the stacks of what hangs, before the process is ended."""
+"""Seconds for the stacks of all threads to be written, before the watchdog ends the process."""
 
 SignalAction = Callable[[signal.Signals], None]
 
 
 def forced_exit_code(signum: int) -> int:
-    """The exit code of a process that a signal forced to leave: 128 + its number."""
+    """Return the exit code of a process that a signal forced to leave: 128 + its number."""
     return EXIT_SIGNAL_BASE + signum
 
 
 def leave_now(signum: signal.Signals) -> None:
     """End this process at once, without any cleanup, with code 128 + ``signum``."""
-    flush(FLUSH_SECONDS)
+    _flush_log(FLUSH_SECONDS)
     os._exit(forced_exit_code(signum))
 
 
-def remember_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> list[signal.Signals]:
-    """Until other handlers are installed, remember what comes, in the list that this returns.
+def _flush_log(seconds: float) -> None:
+    """Flush the handlers that this library's log lines reach; leave behind one that takes too long."""
+    flushing = threading.Thread(target=_flush_handlers, name="log flush", daemon=True)
+    flushing.start()
+    flushing.join(seconds)
 
-    For the time in which a program makes what has to be cleaned up, and cannot answer signals yet; when it
-    can, `signal.raise_signal` says them again.
+
+def _flush_handlers() -> None:
+    logger: logging.Logger | None = log
+    while logger is not None:
+        for handler in logger.handlers:
+            handler.flush()
+        logger = logger.parent if logger.propagate else None
+
+
+def remember_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> list[signal.Signals]:
+    """Install handlers that only remember signals, in the list that is returned.
+
+    Meant for the time in which a program has something to clean up already, but cannot answer signals
+    yet; when it can, it passes each to `signal.raise_signal`.
     """
     remembered: list[signal.Signals] = []
 
@@ -76,14 +90,16 @@ async def signal_ladder(
 ) -> None:
     """Answer the first signal with ``drain``, the second with ``hurry``, any further one with ``kill``.
 
-    Runs until it is cancelled and then restores the handlers that were there before; it is ready when
-    its own are installed. It may run in any nursery, or as a supervised child.
+    Run until cancelled, and then restore the previous handlers; ready when its own are installed. It may
+    run in any nursery, or as a supervised child.
 
     Args:
         drain: asks for an orderly stop.
         hurry: skips the rest of the drain.
         kill: ends everything by force, with code 128 + the signal's number.
-        at_once: called in the handler, with how many there have been; also where the event loop is stuck.
+        signals: the signals to answer.
+        at_once: called in the handler itself, so even if the event loop is blocked, with the signal and
+            the number of signals so far.
 
     Raises:
         RuntimeError: trio does not run in the main thread, the only one that can handle signals.
@@ -95,7 +111,10 @@ async def signal_ladder(
             step, action = ((drain, "drain"), (hurry, "hurry"), (kill, "kill"))[min(count, 2)]
             count += 1
             signum = signal.Signals(number)
-            log.info("signal received", signal=signum.name, count=count, action=action)
+            log.info(
+                "signal received  signal=%(signal)s count=%(count)d action=%(action)s",
+                {"signal": signum.name, "count": count, "action": action},
+            )
             step(signum)
 
 
@@ -103,7 +122,7 @@ async def signal_ladder(
 def _calling(
     at_once: Callable[[signal.Signals, int], None] | None, signals: Sequence[signal.Signals]
 ) -> Iterator[None]:
-    """Have the handlers that are installed preceded by ``at_once``."""
+    """Call ``at_once`` before the handlers that are installed."""
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in signals}
     count = 0
 
@@ -124,18 +143,17 @@ def _calling(
 
 
 class Watchdog:
-    """A daemon thread that ends the process when an orderly stop has not done so in time.
+    """A daemon thread that ends the process if an orderly stop has not done so in time.
 
-    It needs nothing of the event loop, so it also works when that is blocked; it needs the
-    interpreter, so it does not while a C extension holds the GIL. As a context manager it is
-    cancelled on the way out.
+    It works without the event loop, so also when that is blocked, but needs the interpreter: it cannot
+    run while a C extension holds the GIL. As a context manager it is cancelled on leaving the block.
 
     Args:
-        exit_code: of the process.
-        exit: ends it; replaced in tests.
+        exit_code: exit code of the process.
+        exit: ends the process; replaced in tests.
 
     Attributes:
-        cleanup: called before the exit, in a thread; for what would be left outside of the process.
+        cleanup: called in the watchdog's thread before the exit, to remove what would outlive the process.
     """
 
     def __init__(self, exit_code: int = EXIT_ABANDONED, exit: Callable[[int], object] = os._exit) -> None:
@@ -147,7 +165,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def arm(self, seconds: float) -> None:
-        """End the process ``seconds`` from now. Armed already: the earlier time holds."""
+        """End the process ``seconds`` from now; if it is already armed, the earlier time holds."""
         with self._changed:
             deadline = time.monotonic() + seconds
             self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
@@ -157,7 +175,7 @@ class Watchdog:
             self._changed.notify()
 
     def cancel(self) -> None:
-        """Everything ended in time. It can be armed again."""
+        """Disarm: everything ended in time. It can be armed again."""
         with self._changed:
             self._deadline = None
             thread, self._thread = self._thread, None
@@ -184,7 +202,7 @@ class Watchdog:
             else:
                 return
             self._deadline = None
-        # In another thread, because nobody may read what is written.
+        # In another thread, because a write blocks if nobody reads stderr.
         report = threading.Thread(target=self._report, daemon=True)
         report.start()
         report.join(REPORT_SECONDS)
@@ -194,10 +212,12 @@ class Watchdog:
             self._exit(self.exit_code)
 
     def _report(self) -> None:
-        """To stderr, where the stacks show what hangs; the log may be what is stuck."""
+        """Write the stacks of all threads to stderr, not to the log, which may be what hangs."""
         stderr = sys.__stderr__
         if stderr is None:
             return
-        stderr.write(f"not stopped in time; leaving with exit code {self.exit_code}. What still runs:\n")
+        stderr.write(
+            f"not stopped in time; leaving with exit code {self.exit_code}. Threads that still run:\n"
+        )
         faulthandler.dump_traceback(stderr)
         stderr.flush()

@@ -1,22 +1,22 @@
-"""Values that describe children: how to run one, and what became of it."""
+"""Plain values that describe children: how to run them, and how they are now."""
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import trio
 
-from ullm.errors import ConfigError
+from ullm.supervision.errors import InvalidSpec
 from ullm.supervision.policy import AutoShutdown, Restart, Strategy
-from ullm.supervision.shutdown import INFINITY, ChildReport
+from ullm.supervision.shutdown import ChildReport
 
 
 class Shutdown(Exception):
-    """A child raises this to end on purpose; to the restart policy it is as good as returning."""
+    """Raised by a child that ends on purpose; the restart policy treats it like a return."""
 
 
 class _Ignore:
@@ -27,18 +27,18 @@ class _Ignore:
 
 
 IGNORE: Final = _Ignore()
-"""``task_status.started(IGNORE)``: the child has nothing to do; it is not running, and that is no error."""
+"""``task_status.started(IGNORE)``: the child has nothing to do. It does not run, and that is no error."""
 
 
 class ChildFunction(Protocol):
-    """What a child runs."""
+    """The async function that a child runs."""
 
     def __call__(self, *, task_status: trio.TaskStatus[Any]) -> Awaitable[object]:
         """Set up, call ``task_status.started(value)`` when ready, and go on until cancelled."""
 
 
 class Kind(enum.StrEnum):
-    """What a child is."""
+    """The kinds of children: those that do the work, and those that supervise others."""
 
     WORKER = "worker"
     SUPERVISOR = "supervisor"
@@ -46,17 +46,17 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Flags:
-    """How a supervisor treats its children.
+    """A supervisor's options for the treatment of its children.
 
     Args:
         intensity: restarts within ``period`` that do not make the supervisor give up.
         period: seconds.
-        restart_delay: seconds to wait before a restart, given the number of restarts within the
-            current period, this one included; None: no waiting.
+        restart_delay: returns the seconds to wait before a restart, given the number of restarts within
+            the current period, this one included; None: no delay.
         on_abandoned: called with the report of a child that could not be ended.
 
     Raises:
-        ConfigError: a value that makes no sense.
+        InvalidSpec: a value makes no sense.
     """
 
     strategy: Strategy = Strategy.ONE_FOR_ONE
@@ -70,14 +70,14 @@ class Flags:
         object.__setattr__(self, "strategy", Strategy(self.strategy))
         object.__setattr__(self, "auto_shutdown", AutoShutdown(self.auto_shutdown))
         if not self.intensity >= 0:
-            raise ConfigError(f"intensity must be at least 0, got {self.intensity}")
+            raise InvalidSpec(f"intensity must be at least 0, got {self.intensity}")
         if not self.period > 0:
-            raise ConfigError(f"period must be more than 0 seconds, got {self.period}")
+            raise InvalidSpec(f"period must be more than 0 seconds, got {self.period}")
 
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """How to run one child.
+    """The specification of one child; `supervisor_child` makes that of a child which is itself a supervisor.
 
     Args:
         child_id: unique among its siblings.
@@ -86,11 +86,11 @@ class ChildSpec:
         shutdown: seconds from the request to stop until ``kill`` is called; `INFINITY`, `BRUTAL_KILL`.
         kill: ends by force what the child's task cannot end by itself (a process, a thread that
             reads a flag); synchronous and quick.
-        significant: its own end may stop the supervisor; see `AutoShutdown`.
+        significant: whether its own end may stop the supervisor; see `AutoShutdown`.
         kind: SUPERVISOR if it runs one and passes it to ``task_status.started``.
 
     Raises:
-        ConfigError: a value that makes no sense, alone or beside another.
+        InvalidSpec: a value makes no sense, alone or beside another.
     """
 
     child_id: str
@@ -105,41 +105,19 @@ class ChildSpec:
         object.__setattr__(self, "restart", Restart(self.restart))
         object.__setattr__(self, "kind", Kind(self.kind))
         if not callable(self.run):
-            raise ConfigError(f"child {self.child_id!r}: run must be an async function, got {self.run!r}")
+            raise InvalidSpec(f"child {self.child_id!r}: run must be an async function, got {self.run!r}")
         if math.isnan(self.shutdown) or self.shutdown < 0:
-            raise ConfigError(
+            raise InvalidSpec(
                 f"child {self.child_id!r}: shutdown must be 0 or more seconds, got {self.shutdown}"
             )
         if self.significant and self.restart is Restart.PERMANENT:
-            raise ConfigError(
+            raise InvalidSpec(
                 f"child {self.child_id!r} is significant, so it must be transient or temporary, not permanent"
             )
 
-    @staticmethod
-    def supervisor(
-        child_id: str,
-        children: Sequence[ChildSpec] = (),
-        *,
-        strategy: Strategy = Strategy.ONE_FOR_ONE,
-        intensity: float = 1,
-        period: float = 5.0,
-        auto_shutdown: AutoShutdown = AutoShutdown.NEVER,
-        restart_delay: Callable[[int], float] | None = None,
-        on_abandoned: Callable[[ChildReport], None] | None = None,
-        restart: Restart = Restart.PERMANENT,
-        shutdown: float = INFINITY,
-        significant: bool = False,
-    ) -> ChildSpec:
-        """A child that is itself a supervisor; the arguments are those of `open_supervisor`."""
-        from ullm.supervision.supervisor import SupervisorChild  # it builds on this module
-
-        flags = Flags(strategy, intensity, period, auto_shutdown, restart_delay, on_abandoned)
-        run = SupervisorChild(child_id, tuple(children), flags)
-        return ChildSpec(child_id, run, restart, shutdown, None, significant, Kind.SUPERVISOR)
-
 
 class ChildStatus(enum.StrEnum):
-    """Where a child is in its life; RESTARTING: it failed and waits for its next attempt to start."""
+    """The stages of a child's life; RESTARTING: it failed and waits for its next attempt to start."""
 
     STARTING = "starting"
     RUNNING = "running"
@@ -152,9 +130,9 @@ class ChildInfo:
     """One child as it is now.
 
     Args:
-        value: what it passed to ``task_status.started``; None if it does not run.
+        value: the argument of its ``task_status.started``; None if it does not run.
         restarts: how many times it was started again.
-        children: of a running supervisor, in order of start.
+        children: those of a running supervisor, in order of start.
     """
 
     child_id: str
@@ -169,14 +147,14 @@ class ChildInfo:
 
 @dataclass(frozen=True)
 class ChildCounts:
-    """How many children a supervisor has.
+    """The numbers of a supervisor's children.
 
     Args:
         specs: all of them, whether they run or not.
         active: those that run or are being started.
         restarting: those that failed and wait for their next attempt.
-        supervisors: of ``specs``.
-        workers: of ``specs``.
+        supervisors: supervisors among ``specs``.
+        workers: workers among ``specs``.
     """
 
     specs: int

@@ -1,99 +1,93 @@
-"""The states of an engine, which only go forward, and a cell with one writer and many readers."""
+"""States that only go forward, in a cell with one writer and many readers."""
 
 from __future__ import annotations
 
 import enum
+from typing import Generic, TypeVar
 
 import trio
 
 
-class EngineState(enum.StrEnum):
-    """STARTING → RUNNING → DRAINING → ABORTING → STOPPING → STOPPED; states may be skipped.
+class ForwardState(enum.StrEnum):
+    """Base for enumerations of states that only go forward, in the order in which they are declared.
 
-    FAILED ends the sequence from any state but STOPPED.
+    States may be skipped. Nothing follows a final state; that is the last one, unless a subclass has
+    an `is_final` of its own.
     """
-
-    STARTING = "starting"
-    RUNNING = "running"
-    DRAINING = "draining"
-    ABORTING = "aborting"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-    FAILED = "failed"
 
     @property
     def is_final(self) -> bool:
         """Whether no other state follows."""
-        return self in (EngineState.STOPPED, EngineState.FAILED)
+        return self is list(type(self))[-1]
 
-    @property
-    def is_stopping(self) -> bool:
-        """Whether a stop was asked for, or is over, or the engine failed."""
-        return self.reached(EngineState.DRAINING)
-
-    def reached(self, state: EngineState) -> bool:
-        """Whether this is ``state`` or comes after it. FAILED comes after every other state."""
-        order = list(EngineState)
+    def reached(self, state: ForwardState) -> bool:
+        """Return whether this is ``state`` or comes after it."""
+        order: list[ForwardState] = list(type(self))
         return order.index(self) >= order.index(state)
 
+    def may_become(self, state: ForwardState) -> bool:
+        """Return whether ``state`` may follow: it comes later, and this one is not final."""
+        return self is not state and not self.is_final and state.reached(self)
 
-def may_follow(old: EngineState, new: EngineState) -> bool:
-    """Whether ``new`` may follow ``old``: forward only, and nothing after a final state."""
-    return old is not new and not old.is_final and new.reached(old)
+
+S = TypeVar("S", bound=ForwardState)
 
 
-class StateReader:
-    """What readers see of a `StateCell`."""
+class StateReader(Generic[S]):
+    """A `StateCell` as its readers see it."""
 
-    def __init__(self, state: EngineState = EngineState.STARTING) -> None:
-        self._history: list[tuple[EngineState, float]] = [(state, trio.current_time())]
+    def __init__(self, state: S) -> None:
+        self._history: list[tuple[S, float]] = [(state, trio.current_time())]
         self._changed = trio.Event()
 
     @property
-    def value(self) -> EngineState:
+    def value(self) -> S:
         """The present state."""
         return self._history[-1][0]
 
     @property
-    def history(self) -> tuple[tuple[EngineState, float], ...]:
+    def history(self) -> tuple[tuple[S, float], ...]:
         """Each state so far with the trio time at which it began."""
         return tuple(self._history)
 
-    async def wait_for(self, state: EngineState) -> EngineState:
-        """Wait until ``state`` or one after it is reached; returns the present one.
+    async def wait_for(self, state: S) -> S:
+        """Wait until ``state`` or a later one is reached; return the present one.
 
-        So a state that lasted too short to be seen is not missed, and a wait for RUNNING returns
-        FAILED where the start fails.
+        A state that is skipped, or over before anybody could see it, is not missed.
         """
         while not self.value.reached(state):
             await self._changed.wait()
         return self.value
 
-    async def changed(self, known: EngineState) -> EngineState:
-        """Wait until the state is another one than ``known``; returns the present one."""
+    async def changed(self, known: S) -> S:
+        """Wait until the state differs from ``known``; return the present one."""
         while self.value is known:
             await self._changed.wait()
         return self.value
 
 
-class StateCell(StateReader):
-    """The one place where the state is written. Its owner keeps it; others get it as `StateReader`."""
+class StateCell(StateReader[S]):
+    """The one place where a state is written: its owner keeps it and hands it out as a `StateReader`.
 
-    def set(self, state: EngineState) -> bool:
-        """Go on to ``state``; False if it is the present one already.
+    Args:
+        state: the first one.
+    """
+
+    def set(self, state: S) -> bool:
+        """Go on to ``state``; return False if it is the present one already.
 
         Raises:
             ValueError: ``state`` cannot follow the present one.
         """
         if state is self.value:
             return False
-        if not may_follow(self.value, state):
+        if not self.value.may_become(state):
             raise ValueError(f"{state.value} cannot follow {self.value.value}; states only go forward")
         self._history.append((state, trio.current_time()))
         changed, self._changed = self._changed, trio.Event()
         changed.set()
         return True
 
-    def advance(self, state: EngineState) -> bool:
-        """Go on to ``state`` unless it or a later one is reached already; whether that changed anything."""
+    def advance(self, state: S) -> bool:
+        """Go on to ``state`` unless it or a later one is reached; return whether the state changed."""
         return not self.value.reached(state) and self.set(state)

@@ -1,10 +1,10 @@
-"""What a program sees of a supervisor, and how to open one."""
+"""The public side of a supervisor, and how to open one."""
 
 from __future__ import annotations
 
 import contextvars
 import math
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,19 +12,19 @@ from functools import partial
 import trio
 
 from ullm.supervision.actor import current_lifetime
-from ullm.supervision.children import describe
 from ullm.supervision.control import Control
-from ullm.supervision.policy import AutoShutdown, Strategy
-from ullm.supervision.shutdown import ChildReport
+from ullm.supervision.errors import describe
+from ullm.supervision.policy import AutoShutdown, Restart, Strategy
+from ullm.supervision.shutdown import INFINITY, ChildReport
 from ullm.supervision.spec import ChildCounts, ChildInfo, ChildSpec, ChildStatus, Flags, Kind
 
 
 class Supervisor:
-    """A running supervisor; `open_supervisor` makes one.
+    """A running supervisor, as `open_supervisor` yields it.
 
     Reading (`which_children`, `count_children`, `get_childspec`) answers at once, also while a child is
-    being started. Changes are made one after another by the control task; cancelling the caller of one
-    takes it back if it is not done yet.
+    being started. Changes are made one after another by the control task; cancelling the caller of a
+    change takes it back if it is not done yet. The methods have the names of those of OTP's supervisor.
     """
 
     def __init__(self, control: Control) -> None:
@@ -32,11 +32,11 @@ class Supervisor:
 
     def __repr__(self) -> str:
         state = "stopped" if self._control.finished.is_set() else "stopping" if self.stopping else "running"
-        return f"<Supervisor {self.name!r} {state}, {len(self._control.children)} children>"
+        return f"<Supervisor {self.name!r} {state}, {len(self._control.roster)} children>"
 
     @property
     def name(self) -> str:
-        """As in logs and error messages."""
+        """The name in logs and error messages."""
         return self._control.name
 
     @property
@@ -46,28 +46,28 @@ class Supervisor:
 
     @property
     def auto_stopped(self) -> bool:
-        """Whether it stopped because its significant children had ended."""
+        """Whether it stopped because significant children had ended."""
         return self._control.auto_stopped
 
     @property
     def failure(self) -> BaseException | None:
-        """Why it gave up; None if it did not."""
+        """The exception that made it give up; None if it did not."""
         return self._control.failure
 
     @property
     def reports(self) -> tuple[ChildReport, ...]:
-        """How the children were stopped, in the order in which they were; empty until then."""
+        """A report of each child, in the order in which they were stopped; empty until then."""
         return self._control.reports
 
     # --- reading -------------------------------------------------------------------------------
 
     def which_children(self) -> tuple[ChildInfo, ...]:
-        """The children in order of start, those of nested supervisors within them."""
-        return tuple(child.info() for child in self._control.children.values())
+        """Return the children in order of start, those of nested supervisors within them."""
+        return tuple(child.info() for child in self._control.roster)
 
     def count_children(self) -> ChildCounts:
-        """How many there are, restarting ones included."""
-        children = self._control.children.values()
+        """Return the number of children, those included that wait to be restarted."""
+        children = tuple(self._control.roster)
         supervisors = sum(child.spec.kind is Kind.SUPERVISOR for child in children)
         return ChildCounts(
             specs=len(children),
@@ -78,38 +78,42 @@ class Supervisor:
         )
 
     def get_childspec(self, child_id: str) -> ChildSpec:
-        """The specification of a child.
+        """Return the specification of a child.
 
         Raises:
             ChildNotFound: there is no such child.
         """
-        return self._control.find(child_id).spec
+        return self._control.roster.find(child_id).spec
 
     # --- changing ------------------------------------------------------------------------------
 
     async def start_child(self, spec: ChildSpec) -> ChildInfo:
-        """Add a child and start it; returns when it is ready.
+        """Add a child, start it, and wait until it is ready.
 
         Under the dynamic strategy the returned ``child_id`` is the given one with a number.
 
         Raises:
+            InvalidSpec: the specification does not fit the supervisor's options.
             StartFailed: it failed; the specification is not kept.
             ChildConflict: there is a child of this id.
             ActorLost: the supervisor is stopping.
         """
-        self._control.check(spec)
+        self._control.roster.check(spec)
         return await self._control.call(partial(self._control.add, spec))
 
     async def terminate_child(self, child_id: str) -> ChildReport | None:
-        """Stop a child, also one that is being started or waits to be restarted; None if it did not run.
+        """Stop a child, also one that is being started or waits to be restarted.
 
         Its specification is kept for `restart_child`, unless it is temporary or dynamic.
+
+        Returns:
+            The report of its stop; None if it did not run.
 
         Raises:
             ChildNotFound: there is no such child.
             ActorLost: the supervisor is stopping.
         """
-        child = self._control.find(child_id)
+        child = self._control.roster.find(child_id)
         if child.status is ChildStatus.STARTING and child.incarnation is not None:
             child.incarnation.scope.cancel()  # a start that hangs must not keep the control task
         return await self._control.call(partial(self._control.remove, child))
@@ -138,7 +142,7 @@ class Supervisor:
     # --- stopping ------------------------------------------------------------------------------
 
     async def stop(self, deadline: float = math.inf) -> tuple[ChildReport, ...]:
-        """Stop all children in reverse order of start, then the supervisor; returns how that went.
+        """Stop all children in reverse order of start, then the supervisor; return the children's reports.
 
         Args:
             deadline: absolute, in trio's time. Each child has its own budget within it. A further call
@@ -149,11 +153,11 @@ class Supervisor:
         return self.reports
 
     def request_stop(self, deadline: float = math.inf) -> None:
-        """What `stop` does, without waiting for it."""
+        """Begin to stop, as `stop` does, and return at once."""
         self._control.request_stop(deadline)
 
     def kill(self) -> None:
-        """Stop with force: no budget for anyone, kill hooks at once."""
+        """Stop by force: no budgets, and kill hooks at once."""
         self.request_stop(-math.inf)
 
     async def wait_stopped(self) -> None:
@@ -173,7 +177,6 @@ async def open_supervisor(
     restart_delay: Callable[[int], float] | None = None,
     on_abandoned: Callable[[ChildReport], None] | None = None,
     shutdown_timeout: float = math.inf,
-    on_cancelled: Callable[[Supervisor], None] | None = None,
     on_opened: Callable[[Supervisor], None] | None = None,
 ) -> AsyncIterator[Supervisor]:
     """Start children in order, run the body, stop the children in reverse order.
@@ -192,27 +195,23 @@ async def open_supervisor(
         on_abandoned: called with the report of a child that could not be ended.
         shutdown_timeout: seconds for the whole stop when the body is left or cancelled, counted from
             then; within a supervised child, its own stop deadline holds as well.
-        on_cancelled: called when the surrounding scope is cancelled, in place of stopping at once, by a
-            program that has something to do before; the body must then end by itself.
-        on_opened: called before the first child is started, for those who want to look on.
+        on_opened: called before the first child is started, so that the start can be watched.
 
     Raises:
         StartFailed: a child did not become ready; those before it were stopped.
         RestartLimitReached: children failed too often.
-        ConfigError: values that make no sense.
+        InvalidSpec: an option or a specification makes no sense.
     """
     flags = Flags(strategy, intensity, period, auto_shutdown, restart_delay, on_abandoned)
     control = Control(name, tuple(children), flags)
     if on_opened is not None:
         on_opened(Supervisor(control))
-    async with _opened(control, shutdown_timeout, on_cancelled) as supervisor:
+    async with _opened(control, shutdown_timeout) as supervisor:
         yield supervisor
 
 
 @asynccontextmanager
-async def _opened(
-    control: Control, shutdown_timeout: float, on_cancelled: Callable[[Supervisor], None] | None
-) -> AsyncIterator[Supervisor]:
+async def _opened(control: Control, shutdown_timeout: float) -> AsyncIterator[Supervisor]:
     supervisor = Supervisor(control)
     watched = trio.Event()
     error: BaseException | None = None
@@ -223,9 +222,9 @@ async def _opened(
     async def watch() -> None:
         try:
             await control.finished.wait()
-        except trio.Cancelled:  # ends this task, which is all that cancelling it is about
+        except trio.Cancelled:  # not raised again: this task ends here, which is all that is asked of it
             if not control.stopping:
-                on_cancelled(supervisor) if on_cancelled is not None else leave()
+                leave()
         watched.set()
 
     lifetime = current_lifetime()
@@ -243,9 +242,7 @@ async def _opened(
             except BaseException as caught:  # kept while the tree stops, raised again below
                 error = caught
             leave()
-            with trio.CancelScope(
-                shield=True
-            ):  # to leave the nursery empty, so that it raises nothing itself
+            with trio.CancelScope(shield=True):  # leaves the nursery empty, so that it raises nothing itself
                 await control.finished.wait()
                 await watched.wait()
     if control.failure is not None:
@@ -256,16 +253,42 @@ async def _opened(
         raise error
 
 
+def supervisor_child(
+    child_id: str,
+    children: Sequence[ChildSpec] = (),
+    *,
+    strategy: Strategy = Strategy.ONE_FOR_ONE,
+    intensity: float = 1,
+    period: float = 5.0,
+    auto_shutdown: AutoShutdown = AutoShutdown.NEVER,
+    restart_delay: Callable[[int], float] | None = None,
+    on_abandoned: Callable[[ChildReport], None] | None = None,
+    restart: Restart = Restart.PERMANENT,
+    shutdown: float = INFINITY,
+    significant: bool = False,
+) -> ChildSpec:
+    """Return the specification of a child that is itself a supervisor.
+
+    The options up to ``on_abandoned`` are those of `open_supervisor`, the others those of `ChildSpec`.
+
+    Raises:
+        InvalidSpec: a value makes no sense.
+    """
+    flags = Flags(strategy, intensity, period, auto_shutdown, restart_delay, on_abandoned)
+    run = _NestedSupervisor(child_id, tuple(children), flags)
+    return ChildSpec(child_id, run, restart, shutdown, None, significant, Kind.SUPERVISOR)
+
+
 @dataclass(frozen=True)
-class SupervisorChild:
-    """What `ChildSpec.supervisor` runs."""
+class _NestedSupervisor:
+    """The async function that a child made by `supervisor_child` runs."""
 
     name: str
     children: tuple[ChildSpec, ...]
     flags: Flags
 
     async def __call__(self, *, task_status: trio.TaskStatus[Supervisor]) -> None:
-        """Be a nested supervisor until cancelled, stopped, or failed; stopping by itself is a normal end."""
-        async with _opened(Control(self.name, self.children, self.flags), math.inf, None) as supervisor:
+        """Supervise until cancelled, stopped, or failed; stopping by itself is a normal end."""
+        async with _opened(Control(self.name, self.children, self.flags), math.inf) as supervisor:
             task_status.started(supervisor)
             await supervisor.wait_stopped()

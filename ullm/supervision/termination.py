@@ -1,22 +1,35 @@
-"""Ending children: ask, wait for the budget, use force, wait a moment, abandon."""
+"""The end of children: ask them, wait for their budget, use force, wait a moment, abandon them."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 
 import trio
 
-from ullm.logs import get_logger
-from ullm.supervision.children import Incarnation, describe
-from ullm.supervision.shutdown import BRUTAL_KILL, KILL_GRACE, SETTLE, ChildReport, Outcome, stage_budget
+from ullm.supervision.children import Incarnation
+from ullm.supervision.errors import describe
+from ullm.supervision.shutdown import (
+    BRUTAL_KILL,
+    KILL_GRACE,
+    SETTLE,
+    ChildOutcome,
+    ChildReport,
+    stage_budget,
+)
 from ullm.supervision.spec import Kind
 
-log = get_logger("ullm.supervision")
+log = logging.getLogger("ullm.supervision")
 
 
 class _Stop:
-    """The stop of one incarnation."""
+    """The stop of one incarnation.
+
+    Attributes:
+        stop_by: end of its budget, in trio's time.
+        patience: seconds between the end of its budget and the use of force.
+    """
 
     def __init__(self, incarnation: Incarnation, budget: float, patience: float) -> None:
         self.incarnation = incarnation
@@ -29,11 +42,11 @@ class _Stop:
 
     @property
     def is_supervisor(self) -> bool:
-        """Supervisors bound their own stop, so they are waited for and never abandoned."""
+        """Whether it is a supervisor, which bounds its own stop: it is waited for and never abandoned."""
         return self.incarnation.spec.kind is Kind.SUPERVISOR
 
     def ask(self) -> None:
-        """Cancel the child, with the deadline for its cleanup known before it notices."""
+        """Cancel the child; the deadline for its cleanup is set before it notices."""
         self.incarnation.lifetime.tighten(self.stop_by)
         self.incarnation.scope.cancel()
 
@@ -44,17 +57,17 @@ class _Stop:
         self.incarnation.lifetime.tighten(self.stop_by)
 
     def kill_due(self) -> float:
-        """When to use force."""
+        """Return the time to use force."""
         return self.stop_by + self.patience
 
     def abandon_due(self) -> float:
-        """When to give up."""
+        """Return the time to give up."""
         if self.killed_at is None or self.is_supervisor:
             return math.inf
         return self.killed_at + KILL_GRACE
 
     def kill(self) -> None:
-        """Use force: a supervisor's deadline is over, any other child has its kill hook called."""
+        """Use force: end a supervisor's deadline now, call the kill hook of any other child."""
         self.killed_at = trio.current_time()
         spec = self.incarnation.spec
         self.incarnation.lifetime.tighten(-math.inf)
@@ -64,10 +77,10 @@ class _Stop:
             spec.kill()
         except Exception as error:
             self.detail = f"kill hook raised {describe(error)}"
-            log.exception("kill hook failed", child=spec.child_id)
+            log.exception("kill hook failed  child=%(child)s", {"child": spec.child_id})
 
     def report(self) -> ChildReport:
-        """How it ended."""
+        """Return how it ended."""
         incarnation = self.incarnation
         children = getattr(incarnation.value, "reports", ()) if self.is_supervisor else ()
         if incarnation.error is not None:
@@ -76,7 +89,7 @@ class _Stop:
             incarnation.spec.child_id, self._outcome(), self.ended_at - self.began, self.detail, children
         )
 
-    def _outcome(self) -> Outcome:
+    def _outcome(self) -> ChildOutcome:
         if not self.incarnation.done.is_set():
             return "abandoned"
         if self.killed_at is not None:
@@ -85,7 +98,7 @@ class _Stop:
 
 
 class Terminator:
-    """Ends children within their budgets and within one deadline, which may move while it works.
+    """The means to end children within their budgets and within one deadline, which may move meanwhile.
 
     Args:
         on_abandoned: called with the report of each child that could not be ended.
@@ -101,11 +114,11 @@ class Terminator:
         self._abandoned: list[tuple[Incarnation, ChildReport]] = []
 
     def abandoned(self) -> tuple[ChildReport, ...]:
-        """Children that were abandoned and run still."""
+        """Return the reports of children that were abandoned and still run."""
         return tuple(report for incarnation, report in self._abandoned if not incarnation.done.is_set())
 
     def expedite(self, deadline: float) -> None:
-        """Move the deadline to an earlier time; ``-math.inf`` means force at once."""
+        """Move the deadline to an earlier time; ``-math.inf`` uses force at once."""
         if deadline >= self.deadline:
             return
         self.deadline = deadline
@@ -118,12 +131,12 @@ class Terminator:
     async def stop(
         self, incarnations: Sequence[Incarnation], later: float = 0.0, unlimited: int = 0
     ) -> list[ChildReport]:
-        """End these children at the same time; returns when each has ended or is given up.
+        """End these children at the same time; return when each has ended or is given up.
 
         Shielded from cancellation: it is bounded by budgets and deadline instead.
 
         Args:
-            later: sum of the finite budgets of those that will be stopped afterwards.
+            later: sum of the finite budgets of the children that will be stopped afterwards.
             unlimited: how many of those have an infinite budget.
         """
         self._later = (later, unlimited)
@@ -148,7 +161,7 @@ class Terminator:
         return 0.0 if self.deadline == -math.inf else SETTLE
 
     async def _wait(self, stop: _Stop, limit: Callable[[], float]) -> bool:
-        """Wait for the child's end until ``limit()``, which may move meanwhile; whether it has ended."""
+        """Wait for the child's end until ``limit()``, which may move; return whether it has ended."""
         done = stop.incarnation.done
         if done.is_set():
             return True
@@ -157,7 +170,7 @@ class Terminator:
                 await done.wait()
         self._waiting = None
         if not done.is_set() and (stop.patience or stop.killed_at is not None):
-            # The time may have passed while the event loop was busy: let everyone run once who can.
+            # The time may have passed while the event loop was busy: let every task that can run do so once.
             # That takes two turns, because trio shuffles the order of tasks within one.
             await trio.lowlevel.cancel_shielded_checkpoint()
             await trio.lowlevel.cancel_shielded_checkpoint()
@@ -166,18 +179,26 @@ class Terminator:
 
     def _use_force(self, stop: _Stop) -> None:
         log.warning(
-            "child used up its shutdown budget", supervisor=self.name, child=stop.incarnation.spec.child_id
+            "child used up its shutdown budget  supervisor=%(supervisor)s child=%(child)s",
+            {"supervisor": self.name, "child": stop.incarnation.spec.child_id},
         )
         stop.kill()
 
     def _give_up(self, stop: _Stop) -> None:
-        stop.detail = stop.detail or "ignored cancellation and its kill hook"
+        ignored = "cancellation" if stop.incarnation.spec.kill is None else "cancellation and its kill hook"
+        stop.detail = stop.detail or f"ignored {ignored}"
         report = stop.report()
         self._abandoned.append((stop.incarnation, report))
-        log.error("child abandoned", supervisor=self.name, child=report.child_id, detail=report.detail)
+        log.error(
+            "child abandoned  supervisor=%(supervisor)s child=%(child)s detail=%(detail)s",
+            {"supervisor": self.name, "child": report.child_id, "detail": report.detail},
+        )
         if self._on_abandoned is None:
             return
         try:
             self._on_abandoned(report)
         except Exception:
-            log.exception("on_abandoned failed", supervisor=self.name, child=report.child_id)
+            log.exception(
+                "on_abandoned failed  supervisor=%(supervisor)s child=%(child)s",
+                {"supervisor": self.name, "child": report.child_id},
+            )

@@ -31,6 +31,8 @@ START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 ANSWER_SECONDS = 60.0
 ADMIN_SECONDS = 10.0
+ADMIN_PATHS = ("/admin", "/sleep", "/wake")
+"""How the paths of admin routes begin; a test compares them with the server's table of routes."""
 
 
 class ServerFailed(AssertionError):
@@ -182,7 +184,7 @@ class ServerProcess:
         return ("--admin-listen", f"unix:{self._admin_socket}") if self._admin_socket else ()
 
     def _connect(self, path: str) -> http.client.HTTPConnection:
-        if self._admin_socket is not None and path.startswith(("/admin", "/sleep", "/wake")):
+        if self._admin_socket is not None and path.startswith(ADMIN_PATHS):
             return UnixConnection(self._admin_socket)
         host, _, port = self.url.removeprefix("http://").rpartition(":")
         return http.client.HTTPConnection(host, int(port), timeout=ANSWER_SECONDS)

@@ -1,7 +1,7 @@
-"""Chat templates: from messages to the text that a model was trained to answer.
+"""Chat templates: from messages to a prompt in the format that a model was trained on.
 
-Templates are Jinja programs that come with models, so they run in a sandbox, under the conventions that
-transformers has set for them (its ``chat_template_utils``).
+Templates are Jinja programs that come with models, so they run in a sandbox, under the conventions of
+transformers (its ``chat_template_utils``).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _READS_PARTS = re.compile(r"""\[\s*['"]type['"]\s*\]|\.type\b|is string""")
 
 
 class ChatTemplate:
-    """A model's templates, compiled.
+    """The compiled templates of a model.
 
     Args:
-        sources: name → Jinja text; ``default`` is used, ``tool_use`` instead where there are tools.
-        special_tokens: ``bos_token`` and the like, which templates may name.
+        sources: name → Jinja text; ``tool_use`` is used with tools, if there is one, otherwise ``default``.
+        special_tokens: ``bos_token`` and the like, as variables of the templates.
 
     Raises:
         ModelFileBroken: a template is not valid Jinja.
@@ -65,10 +65,10 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt's text.
+        """Return the text of the prompt.
 
         Raises:
-            InvalidParameter: there is no template, or it refuses the messages.
+            InvalidParameter: there is no template, or it rejects the messages.
         """
         name = self._choose(bool(tools))
         keep_parts = _READS_PARTS.search(self._sources[name]) is not None
@@ -105,21 +105,21 @@ class ChatTemplate:
 
 
 def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """The templates that come with a tokenizer: name → Jinja text.
+    """Return the templates that come with a tokenizer: name → Jinja text.
 
     They are in chat_template.jinja with others in additional_chat_templates/, in chat_template.json,
     or in tokenizer_config.json as one text or as a list of named ones.
     """
-    found: Any = tokenizer_config.get("chat_template")
+    source: Any = tokenizer_config.get("chat_template")
     if (file := folder / "chat_template.json").is_file():
-        found = json.loads(file.read_text("utf-8")).get("chat_template", found)
+        source = json.loads(file.read_text("utf-8")).get("chat_template", source)
     templates: dict[str, str] = {}
-    if isinstance(found, str):
-        templates["default"] = found
-    elif isinstance(found, list):
-        templates = {entry["name"]: entry["template"] for entry in found}
-    elif isinstance(found, dict):
-        templates = dict(found)
+    if isinstance(source, str):
+        templates["default"] = source
+    elif isinstance(source, list):
+        templates = {entry["name"]: entry["template"] for entry in source}
+    elif isinstance(source, dict):
+        templates = dict(source)
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         templates[file.stem] = file.read_text("utf-8")
     if (file := folder / "chat_template.jinja").is_file():
@@ -128,7 +128,7 @@ def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
 
 
 def read_special_tokens(*configs: Mapping[str, Any]) -> dict[str, str]:
-    """Named special tokens; the first config that has one wins. Each is a text, or has a ``content``."""
+    """Return each named special token of the first config that has it, as a text or with a ``content``."""
     tokens: dict[str, str] = {}
     for name in _SPECIAL_TOKENS:
         for config in configs:
@@ -140,7 +140,7 @@ def read_special_tokens(*configs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _normalise(message: Mapping[str, Any], keep_parts: bool) -> dict[str, Any]:
-    """The message as templates expect it; OpenAI's API allows more forms than they know."""
+    """Return a message as templates expect it; OpenAI's API allows more forms."""
     plain = dict(message)
     reasoning = next((plain[key] for key in _REASONING if plain.get(key) is not None), None)
     if reasoning is not None:
@@ -161,7 +161,7 @@ def _part_text(part: Any) -> str:
 
 
 def _with_parsed_arguments(call: Any) -> Any:
-    """A tool call whose arguments are an object: the API writes them as JSON text, templates dump them."""
+    """Return a tool call with parsed arguments: the API has JSON text, but templates serialize them."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
@@ -173,9 +173,9 @@ def _with_parsed_arguments(call: Any) -> Any:
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what the assistant said, for training; here it is only its content."""
+    """``{% generation %}`` marks the assistant's text for training; here only its content matters."""
 
-    tags = {"generation"}  # noqa: RUF012 (that is how Jinja declares it)
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -203,7 +203,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML, which is no part of a prompt."""
+    """Serialize to JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,7 +1,7 @@
-"""From token ids to text: what each token stands for, and decoding that grows by one token at a time.
+"""From token ids to text: the bytes of each token, and decoders for a growing sequence.
 
 A token is a piece of bytes, not of text: a character may begin in one token and end in another. So an
-incremental decoder holds bytes back until they make a character.
+`IncrementalDecoder` holds bytes back until they make a character.
 """
 
 from __future__ import annotations
@@ -10,33 +10,23 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 REPLACEMENT = "\ufffd"
-"""What bytes that are no UTF-8 decode to."""
+"""Stands for bytes that are not UTF-8."""
 
 CONTEXT_TOKENS = 8
-"""Tokens of the prompt that decoding starts from; enough for a whole character before the first token."""
+"""Tokens of the prompt that decoding starts with; enough for a whole character before the first token."""
 
 HELD_TOKENS = 16
-"""Tokens without a complete character after which the text is given out as it is. A character has at
-most four bytes, so these are not going to make one."""
-
-
-class IncrementalDecoder(Protocol):
-    """Decodes a growing sequence."""
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens complete; may be empty."""
-
-    def flush(self) -> str:
-        """What is still held back, as U+FFFD; the sequence is over."""
+"""Tokens without a complete character after which the text is returned as it is. A character has at most
+four bytes, so these will never make one."""
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes as.
+    """Return the characters that byte-level BPE uses for bytes.
 
     Printable bytes stand for themselves, the others are moved to U+0100 and above; from GPT-2's
     ``bytes_to_unicode``.
@@ -47,9 +37,9 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class TokenBytes(dict[int, bytes]):
-    """What each token stands for, in bytes; empty for an id that is not in the vocabulary.
+    """Token id → bytes, looked up once per token; empty for an id that is not in the vocabulary.
 
-    Models may have more ids than tokens. What a token stands for is looked up once.
+    Models may have more ids than tokens.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -63,15 +53,15 @@ class TokenBytes(dict[int, bytes]):
     def __missing__(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
         if token is None:
-            return b""  # and not remembered: there may be any number of them
-        found = self[token_id] = self._bytes_of(token)
-        return found
+            return b""  # not cached: there may be any number of them
+        value = self[token_id] = self._bytes_of(token)
+        return value
 
     def _bytes_of(self, token: str) -> bytes:
         if self.byte_level:
             try:
                 return bytes(self._alphabet[character] for character in token)
-            except KeyError:  # an added token with a blank or a foreign letter stands for itself
+            except KeyError:  # an added token with a blank or another character stands for itself
                 return token.encode()
         if self._byte_fallback and (match := re.fullmatch(r"<0x([0-9A-F]{2})>", token)):
             return bytes.fromhex(match[1])
@@ -79,7 +69,7 @@ class TokenBytes(dict[int, bytes]):
 
 
 class ByteLevelDecoder:
-    """For byte-level BPE, where a text's bytes are its tokens' bytes: exact, and without looking back."""
+    """Decodes byte-level BPE, where a text's bytes are its tokens' bytes: exact, and without a window."""
 
     def __init__(self, token_bytes: TokenBytes, skip: frozenset[int], context: Sequence[int]) -> None:
         self._bytes = token_bytes
@@ -90,7 +80,7 @@ class ByteLevelDecoder:
     def push(self, token_ids: Sequence[int]) -> str:
         """See `IncrementalDecoder`."""
         bytes_of, skip = self._bytes, self._skip
-        return self._utf8.decode(b"".join([bytes_of[one] for one in token_ids if one not in skip]))
+        return self._utf8.decode(b"".join([bytes_of[each] for each in token_ids if each not in skip]))
 
     def flush(self) -> str:
         """See `IncrementalDecoder`."""
@@ -98,10 +88,10 @@ class ByteLevelDecoder:
 
 
 class WindowDecoder:
-    """For every other tokenizer: decodes the last tokens with and without the new one.
+    """Decodes every other tokenizer: compares the last tokens' text with and without the new one.
 
-    The window starts with the tokens of the last text given out, because decoders treat the first
-    token of a text differently, for example drop its blank.
+    The window starts with the tokens of the last text returned, because decoders treat the first token of a
+    text differently, for example drop its blank.
     """
 
     def __init__(self, backend: Backend, skip: frozenset[int], context: Sequence[int]) -> None:
@@ -131,7 +121,7 @@ class WindowDecoder:
     def _show(self, text: str) -> str:
         if text.startswith(self._shown_text):
             new = text[len(self._shown_text) :]
-        else:  # broken bytes changed how the tokens before them read; those were shown already
+        else:  # broken bytes changed the text of earlier tokens, which was returned already
             new = self._decode(self._window[self._shown :])
         if new:
             del self._window[: self._shown]

@@ -1,4 +1,4 @@
-"""What runs in a worker, whether process or thread: its loop, its entry point and its injected misbehavior.
+"""The code of a worker, whether process or thread: its loop, its entry point, and the faults it carries out.
 
-The model arrives as a runner named by the engine. Imports protocol, errors, logs and machine.
+The model is a runner that the engine names. Imports protocol, errors, logs and machine.
 """

@@ -1,8 +1,8 @@
-"""The worker loop: messages in, answers out, one step ahead. Every kind of worker runs this one.
+"""The worker loop: messages in, answers out, one step ahead. The same one in every kind of worker.
 
 It is synchronous and owns its thread. While a step runs on a device, the next one may already be
-submitted (at most two are pending), so the device never waits for the host. On a CPU a submitted step
-is done at once, and its result leaves before the next step is computed.
+submitted, so that the device never waits for the host; at most two are pending. On a CPU a submitted
+step is done at once, and its result is sent before the next step is computed.
 """
 
 from __future__ import annotations
@@ -44,45 +44,45 @@ from ullm.protocol.runner import PendingStep, Runner
 from ullm.worker.misbehavior import Misbehave, as_process
 
 MAX_PENDING = 2
-"""Steps submitted at once: the one that runs and the one behind it."""
+"""Maximum number of submitted steps: the one that runs and the next one."""
 
 POLL_SECONDS = 100e-6
-"""How often a pending step is looked at while the next message may still come: a small part of the
+"""Interval at which a pending step is polled while the next message may still come: a small part of the
 fastest step. Applies only to devices; a message ends the wait at once."""
 
 SLEEP_LEVELS = (1, 2)
-"""Levels of sleep that a worker takes part in; at 0 it has nothing to do, at 3 it is stopped."""
+"""Levels of sleep that concern a worker; at 0 it has nothing to do, at 3 it is stopped."""
 
 SLEEP_BUDGET = 120.0
-"""Seconds that giving memory back may take: weights cross the bus once, to memory that is pinned first."""
+"""Seconds that freeing memory may take: weights cross the bus once, to memory that is pinned first."""
 
 IMPORT_BUDGET = 120.0
-"""Seconds that importing the runner may take, torch from a cold disk included."""
+"""Seconds that importing the runner may take, including torch from a cold disk."""
 
 log = get_logger(__name__)
 
 Inbox = queue.SimpleQueue["ToWorker | NotUnderstood | FrameBroken"]
-"""What a worker reads. A reader puts in what it could not decode, so that it is answered in turn."""
+"""The queue that a worker reads. It also holds what could not be decoded, so that it is answered in turn."""
 
 
 class Terminated(BaseException):
-    """Raised into a runner that shall not come to the end of what it does, because of `Stop`."""
+    """Raised into a runner to interrupt it, because of `Stop`."""
 
 
 class Ended(enum.Enum):
     """How a worker loop ended."""
 
     STOPPED = "stopped"
-    """In order: the runner is closed and `Stopped` was sent."""
+    """The runner is closed and `Stopped` was sent."""
     FAILED = "failed"
-    """`Failed` was sent; the runner is *not* closed, because that may hang on a broken device."""
+    """`Failed` was sent; the runner is *not* closed, because closing may hang on a broken device."""
 
 
 def load_runner(path: str) -> Runner:
     """Import and build the runner that ``module:class`` names.
 
     Raises:
-        ConfigError: there is no such thing.
+        ConfigError: there is no such module or class.
     """
     module_name, _, class_name = path.partition(":")
     try:
@@ -98,7 +98,7 @@ def run_worker(
     """Serve ``inbox`` until `Stop` or the first failure.
 
     Exceptions of the runner become one `Failed`, which is the last message. ``misbehave`` carries out
-    faults that are injected, in the way of this kind of worker.
+    injected faults as this kind of worker can.
     """
     loop = WorkerLoop(runner, send, misbehave)
     try:
@@ -112,7 +112,7 @@ def run_worker(
 
 
 def _next_message(loop: WorkerLoop, inbox: Inbox) -> ToWorker | NotUnderstood | FrameBroken:
-    """The next message. Results that come first are sent meanwhile, in order."""
+    """Return the next message; send results that are ready before it, in order."""
     while loop.pending:
         if loop.full or loop.ready():
             loop.send_oldest()
@@ -125,7 +125,7 @@ def _next_message(loop: WorkerLoop, inbox: Inbox) -> ToWorker | NotUnderstood | 
 
 
 class WorkerLoop:
-    """What a worker does with each message; when to wait is decided by whoever drives it."""
+    """Carries out messages one by one; the caller decides when to wait for steps."""
 
     def __init__(
         self, runner: Runner, send: Callable[[FromWorker], None], misbehave: Misbehave = as_process
@@ -147,7 +147,7 @@ class WorkerLoop:
 
     @property
     def full(self) -> bool:
-        """Whether a result must be sent before the next step may be submitted."""
+        """Whether a result must be sent before the next step can be submitted."""
         return len(self._pending) >= MAX_PENDING
 
     def ready(self) -> bool:
@@ -164,8 +164,8 @@ class WorkerLoop:
         """Carry out one message.
 
         Raises:
-            FrameBroken: the inbox said so.
-            Exception: whatever the runner raised.
+            FrameBroken: the inbox held one.
+            Exception: any exception of the runner.
         """
         match message:
             case Step():
@@ -190,7 +190,7 @@ class WorkerLoop:
                 log.error("message not understood", detail=detail)
                 self._send(message)
             case _:
-                self.handle(NotUnderstood(f"{type(message).__name__} is no message to a worker"))
+                self.handle(NotUnderstood(f"{type(message).__name__} is not a message to a worker"))
 
     def _prepare(self, prepare: Prepare) -> None:
         if self._info is not None:
@@ -215,12 +215,12 @@ class WorkerLoop:
         if self._level:
             return self.handle(NotUnderstood(f"Step came while asleep at level {self._level}"))
         last, self._last_step = self._last_step, step.step_id
-        if last is not None and step.step_id != last + 1:  # a delta to a state that is not this one's
+        if last is not None and step.step_id != last + 1:  # a delta to another state than this one
             return self.handle(NotUnderstood(f"Step {step.step_id} came after step {last}"))
         self._pending.append(self._runner.submit(step))
 
     def _sleep(self, level: int) -> None:
-        """A level that is reached already changes nothing, and is answered alike."""
+        """Free memory. A level that is reached already changes nothing, and gets the same answer."""
         if self._info is None:
             return self.handle(NotUnderstood("Sleep came before Start"))
         if level not in SLEEP_LEVELS:
@@ -229,13 +229,13 @@ class WorkerLoop:
         began = time.perf_counter()
         if level > self._level:
             self._send(Progress("sleep", SLEEP_BUDGET))
-            for what, count in self._runner.sleep(level).items():
-                self._given_back[what] = self._given_back.get(what, 0) + count
+            for kind, size in self._runner.sleep(level).items():
+                self._given_back[kind] = self._given_back.get(kind, 0) + size
             self._level = level
         self._send(Asleep(dict(self._given_back), time.perf_counter() - began))
 
     def _wake(self) -> None:
-        """Awake already, it is answered alike, and no sequence is forgotten."""
+        """Undo all sleep. A worker that is awake keeps its sequences, and gives the same answer."""
         if self._info is None:
             return self.handle(NotUnderstood("Wake came before Start"))
         began = time.perf_counter()
@@ -255,7 +255,7 @@ class WorkerLoop:
 
 
 def failed(error: BaseException) -> Failed:
-    """What a worker says of the exception that ends it."""
+    """Return the message about the exception that ends a worker."""
     lines = str(error).strip().splitlines() or ["no message"]
-    story = "".join(traceback.format_exception(error))
-    return Failed(kind=type(error).__name__, message=lines[0], traceback=story)
+    trace = "".join(traceback.format_exception(error))
+    return Failed(kind=type(error).__name__, message=lines[0], traceback=trace)

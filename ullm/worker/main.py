@@ -1,13 +1,13 @@
-"""A worker as a process of its own: ``python -m ullm.worker.main``, started by its transport.
+"""The entry point of a worker process: ``python -m ullm.worker.main``, started by its transport.
 
-It reads frames from stdin and writes frames to stdout. Both descriptors are moved away first, and
-what Python or C code prints goes to stderr, so that no print can corrupt a frame.
+It reads frames from stdin and writes frames to stdout. Both descriptors are moved away first, and prints of
+Python and C code go to stderr, so that none can corrupt a frame.
 
-The worker lives exactly as long as its parent wants. A reader thread ends the process at the end of
-stdin, even while the main thread is in a kernel. On Linux the kernel itself does so by a second pipe
-(see `arm_lifeline`), even while an extension holds the interpreter's lock. Signals that a terminal or a
-service manager sends to a whole group are not for the worker: SIGINT and SIGHUP are ignored, and SIGTERM
-means something only after `Stop`, as the second step of the transport's escalation.
+The worker never outlives its parent. A reader thread ends the process at the end of stdin, even while
+the main thread is in a kernel. On Linux the kernel itself does so by a second pipe (see `arm_lifeline`),
+even while an extension holds the interpreter's lock. Signals that a terminal or a service manager sends
+to a whole group do not concern the worker: it ignores SIGINT and SIGHUP, and reacts to SIGTERM only
+after `Stop`, as the second step of the transport's escalation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ullm.protocol.messages import (
 )
 from ullm.protocol.runner import Runner
 from ullm.worker.loop import IMPORT_BUDGET, Ended, Inbox, Terminated, failed, load_runner, run_worker
-from ullm.worker.low_priority import import_gently
+from ullm.worker.low_priority import import_at_low_priority
 
 READ_BYTES = 1 << 16
 
@@ -54,17 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     frames_in, frames_out = _take_pipes()
     if options.lifeline is not None:
         arm_lifeline(options.lifeline)
-    logs.configure(as_json=True)  # the transport reads records, and logs them as its own
+    logs.configure(as_json=True)  # the transport parses these records and logs them
     worker = WorkerProcess(frames_in, frames_out)
     try:
         ended = worker.run(options.runner, standby=options.standby)
-    except Terminated:  # it was ending anyway when it was told to
+    except Terminated:  # SIGTERM came while it was ending anyway
         ended = Ended.FAILED
     _exit(0 if ended is Ended.STOPPED else 1)
 
 
 class WorkerProcess:
-    """The worker loop between two descriptors."""
+    """The worker loop, connected to two descriptors."""
 
     def __init__(self, frames_in: int, frames_out: int) -> None:
         self._in = frames_in
@@ -76,7 +76,7 @@ class WorkerProcess:
         self._stop_seen = False
 
     def run(self, runner_path: str, *, standby: bool = False) -> Ended:
-        """Import the runner while the parent prepares `Start`, then serve."""
+        """Import the runner while the parent prepares `Start`, then serve; return how it ended."""
         runner: Runner | None = None
         for name in ("SIGINT", "SIGHUP"):
             if hasattr(signal, name):
@@ -87,7 +87,7 @@ class WorkerProcess:
             self.send(Progress("import", IMPORT_BUDGET))
             with lasting_imports():
                 if standby:
-                    import_gently(runner_path.partition(":")[0])
+                    import_at_low_priority(runner_path.partition(":")[0])
                 runner = load_runner(runner_path)
             return run_worker(runner, self._inbox, self.send)
         except Terminated:
@@ -100,9 +100,11 @@ class WorkerProcess:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is nothing left to interrupt
 
     def send(self, message: FromWorker) -> None:
-        """Write one frame, from any thread; the parent being gone ends the process."""
+        """Write one frame, from any thread; end the process if the parent is gone."""
         frame = memoryview(encode(message))
-        self._ready |= isinstance(message, Ready | Awake)  # first, because the parent may answer at once
+        self._ready |= isinstance(
+            message, Ready | Awake
+        )  # before writing, because the parent may answer at once
         with self._writing:
             try:
                 while frame:
@@ -113,7 +115,7 @@ class WorkerProcess:
             interrupt_main_thread()
 
     def _read(self) -> None:
-        """In a thread of its own, so that the end of the parent is seen at any time."""
+        """Read frames in a thread of its own, so that the end of the parent is noticed at any time."""
         reader: FrameReader[ToWorker] = FrameReader(ToWorker)
         while data := os.read(self._in, READ_BYTES):
             reader.feed(data)
@@ -122,7 +124,7 @@ class WorkerProcess:
                     self._take(message)
             except FrameBroken as error:
                 return self._inbox.put(error)
-        os._exit(1)  # the parent is gone; nobody reads what could still be flushed
+        os._exit(1)  # the parent is gone; nobody would read what is flushed
 
     def _take(self, message: ToWorker | NotUnderstood) -> None:
         self._inbox.put(message)
@@ -133,20 +135,20 @@ class WorkerProcess:
         if isinstance(message, Stop):
             self._stop_seen = True
             if not self._ready:
-                interrupt_main_thread()  # loading and waking need not come to their end
+                interrupt_main_thread()  # loading and waking need not be completed
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         if not self._stop_seen:
             return
         if self._writing.locked():
-            self._interrupted = True  # not amid a frame: nothing after it could be read
+            self._interrupted = True  # not within a frame: nothing after it could be read
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
 
 def interrupt_main_thread() -> None:
-    """As if SIGTERM had come; on POSIX also out of a system call that waits."""
+    """Run the SIGTERM handler in the main thread; on POSIX this also interrupts a blocking system call."""
     if sys.platform == "win32":
         _thread.interrupt_main(signal.SIGTERM)
     else:
@@ -154,10 +156,10 @@ def interrupt_main_thread() -> None:
 
 
 def arm_lifeline(descriptor: int) -> None:
-    """Have the kernel kill this process when the other end of a pipe closes. Linux only.
+    """Have the kernel kill this process when the other end of a pipe closes (Linux only).
 
-    PR_SET_PDEATHSIG would follow the *thread* that started the process, and trio starts processes
-    from a thread that ends when it has been idle. A pipe's end is held by the process as a whole.
+    PR_SET_PDEATHSIG would follow the *thread* that started the process, and trio starts processes from a
+    thread that ends when it has been idle. The other end of the pipe belongs to the whole parent process.
     """
     import fcntl
     import select
@@ -167,12 +169,12 @@ def arm_lifeline(descriptor: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
     poll = select.poll()
     poll.register(descriptor, 0)
-    if poll.poll(0):  # it closed before the kernel was told
+    if poll.poll(0):  # it closed before this was set up
         os._exit(1)
 
 
 def _take_pipes() -> tuple[int, int]:
-    """Duplicates of stdin and stdout that nobody else knows; the originals lead elsewhere."""
+    """Return private duplicates of stdin and stdout; redirect the originals to /dev/null and stderr."""
     frames_in, frames_out = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -187,21 +189,23 @@ def _take_pipes() -> tuple[int, int]:
 
 
 def _exit(status: int) -> NoReturn:
-    """End now: no destructors, which may hang on a device, and no waiting for threads."""
+    """Exit at once, without destructors, which may hang on a device, and without waiting for threads."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # the parent does not read any more
+        except OSError:  # the parent no longer reads
             pass
     os._exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ullm.worker.main", description=__doc__)
-    parser.add_argument("--name", required=True, help="shown in process lists")
-    parser.add_argument("--runner", required=True, help="module:class")
-    parser.add_argument("--standby", action="store_true", help="give way to others until prepared")
-    parser.add_argument("--lifeline", type=int, help="descriptor of a pipe whose end is this process's end")
+    parser.add_argument("--name", required=True, help="name shown in process lists")
+    parser.add_argument("--runner", required=True, help="runner to build, as module:class")
+    parser.add_argument("--standby", action="store_true", help="import at a low priority")
+    parser.add_argument(
+        "--lifeline", type=int, help="descriptor of a pipe; this process is killed when its other end closes"
+    )
     return parser
 
 

@@ -1,7 +1,7 @@
-"""What a worker does when a fault plan tells it to, each thing as it happens for real.
+"""The faults that a worker carries out itself, each as close as possible to the real event.
 
-A process ends, hangs or is suspended as a whole. A thread can do none of that to itself alone, so the
-nearest thing to it is what it does; see docs/fault-injection.md.
+A process crashes, hangs or is suspended as a whole. A thread cannot do that to itself alone, so it does the
+nearest thing; see docs/fault-injection.md.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ullm.errors import FaultInjected, OutOfMemory
 from ullm.protocol.messages import Inject
 
 EXIT_STATUS = 3
-"""What ``exit`` exits with."""
+"""Exit status of the action ``exit``."""
 
 A_LONG_TIME = 1e9
-"""Seconds; stands for ever."""
+"""Seconds; stands for an unlimited time."""
 
 Misbehave = Callable[[Inject, bool], None]
-"""Carries out a message; the second argument says whether the model is loaded."""
+"""Carries out an `Inject`; the second argument tells whether the model is loaded."""
 
 
 class Crashed(BaseException):
-    """Raised in a worker that cannot kill itself: it ends at once, and says nothing more.
+    """Raised in a worker that cannot kill itself: it ends at once, without further messages.
 
     Args:
-        cause: as a transport would describe the end of a process.
+        cause: description of the end, as a transport gives it for a process.
     """
 
     def __init__(self, cause: str) -> None:
@@ -40,7 +40,7 @@ class Crashed(BaseException):
 
 
 def as_process(inject: Inject, loaded: bool) -> None:
-    """In a worker that has a process of its own."""
+    """Carry out a fault in a worker process."""
     match inject.action:
         case "crash":
             kill_this_process()
@@ -51,14 +51,14 @@ def as_process(inject: Inject, loaded: bool) -> None:
             os._exit(EXIT_STATUS)
         case "hang":
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in a kernel that never returns
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # like a kernel that never returns
             time.sleep(inject.seconds or A_LONG_TIME)
         case _:
             anywhere(inject, loaded)
 
 
 def as_thread(inject: Inject, loaded: bool) -> None:
-    """In a worker that is a thread of somebody else's process."""
+    """Carry out a fault in a worker thread."""
     match inject.action:
         case "crash" | "exit":
             raise Crashed(ending(inject.action))
@@ -69,10 +69,10 @@ def as_thread(inject: Inject, loaded: bool) -> None:
 
 
 def anywhere(inject: Inject, loaded: bool) -> None:
-    """What is the same in all workers.
+    """Carry out a fault that is the same in all workers.
 
     Raises:
-        FaultInjected: for ``raise``, and for actions that this worker cannot do to itself.
+        FaultInjected: for ``raise``, and for actions that this kind of worker cannot carry out.
         OutOfMemory: for ``oom`` before the model is loaded, as loading would.
         MemoryError: for ``oom`` later on; with torch its own error.
     """
@@ -89,12 +89,12 @@ def anywhere(inject: Inject, loaded: bool) -> None:
 
 
 def ending(action: str) -> str:
-    """How the end of a worker reads where it is only played."""
+    """Return the description of a simulated end."""
     return "was killed by SIGKILL" if action == "crash" else f"exited with status {EXIT_STATUS}"
 
 
 def kill_this_process() -> NoReturn:
-    """As SIGKILL does, or TerminateProcess: nothing is flushed, no handler runs."""
+    """Kill this process by SIGKILL or TerminateProcess: nothing is flushed, no handler runs."""
     if sys.platform == "win32":
         os.kill(os.getpid(), signal.SIGTERM)
     else:

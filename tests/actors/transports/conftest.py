@@ -1,4 +1,4 @@
-"""What the tests of all transports share."""
+"""Fixtures shared by the tests of all transports."""
 
 from pathlib import Path
 

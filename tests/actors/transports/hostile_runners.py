@@ -1,4 +1,4 @@
-"""Runners that do what no runner should, each in its own way. Imported by name in workers."""
+"""Runners that misbehave, each in its own way. Workers import them by name."""
 
 import ctypes
 import os
@@ -122,7 +122,7 @@ class ClosesThePipe(ScriptedRunner):
 
 
 class HasAChild(ScriptedRunner):
-    """Starts a process of its own and tells its id."""
+    """Starts a process of its own and reports its id."""
 
     def load(self, start, progress):
         child = subprocess.Popen(["sleep", str(FOREVER)])

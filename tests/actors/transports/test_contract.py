@@ -1,4 +1,4 @@
-"""What every kind of worker does, whatever it is made of."""
+"""Behaviour that all kinds of workers share."""
 
 import importlib.util
 import sys
@@ -297,5 +297,5 @@ def test_unknown_kind_is_a_config_error():
 def test_missing_library_is_a_config_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "ullm.actors.transports.ray", raising=False)
-    with pytest.raises(ConfigError, match=r"needs Ray .*pip install 'ullm\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"needs Ray .*pip install ray"):
         open_transport("ray")

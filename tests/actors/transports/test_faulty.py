@@ -1,4 +1,4 @@
-"""Each fault at each kind of worker: what is done to it, and what its group sees."""
+"""Each fault with each kind of worker: its effect on the worker, and what its group sees."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ async def test_each_message_is_a_point(talk: Messages, point: str, message: ToWo
 
 
 async def test_a_worker_is_who_its_start_says() -> None:
-    """A standby worker is opened before anybody knows in whose place it will be."""
+    """A standby worker is started before it is known which worker it will replace."""
     open_worker, injector = with_faults("fake", "worker.step:crash@rank=1,replica=2,epoch=3")
     spec = msgspec.structs.replace(RankSpec(), replica=2, rank=1, epoch=3)
     async with open_worker(WorkerSpec(RankSpec(), "ullm.testing:ScriptedRunner")) as worker:

@@ -38,14 +38,14 @@ pytestmark = [
 
 
 async def hanging(worker, talk):
-    """Wait until the runner has said that it is about to hang."""
+    """Wait until the runner has reported that it is about to hang."""
     await worker.send(talk.start())
     while (await talk.until(worker, Progress)).stage != "hanging":
         pass
 
 
 async def lost(worker):
-    """What is raised at the end of everything the worker still said."""
+    """The error after the worker's last message."""
     with trio.fail_after(10):
         while True:
             try:
@@ -372,7 +372,7 @@ def open_descriptors():
 
 
 async def still_there(pid):
-    """Whether a process still runs a second from now; returns as soon as it does not."""
+    """Whether a process still runs a second from now; return as soon as it has ended."""
     try:
         watched = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -11,7 +11,7 @@ import pytest
 from ullm.actors.transports.process import open_process
 from ullm.errors import WorkerLost
 from ullm.protocol.messages import Ping, Pong, Prepare, Prepared, Progress, Ready, StepResult
-from ullm.worker.low_priority import GIVE_WAY, LEAST_PRIORITY
+from ullm.worker.low_priority import EXTRA_NICENESS, MAX_NICENESS
 
 pytestmark = pytest.mark.process
 
@@ -77,12 +77,12 @@ def test_only_the_import_gives_way(tmp_path):
     )
     program = """
         import os
-        from ullm.worker.low_priority import AUTOGROUP, import_gently
-        import_gently("looks")
+        from ullm.worker.low_priority import AUTOGROUP, import_at_low_priority
+        import_at_low_priority("looks")
         import looks
         group = AUTOGROUP.read_text().split()[-1] if AUTOGROUP.exists() else 0
         print(looks.here, os.getpriority(os.PRIO_PROCESS, 0), group)
-        import_gently("no_such_module")
+        import_at_low_priority("no_such_module")
     """
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([*filter(None, sys.path), str(tmp_path)]))
     done = subprocess.run(
@@ -94,5 +94,5 @@ def test_only_the_import_gives_way(tmp_path):
         check=True,
     )
     before = os.getpriority(os.PRIO_PROCESS, 0)
-    assert done.stdout.split() == [str(min(before + GIVE_WAY, LEAST_PRIORITY)), str(before), "0"]
+    assert done.stdout.split() == [str(min(before + EXTRA_NICENESS, MAX_NICENESS)), str(before), "0"]
     assert done.stderr == ""

@@ -1,4 +1,7 @@
-"""Ways to run a worker, one module per kind, behind one protocol: see `base`."""
+"""Ways to run a worker, behind the protocol of `base`: one module per kind, imported when it is chosen.
+
+Imports errors, logs, faults, protocol and worker, but no actor.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ __all__ = ["OpenTransport", "StopReport", "Transport", "WorkerSpec", "open_trans
 
 
 def open_transport(kind: str) -> OpenTransport:
-    """What starts workers of one kind: ``process``, ``thread``, ``ray`` or ``fake``.
+    """Return the function that starts workers of one kind: ``process``, ``thread``, ``ray`` or ``fake``.
 
     Raises:
         ConfigError: there is no such kind, or its library is not installed.
@@ -31,6 +34,6 @@ def open_transport(kind: str) -> OpenTransport:
             try:
                 from ullm.actors.transports.ray import open_ray
             except ModuleNotFoundError as error:
-                raise ConfigError(f"--transport ray needs Ray ({error}): pip install 'ullm[ray]'") from None
+                raise ConfigError(f"--transport ray needs Ray ({error}): pip install ray") from None
             return open_ray
-    raise ConfigError(f"--transport {kind!r} is none of process, thread, ray, fake")
+    raise ConfigError(f"--transport {kind!r} is not one of process, thread, ray, fake")

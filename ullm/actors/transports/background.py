@@ -1,4 +1,4 @@
-"""Tasks that serve a context, without showing in the errors of its body."""
+"""Background tasks of a context, which leave the errors of its body as they are."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import trio
 
 
 class BackgroundTasks:
-    """Tasks that go on while the body is being cancelled: its cleanup still needs them."""
+    """Tasks that keep running while the body is being cancelled, because its cleanup needs them."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._scopes: list[trio.CancelScope] = []
 
     def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
-        """Run ``function()`` until it ends or the body has."""
+        """Run ``function()`` until it returns or the body has ended."""
         scope = trio.CancelScope(shield=True)
         self._scopes.append(scope)
         self._nursery.start_soon(self._run, scope, function)
 
     def cancel(self) -> None:
-        """End them all."""
+        """Cancel all of them."""
         for scope in self._scopes:
             scope.cancel()
 
@@ -33,7 +33,7 @@ class BackgroundTasks:
 
 @asynccontextmanager
 async def background_tasks() -> AsyncIterator[BackgroundTasks]:
-    """Tasks that are cancelled when the body has ended; the body's error is raised as it was.
+    """Run tasks that are cancelled when the body has ended; the body's error is raised unchanged.
 
     A plain nursery would wrap it in a group, and every ``except WorkerLost`` around a transport would
     miss it.

@@ -1,4 +1,4 @@
-"""One protocol for every kind of worker: how to talk to it, and how to end it."""
+"""The protocol of every kind of worker: how to exchange messages with it, and how to end it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Protocol
 from ullm.protocol.messages import FromWorker, RankSpec, ToWorker
 
 STDERR_TAIL_LINES = 20
-"""Lines of a worker's stderr that are kept for the one-line root cause."""
+"""Lines of a lost worker's stderr to keep for its error."""
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a transport needs to bring up one worker.
+    """What a transport needs to start one worker.
 
     Args:
-        rank: who the worker is; ``rank.name`` names it in logs.
+        rank: the worker's place; ``rank.name`` is its name in logs.
         runner: ``module:class`` of the `ullm.protocol.runner.Runner` to build in the worker.
-        cpu_threads: threads that the worker computes with; None: all cores.
-        standby: the worker is a spare one, and gives way to others while it is being prepared.
+        cpu_threads: number of compute threads; None: all cores.
+        standby: whether the worker is a spare one, which runs at a low priority while it prepares.
     """
 
     rank: RankSpec
@@ -49,23 +49,23 @@ class Transport(Protocol):
         """
 
     async def receive(self) -> FromWorker:
-        """The next message; exactly one task receives.
+        """Return the next message; exactly one task receives.
 
         Raises:
-            WorkerLost: the worker is gone; names exit status or signal and the tail of its stderr.
+            WorkerLost: the worker is gone; includes its exit status or signal and the tail of its stderr.
         """
 
     def alive(self) -> bool:
-        """Whether the worker has not ended."""
+        """Whether the worker runs."""
 
     def suspended(self) -> bool:
-        """Whether the operating system has suspended it, by SIGSTOP; False where that cannot be known."""
+        """Whether the operating system has suspended it, by SIGSTOP; False where this is unknown."""
 
     def kill(self) -> None:
-        """End the worker now. A thread cannot be killed: it is told to stop, and counts as lost."""
+        """Kill the worker. A thread cannot be killed: it is told to stop, and counts as lost."""
 
     async def stop(self, budget: float) -> StopReport:
-        """Ask for an orderly end, wait, then use force; done after ``budget`` seconds at the latest.
+        """Ask for an orderly end, wait, then use force; return within ``budget`` seconds.
 
         Processes get `Stop`, then SIGTERM for the last quarter of the budget, then SIGKILL.
         """
@@ -76,10 +76,10 @@ class StopReport:
     """How a worker ended.
 
     Args:
-        outcome: ``stopped`` in order, ``killed`` by force, ``abandoned``: a thread that hangs still,
-            ``lost``: it had ended by itself before it was asked.
-        seconds: how long it took.
-        timings: the worker's own account, stage → seconds.
+        outcome: ``stopped``: in order; ``killed``: by force; ``abandoned``: a thread that still hangs;
+            ``lost``: the worker had ended by itself before it was asked to.
+        seconds: duration of the stop.
+        timings: stage → seconds, as reported by the worker.
     """
 
     name: str
@@ -89,4 +89,4 @@ class StopReport:
 
 
 OpenTransport = Callable[[WorkerSpec], AbstractAsyncContextManager[Transport]]
-"""Starts a worker; leaving the context kills what `Transport.stop` has not ended, and reaps it."""
+"""Starts a worker; leaving the context kills it unless `Transport.stop` has ended it, and reaps it."""

@@ -1,7 +1,7 @@
-"""Workers in memory, in trio's own thread and on its clock, under a test's control.
+"""In-memory workers under a test's control, in trio's own thread and on its clock.
 
-The runner is a real one (usually `ullm.testing.ScriptedRunner`) behind the real worker loop; only time
-and death are played. With an autojumping clock a step of ten seconds takes no time::
+The runner is a real one (usually `ullm.testing.ScriptedRunner`) behind the real worker loop; only durations
+and deaths are simulated. With an autojumping clock a step of ten seconds takes no time::
 
     workers = FakeWorkers(behaviour=FakeBehaviour(step_seconds=10))
     async with workers.open(WorkerSpec(RankSpec(), "ullm.testing:ScriptedRunner")) as transport:
@@ -40,23 +40,23 @@ Predicate = Callable[[ToWorker], bool]
 
 
 def never(message: ToWorker) -> bool:
-    """The predicate that picks no message."""
+    """Match no message."""
     return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class FakeBehaviour:
-    """How a fake worker behaves by itself.
+    """How a fake worker behaves without further instructions.
 
     Args:
-        load_seconds: from `Start` to `Ready`.
-        step_seconds: from taking up a `Step` to its result.
-        stop_seconds: from `Stop` to `Stopped`.
-        sleep_seconds: from `Sleep` to `Asleep`.
-        wake_seconds: from `Wake` to `Awake`.
-        load_error: what loading raises, after ``load_seconds``.
-        die_on: messages that it dies of, as if killed by SIGKILL.
-        hang_on: messages that it never gets done with, until `FakeWorker.resume`.
+        load_seconds: time from `Start` to `Ready`.
+        step_seconds: time from the begin of a `Step` to its result.
+        stop_seconds: time from `Stop` to `Stopped`.
+        sleep_seconds: time from `Sleep` to `Asleep`.
+        wake_seconds: time from `Wake` to `Awake`.
+        load_error: exception that loading raises, after ``load_seconds``.
+        die_on: matches messages that kill it, as if by SIGKILL.
+        hang_on: matches messages that make it hang until `FakeWorker.resume`.
     """
 
     load_seconds: float = 0.0
@@ -69,7 +69,7 @@ class FakeBehaviour:
     hang_on: Predicate = never
 
     def seconds(self, message: ToWorker) -> float:
-        """How long one message takes."""
+        """Return how long one message takes."""
         match message:
             case Step():
                 return self.step_seconds
@@ -86,10 +86,10 @@ class FakeBehaviour:
 
 @dataclass
 class FakeWorkers:
-    """Opens fake workers and remembers them.
+    """Starts fake workers and remembers them.
 
     Args:
-        behaviour: of each worker; a function of its spec where they differ, by rank or by epoch.
+        behaviour: the behaviour of each worker, or a function of its spec where ranks or epochs differ.
         started: every worker ever opened, in order.
     """
 
@@ -98,7 +98,7 @@ class FakeWorkers:
 
     @asynccontextmanager
     async def open(self, spec: WorkerSpec) -> AsyncIterator[Transport]:
-        """An `OpenTransport`."""
+        """Start one worker; an `OpenTransport`."""
         behaviour = self.behaviour if isinstance(self.behaviour, FakeBehaviour) else self.behaviour(spec)
         worker = FakeWorker(spec, behaviour)
         self.started.append(worker)
@@ -111,7 +111,7 @@ class FakeWorkers:
 
 
 class FakeWorker:
-    """See `Transport`; `die`, `hang`, `resume` and `emit` are for the test.
+    """See `Transport`; tests call `die`, `hang`, `resume` and `emit`.
 
     Attributes:
         received: every message that reached the worker.
@@ -126,8 +126,8 @@ class FakeWorker:
         self._behaviour = behaviour
         self._inbox, self._messages = trio.open_memory_channel[ToWorker](math.inf)
         self._deliver, self._delivered = trio.open_memory_channel[FromWorker](math.inf)
-        self._may_go_on = trio.Event()
-        self._may_go_on.set()
+        self._resumed = trio.Event()
+        self._resumed.set()
         self._loaded = self._suspended = False
         self._life = trio.CancelScope()
         self._ended = trio.Event()
@@ -135,17 +135,17 @@ class FakeWorker:
 
     @property
     def pid(self) -> None:
-        """It is no process."""
+        """Return None: it is not a process."""
         return None
 
     # --- the transport ---
 
     def alive(self) -> bool:
-        """Whether it has not ended or died."""
+        """Whether it has neither ended nor died."""
         return not self._ended.is_set() and not self._life.cancel_called
 
     def suspended(self) -> bool:
-        """Whether it plays being stopped by SIGSTOP, as a fault plan may ask; `hang` is another thing."""
+        """Whether it simulates a stop by SIGSTOP, as a fault plan may ask for; `hang` does not count."""
         return self._suspended
 
     async def send(self, message: ToWorker) -> None:
@@ -156,18 +156,18 @@ class FakeWorker:
         self._inbox.send_nowait(message)
 
     async def receive(self) -> FromWorker:
-        """The next message; those sent before the end come first."""
+        """Return the next message; those sent before the end come first."""
         try:
             return await self._delivered.receive()
         except trio.EndOfChannel:
             raise WorkerLost(self.name, self._cause) from None
 
     def kill(self) -> None:
-        """As the transport's user."""
+        """Die as if by SIGKILL."""
         self.die("was killed by SIGKILL")
 
     async def stop(self, budget: float) -> StopReport:
-        """`Stop`, then force."""
+        """Send `Stop`, and kill the worker after ``budget`` seconds."""
         began = trio.current_time()
         was_alive = self.alive()
         if was_alive:
@@ -175,31 +175,31 @@ class FakeWorker:
             with trio.move_on_after(budget):
                 await self._ended.wait()
             self.kill()
-        said = [message for message in self.sent if isinstance(message, Stopped)]
-        outcome = "stopped" if said else "killed" if was_alive else "lost"
-        timings = said[0].timings if said else {}
+        stopped = [message for message in self.sent if isinstance(message, Stopped)]
+        outcome = "stopped" if stopped else "killed" if was_alive else "lost"
+        timings = stopped[0].timings if stopped else {}
         return StopReport(self.name, outcome, trio.current_time() - began, timings)
 
-    # --- the test's hands ---
+    # --- for tests ---
 
     def die(self, cause: str) -> None:
-        """End at once, whatever it was doing; ``cause`` reads like an exit status or a signal."""
+        """End at once, whatever it was doing; ``cause`` describes it like an exit status or a signal."""
         if self.alive():
             self._cause = cause
             self._life.cancel()
             self._deliver.close()
 
     def hang(self) -> None:
-        """Answer nothing from now on: what it is doing does not get done."""
-        if self._may_go_on.is_set():
-            self._may_go_on = trio.Event()
+        """Answer nothing until `resume`, not even the current message."""
+        if self._resumed.is_set():
+            self._resumed = trio.Event()
 
     def resume(self) -> None:
-        """Go on after a hang: all that was left undone is done, late."""
-        self._may_go_on.set()
+        """Continue after a hang, with everything that has arrived meanwhile."""
+        self._resumed.set()
 
     def emit(self, message: FromWorker) -> None:
-        """Have the worker say something it would not say by itself: a duplicate, a stranger's result."""
+        """Send a message that the worker would not send by itself, such as a duplicate."""
         self.sent.append(message)
         if not self._life.cancel_called:
             self._deliver.send_nowait(message)
@@ -207,7 +207,7 @@ class FakeWorker:
     # --- the worker ---
 
     async def run(self) -> None:
-        """Task: serve until it is stopped, fails, or dies."""
+        """Serve until it is stopped, fails, or dies; a task of the transport."""
         with self._life:
             try:
                 await self._serve()
@@ -235,7 +235,7 @@ class FakeWorker:
                 loop.send_oldest()
 
     async def _misbehave(self, inject: Inject) -> None:
-        """What a process would do, in virtual time."""
+        """Carry out a fault as a process would, in virtual time."""
         match inject.action:
             case "crash" | "exit":
                 self.die(ending(inject.action))
@@ -246,7 +246,7 @@ class FakeWorker:
                 self._suspended = inject.action == "stop"
                 self.hang()
                 with trio.move_on_after(inject.seconds or math.inf):
-                    await self._may_go_on.wait()
+                    await self._resumed.wait()
                 self.resume()
                 self._suspended = False
             case _:
@@ -258,4 +258,4 @@ class FakeWorker:
         if self._behaviour.hang_on(message):
             self.hang()
         await trio.sleep(self._behaviour.seconds(message))
-        await self._may_go_on.wait()
+        await self._resumed.wait()

@@ -1,8 +1,8 @@
-"""Any transport, with faults: what an injector decides is carried out on the way to and from a worker.
+"""Fault injection around any transport: carries out what an injector decides about messages and workers.
 
-What shall happen in a worker is told to it by an `Inject` just before the message that it concerns.
-Frames are dropped, doubled, delayed and corrupted here; on a pipe, corrupt frames are bytes that the
-other side really reads. Where nothing is armed, this costs one call per message.
+Faults in a worker are sent to it as `Inject`, just before the message that they concern. Frames are dropped,
+duplicated, delayed and corrupted here; on a pipe, a corrupt frame is bytes that the other side really reads.
+While nothing is armed, this costs one call per message.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import trio
 from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.faults import Fault, FaultInjector
-from ullm.faults.injector import Site
+from ullm.faults.injector import FaultSite
 from ullm.protocol import stop_budget
 from ullm.protocol.frames import encode
 from ullm.protocol.messages import (
@@ -34,7 +34,7 @@ from ullm.protocol.messages import (
 )
 
 NO_MSGPACK = b"\xc1"
-"""The one byte that msgpack never uses."""
+"""The only byte that msgpack never uses."""
 
 
 @runtime_checkable
@@ -42,14 +42,14 @@ class Pipe(Protocol):
     """A transport that carries bytes."""
 
     async def send_bytes(self, frame: bytes) -> None:
-        """Send bytes instead of a message."""
+        """Send bytes that need not be a valid frame."""
 
     def unread(self, data: bytes) -> None:
-        """Have these bytes read next."""
+        """Put bytes in front of those still to be read."""
 
 
 def faulty(open_transport: OpenTransport, injector: FaultInjector) -> OpenTransport:
-    """Start workers in the same way, with the injector's faults."""
+    """Return a function that starts workers in the same way, with the injector's faults."""
 
     @asynccontextmanager
     async def open_faulty(spec: WorkerSpec) -> AsyncIterator[Transport]:
@@ -60,13 +60,13 @@ def faulty(open_transport: OpenTransport, injector: FaultInjector) -> OpenTransp
 
 
 def garbled(message: ToWorker | FromWorker) -> bytes:
-    """A frame of the right length that says nothing."""
+    """Return a frame of the right length without valid content."""
     frame = encode(message)
     return frame[:4] + NO_MSGPACK * (len(frame) - 4)
 
 
 class FaultyTransport:
-    """See `Transport`."""
+    """A transport with faults; see `Transport`."""
 
     def __init__(self, inner: Transport, rank: RankSpec, injector: FaultInjector) -> None:
         self._inner = inner
@@ -77,7 +77,7 @@ class FaultyTransport:
 
     @property
     def name(self) -> str:
-        """As in logs; a standby worker gets the name of the one whose place it takes."""
+        """The worker's name, as in logs; a standby worker gets the name of the worker that it replaces."""
         return self._inner.name
 
     @name.setter
@@ -90,7 +90,7 @@ class FaultyTransport:
         return self._inner.pid
 
     def alive(self) -> bool:
-        """Whether the worker has not ended."""
+        """Whether the worker runs."""
         return self._inner.alive()
 
     def suspended(self) -> bool:
@@ -102,13 +102,13 @@ class FaultyTransport:
         self._inner.kill()
 
     def send(self, message: ToWorker) -> Coroutine[Any, Any, None]:
-        """Send one message, or what becomes of it."""
+        """Send one message, subject to faults."""
         if type(message) is Start:
-            self._rank = message.rank  # a standby worker learns only now who it is
+            self._rank = message.rank  # only now does a standby worker get its rank
         return self._send(message) if self._injector.armed else self._inner.send(message)
 
     async def receive(self) -> FromWorker:
-        """The next message, or what becomes of it."""
+        """Return the next message, subject to faults."""
         while not self._held:
             message = await self._inner.receive()
             if not self._injector.armed:
@@ -123,7 +123,7 @@ class FaultyTransport:
         return message
 
     async def stop(self, budget: float) -> StopReport:
-        """As the transport does, with a worker that misbehaves when it shall stop."""
+        """Stop the worker, after the faults of ``worker.stop``."""
         began = trio.current_time()
         if self._injector.armed and self.alive():
             with trio.move_on_after(stop_budget.FAULT_SHARE * budget):
@@ -134,7 +134,7 @@ class FaultyTransport:
         point = _point(message)
         if point is None or not await self._misbehave(point):
             return await self._send_frame(message)
-        with suppress(WorkerLost):  # that is what was wanted; `receive` says how it came
+        with suppress(WorkerLost):  # intended by the fault; `receive` reports it
             await self._send_frame(message)
 
     async def _send_frame(self, message: ToWorker) -> None:
@@ -153,9 +153,9 @@ class FaultyTransport:
             await (self._send_garbled(message) if corrupt else self._inner.send(message))
 
     async def _misbehave(self, point: str) -> bool:
-        """Tell the worker what to do to itself; whether there is anything.
+        """Send the worker the faults of a point; return whether there are any.
 
-        One that is lost by that hits no further point: what it is still sent, it never carries out.
+        A worker that a fault will end hits no further point, because it carries out nothing else.
         """
         faults = [] if self._doomed else self._injector.fire(self._site(point))
         self._doomed |= any(fault.fatal for fault in faults)
@@ -167,11 +167,11 @@ class FaultyTransport:
     async def _send_garbled(self, message: ToWorker) -> None:
         if isinstance(self._inner, Pipe):
             return await self._inner.send_bytes(garbled(message))
-        # A queue carries values, and this is the one that a reader of bytes would have put there.
+        # A queue carries values; this is the one that a reader of bytes would have put there.
         await self._inner.send(cast(ToWorker, FrameBroken("a frame that is not msgpack: injected fault")))
 
     def _hold(self, message: FromWorker, faults: list[Fault]) -> None:
-        """Keep what comes out of a message, until it is due; a receiver that is cancelled loses nothing."""
+        """Keep a message with faults until it is due, so that a cancelled receiver loses nothing."""
         copies, due = 1, trio.current_time()
         for fault in faults:
             match fault.action:
@@ -191,13 +191,13 @@ class FaultyTransport:
         self._inner.kill()
         raise WorkerLost(self.name, "sent a frame that is not msgpack: injected fault")
 
-    def _site(self, point: str, message: ToWorker | FromWorker | None = None) -> Site:
+    def _site(self, point: str, message: ToWorker | FromWorker | None = None) -> FaultSite:
         kind = type(message).__name__ if message is not None else None
-        return Site(point, self._rank.replica, self._rank.rank, self._rank.epoch, kind)
+        return FaultSite(point, self._rank.replica, self._rank.rank, self._rank.epoch, kind)
 
 
 def _point(message: ToWorker) -> str | None:
-    """The point that a message hits in the worker; `Stop` is sent by the transport itself."""
+    """Return the point that a message hits in the worker; the transport itself sends `Stop`."""
     match message:
         case Step():
             return "worker.step"

@@ -1,8 +1,8 @@
-"""A worker as a Ray actor, where Ray finds the resources for it.
+"""A worker as a Ray actor, on a machine where Ray finds the resources for it.
 
-Needs the extra ``ray``. The worker loop runs in a thread of the actor; one of its methods puts messages
-in, another one waits for what comes out. A GPU that Ray gives to an actor is the only one that it sees.
-What a worker prints is forwarded by Ray itself.
+Needs the package ``ray``. The worker loop runs in a thread of the actor; one of its methods takes messages,
+another one waits for answers. An actor sees only the GPU that Ray has assigned to it. Ray itself forwards
+the worker's prints.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = get_logger(__name__)
 
 
 class RankActor:
-    """What runs in the Ray actor. Each method has a thread of its own, so calls of one come in order."""
+    """The Ray actor. Each method has a thread of its own, so calls of one method run in order."""
 
     def __init__(self, runner: str) -> None:
         self._inbox: Inbox = queue.SimpleQueue()
@@ -40,15 +40,15 @@ class RankActor:
 
     @ray.method(concurrency_group="put")  # type: ignore[untyped-decorator]  # Ray has no types here
     def put(self, message: ToWorker) -> None:
-        """Hand the worker a message."""
+        """Queue a message for the worker."""
         if isinstance(message, Start) and message.rank.device_index is not None:
-            rank = msgspec.structs.replace(message.rank, device_index=0)  # Ray shows no other
+            rank = msgspec.structs.replace(message.rank, device_index=0)  # the only one that Ray shows
             message = msgspec.structs.replace(message, rank=rank)
         self._inbox.put(message)
 
     @ray.method(concurrency_group="get")  # type: ignore[untyped-decorator]
     def get(self) -> list[FromWorker | None]:
-        """Wait for what the worker says, and return all there is; None is the end."""
+        """Wait for messages of the worker, and return all there are; None marks the end."""
         messages = [self._outbox.get()]
         while not self._outbox.empty():
             messages.append(self._outbox.get())
@@ -65,7 +65,7 @@ class RankActor:
 
 @asynccontextmanager
 async def open_ray(spec: WorkerSpec) -> AsyncIterator[Transport]:
-    """Start a worker as a Ray actor; on leaving, it has been killed.
+    """Start a worker as a Ray actor; leaving the context kills it.
 
     Joins the cluster that RAY_ADDRESS names or that runs here, or else starts one on this machine.
     """
@@ -102,36 +102,36 @@ class RayTransport:
         return None
 
     def alive(self) -> bool:
-        """Whether the actor has not ended, as far as Ray has said."""
+        """Whether the actor runs, as far as Ray has reported."""
         return not self._killed and not self._ended.is_set()
 
     def suspended(self) -> bool:
-        """That cannot be known of another machine."""
+        """Return False: the state on another machine is unknown."""
         return False
 
     async def send(self, message: ToWorker) -> None:
-        """Hand one message to Ray."""
+        """Pass one message to Ray."""
         await trio.lowlevel.checkpoint()
         if not self.alive():
             raise WorkerLost(self._name, self._cause)
         self._actor.put.remote(message)
 
     async def receive(self) -> FromWorker:
-        """The next message; those sent before the end come first."""
+        """Return the next message; those sent before the end come first."""
         try:
             return await self._delivered.receive()
         except trio.EndOfChannel:
             raise WorkerLost(self._name, self._cause) from None
 
     def kill(self) -> None:
-        """End the actor's process."""
+        """Kill the actor's process."""
         if self.alive():
             self._killed = True
             self._cause = "was killed through Ray"
             ray.kill(self._actor, no_restart=True)
 
     async def stop(self, budget: float) -> StopReport:
-        """`Stop`, and for the last tenth of the budget the kill."""
+        """Send `Stop`, and kill the actor after nine tenths of the budget."""
         began = trio.current_time()
         was_alive = self.alive()
         if was_alive:
@@ -145,14 +145,14 @@ class RayTransport:
         return StopReport(self._name, outcome, trio.current_time() - began, timings)
 
     async def leave(self) -> None:
-        """End of the context: an actor that ended in order still holds its process until it is killed."""
+        """Kill the actor: even one that ended in order keeps its process until then."""
         self._killed = True
         ray.kill(self._actor, no_restart=True)
         with trio.move_on_after(stop_budget.RAY_LEAVE, shield=True):
             await self._ended.wait()
 
     def _pump(self) -> None:
-        """In a thread of its own: Ray's calls block."""
+        """Forward the actor's messages to trio; in a thread of its own, because Ray's calls block."""
         try:
             while (messages := ray.get(self._actor.get.remote()))[-1] is not None:
                 self._to_trio(self._take, messages)

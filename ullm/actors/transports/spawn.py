@@ -1,4 +1,4 @@
-"""Starting a worker process: its command line, its environment, and the pipe that it lives by."""
+"""Starting a worker process: its command line, its environment, and its lifeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ullm.actors.transports.base import WorkerSpec
 
 @contextmanager
 def lifeline() -> Iterator[int | None]:
-    """A pipe that is open as long as this process and this context live; the worker's end of it."""
+    """Open a pipe living as long as this process and this context; yield the worker's end. Linux only."""
     if sys.platform != "linux":
         yield None
         return
@@ -28,7 +28,7 @@ def lifeline() -> Iterator[int | None]:
 
 
 async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
-    """Start the process; it inherits one descriptor, which is closed here.
+    """Start the process, which inherits one descriptor; close that here.
 
     Raises:
         OSError: it cannot be started.
@@ -55,7 +55,7 @@ async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
 
 
 def _environment(spec: WorkerSpec) -> dict[str, str]:
-    """Our own, with what Python finds here, and the number of threads to compute with."""
+    """Return this process's environment with its module search path and the number of compute threads."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment = dict(os.environ, PYTHONPATH=path)
     if spec.cpu_threads is not None:

@@ -1,8 +1,8 @@
-"""A worker as one dedicated thread of this process: fed by a queue, answering through trio's token.
+"""A worker as a dedicated thread of this process: fed by a queue, answering through trio's token.
 
-A thread cannot be killed. One that hangs is reported as ``abandoned``: it keeps its memory, and the
-process should end with a status that says so. One that hangs while it holds the interpreter's lock
-stops everything; only worker processes survive that.
+A thread cannot be killed. One that hangs is reported as ``abandoned``: it keeps its memory, and the process
+should exit with a non-zero status. One that hangs while it holds the interpreter's lock stops the whole
+process; only worker processes avoid that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = get_logger(__name__)
 
 @asynccontextmanager
 async def open_thread(spec: WorkerSpec) -> AsyncIterator[Transport]:
-    """Start a worker thread; on leaving, it has been told to stop, and has, unless it hangs."""
+    """Start a worker thread; leaving the context stops it, unless it hangs."""
     transport = ThreadTransport(spec)
     transport.start()
     try:
@@ -39,7 +39,7 @@ async def open_thread(spec: WorkerSpec) -> AsyncIterator[Transport]:
 
 
 class ThreadTransport:
-    """See `Transport`. Messages are handed over as they are: neither side changes what it was given."""
+    """See `Transport`. Messages are handed over without a copy: neither side changes them."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
@@ -69,11 +69,11 @@ class ThreadTransport:
         self._thread.start()
 
     def alive(self) -> bool:
-        """Whether the thread runs and does not count as lost."""
+        """Whether the thread runs and is not counted as lost."""
         return not self._killed and not self._ended.is_set()
 
     def suspended(self) -> bool:
-        """Never: a thread cannot be suspended alone."""
+        """Return False: a thread cannot be suspended alone."""
         return False
 
     async def send(self, message: ToWorker) -> None:
@@ -84,7 +84,7 @@ class ThreadTransport:
         self._inbox.put(message)
 
     async def receive(self) -> FromWorker:
-        """The next message; after `kill` there are none, whatever the thread still says."""
+        """Return the next message; none after `kill`, even if the thread still sends some."""
         try:
             return await self._delivered.receive()
         except (trio.EndOfChannel, trio.ClosedResourceError):
@@ -99,9 +99,9 @@ class ThreadTransport:
             self._deliver.close()
 
     async def stop(self, budget: float) -> StopReport:
-        """`Stop`, and wait; a thread that has not ended then is abandoned.
+        """Send `Stop` and wait for the end; then abandon a thread that still runs.
 
-        One that was given up is not waited for: whoever did so knows that it hangs.
+        One that was killed before is known to hang, and gets only `stop_budget.THREAD_GIVEN_UP`.
         """
         began = trio.current_time()
         if not self._ended.is_set():
@@ -118,14 +118,14 @@ class ThreadTransport:
         return self._report("stopped" if self._stopped else "lost", began)
 
     async def leave(self) -> None:
-        """End of the context."""
+        """Stop the thread and wait for it, unless it was abandoned."""
         self.kill()
         if self._abandoned:
-            return  # it was waited for
+            return  # `stop` has waited for it
         with trio.move_on_after(stop_budget.THREAD_LEAVE, shield=True):
             await self._ended.wait()
         if self._ended.is_set():
-            self._thread.join(stop_budget.THREAD_LEAVE)  # it has only to return
+            self._thread.join(stop_budget.THREAD_LEAVE)  # it only has to return
 
     def _report(self, outcome: str, began: float) -> StopReport:
         timings = self._stopped.timings if self._stopped else {}
@@ -134,7 +134,7 @@ class ThreadTransport:
     # --- on the worker's thread ---
 
     def _work(self) -> None:
-        self._serve()  # and the runner is gone: freeing weights takes a while, and is part of ending
+        self._serve()  # afterwards the runner is gone: freeing weights takes time, and belongs to the end
         self._to_trio(self._end)
 
     def _serve(self) -> None:
@@ -156,7 +156,7 @@ class ThreadTransport:
 
     def _answer(self, message: FromWorker) -> None:
         if self._stopping and isinstance(message, Progress):
-            raise Terminated  # loading tells its progress often; it need not come to its end
+            raise Terminated  # loading reports progress often, so it can be interrupted here
         self._to_trio(self._take, message)
 
     def _to_trio(self, callback: object, *arguments: object) -> None:
@@ -184,7 +184,7 @@ class ThreadTransport:
 
 
 def _close(runner: Runner | None, name: str) -> dict[str, float]:
-    """Free what a runner holds that did not come to its proper end: its process goes on without it."""
+    """Close a runner after a failure: this process goes on, so its memory must be freed."""
     try:
         return runner.close() if runner is not None else {}
     except Exception:

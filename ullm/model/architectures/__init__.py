@@ -1,4 +1,4 @@
-"""Models: the native decoders, any other one through transformers, and the choice among them.
+"""Models: the native decoders, others through transformers, and the choice between them.
 
 Imports every folder of the model but execution.
 """

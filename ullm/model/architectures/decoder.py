@@ -1,7 +1,7 @@
 """The decoder-only transformer that Llama, Qwen2 and Qwen3 share.
 
-Modules are named as in the checkpoints, so that names need no translation. ``forward`` of submodules
-is called directly: hooks are not used, and at one row a step is made of small costs.
+Modules are named as in the checkpoints, so that names need no translation. ``forward`` of submodules is
+called directly: hooks are not used, and with one row a step consists of small costs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ullm.errors import ModelUnsupported
 from ullm.model.attention.batch import Batch
-from ullm.model.kernels.cpu.kernels import LANES, Kernels
+from ullm.model.kernels.cpu.kernels import LANES, CpuKernels
 from ullm.model.kernels.cpu.ops import KernelOps
 from ullm.model.kernels.cuda.ops import choose_ops
 from ullm.model.layers.layer_ops import LayerOps, StepOps, TorchOps
@@ -27,28 +27,28 @@ from ullm.model.layers.linear import (
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
-    quantized,
+    use_quantized_weight,
 )
 from ullm.model.layers.linear_kernels import LinearKernel, choose_linear_kernel
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.quantization import Bits, Scheme
 from ullm.model.layers.rope import rope_cache
 from ullm.model.memory.kv_pool import KvShape
-from ullm.model.sampling.choose import Filter
+from ullm.model.sampling.choose import SamplingFilter
 
 PACKED = "packed"
-"""How a module's packed weight is called among `Decoder.packed_weights`."""
+"""Name of a module's packed weight in `Decoder.packed_weights`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shape and variant of a decoder. Sizes are of the whole model, not of one rank.
+    """Shape and variant of a decoder. Sizes are those of the whole model, not of one rank.
 
     Args:
-        context_len: positions that the rotary embedding is prepared for.
-        rope: as in the checkpoint's ``rope_parameters``.
+        context_len: number of positions to prepare the rotary embedding for.
+        rope: the checkpoint's ``rope_parameters``.
         sliding_windows: per layer, keys that a query sees; None: all.
-        qk_norm: queries and keys are normalised per head, before the rotation.
+        qk_norm: normalise queries and keys per head, before the rotation.
     """
 
     vocab_size: int
@@ -69,7 +69,7 @@ class DecoderConfig:
     qk_norm: bool = False
 
 
-class Attention(nn.Module):
+class DecoderAttention(nn.Module):
     """Grouped-query attention with rotary embeddings over the paged KV cache."""
 
     def __init__(self, config: DecoderConfig, layer: int, parallel: ParallelContext) -> None:
@@ -89,12 +89,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, step: StepOps) -> Tensor:
-        """``[T, hidden_size]`` → ``[T, hidden_size]``."""
+        """Compute ``[T, hidden_size]`` → ``[T, hidden_size]``."""
         return self.o_proj.forward(step.attend(self, self.qkv_proj.forward(x)))
 
 
 class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``."""
+    """The MLP ``down(silu(gate(x)) * up(x))``."""
 
     def __init__(self, config: DecoderConfig, parallel: ParallelContext) -> None:
         super().__init__()
@@ -106,30 +106,30 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear(total, config.hidden_size, config.mlp_bias, parallel)
 
     def forward(self, x: Tensor, step: StepOps) -> Tensor:
-        """``[T, hidden_size]`` → ``[T, hidden_size]``."""
+        """Compute ``[T, hidden_size]`` → ``[T, hidden_size]``."""
         return self.down_proj.forward(step.silu_and_mul(self.gate_up_proj.forward(x)))
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each with a norm before and a residual around it."""
+    """Attention and MLP, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: DecoderConfig, layer: int, parallel: ParallelContext) -> None:
         super().__init__()
         self.world_size = parallel.world_size
-        self.self_attn = Attention(config, layer, parallel)
+        self.self_attn = DecoderAttention(config, layer, parallel)
         self.mlp = GatedMLP(config, parallel)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, delta: Tensor | None, step: StepOps) -> Tensor:
-        """Adds ``delta``, what the layer before has left to add, and the attention to the residual stream
-        ``x [T, hidden_size]`` in place; returns what is to be added next."""
+        """Add ``delta``, the previous layer's MLP output, and the attention's output to the residual stream
+        ``x [T, hidden_size]`` in place; return the MLP's output, which the next layer adds."""
         delta = self.self_attn.forward(step.add_norm(x, delta, self.input_layernorm), step)
         return self.mlp.forward(step.add_norm(x, delta, self.post_attention_layernorm), step)
 
 
 class DecoderStack(nn.Module):
-    """Embedding, layers, final norm: ``model.`` in the checkpoints."""
+    """Embedding, layers and final norm, which checkpoints name ``model.``."""
 
     def __init__(self, config: DecoderConfig, parallel: ParallelContext) -> None:
         super().__init__()
@@ -141,10 +141,10 @@ class DecoderStack(nn.Module):
 class Decoder(nn.Module):
     """A causal language model; implements `ullm.model.attention.batch.CausalModel`.
 
-    Subclasses read their own config.json and nothing else.
+    Subclasses only read their own config.json.
 
     Raises:
-        ModelUnsupported: the sizes do not divide by the ranks, or an unknown rope scaling.
+        ModelUnsupported: the sizes are not divisible by the number of ranks.
     """
 
     ops: LayerOps
@@ -164,16 +164,21 @@ class Decoder(nn.Module):
 
     @staticmethod
     def read_config(hf: dict[str, Any], context_len: int) -> DecoderConfig:
-        """Understand a config.json; a `KeyError` names what it lacks."""
+        """Convert the content of a config.json.
+
+        Raises:
+            KeyError: a key is missing.
+            ModelUnsupported: the config asks for something that the decoder cannot do.
+        """
         raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
-        """Numbers of weights, activations and KV."""
+        """Dtype of weights, activations and KV."""
         return self._dtype
 
     def materialize(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Give the parameters memory, uninitialised."""
+        """Allocate the parameters, uninitialised."""
         self._dtype = self._residual_dtype = dtype
         # Not by `to_empty`, which imports SymPy for tensors without memory, a quarter of a second.
         for module in self.modules():
@@ -182,23 +187,25 @@ class Decoder(nn.Module):
                 setattr(module, name, nn.Parameter(memory, requires_grad=False))
 
     def quantize(self, scheme: Scheme) -> None:
-        """Let all linear layers be loaded in few bits; before the weights get memory.
+        """Quantize all linear layers when they are loaded; call it before the weights are allocated.
 
-        Only for the CPU's kernels. The embedding stays as it is, also where the head is tied to it.
+        Only the CPU kernels can compute with the result. The embedding is not quantized, even if the head is
+        tied to it.
         """
         if self.config.tie_word_embeddings:
             self.lm_head.source = "model.embed_tokens"
         for _, module in self._packing():
             bits: Bits = 4 if scheme == "int4" and isinstance(module, ParallelLinear) else 8
-            quantized(module, bits, as_stored=scheme == "stored")
+            use_quantized_weight(module, bits, as_stored=scheme == "stored")
 
     @torch.no_grad()
-    def prepare(self, device: torch.device, kernels: Kernels | None = None, *, fuse: bool = True) -> None:
-        """Called once when the weights are loaded: tie and pack them, and get ready to compute.
+    def prepare(self, device: torch.device, kernels: CpuKernels | None = None, *, fuse: bool = True) -> None:
+        """Tie and pack the weights and choose the kernels; call it once, after loading.
 
         Args:
-            kernels: what computes the layers on a CPU, instead of PyTorch.
-            fuse: on CUDA, use fused kernels between the matrix products where they work.
+            device: where the weights are.
+            kernels: compute the layers on a CPU instead of PyTorch.
+            fuse: on CUDA, use fused kernels between the matrix products, if they work.
         """
         if self.config.tie_word_embeddings and self.lm_head.weight is None:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -208,10 +215,10 @@ class Decoder(nn.Module):
         self._bind(device, kernel, fuse=fuse)
 
     def packed_weights(self) -> dict[str, Tensor]:
-        """All that `prepare` has left of the weights, for `restore`."""
-        found = {name: parameter.data for name, parameter in self.named_parameters()}
+        """Return all weights as `prepare` has left them, for `restore`."""
+        plain = {name: parameter.data for name, parameter in self.named_parameters()}
         packed = {f"{name}.{PACKED}": module.packed for name, module in self._packing()}
-        return found | {name: tensor for name, tensor in packed.items() if tensor is not None}
+        return plain | {name: tensor for name, tensor in packed.items() if tensor is not None}
 
     def tensors(self) -> Iterator[Tensor]:
         """See `CausalModel.tensors`."""
@@ -219,8 +226,8 @@ class Decoder(nn.Module):
         if isinstance(self.ops, TorchOps):
             yield from self.ops.tables
 
-    def restore(self, weights: dict[str, Tensor], kernels: Kernels, dtype: torch.dtype) -> None:
-        """Take weights that a model of the same shape and rank has prepared, in place of `prepare`."""
+    def restore(self, weights: dict[str, Tensor], kernels: CpuKernels, dtype: torch.dtype) -> None:
+        """Use weights that a model of the same shape and rank has prepared, instead of calling `prepare`."""
         self._dtype = dtype
         packing = dict(self._packing())
         for name, module in self.named_modules():
@@ -231,23 +238,23 @@ class Decoder(nn.Module):
         self._bind(torch.device("cpu"), kernels)
 
     def _packing(self) -> Iterator[tuple[str, ParallelLinear | VocabParallelHead]]:
-        """The modules whose weights are packed, by name."""
+        """Iterate over the modules whose weights are packed, with their names."""
         for name, module in self.named_modules():
             if isinstance(module, ParallelLinear | VocabParallelHead):
                 yield name, module
 
     def _bind(self, device: torch.device, kernel: LinearKernel, *, fuse: bool = False) -> None:
-        """Let ``kernel`` compute with the packed weights, and compute the rotary tables."""
-        if self.config.tie_word_embeddings and device.type == "cpu" and not isinstance(kernel, Kernels):
-            # In float32 the logits need no sharpening; on CUDA it would cost more than it is worth.
+        """Bind the packed weights to ``kernel`` and choose the layers' operations."""
+        if self.config.tie_word_embeddings and device.type == "cpu" and not isinstance(kernel, CpuKernels):
+            # Logits in float32 need no sharpening; on CUDA it would cost more than it is worth.
             embedding = self.model.embed_tokens.table()
             self.lm_head.table = embedding if self._dtype != torch.float32 else None
         for _, module in self._packing():
             module.bind(kernel)
         cos, sin = rope_cache(self.config.rope, self.config.head_dim, self.config.context_len)
-        # Sums over many layers lose most in bfloat16, and cost nothing in float32 on CPUs.
+        # Sums over many layers lose the most in bfloat16, and float32 costs nothing on CPUs.
         self._residual_dtype = torch.float32 if device.type == "cpu" else self._dtype
-        if isinstance(kernel, Kernels):
+        if isinstance(kernel, CpuKernels):
             self.ops = KernelOps(kernel, cos, sin)
             return
         tables = cos.to(device, self._dtype), sin.to(device, self._dtype)
@@ -260,38 +267,38 @@ class Decoder(nn.Module):
             self.ops = TorchOps(*tables)
 
     def suits_kernels(self) -> bool:
-        """Whether the CPU's kernels can compute this rank's share: they work on vectors of sixteen."""
+        """Return True if the CPU kernels can compute this rank's share: they work on vectors of sixteen."""
         sizes = (self.config.hidden_size, self.config.head_dim, self._layers[0].mlp.down_proj.local)
         return not any(size % LANES for size in sizes)
 
     def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
-        """``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
+        """Compute ``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
         x = self.model.embed_tokens.forward(token_ids).to(self._residual_dtype)
         step = self.ops.begin(batch)
         delta = step.layers(self._layers, x, batch.layer_done)
         return step.add_norm(x, delta, self.model.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[rows, hidden_size]`` → ``[rows, vocab_size]``."""
+        """Compute ``[rows, hidden_size]`` → ``[rows, vocab_size]``."""
         return self.lm_head.forward(hidden)
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `CausalModel.choose`."""
-        return self.ops.choose(logits, filters, draws)
+        return self.ops.choose(logits, filters, uniforms)
 
     def num_parameters(self) -> int:
-        """Elements of the weights of the whole model, tied ones once."""
+        """Return the number of parameters of the whole model; tied weights count once."""
         return self._counts[0]
 
     def weight_bytes(self) -> int:
-        """Bytes of weights on this rank, tied ones once."""
+        """Return the bytes of this rank's weights; tied weights count once."""
         packed = [module.packed for _, module in self._packing()]
         if any(tensor is not None and tensor.dtype == torch.uint8 for tensor in packed):
             return sum(tensor.nbytes for tensor in self.packed_weights().values())
         return self._counts[1] * self._dtype.itemsize
 
     def _count(self) -> tuple[int, int]:
-        """Elements of the whole model's weights, and of this rank's."""
+        """Return the number of parameters of the whole model, and of this rank."""
         whole: dict[str, int] = {}
         for name, module in self.named_modules():
             if isinstance(module, Loadable):
@@ -300,7 +307,7 @@ class Decoder(nn.Module):
 
 
 def split_heads(config: DecoderConfig, parallel: ParallelContext) -> tuple[int, int, int]:
-    """This rank's query heads and KV heads, and its first KV head.
+    """Return this rank's number of query heads and of KV heads, and its first KV head.
 
     With more ranks than KV heads, neighbouring ranks hold the same KV head.
     """
@@ -312,10 +319,10 @@ def split_heads(config: DecoderConfig, parallel: ParallelContext) -> tuple[int, 
 
 
 def require_silu(hf: dict[str, Any]) -> None:
-    """The shared MLP knows one activation.
+    """Check that the checkpoint uses the one activation that the shared MLP has.
 
     Raises:
-        ModelUnsupported: the checkpoint wants another one.
+        ModelUnsupported: it uses another one.
     """
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ModelUnsupported(f"hidden_act {hf['hidden_act']!r} is not supported for this architecture")

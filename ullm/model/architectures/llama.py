@@ -1,4 +1,4 @@
-"""Llama, and what has its shape: SmolLM2, TinyLlama, Yi, Mistral."""
+"""Llama and models of the same architecture: SmolLM2, TinyLlama, Yi, Mistral."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ class Qwen2ForCausalLM(Decoder):
 
 
 def qwen_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
-    """Qwen's window is off by default; where it is on, ``layer_types`` or the higher layers have it."""
+    """Return the sliding window of each layer. It is off by default; otherwise ``layer_types`` or the higher
+    layers have it."""
     layers = hf["num_hidden_layers"]
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
     first = hf.get("max_window_layers", 28)

@@ -1,4 +1,4 @@
-"""Qwen3, dense."""
+"""Dense Qwen3 models."""
 
 from __future__ import annotations
 

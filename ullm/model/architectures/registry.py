@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that is ready to run."""
+"""Build and load the model of a checkpoint, so that it is ready to run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ from ullm.model.architectures.qwen2 import Qwen2ForCausalLM
 from ullm.model.architectures.qwen3 import Qwen3ForCausalLM
 from ullm.model.attention.batch import CausalModel
 from ullm.model.kernels.cpu.build import library_path, why_no_library
-from ullm.model.kernels.cpu.kernels import NAMES, Kernels, load_kernels
+from ullm.model.kernels.cpu.kernels import NAMES, CpuKernels, load_kernels
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.quantization import Scheme
 from ullm.model.loading.checkpoint import Checkpoint
 from ullm.model.loading.packed import PackedFile, packed_file
-from ullm.model.loading.weights import (
-    fill_dummy,
-    load_weights,
-    weight_files,
-)
+from ullm.model.loading.weights import fill_dummy, load_weights, weight_files
 from ullm.model.memory.kv_pool import mib
 
 NATIVE: dict[str, type[Decoder]] = {
@@ -34,14 +30,14 @@ NATIVE: dict[str, type[Decoder]] = {
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
 }
-"""Architecture, as in config.json, → class."""
+"""Architecture, as named in config.json, → class."""
 NOT_IN_WEIGHTS = frozenset(
     {
         *("model", "revision", "tokenizer", "served_model_name", "chat_template"),
         *("context_len", "enforce_eager", "gpu_kernels", "runner"),
     }
 )
-"""Options of a model that leave its packed weights as they are."""
+"""Options of a model that its packed weights do not depend on."""
 
 
 def load_model(
@@ -51,15 +47,18 @@ def load_model(
     parallel: ParallelContext,
     progress: Callable[[], None],
 ) -> CausalModel:
-    """Build the model and load its weights: natively, or else through transformers.
+    """Build the model and load its weights, natively or else through transformers.
+
+    Args:
+        progress: called now and then while the weights load.
 
     Raises:
-        ModelError: one line that says what is wrong.
+        ModelError: the model cannot be loaded; one line says why.
     """
     native = NATIVE.get(checkpoint.architecture)
     if native is None:
         choose_scheme(checkpoint, config, None)
-        return load_foreign(checkpoint, config, device, parallel)
+        return load_with_transformers(checkpoint, config, device, parallel)
     model = build(native, checkpoint, parallel)
     use_kernels = config.cpu_kernels and device.type == "cpu" and model.suits_kernels()
     packed = find_packed(checkpoint, config, parallel) if use_kernels else None
@@ -76,18 +75,20 @@ def load_model(
         load_weights(model, checkpoint.path, progress)
     model.prepare(device, kernels, fuse=config.gpu_kernels)
     if packed is not None and packed.write(model.packed_weights(), progress):
-        restore(model, packed, checkpoint.dtype)  # what is mapped is shared, and need not stay in memory
+        restore(
+            model, packed, checkpoint.dtype
+        )  # mapped weights are shared, and the packed ones can be freed
     return model
 
 
-def choose_scheme(checkpoint: Checkpoint, config: EngineConfig, kernels: Kernels | None) -> Scheme | None:
-    """How the weights are quantized; None: not at all.
+def choose_scheme(checkpoint: Checkpoint, config: EngineConfig, kernels: CpuKernels | None) -> Scheme | None:
+    """Return how to quantize the weights; None: not at all.
 
     Args:
-        kernels: what computes the model; None where that cannot multiply by quantized weights.
+        kernels: the CPU kernels; None if something else computes the model, which cannot use such weights.
 
     Raises:
-        ConfigError: quantization is asked for where it is not possible.
+        ConfigError: quantization is wanted but not possible.
     """
     wanted = config.quantization
     if wanted in ("int8", "int4") and kernels is None:
@@ -107,7 +108,7 @@ def choose_scheme(checkpoint: Checkpoint, config: EngineConfig, kernels: Kernels
 
 
 def map_model(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelContext) -> Decoder | None:
-    """The model with weights that `load_model` has left in the cache; None if it has not."""
+    """Return the model with weights that `load_model` has left in the cache; None if there are none."""
     native = NATIVE.get(checkpoint.architecture)
     model = build(native, checkpoint, parallel) if native is not None and config.cpu_kernels else None
     packed = find_packed(checkpoint, config, parallel) if model is not None else None
@@ -117,7 +118,7 @@ def map_model(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelCo
 
 
 def find_packed(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelContext) -> PackedFile | None:
-    """Where this rank's weights are kept as the kernels want them; None where they cannot be."""
+    """Return the file of this rank's packed weights, which may not exist; None if they cannot be kept."""
     library = library_path() if checkpoint.dtype in NAMES and config.load_format != "dummy" else None
     if library is None:
         return None
@@ -130,14 +131,14 @@ def find_packed(checkpoint: Checkpoint, config: EngineConfig, parallel: Parallel
     try:
         return packed_file(weight_files(checkpoint.path), made)
     except (OSError, ModelError):
-        return None  # loading says what is wrong
+        return None  # loading raises the error
 
 
 def restore(model: Decoder, packed: PackedFile, dtype: torch.dtype) -> bool:
-    """Map the weights instead of loading them; False if they are not there."""
+    """Map the weights instead of loading them; return False if that is not possible."""
     weights = packed.read()
     if weights is None or sum(tensor.nbytes for tensor in weights.values()) > available_memory():
-        return False  # weights for which there is no room would be read again and again
+        return False  # mapped weights that do not fit into memory would be read again and again
     kernels = load_kernels(dtype)
     if kernels is None:
         return False
@@ -146,7 +147,12 @@ def restore(model: Decoder, packed: PackedFile, dtype: torch.dtype) -> bool:
 
 
 def build(native: type[Decoder], checkpoint: Checkpoint, parallel: ParallelContext) -> Decoder:
-    """The model without memory for its weights."""
+    """Build the model on the meta device, without memory for its weights.
+
+    Raises:
+        ModelFileBroken: the config makes no model.
+        ModelUnsupported: the config asks for something that the decoder cannot do.
+    """
     file = checkpoint.path if checkpoint.path.suffix == ".gguf" else checkpoint.path / "config.json"
     try:
         shape = native.read_config(checkpoint.hf, checkpoint.context_len)
@@ -164,10 +170,10 @@ def build(native: type[Decoder], checkpoint: Checkpoint, parallel: ParallelConte
 
 
 def allocate(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the weights memory.
+    """Allocate the weights.
 
     Raises:
-        OutOfMemory: the device does not have as much.
+        OutOfMemory: the device has too little free memory.
     """
     need = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
@@ -178,28 +184,31 @@ def allocate(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
     model.materialize(dtype, device)
 
 
-def load_foreign(
+def load_with_transformers(
     checkpoint: Checkpoint, config: EngineConfig, device: torch.device, parallel: ParallelContext
 ) -> CausalModel:
-    """Any other causal LM of transformers, through its own modelling code."""
+    """Load any other causal language model through transformers' code.
+
+    Raises:
+        ModelUnsupported: several ranks, a GGUF file, or a model that paged attention cannot run.
+    """
     if parallel.world_size > 1:
         raise ModelUnsupported(f"{checkpoint.architecture} runs on one rank only; use --tp-size 1")
     if checkpoint.path.suffix == ".gguf":
         raise ModelUnsupported(
             f"{checkpoint.path}: GGUF files of {checkpoint.architecture} are not supported"
         )
-    from ullm.model.architectures.transformers_model import (
-        TransformersModel,  # transformers takes seconds to import
-    )
+    # transformers takes seconds to import
+    from ullm.model.architectures.transformers_model import TransformersModel
 
     return TransformersModel.load(checkpoint, config, device)
 
 
 def choose_device(config: EngineConfig, device_index: int | None) -> torch.device:
-    """The device of this rank.
+    """Return the device of this rank.
 
     Raises:
-        ConfigError: ``--device cuda`` without a CUDA device.
+        ConfigError: ``--device cuda``, but PyTorch sees no CUDA device.
     """
     kind = config.device
     if kind == "auto":

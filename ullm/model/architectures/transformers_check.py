@@ -1,9 +1,9 @@
-"""Try out whether a model of transformers computes the same with our attention as with its own.
+"""Check by a trial that a model of transformers computes the same with our attention as with its own.
 
-Three short passes: with transformers' own attention; with a recording one, which learns each layer's
-shape and mask; and with the tokens of two sequences in one row, as steps have them. A model with state
-besides KV, with biases on its scores, with masks of its own, or one that mixes neighbouring tokens
-fails one of them.
+Three short passes are run: with transformers' own attention; with a recording one, which observes each
+layer's shape and mask; and with the tokens of two sequences in one row, as in a step's batch. A model with
+other state than keys and values, with biases on its scores, with masks of its own, or that mixes neighbouring
+tokens fails one of them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ullm.model.attention.batch import Batch, CausalModel
 
 RECORDING = "ullm_recording"
 LENGTHS = (9, 6)
-"""Tokens of the two sequences."""
+"""Numbers of tokens of the two sequences."""
 TOLERANCE = {torch.float32: 1e-3}
 ROUGH_TOLERANCE = 0.1
-"""Relative error of a text's median token: rounding in half precision gives about 0.01, and may send
-a token to another expert; a wrong computation is wrong everywhere."""
+"""Largest relative error of a text's median token. Rounding in half precision causes about 0.01, and may
+route a token to another expert; a wrong computation is wrong for all tokens."""
 LAYER_TYPES = frozenset(("attention", "full_attention", "sliding_attention"))
-"""The layer types of transformers' configs that are nothing but causal attention over all layers' KV."""
+"""Layer types in transformers' configs that are plain causal attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,9 @@ class LayerUse:
     """How one layer uses attention.
 
     Args:
-        head_dim: of queries, keys and values.
+        num_query_heads: number of query heads.
+        num_kv_heads: number of KV heads.
+        head_dim: size of queries, keys and values.
         sliding_window: keys that a query sees, itself included; None: all.
     """
 
@@ -47,13 +49,13 @@ class LayerUse:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What a model does with transformers' own attention.
+class ReferenceRun:
+    """The results of a model with transformers' own attention.
 
     Args:
-        name: of its class.
+        name: name of its class.
         texts: token ids of a few sequences.
-        logits: of all their tokens.
+        logits: logits of all their tokens.
         layers: how each layer uses attention, in order.
     """
 
@@ -63,11 +65,11 @@ class Reference:
     layers: list[LayerUse]
 
 
-def observe(model: Any) -> Reference:
-    """Run an untouched model under its own and under the recording attention.
+def observe(model: Any) -> ReferenceRun:
+    """Run an unmodified model with its own and with the recording attention.
 
     Raises:
-        ModelUnsupported: names the architecture and what it does that cannot be done.
+        ModelUnsupported: the model does something that paged attention cannot do; says what.
     """
     name = type(model).__name__
     if not model._supports_attention_backend:
@@ -75,9 +77,9 @@ def observe(model: Any) -> Reference:
     if model._is_stateful or model.config.is_encoder_decoder:
         raise ModelUnsupported(f"{name} keeps state other than the keys and values of its tokens")
     text_config = model.config.get_text_config()
-    odd = {*(getattr(text_config, "layer_types", None) or ())} - LAYER_TYPES
-    if odd:
-        raise ModelUnsupported(f"{name}: layers of type {', '.join(sorted(odd))} are not supported")
+    unknown = {*(getattr(text_config, "layer_types", None) or ())} - LAYER_TYPES
+    if unknown:
+        raise ModelUnsupported(f"{name}: layers of type {', '.join(sorted(unknown))} are not supported")
     with refusing(name):
         vocab_size = model.get_input_embeddings().weight.shape[0]
         texts = [
@@ -86,14 +88,14 @@ def observe(model: Any) -> Reference:
         ]
         model.set_attn_implementation("eager")
         logits = torch.cat([model(input_ids=text[None], use_cache=False).logits[0] for text in texts])
-        return Reference(name, texts, logits, _record_layers(model, texts))
+        return ReferenceRun(name, texts, logits, _record_layers(model, texts))
 
 
-def compare(model: CausalModel, reference: Reference) -> None:
-    """Run all texts as one row of tokens, as steps have them; dense attention stands for the paged one.
+def compare(model: CausalModel, reference: ReferenceRun) -> None:
+    """Run all texts as one row of tokens, as in a step, with dense instead of paged attention.
 
     Raises:
-        ModelUnsupported: the logits are not those of the reference.
+        ModelUnsupported: the logits differ from the reference's.
     """
     device, name = reference.logits.device, reference.name
     positions = torch.cat([torch.arange(len(text), device=device) for text in reference.texts])
@@ -115,9 +117,9 @@ def compare(model: CausalModel, reference: Reference) -> None:
         attention=lambda _layer, *qkv_scale_window_softcap: _dense(visible, *qkv_scale_window_softcap),
     )
     with refusing(name):
-        found = model.logits(model.forward(batch.token_ids, batch)).float()
+        logits = model.logits(model.forward(batch.token_ids, batch)).float()
         expected = reference.logits.float()
-        errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+        errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
         error = max(float(part.median()) for part in errors.split(LENGTHS))
     if not error <= TOLERANCE.get(model.dtype, ROUGH_TOLERANCE):
         raise ModelUnsupported(
@@ -128,7 +130,7 @@ def compare(model: CausalModel, reference: Reference) -> None:
 
 @contextlib.contextmanager
 def refusing(name: str) -> Iterator[None]:
-    """Whatever a model's code raises becomes one line that says so."""
+    """Turn any error of a model's code into a ModelUnsupported of one line."""
     try:
         with torch.inference_mode():
             yield
@@ -144,7 +146,7 @@ def _record_layers(model: Any, texts: list[Tensor]) -> list[LayerUse]:
     transformers.AttentionInterface.register(RECORDING, _record)
     transformers.AttentionMaskInterface.register(RECORDING, _mark_mask)
     model.set_attn_implementation(RECORDING)
-    recorder = Recorder()
+    recorder = LayerRecorder()
     for text in texts:
         positions = torch.arange(len(text), device=text.device)[None]
         model.base_model(
@@ -162,7 +164,7 @@ def _dense(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of ``[T, heads, D]`` under a mask ``[T, T]``."""
+    """Compute attention of ``[T, heads, D]`` under a mask ``[T, T]``."""
     groups = q.shape[1] // k.shape[1]
     k, v = (heads.repeat_interleave(groups, dim=1).transpose(0, 1).float() for heads in (k, v))
     scores = q.transpose(0, 1).float() @ k.transpose(1, 2) * scale
@@ -174,21 +176,21 @@ def _dense(
     return (weights @ v).transpose(0, 1).to(q.dtype).contiguous()
 
 
-class Recorder:
-    """Gathers what the recording attention sees."""
+class LayerRecorder:
+    """Collects the calls of the recording attention."""
 
     def __init__(self) -> None:
         self._calls: dict[int, list[LayerUse]] = {}
 
     def add(self, layer: int, use: LayerUse) -> None:
-        """One call of one layer."""
+        """Record one call of a layer."""
         self._calls.setdefault(layer, []).append(use)
 
     def layers(self, name: str, num_passes: int, num_layers: int) -> list[LayerUse]:
-        """All layers; each must attend once per pass, and all with keys and values of one shape.
+        """Return how each layer uses attention.
 
         Raises:
-            ModelUnsupported: they do not.
+            ModelUnsupported: a layer does not attend exactly once per pass, or the layers' shapes differ.
         """
         if sorted(self._calls) != list(range(num_layers)):
             raise ModelUnsupported(f"{name}: only layers {sorted(self._calls)} of {num_layers} attend")
@@ -207,12 +209,12 @@ def _record(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    ullm_recorder: Recorder | None = None,
+    ullm_recorder: LayerRecorder | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Plain attention that learns how the layer uses it."""
+    """Compute plain attention and record how the layer uses it."""
     name = type(module).__name__
     if ullm_recorder is None:
         raise ModelUnsupported(f"{name} does not pass keyword arguments on to its attention function")
@@ -230,7 +232,7 @@ def _record(
 
 
 def _refuse_extras(name: str, others: dict[str, Any]) -> None:
-    """Tensors that we do not know (sinks, biases, ...) change what attention computes."""
+    """Refuse unknown tensor arguments, such as sinks or biases, which change what attention computes."""
     harmless = ("position_ids", "cache_position")
     extras = [key for key, value in others.items() if isinstance(value, Tensor) and key not in harmless]
     if extras:
@@ -246,9 +248,9 @@ def _mark_mask(
     local_size: int | None = None,
     **_: Any,
 ) -> Tensor:
-    """For `transformers.AttentionMaskInterface`: instead of a mask, its window (0: none).
+    """Return the mask's window (0: none) instead of a mask, for `transformers.AttentionMaskInterface`.
 
-    The mask's own function is tried at the window's edges, so that chunked or two-way masks show.
+    The mask's own function is called at the window's edges, which reveals chunked or bidirectional masks.
 
     Raises:
         ModelUnsupported: the mask is neither causal nor causal with a sliding window.

@@ -1,9 +1,9 @@
-"""Any other causal language model of transformers, through its own modelling code.
+"""Causal language models of transformers, run by their own code on paged attention.
 
-The model runs on the step's flattened tokens as one row, and its attention layers call ours, which
-is registered with transformers and finds the `Batch` among the keyword arguments that models pass
-down to it. Nothing else of the model may look across tokens; whether that is so is tried out when
-the model is loaded (`transformers_check`), so that one that does is refused, not run wrongly.
+The model runs on the step's flattened tokens as one row. Its attention layers call ours, which is registered
+with transformers and finds the `Batch` among the keyword arguments that models pass on. Nothing else in the
+model may mix tokens. `transformers_check` tests that when the model is loaded, so that a model that does is
+refused, not run wrongly.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
 from ullm.model.architectures.transformers_check import compare, observe
 from ullm.model.attention.batch import Batch
 from ullm.model.memory.kv_pool import KvShape
-from ullm.model.sampling.choose import Filter, choose_tokens
+from ullm.model.sampling.choose import SamplingFilter, choose_tokens
 
 if TYPE_CHECKING:
     from ullm.model.loading.checkpoint import Checkpoint
 
 PAGED_ATTENTION = "ullm_paged"
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings that change for all tokens of a batch when one of them is beyond a length."""
+"""Rotary embeddings that change for all tokens of a batch when one of them is beyond some position."""
 
 
 class TransformersModel:
-    """Implements `ullm.model.attention.batch.CausalModel` around a model of transformers.
+    """A model of transformers; implements `ullm.model.attention.batch.CausalModel`.
 
     Args:
-        model: a causal LM with its weights, on its device.
+        model: a causal language model with its weights, on its device.
 
     Raises:
-        ModelUnsupported: it does something that paged attention cannot do; says what.
+        ModelUnsupported: the model does something that paged attention cannot do; says what.
     """
 
     def __init__(self, model: Any) -> None:
@@ -61,9 +61,9 @@ class TransformersModel:
         """Load a checkpoint folder, in ``checkpoint.dtype``.
 
         Raises:
-            ModelNotFound: it has no weights.
-            ModelFileBroken: a file is damaged, or tensors are missing or of the wrong shape.
-            ModelUnsupported: an architecture that transformers does not know or that cannot run here.
+            ModelNotFound: the folder has no weights.
+            ModelFileBroken: a file is damaged, or tensors are missing or have the wrong shape.
+            ModelUnsupported: transformers does not know the architecture, or paged attention cannot run it.
         """
         hf_config = read_hf_config(checkpoint, config.trust_remote_code)
         check_rope(hf_config, checkpoint)
@@ -76,12 +76,12 @@ class TransformersModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Numbers of weights, activations and KV."""
+        """Dtype of weights, activations and KV."""
         dtype: torch.dtype = self._dtype
         return dtype
 
     def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
-        """``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
+        """Compute ``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
         output = self._body(
             input_ids=token_ids[None],
             position_ids=batch.positions[None],
@@ -93,13 +93,13 @@ class TransformersModel:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[rows, hidden_size]`` → ``[rows, vocab_size]``, caps and scales of the model included."""
+        """Compute ``[rows, hidden_size]`` → ``[rows, vocab_size]``, including the model's caps and scales."""
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `CausalModel.choose`."""
-        return choose_tokens(logits, filters, draws)
+        return choose_tokens(logits, filters, uniforms)
 
     def tensors(self) -> Iterator[Tensor]:
         """See `CausalModel.tensors`."""
@@ -108,28 +108,28 @@ class TransformersModel:
             yield from module.buffers()
 
     def num_parameters(self) -> int:
-        """Elements of the weights, tied ones once."""
+        """Return the number of parameters; tied weights count once."""
         return sum(parameter.numel() for parameter in self._parameters)
 
     def weight_bytes(self) -> int:
-        """Bytes of the weights, tied ones once."""
+        """Return the bytes of the weights; tied weights count once."""
         return sum(parameter.nbytes for parameter in self._parameters)
 
 
 class _GivenHidden(nn.Module):
-    """Stands for a model's body in its head's own code: gives back the hidden states it is given."""
+    """Replaces a model's body for its head's code: returns the hidden states that it is given."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
-        """``inputs_embeds`` are the final hidden states."""
+        """Return ``inputs_embeds``, which are the final hidden states."""
         return _Output(inputs_embeds)
 
     def decoder(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
-        """What the head of OPT calls."""
+        """Do the same for OPT, whose head calls this method."""
         return _Output(inputs_embeds)
 
 
 class _Output:
-    """A body's output in which everything but the hidden states is None."""
+    """A body's output; everything but the hidden states is None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -154,14 +154,16 @@ def paged_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function for `transformers.AttentionInterface`.
+    """Compute paged attention; an attention function for `transformers.AttentionInterface`.
+
+    Its parameters are what transformers passes.
 
     Args:
-        module: the attention layer; its ``layer_idx`` says which.
+        module: the attention layer, with its index in ``layer_idx``.
         query: ``[1, query heads, T, head_dim]``; ``key`` and ``value`` likewise.
-        attention_mask: None, as transformers makes none for functions that it does not know.
-        ullm_batch: the step.
-        ullm_windows: of each layer.
+        attention_mask: None, since transformers makes none for functions that it does not know.
+        ullm_batch: the step's batch.
+        ullm_windows: the sliding window of each layer.
     """
     layer: int = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -172,10 +174,10 @@ def paged_attention(
 
 
 def read_hf_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """transformers' config object.
+    """Return transformers' config object.
 
     Raises:
-        ModelUnsupported: transformers does not know the architecture, or has no causal LM for it.
+        ModelUnsupported: transformers does not know the architecture, or has no causal language model for it.
         ModelFileBroken: the config has values that transformers refuses.
     """
     name, path = checkpoint.architecture, checkpoint.path
@@ -190,7 +192,7 @@ def read_hf_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         config = transformers.AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # the config's own checks may raise anything
+    except Exception as error:  # the config's checks may raise anything
         raise ModelFileBroken(path / "config.json", f"cannot be used: {_first_line(error)}") from error
     if known and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not custom:
         raise ModelUnsupported(f"{path}: {name} is not a causal language model")
@@ -198,10 +200,10 @@ def read_hf_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
 
 
 def check_rope(hf_config: Any, checkpoint: Checkpoint) -> None:
-    """Refuse contexts in which the rotary embedding of one sequence would depend on another's length.
+    """Refuse context lengths at which one sequence's rotary embedding depends on another's length.
 
     Raises:
-        ModelUnsupported: names the context length that works.
+        ModelUnsupported: the context is too long; names the length that works.
     """
     text = hf_config.get_text_config()
     whole = getattr(text, "rope_parameters", None) or {}
@@ -236,7 +238,7 @@ def _stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: boo
         raise ModelFileBroken(path, _first_line(error)) from error
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a damaged file or a custom class makes of it
+    except Exception as error:  # a damaged file or a custom class may raise anything
         raise ModelFileBroken(path, f"cannot be loaded: {_first_line(error)}") from error
     if info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"])
@@ -251,7 +253,7 @@ def _stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: boo
 def _random_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     try:
         auto: Any = transformers.AutoModelForCausalLM
-        with torch.random.fork_rng():  # the same ones each time
+        with torch.random.fork_rng():  # the same weights each time
             torch.manual_seed(0)
             return auto.from_config(hf_config, dtype=checkpoint.dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
@@ -264,7 +266,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and tables of tensors on stderr while loading; what matters is raised."""
+    """Silence transformers' progress bars and tables of tensors while loading; errors are raised anyway."""
     logging: Any = transformers.utils.logging
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

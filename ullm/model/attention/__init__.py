@@ -1,4 +1,4 @@
-"""Paged attention: the batch that a step computes, and the PyTorch backends that attend over the KV pool.
+"""Paged attention: a step's batch, and the PyTorch backends that attend over the KV pool.
 
 Imports memory and sampling.
 """

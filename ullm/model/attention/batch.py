@@ -1,14 +1,14 @@
-"""One step's input to a model: flattened tokens without padding, and where their KV lives.
+"""A step's input to a model: flattened tokens without padding, and the places of their keys and values.
 
-What a model is to the runner, and what a batch is to a model:
+The interface between runner, model and batch:
 
 * ``hidden = model.forward(batch.token_ids, batch)`` — ``[T]`` → ``[T, hidden_size]``;
 * ``logits = model.logits(hidden[rows])`` — ``[rows, hidden_size]`` → ``[rows, vocab_size]``;
-* in each layer the model calls ``batch.attention(layer, q, k, v, scale)``, which stores k and v in
-  the paged pool and then lets every query attend to its own sequence's keys, causally.
+* in each layer the model calls ``batch.attention(layer, q, k, v, scale)``, which stores k and v in the paged
+  pool and computes causal attention of every query over its own sequence's keys.
 
-Token t of the batch belongs to the sequence i with ``query_start[i] <= t < query_start[i + 1]``. The
-first ``num_decodes`` sequences have exactly one query token each.
+Token t of the batch belongs to the sequence i with ``query_start[i] <= t < query_start[i + 1]``. The first
+``num_decodes`` sequences have exactly one query token each.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from ullm.model.memory.kv_pool import KvShape
-from ullm.model.sampling.choose import Filter
+from ullm.model.sampling.choose import SamplingFilter
 
 
 class Attend(Protocol):
-    """Attention over the paged KV of one step."""
+    """Attention over the paged KV pool for one step."""
 
     def __call__(
         self,
@@ -40,13 +40,13 @@ class Attend(Protocol):
         sliding_window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        """Store ``k`` and ``v``, then attend.
+        """Store ``k`` and ``v``, then compute attention.
 
         Args:
             layer: index of the layer, from 0.
             q: ``[T, query heads of this rank, head_dim]``, already rotated.
             k: ``[T, KV heads of this rank, head_dim]``, already rotated.
-            v: as ``k``.
+            v: values, shaped as ``k``.
             scale: factor of the scores, usually ``head_dim ** -0.5``.
             sliding_window: keys that a query sees, itself included; None: all before it.
             softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
@@ -56,26 +56,26 @@ class Attend(Protocol):
         """
 
 
-def nothing() -> None:
-    """What is called after each layer where nobody waits for a sign of life."""
+def no_progress() -> None:
+    """Report no progress."""
 
 
 @dataclass(slots=True)
 class Batch:
-    """One step's tokens and the sequences that they belong to. T tokens, N sequences.
+    """A step's tokens and the sequences that they belong to: T tokens, N sequences.
 
     Args:
         token_ids: ``[T]`` int64.
-        positions: ``[T]`` int64, each token's position in its sequence, from 0.
-        query_start: ``[N + 1]`` int32, first token of each sequence, and T.
-        seq_lens: ``[N]`` int32, KV length after this step, the cached tokens included.
+        positions: ``[T]`` int64, position of each token in its sequence, from 0.
+        query_start: ``[N + 1]`` int32, index of the first token of each sequence, and T.
+        seq_lens: ``[N]`` int32, KV length of each sequence after this step, cached tokens included.
         block_tables: ``[N, W]`` int32, block ids of each sequence, padded with 0.
-        slot_mapping: ``[T]`` int64, where each token's KV goes: ``block_id * block_size + offset``.
-        query_lens_host: query tokens of each sequence, as Python numbers.
+        slot_mapping: ``[T]`` int64, the slot of each token's KV: ``block_id * block_size + offset``.
+        query_lens_host: number of query tokens of each sequence, as Python numbers.
         seq_lens_host: ``seq_lens`` as Python numbers.
-        num_decodes: leading sequences with one query token.
+        num_decodes: number of leading sequences with one query token.
         attention: attention over this batch's sequences.
-        layer_done: called after each layer, or a few quick ones; a sign of life.
+        layer_done: called after each layer, or after a few quick ones, to report progress.
     """
 
     token_ids: Tensor
@@ -88,42 +88,42 @@ class Batch:
     seq_lens_host: Sequence[int]
     num_decodes: int
     attention: Attend
-    layer_done: Callable[[], None] = nothing
+    layer_done: Callable[[], None] = no_progress
 
 
 class CausalModel(Protocol):
-    """What the runner needs of a model; native ones are modules, others wrap transformers'."""
+    """The runner's interface to a model. Native models are modules; others wrap one of transformers."""
 
     @property
     def kv_shape(self) -> KvShape:
-        """What the KV pool must hold."""
+        """Shape of the keys and values that the KV pool must hold."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Numbers of weights, activations and KV."""
+        """Dtype of weights, activations and KV."""
 
     def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
-        """``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
+        """Compute ``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[rows, hidden_size]`` → ``[rows, vocab_size]`` of the whole vocabulary, on every rank."""
+        """Compute ``[rows, hidden_size]`` → ``[rows, vocab_size]``, the whole vocabulary on every rank."""
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
-        """One token per row of what `logits` returned; see `ullm.model.sampling.choose.choose_tokens`."""
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
+        """Return one token per row of `logits`' result; see `ullm.model.sampling.choose.choose_tokens`."""
 
     def tensors(self) -> Iterable[Tensor]:
-        """All that lies on the device for good, weights above all; what shares memory may come twice."""
+        """Return all tensors that stay on the device, above all weights. Shared memory may come twice."""
 
     def num_parameters(self) -> int:
-        """Elements of the weights of the whole model, tied ones once."""
+        """Return the number of parameters of the whole model; tied weights count once."""
 
     def weight_bytes(self) -> int:
-        """Bytes of weights that this rank holds."""
+        """Return the bytes of weights that this rank holds."""
 
 
 @dataclass
-class Layout:
-    """A batch as the runner plans it on the host: the same arrays as `Batch`, in numpy."""
+class BatchLayout:
+    """A batch as the runner lays it out on the host: the arrays of `Batch`, in numpy."""
 
     token_ids: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
@@ -135,13 +135,13 @@ class Layout:
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int32]:
-        """First token of each sequence, and the number of tokens."""
+        """Index of the first token of each sequence, and the number of tokens, ``[N + 1]``."""
         if self.num_decodes == len(self.query_lens):
             return np.arange(len(self.query_lens) + 1, dtype=np.int32)
         return np.concatenate(([0], np.cumsum(self.query_lens))).astype(np.int32)
 
     def batch(self, attention: Attend, device: torch.device | str = "cpu") -> Batch:
-        """The same on a device, with the attention that goes with it."""
+        """Return the batch on a device, with its attention."""
 
         def tensor(array: npt.NDArray[np.generic]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
@@ -161,13 +161,13 @@ class Layout:
 
 
 class AttentionBackend(Protocol):
-    """Owns the paged KV pool and attends over it."""
+    """A paged KV pool and its attention."""
 
     num_blocks: int
     block_size: int
 
-    def prepare(self, layout: Layout) -> Batch:
-        """Bring a step's layout to the device, and whatever all layers share."""
+    def prepare(self, layout: BatchLayout) -> Batch:
+        """Copy a step's batch to the device and prepare whatever all layers share."""
 
     def release(self) -> None:
         """Free the pool."""

@@ -1,13 +1,13 @@
-"""Paged attention out of plain PyTorch operations: gather the pages, then multiply.
+"""Paged attention in plain PyTorch operations: gather the pages, then multiply.
 
-This is what runs on CPUs (and on CUDA in float32, which Flash Attention does not do). Measured on two
-cores for one layer of SmolLM2 in bfloat16 with 32 sequences of 256 keys: SDPA with ``enable_gqa`` and
-a boolean mask 2.75 ms; here 0.07 ms to gather and 0.18 ms to attend, because
+It runs on CPUs without ullm's own kernels, and on CUDA in float32, which Flash Attention does not support.
+Measured on two cores for one layer of SmolLM2 in bfloat16 with 32 sequences of 256 keys: SDPA with
+``enable_gqa`` and a boolean mask 2.75 ms; here 0.07 ms to gather and 0.18 ms to multiply, because
 
-* a page of one head is one contiguous row of the pool, so one ``index_select`` per layer brings keys
-  and values of all sequences and heads into the order in which two ``bmm`` want them;
+* a page of one head is one contiguous row of the pool, so one ``index_select`` per layer puts keys and values
+  of all sequences and heads into the order that two ``bmm`` need;
 * query heads that share a KV head are the rows of one small matrix;
-* sequences of similar length are padded to the longest of their group, and groups are formed so that
+* sequences of similar length are padded to the longest of their group, and groups are formed such that
   padding never costs more than another group would.
 
 Rows, masks and groups are computed once per step and shared by all layers.
@@ -23,23 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ullm.model.attention.batch import Batch, Layout
+from ullm.model.attention.batch import Batch, BatchLayout
 from ullm.model.memory.kv_pool import KvShape, lazy_zeros
 
 QKV = tuple[Tensor, Tensor, Tensor]
 MATMUL_QUERIES = 128
-"""Prefill chunks up to this long are multiplied out, longer ones go to SDPA. Measured in bfloat16: 64
-tokens 0.09 instead of 0.15 ms, after 1000 others 0.8 instead of 1.9; with 512 both take the same."""
+"""Longest prefill chunk, in tokens, that is multiplied here; longer ones go to SDPA. Measured in bfloat16:
+64 tokens take 0.09 instead of 0.15 ms, after 1000 others 0.8 instead of 1.9; with 512 both take the same."""
 GROUP_COST = 1500
-"""What one more group of sequences costs, in padded keys that could be processed instead (measured:
-about 40 µs per layer, against 30 µs per 1000 keys)."""
+"""Cost of one more group of sequences, in padded keys that could be processed instead. Measured: about 40 µs
+per layer, against 30 µs per 1000 keys."""
 
 
 class GatherAttention:
     """Implements `ullm.model.attention.batch.AttentionBackend`.
 
     The pool of each layer is ``[num_blocks, keys or values, KV heads, block_size, head_dim]``: a
-    block's memory lies together, so blocks that were never used occupy none.
+    block's memory is contiguous, so blocks that were never used occupy none.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class GatherAttention:
         self.pages = pools
         self.slots = [pool.view(-1, shape.head_dim) for pool in pools]
 
-    def prepare(self, layout: Layout) -> Batch:
+    def prepare(self, layout: BatchLayout) -> Batch:
         """See `AttentionBackend.prepare`."""
         return layout.batch(GatherStep(self, layout), self.device)
 
     def to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
-        """The array as a tensor on the pool's device."""
+        """Return the array as a tensor on the pool's device."""
         return torch.from_numpy(array).to(self.device)
 
     def release(self) -> None:
@@ -68,7 +68,7 @@ class GatherAttention:
         self.slots.clear()
 
     def page_rows(self, tables: npt.NDArray[np.int32]) -> Tensor:
-        """Rows of the pool that hold the blocks of ``tables [n, W]``, ordered (k/v, KV head, n, W)."""
+        """Return the pool's rows with the blocks of ``tables [n, W]``, ordered (k/v, KV head, n, W)."""
         heads = self.shape.num_kv_heads
         rows = np.arange(2 * heads)[:, None] + tables.reshape(1, -1).astype(np.int64) * (2 * heads)
         return self.to_device(rows.reshape(-1))
@@ -77,7 +77,7 @@ class GatherAttention:
 class GatherStep:
     """Attention of one step; implements `ullm.model.attention.batch.Attend`."""
 
-    def __init__(self, backend: GatherAttention, layout: Layout) -> None:
+    def __init__(self, backend: GatherAttention, layout: BatchLayout) -> None:
         heads, block_size = backend.shape.num_kv_heads, backend.block_size
         block, offset = np.divmod(layout.slot_mapping, block_size)
         keys = (block * (2 * heads * block_size) + offset)[:, None] + np.arange(heads) * block_size
@@ -88,8 +88,8 @@ class GatherStep:
         self.parts: list[_Decodes | _Prefill] = [_Decodes(backend, layout, *group) for group in groups]
         self.parts += self.prefill_parts(layout)
 
-    def prefill_parts(self, layout: Layout) -> list[_Prefill]:
-        """One for each sequence with more than one query."""
+    def prefill_parts(self, layout: BatchLayout) -> list[_Prefill]:
+        """Return one part for each sequence with more than one query."""
         starts = layout.starts.tolist()
         sequences = range(layout.num_decodes, len(layout.seq_lens))
         return [_Prefill(self.backend, layout, i, starts[i]) for i in sequences]
@@ -120,7 +120,7 @@ class GatherStep:
 class _Decodes:
     """Sequences with one query each, padded to the longest."""
 
-    def __init__(self, backend: GatherAttention, layout: Layout, start: int, end: int) -> None:
+    def __init__(self, backend: GatherAttention, layout: BatchLayout, start: int, end: int) -> None:
         self.start, self.end = start, end
         self.shape, self.count = backend.shape, end - start
         blocks = -(-max(layout.seq_lens[start:end]) // backend.block_size)
@@ -132,7 +132,7 @@ class _Decodes:
     def attend(
         self, pages: Tensor, qkv: QKV, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        """``q [n, query heads, D]``; keys and values come from the pages."""
+        """Attend for ``q [n, query heads, D]``; keys and values come from the pages."""
         q = qkv[0]
         n, heads, dim = self.count, self.shape.num_kv_heads, self.shape.head_dim
         keys, values = pages.index_select(0, self.rows).view(2, heads * n, self.keys, dim)
@@ -146,7 +146,7 @@ class _Decodes:
         return out.view(heads, n, -1, dim).transpose(0, 1).reshape(n, -1, dim)
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores, ``[KV heads * n, 1 → query heads per KV head, keys]``."""
+        """Return the mask to add to the scores, ``[KV heads * n, 1 → query heads per KV head, keys]``."""
         if window not in self.masks:
             positions = torch.arange(self.keys, device=self.lens.device)
             lens = self.lens[:, None]
@@ -162,7 +162,7 @@ class _Decodes:
 class _Prefill:
     """One sequence's chunk of queries, after a prefix that may already be in the pool."""
 
-    def __init__(self, backend: GatherAttention, layout: Layout, index: int, start: int) -> None:
+    def __init__(self, backend: GatherAttention, layout: BatchLayout, index: int, start: int) -> None:
         self.start, self.end = start, start + layout.query_lens[index]
         self.shape, self.keys = backend.shape, layout.seq_lens[index]
         self.prefix = self.keys - layout.query_lens[index]
@@ -175,7 +175,7 @@ class _Prefill:
     def attend(
         self, pages: Tensor, qkv: QKV, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        """``q [T, query heads, D]``; without a prefix, its k and v are all there is."""
+        """Attend for ``q [T, query heads, D]``; without a prefix, its k and v are all the keys and values."""
         q, k, v = qkv
         heads, dim, tokens = self.shape.num_kv_heads, self.shape.head_dim, q.shape[0]
         if self.rows is None:
@@ -195,7 +195,7 @@ class _Prefill:
     def _multiply(
         self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        """``q [KV heads, query heads per KV head, T, D]`` on ``keys [KV heads, L, D]``, shaped as ``q``."""
+        """Attend for ``q [KV heads, query heads per KV head, T, D]`` over ``keys [KV heads, L, D]``."""
         rows = q.reshape(q.shape[0], -1, q.shape[3])
         scores = torch.bmm(rows, keys.transpose(1, 2))
         scores = scores.mul_(scale) if softcap is None else cap(scores, scale, softcap)
@@ -203,7 +203,7 @@ class _Prefill:
         return torch.bmm(torch.softmax(scores, -1), values).view(q.shape)
 
     def _mask(self, window: int | None, q: Tensor) -> Tensor:
-        """What is added to the scores, ``[T, keys]``: causal from the lower right corner."""
+        """Return the mask to add to the scores, ``[T, keys]``: causal from the lower right corner."""
         if window not in self.masks:
             queries = torch.arange(self.prefix, self.keys, device=q.device)[:, None]
             keys = torch.arange(self.keys, device=q.device)
@@ -215,20 +215,20 @@ class _Prefill:
 
 
 def minus_infinity(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to scores so that the ``hidden`` ones count for nothing."""
+    """Return a mask that removes ``hidden`` scores when it is added to them."""
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 def cap(scores: Tensor, scale: float, softcap: float) -> Tensor:
-    """Gemma 2's soft cap, in place: ``softcap * tanh(scores * scale / softcap)``."""
+    """Apply Gemma 2's soft cap in place: ``softcap * tanh(scores * scale / softcap)``."""
     return scores.mul_(scale / softcap).tanh_().mul_(softcap)
 
 
 def length_groups(lens: list[int], group_cost: int) -> list[tuple[int, int]]:
     """Split sequences, longest first, into ranges ``[start, end)`` that are padded together.
 
-    A new group begins where padding all that follow to the present group's longest would cost more
-    keys than ``group_cost``.
+    A new group begins where padding all following sequences to the current group's longest would cost more
+    than ``group_cost`` keys.
     """
     starts: list[int] = []
     for i, length in enumerate(lens):

@@ -1,4 +1,4 @@
-"""Paged attention on CUDA: Flash Attention inside PyTorch, with block tables."""
+"""Paged attention on CUDA: PyTorch's Flash Attention with block tables."""
 
 from __future__ import annotations
 
@@ -10,67 +10,66 @@ import torch
 from torch import Tensor
 
 from ullm.errors import ModelUnsupported
-from ullm.model.attention.batch import Batch, Layout
+from ullm.model.attention.batch import Batch, BatchLayout
 from ullm.model.memory.kv_pool import KvShape
 from ullm.model.memory.upload import upload
 
 FULL, CAUSAL = (-1, -1), (-1, 0)
-"""Windows of keys, to the left and to the right of a query; -1: without end."""
+"""Windows of keys to the left and to the right of a query; -1: unlimited."""
 
-Kernel = Callable[..., Tensor]
-"""As `paged_attention`."""
-Decode = Callable[[Tensor, Tensor, "Part", float, int | None], Tensor]
+PagedKernel = Callable[[Tensor, Tensor, "SequenceGroup", Tensor, float, int | None], Tensor]
+"""The signature of `paged_attention`."""
+DecodeAttention = Callable[[Tensor, Tensor, "SequenceGroup", float, int | None], Tensor]
 """Attention of one query per sequence: queries ``[N, heads, head_dim]``, a layer's pool, the sequences,
-scale, sliding window → as queries."""
+scale, sliding window → shaped as the queries."""
 
 
 class VarlenAttention:
     """Implements `ullm.model.attention.batch.AttentionBackend`.
 
     Attributes:
-        kernel: what attends.
-        choose_decode: number of sequences → what attends in its place, with one query per sequence.
+        kernel: computes attention.
+        choose_decode: number of sequences → a kernel to use instead with one query per sequence, or None.
 
-    The pool of each layer is ``[keys or values, num_blocks + 1, block_size, KV heads, head_dim]``. The
-    extra block is for padding: rows that fill a CUDA graph's batch write and read there.
+    The pool of each layer is ``[keys or values, num_blocks + 1, block_size, KV heads, head_dim]``. The extra
+    block is for padding: sequences that fill up a CUDA graph's batch write and read there.
     """
 
     def __init__(
         self, shape: KvShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.shape, self.num_blocks, self.block_size, self.device = shape, num_blocks, block_size, device
-        self.kernel: Kernel = paged_attention
-        self.choose_decode: Callable[[int], Decode | None] | None = None
+        self.kernel: PagedKernel = paged_attention
+        self.choose_decode: Callable[[int], DecodeAttention | None] | None = None
         size = (2, num_blocks + 1, block_size, shape.num_kv_heads, shape.head_dim)
         self.pools = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
 
     @property
     def padding_block(self) -> int:
-        """The block that padding rows use."""
+        """The block of padding sequences."""
         return self.num_blocks
 
-    def prepare(self, layout: Layout) -> Batch:
-        """See `AttentionBackend.prepare`; nothing waits for the device.
+    def prepare(self, layout: BatchLayout) -> Batch:
+        """See `AttentionBackend.prepare`; the host does not wait for the device.
 
-        Sequences that decode are attended for apart from the others: for one query per sequence the kernel
-        reads keys and values once for all query heads that share them.
+        Decodes are a group of their own: with one query per sequence, the kernel reads keys and values only
+        once for all query heads that share them.
         """
-        decodes, count = layout.num_decodes, len(layout.query_lens)
-        starts, seq_lens = layout.starts, np.asarray(layout.seq_lens, dtype=np.int32)
+        decodes, starts = layout.num_decodes, layout.starts
         rest = starts[decodes:] - starts[decodes]
-        arrays = (layout.token_ids, layout.positions, layout.slot_mapping, starts, seq_lens, rest)
-        *numbers, block_tables = upload(self.device, *arrays, layout.block_tables)
-        token_ids, positions, slot_mapping, query_start, lens, rest_start = numbers
-        parts = []
-        if decodes:
-            most = max(layout.seq_lens[:decodes])
-            parts.append(
-                Part(query_start[: decodes + 1], lens[:decodes], block_tables[:decodes], decodes, 1, most)
+        numbers = (layout.token_ids, layout.positions, layout.slot_mapping, starts, rest)
+        seq_lens = np.asarray(layout.seq_lens, dtype=np.int32)
+        token_ids, positions, slot_mapping, query_start, rest_start, lens, block_tables = upload(
+            self.device, *numbers, seq_lens, layout.block_tables
+        )
+        groups = [
+            _group(layout, sequences, first, lens, block_tables)
+            for sequences, first in (
+                (slice(decodes), query_start[: decodes + 1]),
+                (slice(decodes, None), rest_start),
             )
-        if decodes < count:
-            longest, most = max(layout.query_lens[decodes:]), max(layout.seq_lens[decodes:])
-            tokens = len(layout.token_ids) - decodes
-            parts.append(Part(rest_start, lens[decodes:], block_tables[decodes:], tokens, longest, most))
+            if layout.seq_lens[sequences]
+        ]
         return Batch(
             token_ids=token_ids,
             positions=positions,
@@ -81,7 +80,7 @@ class VarlenAttention:
             query_lens_host=layout.query_lens,
             seq_lens_host=layout.seq_lens,
             num_decodes=decodes,
-            attention=VarlenStep(self, slot_mapping, parts),
+            attention=VarlenStep(self, slot_mapping, groups),
         )
 
     def release(self) -> None:
@@ -90,17 +89,17 @@ class VarlenAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Neighbouring sequences of a batch that one call of the kernel attends for. N sequences.
+class SequenceGroup:
+    """Neighbouring sequences of a batch that share one call of the kernel: N sequences.
 
     Args:
-        query_start: ``[N + 1]`` int32, first query of each sequence, from 0, and their number.
-        seq_lens: ``[N]`` int32, KV length of each.
+        query_start: ``[N + 1]`` int32, index of each sequence's first query, from 0, and their number.
+        seq_lens: ``[N]`` int32, KV length of each sequence.
         block_tables: ``[N, W]`` int32.
-        tokens: their number of queries.
-        max_query_len: of any of the sequences.
-        max_seq_len: of any of the sequences, or more. With few sequences the kernel splits each into
-            as many pieces as would keep the GPU busy at this length, so it should not be much more.
+        tokens: number of queries.
+        max_query_len: queries of the longest sequence.
+        max_seq_len: KV length of the longest sequence, or more. The kernel splits few sequences into as many
+            pieces as would keep the GPU busy at this length, so it should not be much more.
     """
 
     query_start: Tensor
@@ -111,29 +110,46 @@ class Part:
     max_seq_len: int
 
     def window(self, sliding_window: int | None) -> tuple[int, int]:
-        """What the kernel calls a window.
+        """Return the kernel's window arguments.
 
-        A single query is the last one, so it sees all keys, causal or not. To the kernel that is not the
-        same: it takes query heads that share a KV head together only where there is no window at all
-        (``seqlenq_ngroups_swapped`` in PyTorch's flash_api.cpp), and otherwise reads the keys once for each.
+        A single query is the last one and sees all keys, causal or not. The kernel distinguishes the two: it
+        computes query heads that share a KV head together only without any window
+        (``seqlenq_ngroups_swapped`` in PyTorch's flash_api.cpp), and otherwise reads the keys once per head.
         """
         if sliding_window is not None and sliding_window < self.max_seq_len:
             return sliding_window - 1, 0
         return FULL if self.max_query_len == 1 else CAUSAL
 
 
+def _group(
+    layout: BatchLayout, sequences: slice, query_start: Tensor, seq_lens: Tensor, block_tables: Tensor
+) -> SequenceGroup:
+    """Return a group of some sequences of a batch; lengths and tables are those of the whole batch."""
+    query_lens = layout.query_lens[sequences]
+    return SequenceGroup(
+        query_start,
+        seq_lens[sequences],
+        block_tables[sequences],
+        tokens=sum(query_lens),
+        max_query_len=max(query_lens),
+        max_seq_len=max(layout.seq_lens[sequences]),
+    )
+
+
 class VarlenStep:
-    """Attention of one step; implements `batch.Attend`. Reads its tensors when called, so that
-    a CUDA graph sees what is in them at replay.
+    """Attention of one step; implements `ullm.model.attention.batch.Attend`.
+
+    Reads its tensors when it is called, so that a CUDA graph uses their content at replay.
 
     Args:
-        slot_mapping: ``[T]`` int64, where each token's KV goes.
-        parts: of the batch, in its order.
+        backend: the KV pool.
+        slot_mapping: ``[T]`` int64, the slot of each token's KV.
+        groups: the batch's sequences, in its order.
     """
 
-    def __init__(self, backend: VarlenAttention, slot_mapping: Tensor, parts: list[Part]) -> None:
-        self.backend, self.slot_mapping, self.parts = backend, slot_mapping, parts
-        self._key_starts = [torch.zeros_like(part.query_start) for part in parts]
+    def __init__(self, backend: VarlenAttention, slot_mapping: Tensor, groups: list[SequenceGroup]) -> None:
+        self.backend, self.slot_mapping, self.groups = backend, slot_mapping, groups
+        self._key_starts = [torch.zeros_like(group.query_start) for group in groups]
 
     def __call__(
         self,
@@ -148,7 +164,7 @@ class VarlenStep:
         """See `Attend`.
 
         Raises:
-            ModelUnsupported: the model caps its scores, which the kernel cannot.
+            ModelUnsupported: the model caps its scores, which the kernel cannot do.
         """
         if softcap is not None:
             raise ModelUnsupported("soft-capped attention scores are not supported on CUDA; use --device cpu")
@@ -158,77 +174,77 @@ class VarlenStep:
         return self.attend(layer, q, scale, sliding_window)
 
     def pool(self, layer: int) -> Tensor:
-        """Where a layer's keys and values are; see `VarlenAttention`."""
+        """Return a layer's keys and values; see `VarlenAttention`."""
         return self.backend.pools[layer]
 
     def attend(self, layer: int, q: Tensor, scale: float, sliding_window: int | None) -> Tensor:
-        """Attend to keys and values that are in the pool already."""
-        if layer == 0:  # the kernel insists on them beside seqused_k; here, so that a graph recomputes them
-            for part, key_start in zip(self.parts, self._key_starts, strict=True):
-                torch.cumsum(part.seq_lens, 0, dtype=torch.int32, out=key_start[1:])
-        found, end = [], 0
-        for part, key_start in zip(self.parts, self._key_starts, strict=True):
-            start, end = end, end + part.tokens
-            found.append(
-                self._call(self.backend.pools[layer], part, key_start, q[start:end], scale, sliding_window)
+        """Compute attention over keys and values that are already in the pool."""
+        if layer == 0:  # required beside seqused_k; computed here, so that a graph recomputes them
+            for group, key_start in zip(self.groups, self._key_starts, strict=True):
+                torch.cumsum(group.seq_lens, 0, dtype=torch.int32, out=key_start[1:])
+        outputs, end = [], 0
+        for group, key_start in zip(self.groups, self._key_starts, strict=True):
+            start, end = end, end + group.tokens
+            outputs.append(
+                self._call(self.backend.pools[layer], group, key_start, q[start:end], scale, sliding_window)
             )
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _call(
-        self, pool: Tensor, part: Part, key_start: Tensor, q: Tensor, scale: float, sliding_window: int | None
+        self,
+        pool: Tensor,
+        group: SequenceGroup,
+        key_start: Tensor,
+        q: Tensor,
+        scale: float,
+        sliding_window: int | None,
     ) -> Tensor:
-        if part.max_query_len == 1 and self.backend.choose_decode is not None:
-            decode = self.backend.choose_decode(part.tokens)
+        if group.max_query_len == 1 and self.backend.choose_decode is not None:
+            decode = self.backend.choose_decode(group.tokens)
             if decode is not None:
-                return decode(q, pool, part, scale, sliding_window)
-        return self.backend.kernel(
-            q,
-            pool[0],
-            pool[1],
-            part.query_start,
-            key_start,
-            part.max_query_len,
-            part.max_seq_len,
-            scale=scale,
-            window=part.window(sliding_window),
-            seq_lens=part.seq_lens,
-            block_tables=part.block_tables,
-        )
+                return decode(q, pool, group, scale, sliding_window)
+        return self.backend.kernel(q, pool, group, key_start, scale, sliding_window)
 
 
 def paged_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    query_start: Tensor,
+    pool: Tensor,
+    group: SequenceGroup,
     key_start: Tensor,
-    max_query_len: int,
-    max_seq_len: int,
-    *,
     scale: float,
-    window: tuple[int, int],
-    seq_lens: Tensor,
-    block_tables: Tensor,
+    sliding_window: int | None,
 ) -> Tensor:
-    """What ``torch.nn.attention.varlen.varlen_attn`` calls, without what it adds: a compiler's import when
-    first called, 1.5 s, and with each call a kernel that fills the state of a random generator.
+    """Attend for one group of sequences with PyTorch's Flash Attention kernel.
+
+    This is what ``torch.nn.attention.varlen.varlen_attn`` calls, without its extras: importing a compiler
+    on the first call, 1.5 s, and a kernel that fills a random generator's state on every call.
+
+    Args:
+        q: ``[tokens, query heads, head_dim]``.
+        pool: one layer's pool; see `VarlenAttention`.
+        key_start: ``[N + 1]`` int32, cumulative KV lengths; the kernel requires them beside ``seqused_k``.
+        scale: factor of the scores.
+        sliding_window: keys that a query sees, itself included; None: all before it.
+
+    Returns:
+        ``[tokens, query heads, head_dim]``.
     """
-    causal = window == CAUSAL
+    window = group.window(sliding_window)
     out, *_ = torch.ops.aten._flash_attention_forward(
         q,
-        keys,
-        values,
-        query_start,
+        pool[0],
+        pool[1],
+        group.query_start,
         key_start,
-        max_query_len,
-        max_seq_len,
-        0.0,
-        causal,
+        group.max_query_len,
+        group.max_seq_len,
+        0.0,  # dropout
+        window == CAUSAL,
         False,
         scale=scale,
         window_size_left=window[0],
         window_size_right=window[1],
-        seqused_k=seq_lens,
-        block_table=block_tables,
+        seqused_k=group.seq_lens,
+        block_table=group.block_tables,
     )
     return out  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""One rank at work: loading, steps, sequences, CUDA graphs, sleep, and preparing as a standby worker.
+"""Running one rank: loading, steps, sequences, CUDA graphs, sleep, and preparing a standby worker.
 
 The top folder of the model; implements `ullm.protocol.runner.Runner`.
 """

@@ -1,27 +1,27 @@
-"""Verifying drafts: which positions of a step are sampled, and how many guesses were right."""
+"""Draft verification: the positions that a step samples, and how many guesses of each draft were right."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ullm.model.execution.sequences import Plan, SequenceState
+from ullm.model.execution.sequences import SequenceState, StepPlan
 from ullm.protocol.messages import ScheduledSequence
 
 
 @dataclass(slots=True)
-class Draws:
-    """The draws of a step, one or, with a draft, several in succession per sampling row.
+class SampledPositions:
+    """The positions of a batch after which a step samples: one per sequence, or, with a draft, several.
 
     Args:
-        rows: the rows that sample, with their sequences.
-        first: per row, index of its first draw.
-        positions: per draw, the token of the batch whose logits it is drawn from; ascending.
-        seq_ids: per draw, its sequence.
-        ahead: per draw, how many draws of its row come before it.
-        drafted: whether any row has a draft.
+        sequences: the scheduled sequences that sample, with what this rank knows of them.
+        first: per sequence, the index of its first position in ``positions``.
+        positions: indices of tokens of the batch, ascending; a token is sampled from the logits of each.
+        seq_ids: per position, its sequence.
+        ahead: per position, how many positions of its sequence come before it.
+        drafted: True if any sequence has a draft.
     """
 
-    rows: list[tuple[ScheduledSequence, SequenceState]] = field(default_factory=list)
+    sequences: list[tuple[ScheduledSequence, SequenceState]] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     seq_ids: list[int] = field(default_factory=list)
@@ -29,39 +29,34 @@ class Draws:
     drafted: bool = False
 
     def count_accepted(self, tokens: list[int]) -> list[int]:
-        """Per row, the guesses before the first wrong one.
+        """Return, per sequence, how many guesses come before the first wrong one.
 
         Args:
-            tokens: per draw, what was drawn.
+            tokens: per position, the token that was sampled.
         """
         return [
-            count_right(row.draft, tokens[first : first + len(row.draft)])
-            for (row, _), first in zip(self.rows, self.first, strict=True)
+            count_right(scheduled.draft, tokens[first : first + len(scheduled.draft)])
+            for (scheduled, _), first in zip(self.sequences, self.first, strict=True)
         ]
 
 
-def draws_of(plan: Plan) -> Draws:
-    """The draws that a planned step asks for."""
-    draws = Draws()
-    for (row, state), end in zip(plan.rows, plan.ends, strict=True):
-        if not row.sample:
+def sampled_positions(plan: StepPlan) -> SampledPositions:
+    """Return the positions that a planned step samples."""
+    sampled = SampledPositions()
+    for (scheduled, state), end in zip(plan.sequences, plan.ends, strict=True):
+        if not scheduled.sample:
             continue
-        draws.rows.append((row, state))
-        draws.first.append(len(draws.positions))
-        if not row.draft:
-            draws.positions.append(end - 1)
-            draws.seq_ids.append(row.seq_id)
-            draws.ahead.append(0)
-            continue
-        count = 1 + len(row.draft)
-        draws.drafted = True
-        draws.positions += range(end - count, end)
-        draws.seq_ids += [row.seq_id] * count
-        draws.ahead += range(count)
-    return draws
+        count = 1 + len(scheduled.draft)
+        sampled.sequences.append((scheduled, state))
+        sampled.first.append(len(sampled.positions))
+        sampled.positions += range(end - count, end)
+        sampled.seq_ids += [scheduled.seq_id] * count
+        sampled.ahead += range(count)
+        sampled.drafted |= count > 1
+    return sampled
 
 
 def count_right(draft: list[int], tokens: list[int]) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common prefix."""
     pairs = enumerate(zip(draft, tokens, strict=True))
     return next((i for i, (guess, token) in pairs if guess != token), len(draft))

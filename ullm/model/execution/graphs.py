@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps: one per batch size and reach, replayed instead of launching every kernel."""
+"""CUDA graphs of decode steps: one per batch size and reach, replayed instead of launching each kernel."""
 
 from __future__ import annotations
 
@@ -9,74 +9,73 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ullm.config import EngineConfig
-from ullm.model.attention.batch import Batch, CausalModel, Layout
-from ullm.model.attention.varlen import Part, VarlenAttention, VarlenStep
+from ullm.model.attention.batch import Batch, BatchLayout, CausalModel
+from ullm.model.attention.varlen import SequenceGroup, VarlenAttention, VarlenStep
 from ullm.model.execution.last_tokens import LastTokens
-from ullm.model.kernels.cuda.choice import choose_decode
-
-Int32s = npt.NDArray[np.int32]
-Fresh = tuple[list[int], list[int]]
-"""Indices of tokens that are only on the device, and the slots that they are in."""
+from ullm.model.execution.sequences import DeviceOnlyTokens, Int32s
+from ullm.model.kernels.cuda.decode_choice import choose_decode
 
 FIRST_REACH, REACH_GROWTH = 1024, 4
-"""Tokens of the sequences for which the first graph of a small batch is made, and how much further each next
-one's sequences reach. Attention splits sequences by the longest that there could be, so that in a graph for
-40,960 tokens one sequence of 500 would be read by a few of the GPU's 132 processors."""
+"""Longest sequence of a small batch's first graph, in tokens, and the factor from one graph to the next.
+Attention splits sequences by the longest possible one, so a graph for 40,960 tokens would read a single
+sequence of 500 with only a few of the GPU's 132 processors."""
 SPLITTING_BLOCKS = 2
-"""Blocks of threads per processor from which on the kernel does not split sequences any more; a little less
-in fact, see ``num_splits_heuristic`` in PyTorch's flash_api.cpp."""
+"""Thread blocks per processor at which the kernel stops splitting sequences. The exact limit is lower;
+see ``num_splits_heuristic`` in PyTorch's flash_api.cpp."""
 HEADER = 5
 """Numbers per sequence before the block tables: token, position, length, KV slot, source of the token."""
 
 
 def graph_sizes(max_bs: int) -> list[int]:
-    """Batch sizes to capture: 1, 2, 4, then multiples of 8, and ``max_bs`` itself."""
+    """Return the batch sizes to capture: 1, 2, 4, then multiples of 8, and ``max_bs`` itself."""
     return sorted({size for size in (1, 2, 4, *range(8, max_bs + 1, 8), max_bs) if size <= max_bs})
 
 
 def graph_reaches(size: int, max_seq_len: int, kv_heads: int, processors: int) -> list[int]:
-    """Lengths of the longest sequence to capture a batch size for; the last one is ``max_seq_len``."""
-    found = []
+    """Return the lengths of the longest sequence to capture for a batch size; the last is ``max_seq_len``."""
+    reaches = []
     reach = FIRST_REACH
     while size * kv_heads < SPLITTING_BLOCKS * processors and reach < max_seq_len:
-        found.append(reach)
+        reaches.append(reach)
         reach *= REACH_GROWTH
-    return [*found, max_seq_len]
+    return [*reaches, max_seq_len]
 
 
-class Graph(Protocol):
-    """As `torch.cuda.CUDAGraph`."""
+class ReplayableGraph(Protocol):
+    """The part of `torch.cuda.CUDAGraph` that is used here."""
 
     def replay(self) -> None:
-        """Compute again what was captured."""
+        """Run the captured kernels again."""
 
     def reset(self) -> None:
-        """Free it."""
+        """Free the graph."""
 
 
 @dataclass(frozen=True, slots=True)
-class Captured:
-    """One graph, and what it leaves: ``hidden [size, hidden_size]``."""
+class CapturedStep:
+    """A graph and its output, ``hidden [size, hidden_size]``."""
 
-    graph: Graph
+    graph: ReplayableGraph
     hidden: Tensor
 
 
 class DecodeGraphs:
     """Captured decode steps, up to the final norm.
 
-    All graphs share one input tensor, which one copy fills, and one memory pool. A batch that is smaller
-    than its graph is padded with sequences of length 1 that live in the pool's padding block.
+    All graphs share one memory pool and one input tensor, which a single copy fills. A batch smaller than
+    its graph is padded with sequences of length 1 that live in the KV pool's padding block.
 
     Args:
-        last_tokens: where the steps find what was sampled before.
-        max_seq_len: longest sequence that will ever be decoded.
-        processors: of the GPU.
+        model: computes the steps.
+        backend: the KV pool and its attention.
+        last_tokens: where the steps read the tokens that were sampled before.
+        max_bs: largest batch.
+        max_seq_len: longest sequence that will ever be decoded, in tokens.
+        processors: number of the GPU's multiprocessors.
     """
 
     def __init__(
@@ -97,39 +96,40 @@ class DecodeGraphs:
             max_bs * (HEADER + self._width(max_seq_len)), dtype=torch.int32, device=backend.device
         )
         self.starts = torch.arange(max_bs + 1, dtype=torch.int32, device=backend.device)
-        self.graphs: dict[tuple[int, int], Captured] = {}
+        self.graphs: dict[tuple[int, int], CapturedStep] = {}
 
     def capture(self, progress: Callable[[], None]) -> None:
-        """Run and record a step of each kind, the largest first, so that the others reuse its memory."""
+        """Run and capture a step of each kind, the largest first, so that the others reuse its memory."""
         pool = None
         for size in reversed(self.sizes):
             for reach in reversed(self.reaches[size]):
                 self._write(size, reach, None, ([], []))
-                self._step(size, reach)  # so that nothing is compiled or loaded while it is recorded
+                self._step(size, reach)  # so that nothing is compiled or loaded during capture
                 torch.cuda.synchronize(self.backend.device)
                 graph = torch.cuda.CUDAGraph()
-                with recording(graph, pool):
+                with capturing(graph, pool):
                     hidden = self._step(size, reach)
                 pool = pool or graph.pool()
-                self.graphs[size, reach] = Captured(graph, hidden)
+                self.graphs[size, reach] = CapturedStep(graph, hidden)
                 progress()
 
-    def covers(self, layout: Layout, last_tokens: LastTokens) -> bool:
-        """Whether `run` can compute this step: only decodes, and not too many."""
+    def covers(self, layout: BatchLayout, last_tokens: LastTokens) -> bool:
+        """Return True if `run` can compute this step: only decodes, and not too many."""
         rows = len(layout.seq_lens)
         return layout.num_decodes == rows <= self.sizes[-1] and last_tokens.tensor is self.last_tokens
 
-    def run(self, layout: Layout, fresh: Fresh) -> Tensor:
-        """The step's hidden states ``[N, hidden_size]``; overwritten by the next run.
+    def run(self, layout: BatchLayout, device_only_tokens: DeviceOnlyTokens) -> Tensor:
+        """Return the step's hidden states, ``[N, hidden_size]``; the next run overwrites them.
 
         Args:
-            fresh: of the step's tokens.
+            layout: the step's batch.
+            device_only_tokens: tokens of the batch that only the device knows.
         """
         rows = len(layout.seq_lens)
         size = self.sizes[bisect_left(self.sizes, rows)]
         reaches = self.reaches[size]
         reach = reaches[bisect_left(reaches, max(layout.seq_lens))]
-        self._write(size, reach, layout, fresh)
+        self._write(size, reach, layout, device_only_tokens)
         captured = self.graphs[size, reach]
         captured.graph.replay()
         return captured.hidden[:rows]
@@ -143,11 +143,13 @@ class DecodeGraphs:
     def _width(self, reach: int) -> int:
         return -(-reach // self.backend.block_size)
 
-    def _write(self, size: int, reach: int, layout: Layout | None, fresh: Fresh) -> None:
-        """Bring a step's numbers to the device; PyTorch keeps the pinned memory until that is done.
+    def _write(
+        self, size: int, reach: int, layout: BatchLayout | None, device_only_tokens: DeviceOnlyTokens
+    ) -> None:
+        """Copy a step's input to the device. PyTorch keeps the pinned memory until the copy is complete.
 
         Args:
-            layout: None for padding alone.
+            layout: the step's batch; None: only padding.
         """
         width = self._width(reach)
         host = torch.empty(
@@ -158,23 +160,23 @@ class DecodeGraphs:
         tables = numbers[HEADER * size :].reshape(size, width)
         pad(header, tables, self.backend.padding_block, self.backend.block_size)
         if layout is not None:
-            fill(header, tables, layout, fresh, len(self.last_tokens))
+            fill(header, tables, layout, device_only_tokens, len(self.last_tokens))
         self.inputs[: len(numbers)].copy_(host, non_blocking=True)
 
     def _step(self, size: int, reach: int) -> Tensor:
-        """A decode step of what is in the inputs."""
+        """Compute a decode step from the input tensor."""
         batch = self._batch(size, reach)
         return self.model.forward(batch.token_ids, batch)
 
     def _batch(self, size: int, reach: int) -> Batch:
-        """Views of the inputs, and what is computed from them first."""
+        """Return a batch of views of the input tensor, and of tensors computed from it."""
         header = self.inputs[: HEADER * size].view(HEADER, size)
         width = self._width(reach)
         tables = self.inputs[HEADER * size : (HEADER + width) * size].view(size, width)
         token_ids, positions, _, slot_mapping, source = header.long()
         known = torch.cat((self.last_tokens, token_ids))
         starts = self.starts[: size + 1]
-        part = Part(starts, header[2], tables, size, 1, reach)
+        group = SequenceGroup(starts, header[2], tables, size, 1, reach)
         return Batch(
             token_ids=known.index_select(0, source),
             positions=positions,
@@ -185,7 +187,7 @@ class DecodeGraphs:
             query_lens_host=[1] * size,
             seq_lens_host=[1] * size,
             num_decodes=size,
-            attention=VarlenStep(self.backend, slot_mapping, [part]),
+            attention=VarlenStep(self.backend, slot_mapping, [group]),
         )
 
 
@@ -198,7 +200,7 @@ def make_graphs(
     max_seq_len: int,
     progress: Callable[[], None],
 ) -> DecodeGraphs | None:
-    """Choose what attends for decodes, and capture them; None where graphs are not wanted."""
+    """Choose the attention kernel for decodes and capture their graphs; None with ``enforce_eager``."""
     processors = torch.cuda.get_device_properties(backend.device).multi_processor_count
     if config.gpu_kernels:
         backend.choose_decode = choose_decode(backend, config.max_bs, processors, progress)
@@ -209,26 +211,28 @@ def make_graphs(
     return graphs
 
 
-def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> AbstractContextManager[None]:
-    """Capture what is launched; other threads, such as another engine's, may go on using the GPU."""
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> AbstractContextManager[None]:
+    """Capture the kernels launched in this context; other threads may use the GPU meanwhile."""
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
 def pad(header: Int32s, tables: Int32s, padding_block: int, block_size: int) -> None:
-    """Sequences of one token in the padding block; where the token comes from does not matter."""
+    """Fill the input with sequences of one token in the padding block; which token does not matter."""
     header[:] = np.array([[0], [0], [1], [padding_block * block_size], [0]])
     tables[:] = padding_block
 
 
-def fill(header: Int32s, tables: Int32s, layout: Layout, fresh: Fresh, slots: int) -> None:
-    """A step's sequences, in front of the padding.
+def fill(
+    header: Int32s, tables: Int32s, layout: BatchLayout, device_only_tokens: DeviceOnlyTokens, slots: int
+) -> None:
+    """Write a step's sequences over the padding, from the first row on.
 
     Args:
-        slots: of last tokens; the step's own tokens are found behind them.
+        slots: number of slots of `LastTokens`; the step's own tokens follow them.
     """
     rows, width = layout.block_tables.shape
     header[:4, :rows] = (layout.token_ids, layout.positions, layout.seq_lens, layout.slot_mapping)
     header[4, :rows] = slots + np.arange(rows)
-    indices, sources = fresh
+    indices, sources = device_only_tokens
     header[4, indices] = sources
     tables[:rows, :width] = layout.block_tables

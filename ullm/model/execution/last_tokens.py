@@ -1,4 +1,4 @@
-"""The last token sampled of each sequence, kept on the device, so that no step waits for the host."""
+"""The last sampled token of each sequence, kept on the device, so that no step waits for the host."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from ullm.model.memory.upload import upload
 
 
 class LastTokens:
-    """One slot per sequence.
+    """One token per slot, one slot per sequence.
+
+    On a CPU the same memory is indexed through numpy, which takes a tenth of PyTorch's time.
+
+    Args:
+        slots: number of slots to start with. A CUDA graph reads only the tensor that it captured, so there
+            should be enough from the beginning.
+        device: where the tokens are.
 
     Attributes:
-        tensor: the tokens by slot; another one when slots are made that did not exist, which graphs that have
-            captured it would not see, so there should be enough from the beginning.
-
-    On a CPU the same memory is used through numpy, because indexing takes a tenth of PyTorch's time there.
+        tensor: the tokens by slot, ``[slots]`` int64; replaced by a longer one when slots run out.
     """
 
     def __init__(self, slots: int, device: torch.device) -> None:
@@ -28,7 +32,7 @@ class LastTokens:
         self._on_host = tokens.numpy() if tokens.device.type == "cpu" else None
 
     def put(self, slots: list[int], tokens: Tensor) -> None:
-        """Keep ``tokens [len(slots)]``; slots that do not exist yet are made."""
+        """Store ``tokens [len(slots)]``; add slots that do not exist yet."""
         if max(slots) >= len(self.tensor):
             more = torch.zeros(max(slots) + 1, dtype=torch.int64, device=self._device)
             self._use(torch.cat((self.tensor, more)))
@@ -39,7 +43,7 @@ class LastTokens:
             self.tensor.index_copy_(0, where, tokens)
 
     def copy_to(self, token_ids: Tensor, indices: list[int], slots: list[int]) -> None:
-        """``token_ids[indices]`` become what is in ``slots``."""
+        """Set ``token_ids[indices]`` to the tokens in ``slots``."""
         if self._on_host is not None:
             host: np.ndarray[tuple[int], np.dtype[np.int64]] = token_ids.numpy()
             host[indices] = self._on_host[slots]

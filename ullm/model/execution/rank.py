@@ -1,4 +1,4 @@
-"""A loaded model on its device, with its KV pool: what a `ModelRunner` runs, and how it comes and goes."""
+"""A loaded model on its device with its KV pool, and the steps that make it ready to run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ullm.config import EngineConfig
 from ullm.errors import OutOfMemory
 from ullm.model.architectures.decoder import Decoder
 from ullm.model.architectures.registry import NATIVE, choose_device, load_model
-from ullm.model.attention.batch import AttentionBackend, CausalModel, Layout
+from ullm.model.attention.batch import AttentionBackend, BatchLayout, CausalModel
 from ullm.model.attention.gather import GatherAttention
 from ullm.model.attention.varlen import VarlenAttention
 from ullm.model.execution.graphs import DecodeGraphs, make_graphs
@@ -24,30 +24,34 @@ from ullm.model.execution.last_tokens import LastTokens
 from ullm.model.kernels.cpu.ops import KernelAttention, KernelOps
 from ullm.model.layers.parallel import ParallelContext, open_parallel
 from ullm.model.loading.checkpoint import Checkpoint, read_checkpoint
-from ullm.model.memory.device_memory import let_go
+from ullm.model.memory.device_memory import release_cached_memory
 from ullm.model.memory.kv_pool import (
     check_fits,
     count_blocks,
     cpu_budget,
+    effective_block_size,
     kv_bytes_per_token,
-    true_block_size,
 )
 from ullm.protocol.messages import ModelInfo, Progress, Start
 
-SIGN_OF_LIFE = 1.0
-"""Seconds between signs of life while weights load."""
-THRIFTLESS = (1.0, 0, 0.5, 0.0)
-"""How to choose a token such that most memory is needed: of all temperatures and filters, top_p sorts."""
+PROGRESS_SECONDS = 1.0
+"""Least seconds between two progress messages."""
+WORST_CASE_FILTER = (1.0, 0, 0.5, 0.0)
+"""The sampling filter that needs the most memory: top_p, which sorts."""
 SPARE_SLOTS = 2
-"""Slots of last tokens for each sequence that runs at once; more than are ever used."""
+"""Slots of last tokens per concurrent sequence; more than are ever used."""
 
 
 @dataclass(frozen=True)
-class Site:
-    """What a rank loads, and where: what stays through every sleep.
+class RankContext:
+    """The model that a rank loads, and its device and peers; survives every sleep.
 
     Args:
-        threads: that PyTorch computes with on a CPU, or the kernels in its place.
+        checkpoint: the model, without its weights.
+        config: the engine's options, adapted to the device.
+        device: where the model runs.
+        parallel: the other ranks of the replica.
+        threads: number of threads that compute on a CPU: the kernels' or PyTorch's.
     """
 
     checkpoint: Checkpoint
@@ -59,14 +63,18 @@ class Site:
 
 @dataclass
 class Rank:
-    """Everything that one rank holds.
+    """Everything that one rank holds in memory.
 
     Args:
-        last_tokens: what was sampled last, by slot.
+        context: what it was loaded from.
+        model: the model with its weights.
+        backend: the KV pool and its attention.
+        last_tokens: each sequence's last sampled token.
         graphs: captured decode steps; None on CPUs and with ``enforce_eager``.
+        info: the description of the model that the engine gets.
     """
 
-    site: Site
+    context: RankContext
     model: CausalModel
     backend: AttentionBackend
     last_tokens: LastTokens
@@ -77,27 +85,29 @@ class Rank:
 def open_rank(
     start: Start, progress: Callable[[Progress], None], prepared: CausalModel | None = None
 ) -> Rank:
-    """Load the model, size the KV pool, warm up, capture.
+    """Load the model, size the KV pool, warm up, capture graphs.
 
     Args:
-        prepared: the model with its weights, where they have been brought here already.
+        start: the message with model, options and rank.
+        progress: called with each stage, and now and then within it.
+        prepared: the model with its weights, if a standby worker has prepared it.
 
     Raises:
         ModelError: one line that names file and tensor, or device and bytes.
         ConfigError: options that do not fit this machine or this model.
     """
-    site = open_site(start)
+    context = open_context(start)
     try:
-        with naming_out_of_memory(site.device):
-            model = read_model(site, progress) if prepared is None else share_cores(site, prepared)
-            return furnish(site, model, None, progress)
+        with reporting_out_of_memory(context.device):
+            model = read_model(context, progress) if prepared is None else assign_threads(context, prepared)
+            return attach_kv_pool(context, model, None, progress)
     except BaseException:
-        site.parallel.close()
+        context.parallel.close()
         raise
 
 
-def open_site(start: Start) -> Site:
-    """Read what the model is, take the device, and meet the other ranks."""
+def open_context(start: Start) -> RankContext:
+    """Read the checkpoint's configuration, choose the device, and connect to the other ranks."""
     config = start.config
     device = choose_device(config, start.rank.device_index)
     checkpoint = read_checkpoint(Path(start.model_path), config, device)
@@ -106,59 +116,61 @@ def open_site(start: Start) -> Site:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config = config.on_device(device.type)
-    return Site(checkpoint, config, device, open_parallel(start.rank, device), torch.get_num_threads())
+    return RankContext(checkpoint, config, device, open_parallel(start.rank, device), torch.get_num_threads())
 
 
-def read_model(site: Site, progress: Callable[[Progress], None]) -> CausalModel:
-    """The model with its weights, from disk."""
-    checkpoint, config = site.checkpoint, site.config
-    if checkpoint.architecture not in NATIVE:  # transformers gives no signs of life while it loads
+def read_model(context: RankContext, progress: Callable[[Progress], None]) -> CausalModel:
+    """Load the model with its weights from disk."""
+    checkpoint, config = context.checkpoint, context.config
+    if checkpoint.architecture not in NATIVE:  # transformers reports no progress while it loads
         progress(Progress("load", config.start_timeout))
-    with one_thread():
-        model = load_model(checkpoint, config, site.device, site.parallel, throttled("load", progress))
-    let_go(site.device)  # of the weights as they were before they were packed
-    return share_cores(site, model)
+    with single_thread():
+        model = load_model(
+            checkpoint, config, context.device, context.parallel, throttled_progress("load", progress)
+        )
+    release_cached_memory(context.device)  # of the unpacked weights
+    return assign_threads(context, model)
 
 
-def share_cores(site: Site, model: CausalModel) -> CausalModel:
-    """Say which threads compute: the kernels' or PyTorch's."""
+def assign_threads(context: RankContext, model: CausalModel) -> CausalModel:
+    """Give the threads to the kernels, where the model has some, else to PyTorch."""
     if isinstance(model, Decoder) and isinstance(model.ops, KernelOps):
-        # What little is left to PyTorch is not worth waiting for OpenMP's threads; see cpu/pool.h.
-        model.ops.kernels.use_threads(site.threads)
+        # The little work left to PyTorch is not worth waiting for OpenMP's threads; see kernels/cpu/pool.h.
+        model.ops.kernels.use_threads(context.threads)
         torch.set_num_threads(1)
     return model
 
 
-def furnish(
-    site: Site, model: CausalModel, num_blocks: int | None, progress: Callable[[Progress], None]
+def attach_kv_pool(
+    context: RankContext, model: CausalModel, num_blocks: int | None, progress: Callable[[Progress], None]
 ) -> Rank:
-    """What goes with a model: a KV pool, and captured steps.
+    """Allocate the KV pool of a loaded model and, on CUDA, capture its graphs.
 
     Args:
-        num_blocks: of the pool; None: as many as options and memory say.
+        num_blocks: number of KV blocks; None: as many as the options and the memory allow.
     """
     progress(Progress("profile"))
-    backend = open_pool(site, model, num_blocks)
+    backend = open_pool(context, model, num_blocks)
     progress(Progress("warmup"))
     vocab_size = trial_run(model, backend, tokens=1).shape[-1]
-    info = describe(site, model, backend, vocab_size)
-    last_tokens = LastTokens(SPARE_SLOTS * site.config.max_bs, site.device)
+    info = model_info(context, model, backend, vocab_size)
+    last_tokens = LastTokens(SPARE_SLOTS * context.config.max_bs, context.device)
     graphs = None
     if isinstance(backend, VarlenAttention):
-        tick = throttled("capture", progress)
-        graphs = make_graphs(site.config, model, backend, last_tokens, info.context_len, tick)
-    return Rank(site, model, backend, last_tokens, graphs, info)
+        tick = throttled_progress("capture", progress)
+        graphs = make_graphs(context.config, model, backend, last_tokens, info.context_len, tick)
+    return Rank(context, model, backend, last_tokens, graphs, info)
 
 
-def open_pool(site: Site, model: CausalModel, num_blocks: int | None) -> AttentionBackend:
-    """The KV pool, of the same number of blocks on all ranks, and the attention that goes with it.
+def open_pool(context: RankContext, model: CausalModel, num_blocks: int | None) -> AttentionBackend:
+    """Allocate the KV pool, with the same number of blocks on all ranks, and return its attention backend.
 
     Raises:
-        OutOfMemory: not even one block fits, or fewer than were asked for.
+        OutOfMemory: not even one block fits, or fewer than the options demand.
     """
-    config, device = site.config, site.device
+    config, device = context.config, context.device
     varlen = device.type == "cuda" and model.dtype != torch.float32
-    block_size = true_block_size(config.block_size, varlen=varlen)
+    block_size = effective_block_size(config.block_size, varlen=varlen)
     make = VarlenAttention if varlen else choose_gather(model)
     block_bytes = block_size * kv_bytes_per_token(model.kv_shape, model.dtype)
     if num_blocks is None and device.type == "cpu":
@@ -167,20 +179,22 @@ def open_pool(site: Site, model: CausalModel, num_blocks: int | None) -> Attenti
     elif num_blocks is None:
         trial = make(model.kv_shape, 1, block_size, model.dtype, device)
         num_blocks = count_blocks(config, block_bytes, cuda_budget(model, config, trial))
-    num_blocks = site.parallel.agree_least(num_blocks, device)
+    num_blocks = context.parallel.agree_least(num_blocks, device)
     return make(model.kv_shape, num_blocks, block_size, model.dtype, device)
 
 
 def choose_gather(model: CausalModel) -> type[GatherAttention | KernelAttention]:
-    """The attention that goes with how a model computes its layers."""
+    """Return the CPU attention backend that fits how the model computes its layers."""
     if isinstance(model, Decoder) and isinstance(model.ops, KernelOps):
         return KernelAttention
     return GatherAttention
 
 
-def describe(site: Site, model: CausalModel, backend: AttentionBackend, vocab_size: int) -> ModelInfo:
-    """What the engine is told; a pool that is smaller than the model's context limits it."""
-    checkpoint = site.checkpoint
+def model_info(
+    context: RankContext, model: CausalModel, backend: AttentionBackend, vocab_size: int
+) -> ModelInfo:
+    """Describe the model for the engine. A pool smaller than the model's context limits the context."""
+    checkpoint = context.checkpoint
     return ModelInfo(
         architecture=checkpoint.architecture,
         num_parameters=model.num_parameters(),
@@ -190,16 +204,19 @@ def describe(site: Site, model: CausalModel, backend: AttentionBackend, vocab_si
         num_blocks=backend.num_blocks,
         block_size=backend.block_size,
         dtype=str(model.dtype).removeprefix("torch."),
-        device=str(site.device),
+        device=str(context.device),
         kv_bytes_per_token=kv_bytes_per_token(model.kv_shape, model.dtype),
         weight_bytes=model.weight_bytes(),
     )
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Copying and packing many small tensors is as fast with one thread, and much faster where other
-    processes keep the cores busy: each parallel region then waits for a thread that is not scheduled."""
+def single_thread() -> Iterator[None]:
+    """Let PyTorch compute on one thread in this context.
+
+    Copying and packing many small tensors is as fast that way, and much faster beside busy processes: each
+    parallel region would wait for a thread that is not scheduled.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -209,11 +226,11 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def naming_out_of_memory(device: torch.device) -> Iterator[None]:
-    """Failed allocations, by whichever allocator, as one line.
+def reporting_out_of_memory(device: torch.device) -> Iterator[None]:
+    """Turn a failed allocation, by any allocator, into one line.
 
     Raises:
-        OutOfMemory: names the device.
+        OutOfMemory: an allocation failed; names the device.
     """
     try:
         yield
@@ -224,7 +241,7 @@ def naming_out_of_memory(device: torch.device) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, by whichever allocator."""
+    """Return True if the error is a failed allocation, by any allocator."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
@@ -234,15 +251,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def trial_run(model: CausalModel, backend: AttentionBackend, tokens: int, rows: int = 1) -> Tensor:
     """Prefill ``tokens`` zeros in block 0, as sequences of at most one block.
 
-    What it leaves in the pool is overwritten before it is read.
+    The KV that it leaves in the pool is overwritten before it is read.
 
     Returns:
-        the logits of the last ``rows`` tokens.
+        Logits of the last ``rows`` tokens, ``[rows, vocab_size]``.
     """
     size = backend.block_size
     lens = [size] * (tokens // size) + [tokens % size] * (tokens % size > 0)
     positions = np.concatenate([np.arange(length) for length in lens])
-    layout = Layout(
+    layout = BatchLayout(
         token_ids=np.zeros(tokens, dtype=np.int64),
         positions=positions,
         query_lens=lens,
@@ -258,12 +275,12 @@ def trial_run(model: CausalModel, backend: AttentionBackend, tokens: int, rows: 
 
 @torch.inference_mode()
 def cuda_budget(model: CausalModel, config: EngineConfig, backend: AttentionBackend) -> int:
-    """Bytes for the KV pool: the GPU's share of memory, less what the largest step was seen to need."""
+    """Return bytes for the KV pool: the GPU's share of memory, less the measured need of the largest step."""
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.reset_peak_memory_stats(device)
     logits = trial_run(model, backend, config.max_num_batched_tokens, config.max_bs)
     rows = len(logits)
-    model.choose(logits, [THRIFTLESS] * rows, [0.0] * rows)
+    model.choose(logits, [WORST_CASE_FILTER] * rows, [0.0] * rows)
     del logits
     torch.cuda.synchronize(device)
     backend.release()
@@ -274,14 +291,14 @@ def cuda_budget(model: CausalModel, config: EngineConfig, backend: AttentionBack
     return int(total * config.gpu_memory_utilization) - elsewhere - peak
 
 
-def throttled(stage: str, progress: Callable[[Progress], None]) -> Callable[[], None]:
-    """A sign of life now, and then one per `SIGN_OF_LIFE` at most."""
+def throttled_progress(stage: str, progress: Callable[[Progress], None]) -> Callable[[], None]:
+    """Report a stage now; return a function that reports it again, at most once per `PROGRESS_SECONDS`."""
     last = time.monotonic()
     progress(Progress(stage))
 
     def tick() -> None:
         nonlocal last
-        if time.monotonic() - last >= SIGN_OF_LIFE:
+        if time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()
             progress(Progress(stage))
 

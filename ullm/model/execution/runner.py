@@ -1,8 +1,8 @@
-"""One rank of a model: loads it, runs steps, releases everything. Implements `ullm.protocol.runner.Runner`.
+"""One rank of a model: load it, run steps, release everything. Implements `ullm.protocol.runner.Runner`.
 
-On a GPU `submit` only launches: sampled tokens stay in a device buffer, one slot per sequence, from
-which the next step takes its input, and reach the host through pinned memory and an event. On a CPU a
-step is done when `submit` returns. Both are the same code.
+On a GPU `submit` only launches kernels: sampled tokens stay in a device buffer, one slot per sequence,
+from which the next step takes its input, and reach the host through pinned memory and an event. On a CPU
+a step is complete when `submit` returns. Both are the same code.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ullm.model.execution.drafts import Draws, draws_of
+from ullm.model.execution.drafts import SampledPositions, sampled_positions
 from ullm.model.execution.last_tokens import LastTokens
-from ullm.model.execution.rank import SIGN_OF_LIFE, Rank, open_rank
-from ullm.model.execution.sequences import Plan, SequenceState, SequenceTable
+from ullm.model.execution.rank import PROGRESS_SECONDS, Rank, open_rank
+from ullm.model.execution.sequences import SequenceState, SequenceTable, StepPlan
 from ullm.model.execution.sleep import SleepingRank
 from ullm.model.execution.standby import PreparedModel, prepare_model
-from ullm.model.memory.device_memory import let_go
+from ullm.model.memory.device_memory import release_cached_memory
 from ullm.model.memory.fetch import Fetched
-from ullm.model.memory.upload import pick
+from ullm.model.memory.upload import select_rows
 from ullm.model.sampling.logprobs import PendingLogprobs
 from ullm.model.sampling.sampler import Sampler
 from ullm.protocol.messages import (
@@ -39,18 +39,21 @@ from ullm.protocol.messages import (
 )
 
 PROMPT_LOGPROBS_CHUNK = 128
-"""Positions whose logits are held at once for prompt logprobs."""
+"""Positions whose logits are in memory at the same time for prompt log probabilities."""
 
 
 @dataclass(slots=True)
-class Pending:
+class SubmittedStep:
     """A submitted step; implements `ullm.protocol.runner.PendingStep`.
 
     Args:
-        tokens: sampled tokens, on their way to the host.
-        sampled: sequence → index in ``tokens``.
-        accepted: sequence → right guesses, whose successors follow in ``tokens``.
-        prompt_logprobs: sequence → its part, where it was asked for.
+        began: when it was submitted, as `time.perf_counter` says.
+        tokens: sampled tokens, on their way to the host; None if nothing was sampled.
+        sampled: sequence → index of its first token in ``tokens``.
+        accepted: sequence → number of right guesses, whose successors follow in ``tokens``.
+        logprobs: log probabilities of ``tokens``; None if no sequence wants them.
+        prompt_logprobs: sequence → log probabilities of its prompt tokens in this step.
+        order: the sequences, in the order of the step.
     """
 
     step_id: int
@@ -63,54 +66,54 @@ class Pending:
     order: list[int] = field(default_factory=list)
 
     def done(self) -> bool:
-        """Whether `result` would return at once."""
+        """Return True if `result` would return at once."""
         return self.tokens is None or self.tokens.done()
 
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled."""
         tokens = [] if self.tokens is None else self.tokens.wait()[0].tolist()
         logprobs = None if self.logprobs is None else self.logprobs.result()
-        found = []
+        results = []
         for seq_id in self.order:
             index, prompt = self.sampled.get(seq_id), self.prompt_logprobs.get(seq_id)
             if index is None and prompt is None:
                 continue
             entry = logprobs[index] if logprobs is not None and index is not None else None
             token_ids = [] if index is None else tokens[index : index + 1 + self.accepted.get(seq_id, 0)]
-            found.append(Sampled(seq_id, token_ids, None if entry is None else [entry], prompt))
-        return StepResult(self.step_id, found, time.perf_counter() - self.began)
+            results.append(Sampled(seq_id, token_ids, None if entry is None else [entry], prompt))
+        return StepResult(self.step_id, results, time.perf_counter() - self.began)
 
 
-class Pulse:
-    """Signs of life within a step that takes long: after a layer, and one per `SIGN_OF_LIFE` at most.
+class StepHeartbeat:
+    """Progress messages during a long step: after a layer, at most one per `PROGRESS_SECONDS`.
 
     Args:
-        patience: seconds that the next one may take, of a single layer.
+        budget: seconds until the next message is due; a single layer may take that long.
     """
 
-    def __init__(self, progress: Callable[[Progress], None], patience: float) -> None:
+    def __init__(self, progress: Callable[[Progress], None], budget: float) -> None:
         self._progress = progress
-        self._patience = patience
+        self._budget = budget
         self._last = 0.0
 
     def begin(self) -> None:
-        """A step begins."""
+        """Note that a step begins."""
         self._last = time.monotonic()
 
     def __call__(self) -> None:
-        """A layer is done."""
+        """Report progress, if the last report is old enough."""
         now = time.monotonic()
-        if now - self._last >= SIGN_OF_LIFE:
+        if now - self._last >= PROGRESS_SECONDS:
             self._last = now
-            self._progress(Progress("step", self._patience))
+            self._progress(Progress("step", self._budget))
 
 
 class ModelRunner:
-    """See `ullm.protocol.runner.Runner`. ``load`` once, then ``submit``, at last ``close``."""
+    """Runs one rank; see `ullm.protocol.runner.Runner`."""
 
     def __init__(self) -> None:
         self._prepared: PreparedModel | None = None
-        self._pulse: Pulse | None = None
+        self._heartbeat: StepHeartbeat | None = None
         self._rank: Rank | None = None
         self._asleep: SleepingRank | None = None
         self._table = SequenceTable(1)
@@ -131,24 +134,24 @@ class ModelRunner:
         """
         prepared, self._prepared = self._prepared, None
         model = prepared.model if prepared is not None and prepared.suits(start) else None
-        self._pulse = Pulse(progress, start.config.step_timeout)
-        return self._take_up(open_rank(start, progress, model))
+        self._heartbeat = StepHeartbeat(progress, start.config.step_timeout)
+        return self._serve(open_rank(start, progress, model))
 
-    def _take_up(self, rank: Rank) -> ModelInfo:
-        """Begin with a rank that knows no sequence."""
+    def _serve(self, rank: Rank) -> ModelInfo:
+        """Serve steps on a loaded rank, without any sequences."""
         self._rank = rank
-        device, info = rank.site.device, rank.info
+        device, info = rank.context.device, rank.info
         self._table = SequenceTable(info.block_size)
         self._sampler = Sampler(info.vocab_size, device, info.eos_token_ids, rank.model.choose)
         self._last_tokens = rank.last_tokens
         return info
 
     @torch.inference_mode()
-    def submit(self, step: Step) -> Pending:
+    def submit(self, step: Step) -> SubmittedStep:
         """See `Runner.submit`.
 
         Raises:
-            ValueError: a row that cannot be computed; names the sequence.
+            ValueError: a scheduled sequence cannot be computed; names it.
             RuntimeError: no model is loaded.
         """
         began = time.perf_counter()
@@ -159,11 +162,11 @@ class ModelRunner:
         for new in step.new_sequences:
             self._table.add(new)
             sampler.add(new.seq_id, new.params, new.token_ids, new.num_prompt_tokens)
-        pending = Pending(step.step_id, began, order=[row.seq_id for row in step.scheduled])
+        submitted = SubmittedStep(step.step_id, began, order=[item.seq_id for item in step.scheduled])
         if step.scheduled:
             plan = self._table.plan(step)
-            self._finish(plan, self._forward(rank, plan), pending)
-        return pending
+            self._sample(plan, self._forward(rank, plan), submitted)
+        return submitted
 
     def sleep(self, level: int) -> dict[str, int]:
         """See `Runner.sleep`.
@@ -179,28 +182,28 @@ class ModelRunner:
         """See `Runner.wake`.
 
         Raises:
-            ModelError: the weights cannot be loaded any more, or there is no room for them.
-            RuntimeError: not asleep.
+            ModelError: the weights can no longer be loaded, or do not fit into memory.
+            RuntimeError: the runner is not asleep.
         """
         if self._asleep is None:
             raise RuntimeError("wake comes after sleep")
-        info = self._take_up(self._asleep.wake(progress))
+        info = self._serve(self._asleep.wake(progress))
         self._asleep = None
         return info
 
     def close(self) -> dict[str, float]:
-        """See `Runner.close`; it may come at any time, asleep or in the middle of waking, too."""
+        """See `Runner.close`. It may be called at any time, also while asleep or after a wake that failed."""
         if self._rank is None and self._asleep is None:
             return {}
         timings, began = {}, time.perf_counter()
         rank, self._asleep = self._asleep or SleepingRank(self._stop_steps()), None
         stages: list[tuple[str, Callable[[], None]]] = [
-            ("steps", lambda: None),  # stopped already
+            ("steps", lambda: None),  # _stop_steps has stopped them
             ("graphs", rank.drop_graphs),
             ("kv_cache", rank.drop_pool),
             ("weights", rank.drop_weights),
-            ("process_group", rank.site.parallel.close),
-            ("device_cache", partial(let_go, rank.site.device)),
+            ("process_group", rank.context.parallel.close),
+            ("device_cache", partial(release_cached_memory, rank.context.device)),
         ]
         for stage, release in stages:
             release()
@@ -209,10 +212,10 @@ class ModelRunner:
         return timings
 
     def _stop_steps(self) -> Rank:
-        """Forget every sequence; the rank is not this runner's any more."""
+        """Forget every sequence and give up the rank, which is returned."""
         rank, _ = self._loaded()
-        if rank.site.device.type == "cuda":
-            torch.cuda.synchronize(rank.site.device)
+        if rank.context.device.type == "cuda":
+            torch.cuda.synchronize(rank.context.device)
         self._rank = self._sampler = None
         self._table = SequenceTable(1)
         self._last_tokens = LastTokens(0, torch.device("cpu"))
@@ -223,73 +226,77 @@ class ModelRunner:
             raise RuntimeError("no model is loaded: load or wake come before submit, and nothing after close")
         return self._rank, self._sampler
 
-    def _forward(self, rank: Rank, plan: Plan) -> Tensor:
+    def _forward(self, rank: Rank, plan: StepPlan) -> Tensor:
         """The step's hidden states ``[T, hidden_size]``."""
         if rank.graphs is not None and rank.graphs.covers(plan.layout, self._last_tokens):
-            return rank.graphs.run(plan.layout, plan.fresh)
+            return rank.graphs.run(plan.layout, plan.device_only_tokens)
         batch = rank.backend.prepare(plan.layout)
-        if plan.fresh[0]:
-            self._last_tokens.copy_to(batch.token_ids, *plan.fresh)
-        if self._pulse is not None:
-            self._pulse.begin()
-            batch.layer_done = self._pulse
+        if plan.device_only_tokens[0]:
+            self._last_tokens.copy_to(batch.token_ids, *plan.device_only_tokens)
+        if self._heartbeat is not None:
+            self._heartbeat.begin()
+            batch.layer_done = self._heartbeat
         return rank.model.forward(batch.token_ids, batch)
 
-    def _finish(self, plan: Plan, hidden: Tensor, pending: Pending) -> None:
-        """Sample, keep the tokens for the next step, and start bringing them to the host."""
+    def _sample(self, plan: StepPlan, hidden: Tensor, submitted: SubmittedStep) -> None:
+        """Sample, keep the tokens for the next step, and start copying them to the host."""
         rank, sampler = self._loaded()
-        for (row, state), end in zip(plan.rows, plan.ends, strict=True):
+        for (scheduled, state), end in zip(plan.sequences, plan.ends, strict=True):
             if state.new.params.prompt_logprobs is not None:
-                self._add_prompt_logprobs(row, state, hidden[end - row.count : end], pending)
-        draws = draws_of(plan)
-        if not draws.rows:
+                own = hidden[end - scheduled.count : end]
+                self._add_prompt_logprobs(scheduled, state, own, submitted)
+        sampled = sampled_positions(plan)
+        if not sampled.sequences:
             return
-        rows, seq_ids = draws.positions, draws.seq_ids
-        logits = rank.model.logits(pick(hidden, rows))
-        tokens = sampler.sample(logits, seq_ids, draws.ahead if draws.drafted else None)
-        if any(state.new.params.logprobs is not None for _, state in draws.rows):
-            pending.logprobs = sampler.start_logprobs(logits, seq_ids, tokens)
-        pending.sampled = {row.seq_id: i for (row, _), i in zip(draws.rows, draws.first, strict=True)}
-        if draws.drafted:
-            tokens = self._accept(draws, tokens, pending)
+        seq_ids = sampled.seq_ids
+        logits = rank.model.logits(select_rows(hidden, sampled.positions))
+        tokens = sampler.sample(logits, seq_ids, sampled.ahead if sampled.drafted else None)
+        if any(state.new.params.logprobs is not None for _, state in sampled.sequences):
+            submitted.logprobs = sampler.start_logprobs(logits, seq_ids, tokens)
+        pairs = zip(sampled.sequences, sampled.first, strict=True)
+        submitted.sampled = {scheduled.seq_id: first for (scheduled, _), first in pairs}
+        if sampled.drafted:
+            tokens = self._verify(sampled, tokens, submitted)
         else:
-            self._keep([state for _, state in draws.rows], tokens)
-        pending.tokens = Fetched(tokens)
+            self._keep([state for _, state in sampled.sequences], tokens)
+        submitted.tokens = Fetched(tokens)
 
-    def _accept(self, draws: Draws, tokens: Tensor, pending: Pending) -> Tensor:
-        """Verify drafts and keep what is right; returns the tokens on the host.
+    def _verify(self, sampled: SampledPositions, tokens: Tensor, submitted: SubmittedStep) -> Tensor:
+        """Verify drafts and keep the tokens that follow right guesses; return the tokens on the host.
 
-        That waits for the device: what the next step may be depends on how many are right.
+        This waits for the device: the next step depends on how many guesses are right.
         """
         _, sampler = self._loaded()
         on_host = tokens.cpu()
-        accepted = draws.count_accepted(on_host.tolist())
-        last = [first + count for first, count in zip(draws.first, accepted, strict=True)]
-        self._keep([state for _, state in draws.rows], pick(tokens, last))
-        for (row, state), count in zip(draws.rows, accepted, strict=True):
+        accepted = sampled.count_accepted(on_host.tolist())
+        last = [first + count for first, count in zip(sampled.first, accepted, strict=True)]
+        self._keep([state for _, state in sampled.sequences], select_rows(tokens, last))
+        for (scheduled, state), count in zip(sampled.sequences, accepted, strict=True):
             if count:
-                sampler.advance(row.seq_id, count)
+                sampler.advance(scheduled.seq_id, count)
                 state.num_sampled += count
-                pending.accepted[row.seq_id] = count
+                submitted.accepted[scheduled.seq_id] = count
         return on_host
 
     def _keep(self, states: list[SequenceState], tokens: Tensor) -> None:
+        """Keep each sequence's last token on the device."""
         self._last_tokens.put([state.slot for state in states], tokens)
         for state in states:
             state.num_sampled += 1
 
     def _add_prompt_logprobs(
-        self, row: ScheduledSequence, state: SequenceState, hidden: Tensor, pending: Pending
+        self, scheduled: ScheduledSequence, state: SequenceState, hidden: Tensor, submitted: SubmittedStep
     ) -> None:
-        """Position p predicts token p + 1, as long as that belongs to the prompt."""
+        """Compute log probabilities of prompt tokens: position p predicts token p + 1."""
         rank, sampler = self._loaded()
-        count = min(row.start + row.count, state.new.num_prompt_tokens - 1) - row.start
+        start = scheduled.start
+        count = min(start + scheduled.count, state.new.num_prompt_tokens - 1) - start
         if count < 1:
             return
         k = state.new.params.prompt_logprobs or 0
-        following = state.tokens[row.start + 1 : row.start + 1 + count].tolist()
-        found: list[TokenLogprobs] = []
+        following = state.tokens[start + 1 : start + 1 + count].tolist()
+        logprobs: list[TokenLogprobs] = []
         for first in range(0, count, PROMPT_LOGPROBS_CHUNK):
             part = slice(first, min(first + PROMPT_LOGPROBS_CHUNK, count))
-            found += sampler.prompt_logprobs(rank.model.logits(hidden[part]), following[part], k)
-        pending.prompt_logprobs[row.seq_id] = found
+            logprobs += sampler.prompt_logprobs(rank.model.logits(hidden[part]), following[part], k)
+        submitted.prompt_logprobs[scheduled.seq_id] = logprobs

@@ -1,8 +1,8 @@
-"""What a standby worker does for a start that may come: nothing that takes memory of its own.
+"""Prepare a standby worker for a start that may come, without taking memory of its own.
 
-On a CPU it maps the packed weights, which it then shares with the worker that serves, and computes one
-token, so that the mapping's pages and the code are in place. Where weights cannot be shared, and on a GPU,
-it only has their files read into the system's cache: a context on a GPU is created by the start.
+On a CPU it maps the packed weights, which it shares with the serving worker, and computes one token, so that
+the mapping's pages and the code are in memory. Where weights cannot be shared, and on a GPU, it only reads
+their files into the system's cache; the start creates the context on the GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ullm.errors import UllmError
 from ullm.logs import get_logger
 from ullm.model.architectures.registry import choose_device, map_model
 from ullm.model.attention.batch import CausalModel
-from ullm.model.execution.rank import choose_gather, one_thread, trial_run
+from ullm.model.execution.rank import choose_gather, single_thread, trial_run
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.loading.checkpoint import read_checkpoint
 from ullm.model.loading.weights import weight_files
@@ -26,13 +26,13 @@ log = get_logger("ullm.standby")
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model, and what it was prepared for."""
+    """A model, and the message that it was prepared for."""
 
     prepare: Prepare
     model: CausalModel
 
     def suits(self, start: Start) -> bool:
-        """Whether it is the one to be started."""
+        """Return True if ``start`` wants this model."""
         ours, theirs = self.prepare, start
         return (ours.config, _place(ours.rank), ours.model_path) == (
             theirs.config,
@@ -42,13 +42,13 @@ class PreparedModel:
 
 
 def prepare_model(prepare: Prepare) -> PreparedModel | None:
-    """The model where it can be shared; None, with a line in the log for what is wrong, if not."""
+    """Return the model if its weights can be shared; None if not. Errors are only logged."""
     config, path = prepare.config, Path(prepare.model_path)
     try:
         device = choose_device(config, prepare.rank.device_index)
         checkpoint = read_checkpoint(path, config, device)
-        alone = prepare.rank.world_size == 1  # ranks meet when they start
-        with one_thread():
+        alone = prepare.rank.world_size == 1  # several ranks connect when they start
+        with single_thread():
             model = (
                 map_model(checkpoint, config, ParallelContext()) if alone and device.type == "cpu" else None
             )
@@ -59,13 +59,13 @@ def prepare_model(prepare: Prepare) -> PreparedModel | None:
                 model, choose_gather(model)(model.kv_shape, 1, config.block_size, model.dtype, device), 1
             )
     except (UllmError, OSError) as error:
-        log.info("nothing prepared", reason=str(error))  # the start says so too, if it still is
+        log.info("nothing prepared", reason=str(error))  # the start raises it again, if it is still true
         return None
     return PreparedModel(prepare, model)
 
 
 def read_ahead(files: list[Path]) -> None:
-    """Have the system read files into its cache, where it knows how to."""
+    """Ask the system to read files into its cache, where it can."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in files:
@@ -74,5 +74,5 @@ def read_ahead(files: list[Path]) -> None:
 
 
 def _place(rank: RankSpec) -> tuple[int, int, int | None]:
-    """What a rank's weights depend on."""
+    """Return the part of a rank that its weights depend on."""
     return rank.rank, rank.world_size, rank.device_index

@@ -1,4 +1,4 @@
-"""Kernels of ullm's own: C++ for CPUs (`cpu`), Triton for CUDA (`cuda`), each behind a PyTorch interface.
+"""ullm's own kernels: C++ for CPUs (`cpu`), Triton for CUDA (`cuda`), both behind PyTorch interfaces.
 
 Imports layers, attention, sampling and memory.
 """

@@ -1,4 +1,4 @@
-"""Building blocks of a decoder: sharded linear layers, quantization, rotary embeddings, ranks.
+"""Building blocks of a decoder: sharded linear layers, quantization, rotary embeddings, collectives.
 
-Imports attention, sampling and what is below them.
+Imports attention, sampling and the folders below them.
 """

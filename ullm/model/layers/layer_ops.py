@@ -1,6 +1,6 @@
-"""What a decoder layer does between its matrix products: in PyTorch, or in the CPU's own kernels.
+"""Operations of a decoder layer between its matrix products, in PyTorch, and their interface.
 
-Chosen once per model. `TorchOps` is the reference for the others, and what runs on CUDA.
+One implementation is chosen per model. `TorchOps` is the reference for the others, and runs on any device.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from ullm.model.attention.batch import Batch
 from ullm.model.layers.linear import RMSNorm
 from ullm.model.layers.rope import rotate
-from ullm.model.sampling.choose import Filter, choose_tokens
+from ullm.model.sampling.choose import SamplingFilter, choose_tokens
 
 
 class AttentionModule(Protocol):
-    """What `StepOps.attend` needs to know of one layer's attention on this rank."""
+    """One layer's attention on this rank, as `StepOps.attend` needs it."""
 
     layer: int
     num_heads: int
@@ -32,13 +32,13 @@ class AttentionModule(Protocol):
 
 
 class LinearModule(Protocol):
-    """A linear layer whose weight is packed, on this rank."""
+    """A linear layer with a packed weight, on this rank."""
 
     packed: Tensor | None
     shape: tuple[int, int]
 
     def local_bias(self) -> Tensor | None:
-        """The bias that this rank adds."""
+        """Return the bias that this rank adds."""
 
 
 class AttentionBlock(AttentionModule, Protocol):
@@ -46,11 +46,11 @@ class AttentionBlock(AttentionModule, Protocol):
 
     @property
     def qkv_proj(self) -> LinearModule:
-        """Queries, keys and values side by side."""
+        """Projection to queries, keys and values, side by side."""
 
     @property
     def o_proj(self) -> LinearModule:
-        """The output."""
+        """Projection of the attention's output."""
 
 
 class MlpBlock(Protocol):
@@ -58,11 +58,11 @@ class MlpBlock(Protocol):
 
     @property
     def gate_up_proj(self) -> LinearModule:
-        """Gate and up side by side."""
+        """Projection to gate and up, side by side."""
 
     @property
     def down_proj(self) -> LinearModule:
-        """The output."""
+        """Projection of the MLP's output."""
 
 
 class LayerModule(Protocol):
@@ -74,38 +74,38 @@ class LayerModule(Protocol):
 
     @property
     def self_attn(self) -> AttentionBlock:
-        """Its attention."""
+        """The layer's attention."""
 
     @property
     def mlp(self) -> MlpBlock:
-        """Its MLP."""
+        """The layer's MLP."""
 
     def forward(self, x: Tensor, delta: Tensor | None, step: StepOps) -> Tensor:
-        """Add ``delta``, what the layer before has left to add, and the attention to the residual stream
-        ``x [T, hidden_size]`` in place; returns what is to be added next."""
+        """Add ``delta``, the previous layer's MLP output, and the attention's output to the residual stream
+        ``x [T, hidden_size]`` in place; return the MLP's output, which the next layer adds."""
 
 
 class StepOps(Protocol):
-    """The layers, and the three things between its matrix products, for one step's batch. T tokens."""
+    """The layers, and the operations between their matrix products, for one step's batch of T tokens."""
 
     def layers(self, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
-        """All layers in succession; each adds to the residual stream ``x [T, hidden_size]`` in place.
+        """Compute all layers in succession; each adds to the residual stream ``x [T, hidden_size]`` in place.
 
         Args:
-            done: called after each layer, or after several that take little time; a sign of life.
+            done: called after each layer, or after several quick ones, to report progress.
 
         Returns:
-            what the last one has left to be added.
+            The last layer's MLP output, which is still to be added.
         """
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
-        """Add ``delta`` to the residual stream ``x [T, hidden_size]`` in place; returns its norm."""
+        """Add ``delta`` to the residual stream ``x [T, hidden_size]`` in place; return its norm."""
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """``silu(gate) * up`` of ``[T, gate and up side by side]``."""
+        """Return ``silu(gate) * up`` of ``[T, gate and up side by side]``."""
 
     def attend(self, module: AttentionModule, qkv: Tensor) -> Tensor:
-        """Normalise and rotate queries and keys, store keys and values, attend.
+        """Normalise and rotate queries and keys, store keys and values, compute attention.
 
         Args:
             qkv: ``[T, (query heads + 2 * KV heads) * head_dim]``; may be overwritten.
@@ -115,8 +115,10 @@ class StepOps(Protocol):
         """
 
 
-def one_by_one(step: StepOps, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
-    """`StepOps.layers` for layers that call ``step`` for what is between their matrix products."""
+def layer_by_layer(
+    step: StepOps, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]
+) -> Tensor:
+    """Implement `StepOps.layers` by layers that call ``step`` between their matrix products."""
     delta: Tensor | None = None
     for module in modules:
         delta = module.forward(x, delta, step)
@@ -126,28 +128,28 @@ def one_by_one(step: StepOps, modules: Sequence[LayerModule], x: Tensor, done: C
 
 
 class LayerOps(Protocol):
-    """One implementation of `StepOps`, for all steps of a model."""
+    """Makes the `StepOps` of each step of a model."""
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `ullm.model.sampling.choose.choose_tokens`."""
 
     def begin(self, batch: Batch) -> StepOps:
-        """Prepare what all layers of a step share."""
+        """Prepare whatever all layers of a step share."""
 
 
 class TorchOps:
     """Implements `LayerOps` on any device.
 
     Args:
-        cos, sin: of `ullm.model.layers.rope.rope_cache`.
+        cos, sin: tables of `ullm.model.layers.rope.rope_cache`.
     """
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.tables = cos, sin
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `LayerOps`."""
-        return choose_tokens(logits, filters, draws)
+        return choose_tokens(logits, filters, uniforms)
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
@@ -163,7 +165,7 @@ class TorchStep:
 
     def layers(self, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
         """See `StepOps`."""
-        return one_by_one(self, modules, x, done)
+        return layer_by_layer(self, modules, x, done)
 
     def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
         """See `StepOps`."""

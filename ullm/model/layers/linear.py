@@ -1,8 +1,8 @@
-"""Layers written for tensor-parallel sharding.
+"""Linear layers, embedding, head and norm, sharded for tensor parallelism.
 
-Each layer says by `Shard`s which slice of which checkpoint tensor goes where in its parameters, so
-the loader knows nothing of sharding or packing. After loading, ``pack`` brings the weights into the
-layout of the device's kernel, and ``bind`` lets that compute with them.
+Each layer describes by `Shard`s which slice of which checkpoint tensor goes where in its parameters, so the
+loader knows nothing of sharding or packing. After loading, ``pack`` converts the weights to the layout of the
+device's kernel, and ``bind`` makes the layer compute with that kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.quantization import Bits, QuantizedWeight
 
 SHARPENED = 8
-"""Logits per row that are computed in float32; it costs less than finding the largest in bfloat16."""
+"""Logits per row that are recomputed in float32; that costs less than finding the largest in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Shard:
     """One slice of a checkpoint tensor and its place in a parameter, both along ``dim``.
 
     Args:
-        target: the parameter, or the part of it that takes the slice.
+        target: the parameter, or the part of it that receives the slice.
         full_shape: shape of the whole tensor in the checkpoint.
         dim: dimension that is sliced.
         start: first index of the slice in the checkpoint tensor.
@@ -40,11 +40,11 @@ class Shard:
 
 
 Shards = Iterator[tuple[str, Shard]]
-"""``(name in the checkpoint, where it goes)``."""
+"""Pairs of a name in the checkpoint and a shard of that tensor."""
 
 
 def empty(*shape: int) -> nn.Parameter:
-    """An uninitialised weight."""
+    """Return an uninitialised weight."""
     return nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
@@ -52,7 +52,7 @@ class Loadable(nn.Module):
     """A module with weights in the checkpoint."""
 
     def shards(self, name: str) -> Shards:
-        """Where checkpoint tensors go; ``name`` is the module's own in the checkpoint."""
+        """Return the places of checkpoint tensors; ``name`` is the module's name in the checkpoint."""
         raise NotImplementedError
 
 
@@ -65,22 +65,22 @@ class RMSNorm(Loadable):
         self.shape, self.eps = (size,), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape, in the numbers of the weight; computed in those of ``x``."""
+        """Return the norm in the weight's dtype, shaped as ``x``; computed in the dtype of ``x``."""
         return F.rms_norm(x, self.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
     def shards(self, name: str) -> Shards:
-        """The whole weight."""
+        """Return the whole weight."""
         yield f"{name}.weight", Shard(self.weight, self.shape)
 
 
-def quantized(module: ParallelLinear | VocabParallelHead, bits: Bits, *, as_stored: bool) -> None:
-    """Let a module's weight be loaded in few bits; see `QuantizedWeight`."""
-    del module.weight  # torch lets no registered parameter be replaced by anything else
+def use_quantized_weight(module: ParallelLinear | VocabParallelHead, bits: Bits, *, as_stored: bool) -> None:
+    """Replace a module's weight by one of few bits, to load into; see `QuantizedWeight`."""
+    del module.weight  # torch does not allow other objects in place of a registered parameter
     module.weight = QuantizedWeight.empty(*module.shape, bits, as_stored=as_stored)
 
 
 class ParallelLinear(Loadable):
-    """Base of the linear layers: a weight ``[out, in]`` of this rank, and maybe a bias."""
+    """Base of the linear layers: this rank's weight ``[out, in]`` and an optional bias."""
 
     weight: nn.Parameter | QuantizedWeight | None
     bias: nn.Parameter | None
@@ -94,18 +94,18 @@ class ParallelLinear(Loadable):
         self.multiply: Linear | None = None
 
     def pack(self, kernel: LinearKernel) -> None:
-        """Bring the weight into the kernel's layout; as it was, it is not needed any more."""
+        """Convert the weight to the kernel's layout and drop the original."""
         assert self.weight is not None
         self.packed = pack_weight(kernel, self.weight)
         self.weight = None
 
     def bind(self, kernel: LinearKernel) -> None:
-        """Be computed by ``kernel``, which has packed the weight."""
+        """Compute with ``kernel``, which has packed the weight."""
         assert self.packed is not None
         self.multiply = kernel.linear(self.packed, self.local_bias(), *self.shape)
 
     def local_bias(self) -> Tensor | None:
-        """The bias that this rank adds."""
+        """Return the bias that this rank adds."""
         return self.bias.data if self.bias is not None else None
 
 
@@ -113,7 +113,7 @@ class ColumnParallelLinear(ParallelLinear):
     """Linear layers side by side, each split over the ranks along its output.
 
     Args:
-        parts: name in the checkpoint → (outputs in all, first output of this rank, outputs of this rank).
+        parts: name in the checkpoint → (all outputs, first output of this rank, outputs of this rank).
     """
 
     def __init__(self, in_features: int, parts: dict[str, tuple[int, int, int]], bias: bool) -> None:
@@ -121,11 +121,11 @@ class ColumnParallelLinear(ParallelLinear):
         self.in_features, self.parts = in_features, parts
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[T, in]`` → ``[T, this rank's outputs of all parts]``."""
+        """Compute ``[T, in]`` → ``[T, this rank's outputs of all parts]``."""
         return self.multiply(x)  # type: ignore[misc]  # set by bind
 
     def shards(self, name: str) -> Shards:
-        """Each part's rows."""
+        """Return each part's rows."""
         prefix, offset = name.rpartition(".")[0], 0
         for part, (total, start, count) in self.parts.items():
             assert self.weight is not None
@@ -137,7 +137,7 @@ class ColumnParallelLinear(ParallelLinear):
 
 
 class RowParallelLinear(ParallelLinear):
-    """A linear layer split over the ranks along its input; the outputs are summed."""
+    """A linear layer split over the ranks along its input; the outputs are summed over the ranks."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, parallel: ParallelContext) -> None:
         self.local = parallel.share(in_features, "inputs of a linear layer")
@@ -146,15 +146,15 @@ class RowParallelLinear(ParallelLinear):
         self.parallel = parallel
 
     def local_bias(self) -> Tensor | None:
-        """Only rank 0 adds the bias, since the outputs are summed."""
+        """Return the bias on rank 0 only, since the outputs are summed."""
         return super().local_bias() if self.parallel.rank == 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[T, this rank's inputs]`` → ``[T, out]``, the same on all ranks."""
+        """Compute ``[T, this rank's inputs]`` → ``[T, out]``, the same on all ranks."""
         return self.parallel.all_reduce(self.multiply(x))  # type: ignore[misc]  # set by bind
 
     def shards(self, name: str) -> Shards:
-        """This rank's columns, and the whole bias."""
+        """Return this rank's columns, and the whole bias."""
         assert self.weight is not None
         yield f"{name}.weight", Shard(self.weight, self.full_shape, 1, self.parallel.rank * self.local)
         if self.bias is not None:
@@ -162,7 +162,7 @@ class RowParallelLinear(ParallelLinear):
 
 
 class VocabParallel(Loadable):
-    """The embedding or the head: one row per token, split over the ranks; the last one may have padding."""
+    """Base of embedding and head: one row per token, split over the ranks. The last rank may have padding."""
 
     def __init__(self, vocab_size: int, hidden_size: int, parallel: ParallelContext) -> None:
         super().__init__()
@@ -174,21 +174,21 @@ class VocabParallel(Loadable):
         self.weight: nn.Parameter | QuantizedWeight | None = empty(self.rows, hidden_size)
 
     def shards(self, name: str) -> Shards:
-        """This rank's rows; none where the weight is tied to another module's."""
+        """Return this rank's rows; none if the weight is tied to another module's."""
         if self.weight is not None:
             yield f"{name}.weight", Shard(self.weight[: self.used], self.full_shape, 0, self.first)
 
 
 class VocabParallelEmbedding(VocabParallel):
-    """Token ids → vectors."""
+    """The embedding: token ids → vectors."""
 
     def table(self) -> Tensor:
-        """One row per token; always plain numbers."""
+        """Return the weight, one row per token; it is never quantized."""
         assert isinstance(self.weight, nn.Parameter)
         return self.weight
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """``[T]`` → ``[T, hidden_size]``, the same on all ranks."""
+        """Compute ``[T]`` → ``[T, hidden_size]``, the same on all ranks."""
         table = self.table()
         if self.parallel.world_size == 1:
             return F.embedding(token_ids, table)
@@ -199,11 +199,11 @@ class VocabParallelEmbedding(VocabParallel):
 
 
 class VocabParallelHead(VocabParallel):
-    """Vectors → logits.
+    """The head: vectors → logits.
 
     Attributes:
-        table: the same weight where another module keeps it anyway, to sharpen logits with.
-        source: the module in the checkpoint whose weight this one has; None: its own.
+        table: the weight, if the embedding keeps it too; it recomputes the largest logits. None: they stay.
+        source: the module in the checkpoint whose weight the head uses; None: its own.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, parallel: ParallelContext) -> None:
@@ -214,22 +214,22 @@ class VocabParallelHead(VocabParallel):
         self.source: str | None = None
 
     def pack(self, kernel: LinearKernel) -> None:
-        """As `ParallelLinear.pack`."""
+        """Pack as `ParallelLinear.pack` does."""
         assert self.weight is not None
         self.packed = pack_weight(kernel, self.weight)
         self.weight = None
 
     def bind(self, kernel: LinearKernel) -> None:
-        """As `ParallelLinear.bind`."""
+        """Bind as `ParallelLinear.bind` does."""
         assert self.packed is not None
         self.multiply = kernel.linear(self.packed, None, self.rows, self.full_shape[1])
 
     def shards(self, name: str) -> Shards:
-        """As the base."""
+        """Return this rank's rows, under the name of ``source`` if it is set."""
         return super().shards(self.source or name)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``[rows, hidden_size]`` → ``[rows, vocab_size]``, on all ranks."""
+        """Compute ``[rows, hidden_size]`` → ``[rows, vocab_size]``, on all ranks."""
         logits = self.multiply(hidden)  # type: ignore[misc]  # set by bind
         if self.table is not None:
             logits = sharpen(logits, hidden, self.table)
@@ -237,10 +237,10 @@ class VocabParallelHead(VocabParallel):
 
 
 def sharpen(logits: Tensor, hidden: Tensor, table: Tensor) -> Tensor:
-    """Logits ``[rows, vocab_size]`` in float32, the most likely ones computed anew in it.
+    """Return logits ``[rows, vocab_size]`` in float32, of which the largest are recomputed.
 
-    A logit near 20 in bfloat16 is one of 16 values per unit, so the two best tokens are often equal, and
-    the choice between them a matter of their ids.
+    A logit near 20 in bfloat16 is one of only 16 values per unit, so the two best tokens are often equal, and
+    their ids would decide between them.
     """
     top = logits.topk(min(SHARPENED, logits.shape[1])).indices
     exact = torch.bmm(table[top].float(), hidden.float().unsqueeze(2)).squeeze(2)

@@ -1,7 +1,7 @@
-"""Which rank this is, and how it talks to the others of its replica.
+"""The ranks of a replica and their collective operations.
 
-There is no global state on ullm's side: whoever needs the ranks gets a `ParallelContext`. With one
-rank there is no process group at all, so several engines can live in one process.
+ullm keeps no global state: code that needs the ranks gets a `ParallelContext`. With one rank there is no
+process group at all, so several engines can run in one process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ullm.errors import ModelUnsupported
 from ullm.protocol.messages import RankSpec
 
 RENDEZVOUS_TIMEOUT = 300.0
-"""Seconds that ranks wait for each other; a collective that takes longer raises."""
+"""Seconds that ranks wait for each other; a collective that takes longer raises an error."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class ParallelContext:
     """The tensor-parallel group of this rank.
 
     Args:
-        rank: from 0.
-        world_size: ranks that share each layer.
+        rank: this rank, from 0.
+        world_size: number of ranks that share each layer.
         group: the process group; None with one rank.
     """
 
@@ -36,13 +36,13 @@ class ParallelContext:
     group: Any = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks; ``x`` is overwritten."""
+        """Return the sum over the ranks; ``x`` is overwritten."""
         if self.group is not None:
             dist.all_reduce(x, group=self.group)
         return x
 
     def gather_last(self, x: Tensor) -> Tensor:
-        """``[rows, n]`` of every rank side by side: ``[rows, n * world_size]``, on every rank."""
+        """Return ``[rows, n]`` of all ranks side by side, ``[rows, n * world_size]``, on every rank."""
         if self.group is None:
             return x
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
@@ -50,7 +50,7 @@ class ParallelContext:
         return torch.cat(parts, dim=-1)
 
     def agree_least(self, value: int, device: torch.device) -> int:
-        """The least of the ranks' values, so that all use the same."""
+        """Return the least of the ranks' values, so that all use the same one."""
         if self.group is None:
             return value
         box = torch.tensor([value], dtype=torch.int64, device=device)
@@ -58,10 +58,13 @@ class ParallelContext:
         return int(box.item())
 
     def share(self, total: int, what: str) -> int:
-        """This rank's part of ``total``.
+        """Return this rank's share of ``total``.
+
+        Args:
+            what: name of the things that are shared, for the error.
 
         Raises:
-            ModelUnsupported: ``total`` does not divide by the ranks; names both.
+            ModelUnsupported: ``total`` is not divisible by the number of ranks.
         """
         if total % self.world_size:
             raise ModelUnsupported(
@@ -71,7 +74,7 @@ class ParallelContext:
         return total // self.world_size
 
     def close(self) -> None:
-        """Leave the process group. A communicator whose peer is dead is aborted, not waited for."""
+        """Leave the process group. NCCL's is aborted, since a dead peer would keep it waiting."""
         if self.group is None or not dist.is_initialized():
             return
         if dist.get_backend(self.group) == "nccl":
@@ -81,7 +84,7 @@ class ParallelContext:
 
 
 def open_parallel(rank: RankSpec, device: torch.device) -> ParallelContext:
-    """Meet the replica's other ranks at ``rank.rendezvous``; returns at once with one rank."""
+    """Connect to the replica's other ranks at ``rank.rendezvous``; return at once if there are none."""
     if rank.world_size == 1:
         return ParallelContext()
     dist.init_process_group(

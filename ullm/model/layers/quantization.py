@@ -1,9 +1,9 @@
-"""Weights in eight or four bits with a scale per group of inputs, before a kernel packs them.
+"""Weights of eight or four bits with a scale per group of inputs, before a kernel packs them.
 
-A group is 32 neighbouring inputs of one output, as in llama.cpp's block formats. In eight bits a weight is
-``scale * (code - 128)``, in four ``scale * code + minimum``; scales and minima are float16. Weights are
-quantized by rounding to the nearest code, eight bits symmetrically, four between the group's least and
-largest weight. The head keeps eight bits: with four, SmolLM2's perplexity rises by 5 %.
+A group is 32 neighbouring inputs of one output, as in llama.cpp's block formats. With eight bits a weight is
+``scale * (code - 128)``, with four ``scale * code + minimum``; scales and minima are float16. Weights are
+rounded to the nearest code: with eight bits symmetrically, with four between the group's least and largest
+weight. The head always has eight bits: with four, SmolLM2's perplexity rises by 5 %.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import torch
 from torch import Tensor
 
 GROUP = 32
-"""Inputs that share a scale. As in cpu/quantized.cpp."""
+"""Inputs that share a scale. As in kernels/cpu/quantized.cpp."""
 ZERO = 128
-"""The code of zero in eight bits."""
+"""The eight-bit code of zero."""
 Bits = Literal[4, 8]
 Scheme = Literal["stored", "int8", "int4"]
-"""How a model's linear layers are quantized: as the checkpoint has them, or when they are loaded."""
+"""How linear layers are quantized: as stored in the checkpoint, or to these bits while they load."""
 CHUNK = 1 << 22
-"""Weights that are quantized at once, so that float32 copies stay small."""
+"""Weights quantized at a time, so that float32 copies stay small."""
 
 
 def num_groups(in_features: int) -> int:
-    """Groups of a row; the last may be incomplete."""
+    """Return the number of groups of a row; the last may be incomplete."""
     return -(-in_features // GROUP)
 
 
 class QuantizedWeight:
-    """A weight ``[out, in]``, or a view of some rows or columns of one. Stands where a parameter would.
+    """A quantized weight ``[out, in]``, or a view of some of its rows or columns, in place of a parameter.
 
     Args:
         codes: uint8 ``[out, in]``.
-        scales, minima: float16 ``[out, groups]``; minima are used in four bits only.
-        bits: uint8 ``[out]``, 8 or 4: of each output, since layers are fused whose formats differ.
-        wanted: bits of what is copied here from plain numbers.
-        as_stored: codes that a checkpoint has are to be taken over.
+        scales, minima: float16 ``[out, groups]``; minima are used with four bits only.
+        bits: uint8 ``[out]``, 8 or 4 per output, since fused layers may have different formats.
+        wanted: number of bits to quantize unquantized sources to.
+        as_stored: keep the codes of a quantized checkpoint.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class QuantizedWeight:
     def empty(
         cls, out_features: int, in_features: int, wanted: Bits, *, as_stored: bool = False
     ) -> QuantizedWeight:
-        """All zero."""
+        """Return a weight of zeros."""
         size = (out_features, num_groups(in_features))
         scales, minima = torch.zeros(size, dtype=torch.float16), torch.zeros(size, dtype=torch.float16)
         codes = torch.zeros((out_features, in_features), dtype=torch.uint8)
@@ -72,16 +72,16 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory, unpacked."""
+        """Bytes of memory before packing."""
         return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.minima, self.bits))
 
     def __getitem__(self, rows: slice | Tensor) -> QuantizedWeight:
-        """Some outputs; a view if they are a slice."""
+        """Return some outputs; a view if ``rows`` is a slice."""
         codes, scales, minima, bits = self.codes[rows], self.scales[rows], self.minima[rows], self.bits[rows]
         return QuantizedWeight(codes, scales, minima, bits, self.wanted, as_stored=self.as_stored)
 
     def narrow(self, dim: int, start: int, count: int) -> QuantizedWeight | Tensor:
-        """A slice, as of a tensor; in float32 where groups are cut."""
+        """Return a slice as `torch.Tensor.narrow` does; in float32 if it cuts groups."""
         if dim == 0:
             return self[start : start + count]
         if start % GROUP or (count % GROUP and start + count != self.codes.shape[1]):
@@ -91,7 +91,7 @@ class QuantizedWeight:
         return QuantizedWeight(self.codes.narrow(1, start, count), scales, minima, self.bits, self.wanted)
 
     def copy_(self, source: Tensor | QuantizedWeight) -> None:
-        """Take over codes as they are, or quantize plain numbers."""
+        """Copy codes as they are, or quantize an unquantized source."""
         if isinstance(source, QuantizedWeight):
             self.codes.copy_(source.codes)
             self.scales.copy_(source.scales)
@@ -104,7 +104,7 @@ class QuantizedWeight:
             self[rows].copy_(quantize(source[rows], self.wanted))
 
     def dequantize(self) -> Tensor:
-        """The weights in float32."""
+        """Return the weights in float32."""
         offsets = torch.where(self.bits[:, None] == 8, -ZERO * self.scales.float(), self.minima.float())
         size = self.codes.shape[1]
         scales, offsets = (
@@ -113,17 +113,17 @@ class QuantizedWeight:
         return self.codes.float() * scales + offsets
 
     def parts(self) -> list[tuple[Bits, int, int]]:
-        """Neighbouring outputs of the same number of bits: ``(bits, first, count)``."""
+        """Return runs of neighbouring outputs with the same number of bits: ``(bits, first, count)``."""
         values, counts = torch.unique_consecutive(self.bits, return_counts=True)
-        found, first = list[tuple[Bits, int, int]](), 0
+        runs, first = list[tuple[Bits, int, int]](), 0
         for bits, count in zip(values.tolist(), counts.tolist(), strict=True):
-            found.append((8 if bits == 8 else 4, first, count))
+            runs.append((8 if bits == 8 else 4, first, count))
             first += count
-        return found
+        return runs
 
 
 def quantize(weight: Tensor, bits: Bits) -> QuantizedWeight:
-    """``weight [out, in]`` rounded to codes."""
+    """Round ``weight [out, in]`` to codes."""
     outputs, inputs = weight.shape
     padding = num_groups(inputs) * GROUP - inputs
     # Padding by a value of the last group changes neither its least nor its largest.
@@ -141,6 +141,6 @@ def quantize(weight: Tensor, bits: Bits) -> QuantizedWeight:
 
 
 def _inverse(scales: Tensor) -> Tensor:
-    """``1 / scale`` for each weight of a group; 0 where all of them are equal."""
+    """Return ``1 / scale`` per group, to multiply its weights by; 0 where the scale is 0."""
     inverse = scales.float().reciprocal()
     return torch.where(torch.isfinite(inverse), inverse, 0.0)[:, :, None]

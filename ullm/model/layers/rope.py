@@ -15,7 +15,15 @@ from ullm.errors import ModelUnsupported
 
 
 def read_rope(hf: dict[str, Any], default_theta: float) -> dict[str, Any]:
-    """The rope parameters of a config.json, old style (``rope_scaling``) or new, in the new style."""
+    """Return the rope parameters of a config.json in the new style, from either style.
+
+    Args:
+        hf: the config's content.
+        default_theta: base of the frequencies where the config names none.
+
+    Raises:
+        ModelUnsupported: only a part of each head is rotated.
+    """
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     rope["rope_theta"] = rope.get("rope_theta") or hf.get("rope_theta") or default_theta
@@ -27,13 +35,13 @@ def read_rope(hf: dict[str, Any], default_theta: float) -> dict[str, Any]:
 
 
 def rope_cache(rope: dict[str, Any], head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each ``[positions, 1, head_dim]`` float32, for `rotate`.
+    """Return cosines and sines, each ``[positions, 1, head_dim]`` float32, for `rotate`.
 
-    The first half of the sines is negated, which makes rotate-half a roll:
+    The first half of the sines is negated, so that rotate-half becomes a roll:
     ``x * cos + roll(x) * sin``.
 
     Raises:
-        ModelUnsupported: an unknown ``rope_type``.
+        ModelUnsupported: the ``rope_type`` is unknown.
     """
     frequencies, factor = _frequencies(rope, head_dim)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
@@ -42,7 +50,7 @@ def rope_cache(rope: dict[str, Any], head_dim: int, positions: int) -> tuple[Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x [T, heads, head_dim]`` by ``cos``, ``sin`` ``[T, 1, head_dim]`` of `rope_cache`."""
+    """Return ``x [T, heads, head_dim]`` rotated by ``cos``, ``sin`` ``[T, 1, head_dim]`` of `rope_cache`."""
     return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
 
 
@@ -50,7 +58,7 @@ def _frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
     kind = rope["rope_type"]
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     plain = 1.0 / (rope["rope_theta"] ** exponents)
-    # Dynamic NTK only scales past max_position_embeddings, and no sequence gets longer than that.
+    # Dynamic NTK only scales beyond max_position_embeddings, and no sequence gets longer than that.
     if kind in ("default", "dynamic"):
         return plain, 1.0
     if kind == "linear":
@@ -63,7 +71,7 @@ def _frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
 
 
 def _llama3(rope: dict[str, Any], plain: Tensor) -> Tensor:
-    """Llama 3.1: keep high frequencies, divide low ones, blend between."""
+    """Scale as Llama 3.1 does: keep high frequencies, divide low ones, blend between them."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     length = rope["original_max_position_embeddings"]
     wavelength = 2 * math.pi / plain
@@ -73,7 +81,7 @@ def _llama3(rope: dict[str, Any], plain: Tensor) -> Tensor:
 
 
 def _yarn(rope: dict[str, Any], plain: Tensor, head_dim: int) -> Tensor:
-    """YaRN, arXiv:2309.00071, section 3.2: interpolate the low frequencies only."""
+    """Scale as YaRN does, arXiv:2309.00071, section 3.2: interpolate the low frequencies only."""
     theta, length = rope["rope_theta"], rope["original_max_position_embeddings"]
 
     def dimension(rotations: float) -> float:

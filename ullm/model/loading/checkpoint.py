@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its configuration, without its weights."""
+"""The description of a checkpoint, from its configuration, without its weights."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ import torch
 from ullm.config import EngineConfig
 from ullm.errors import ModelUnsupported
 from ullm.model.layers.linear_kernels import fast_bfloat16
-from ullm.model.loading.weights import read_config, read_json, reject_quantized
+from ullm.model.loading.eos_tokens import eos_token_ids
+from ullm.model.loading.weights import read_config, reject_quantized
 
 DEFAULT_CONTEXT_LEN = 2048
-"""For configs that name no limit."""
+"""Context length, in tokens, of configs that name none."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's config, understood.
+    """A checkpoint and the options that apply to it.
 
     Args:
-        path: folder or GGUF file.
-        hf: its config.json, or what stands for it.
-        architecture: as in the config.
-        context_len: tokens of prompt and output.
-        eos_token_ids: that end a text.
+        path: the model's folder or GGUF file.
+        hf: the content of config.json, or of a GGUF file's metadata in that form.
+        architecture: the first one that the config names.
+        context_len: most tokens of prompt and output together.
+        eos_token_ids: the tokens that end a text.
+        dtype: dtype to compute in.
     """
 
     path: Path
@@ -38,12 +40,12 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> Checkpoint:
-    """Read what a model is, without its weights.
+    """Read a checkpoint's configuration, without its weights.
 
     Raises:
-        ModelNotFound, ModelFileBroken: no config, or a broken one.
-        ModelUnsupported: quantized weights, or no architecture is named.
-        ConfigError: ``context_len`` is more than the model has.
+        ModelNotFound: there is no config.
+        ModelFileBroken: the config, or the tokenizer's, cannot be read.
+        ModelUnsupported: the weights are quantized, or the config names no architecture.
     """
     hf = read_config(path)
     reject_quantized(hf, path)
@@ -55,13 +57,17 @@ def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> C
         hf=hf,
         architecture=architectures[0],
         context_len=choose_context_len(hf, config.context_len),
-        eos_token_ids=eos_token_ids(hf, path),
+        eos_token_ids=eos_token_ids(hf, path, config),
         dtype=choose_dtype(config.dtype, hf, device),
     )
 
 
 def choose_dtype(wanted: str, hf: dict[str, Any], device: torch.device) -> torch.dtype:
-    """``auto``: the checkpoint's on CUDA; on CPUs bfloat16 where it is fast, else float32."""
+    """Return the dtype. ``auto``: the checkpoint's on CUDA; on CPUs bfloat16 if it is fast, else float32.
+
+    Raises:
+        ModelUnsupported: the checkpoint has another dtype.
+    """
     if wanted != "auto":
         return _dtype(wanted)
     stored = _dtype(str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch."))
@@ -71,19 +77,9 @@ def choose_dtype(wanted: str, hf: dict[str, Any], device: torch.device) -> torch
 
 
 def choose_context_len(hf: dict[str, Any], wanted: int | None) -> int:
-    """The model's own limit, or the lower one that is wanted; what is wanted beyond it is cut."""
+    """Return the context length: the model's own limit, or ``wanted`` if it is lower."""
     limit = int(hf.get("max_position_embeddings") or hf.get("n_positions") or DEFAULT_CONTEXT_LEN)
     return min(wanted, limit) if wanted is not None else limit
-
-
-def eos_token_ids(hf: dict[str, Any], path: Path) -> tuple[int, ...]:
-    """End-of-sequence tokens: generation_config.json's, else the config's."""
-    generation: dict[str, Any] = {}
-    if path.suffix != ".gguf" and (path / "generation_config.json").exists():
-        generation = read_json(path / "generation_config.json")
-    found = generation.get("eos_token_id", hf.get("eos_token_id"))
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    return tuple(int(token_id) for token_id in ids)
 
 
 def _dtype(name: str) -> torch.dtype:

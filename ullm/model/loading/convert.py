@@ -1,9 +1,9 @@
-"""``python -m ullm.model.loading.convert {tokenizer|model} SOURCE FOLDER``: one-off conversions, in a process
-of their own so that the front end never loads torch or transformers.
+"""``python -m ullm.model.loading.convert {tokenizer|model} SOURCE FOLDER``: one-off conversions.
 
-``tokenizer`` writes tokenizer.json and its companions, for a GGUF file also config.json;
-``model`` writes a GGUF file's weights too, dequantized, as bf16 safetensors. Progress goes to stdout
-as ``Progress DONE of TOTAL`` bytes. Exit status 1 and a line ``error CLASS MESSAGE`` if it cannot be done.
+They run in a process of their own, so that the front end never loads torch or transformers. ``tokenizer``
+writes tokenizer.json and its companions, for a GGUF file also config.json; ``model`` writes a GGUF file's
+weights too, dequantized, as bf16 safetensors. Progress goes to stdout as ``Progress DONE of TOTAL`` bytes. A
+failure ends with exit status 1 and a line ``error CLASS MESSAGE``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ullm.errors import ModelError, ModelFileBroken
 
 
 def main(arguments: list[str]) -> int:
-    """Convert; the exit status."""
+    """Convert and return the exit status."""
     what, source, folder = arguments[0], Path(arguments[1]), Path(arguments[2])
     try:
         if source.is_dir():
@@ -31,10 +31,10 @@ def main(arguments: list[str]) -> int:
 
 
 def write_tokenizer_of_folder(source: Path, folder: Path) -> None:
-    """tokenizer.json for a checkpoint that has only an older format, such as tokenizer.model.
+    """Write tokenizer.json for a checkpoint that has only an older format, such as tokenizer.model.
 
     Raises:
-        ModelFileBroken: transformers cannot read, or cannot convert, its tokenizer.
+        ModelFileBroken: transformers cannot read or convert its tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -49,7 +49,7 @@ def write_tokenizer_of_folder(source: Path, folder: Path) -> None:
 
 
 def write_gguf(source: Path, folder: Path, *, weights: bool) -> None:
-    """config.json, generation_config.json and the tokenizer of a GGUF file; its weights if asked for.
+    """Write config.json, generation_config.json and the tokenizer of a GGUF file, and on request its weights.
 
     Raises:
         ModelError: the file is broken or of an unsupported kind.
@@ -65,7 +65,7 @@ def write_gguf(source: Path, folder: Path, *, weights: bool) -> None:
 
 
 def write_weights(source: Path, folder: Path) -> None:
-    """The tensors of a GGUF file, rounded to bf16, as one model.safetensors."""
+    """Write the tensors of a GGUF file, rounded to bf16, to one model.safetensors."""
     import torch
     from safetensors.torch import save_file
 
@@ -81,7 +81,7 @@ def write_weights(source: Path, folder: Path) -> None:
 
 
 def bf16_bytes(source: Path) -> int:
-    """What a GGUF file's tensors take as bf16."""
+    """Return the bytes that a GGUF file's tensors take as bf16."""
     from ullm.model.loading.gguf_file import GgufFile
 
     return sum(2 * math.prod(tensor.shape) for tensor in GgufFile(source).tensors.values())

@@ -1,7 +1,7 @@
-"""GGUF models as if they were Hugging Face checkpoints: config, tensors, tokenizer.
+"""GGUF models in the form of Hugging Face checkpoints: config, tensors, tokenizer.
 
-Names and metadata keys are llama.cpp's (gguf-py/gguf/constants.py); what its convert_hf_to_gguf.py
-does to Llama's query and key projections is undone here.
+Names and metadata keys are llama.cpp's (gguf-py/gguf/constants.py). Its convert_hf_to_gguf.py permutes
+Llama's query and key projections, which is undone here.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ _BLOCK_NAMES = {
 }
 _BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 ROPE_FACTORS = "rope_freqs.weight"
-"""Llama 3's scaling of the rotary frequencies, written out as one divisor per frequency."""
+"""The tensor with Llama 3's scaling of the rotary frequencies, one divisor per frequency."""
 LLAMA3_LOW_FREQ_FACTOR, LLAMA3_HIGH_FREQ_FACTOR, LLAMA3_ORIGINAL_CONTEXT = 1.0, 4.0, 8192
-"""As in every Llama 3.x config.json; only the factor differs, and GGUF keeps none of the four."""
+"""The values of every Llama 3.x config.json; only the factor differs, and GGUF keeps none of the four."""
 
 
 def read_gguf_config(path: str | Path) -> dict[str, Any]:
-    """The model's config, shaped like the config.json of a Hugging Face checkpoint.
+    """Return the model's config in the form of a Hugging Face config.json.
 
     Args:
-        path: the GGUF file of a Llama (SmolLM2, Mistral), Qwen2 or Qwen3 model.
+        path: a GGUF file of a Llama (SmolLM2, Mistral), Qwen2 or Qwen3 model.
 
     Raises:
         ModelNotFound: there is no such file.
         ModelFileBroken: the file is damaged or its metadata are incomplete; names the key.
-        ModelUnsupported: another architecture, experts, or a rotary scaling that is not known.
+        ModelUnsupported: another architecture, experts, or an unknown rotary scaling.
     """
     file = GgufFile(path)
     arch = _architecture(file)
@@ -94,13 +94,16 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class GgufSource:
-    """One tensor that has not been read yet, under its name in a Hugging Face checkpoint.
+    """A tensor of a GGUF file that has not been read yet.
 
-    Llama's query and key rows are put back from llama.cpp's order (rotary pairs beside each other) to
-    transformers' (in halves).
+    Rows of Llama's query and key projections are reordered from llama.cpp's order (rotary pairs side by side)
+    to transformers' (halves).
 
     Args:
-        heads: whose rows have llama.cpp's order; 0: they have not.
+        file: the GGUF file.
+        stored_name: the tensor's name in the file.
+        name: the tensor's name in a Hugging Face checkpoint.
+        heads: number of heads whose rows must be reordered; 0: none.
     """
 
     file: GgufFile
@@ -110,20 +113,20 @@ class GgufSource:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Outermost dimension first."""
+        """The shape, outermost dimension first."""
         return self.file.tensors[self.stored_name].shape
 
     def values(self) -> torch.Tensor:
-        """Plain numbers keep their dtype, quantized ones become float32.
+        """Read the values: plain numbers keep their dtype, quantized ones become float32.
 
         Raises:
-            ModelUnsupported: a quantization that is not known.
+            ModelUnsupported: an unknown quantization.
         """
         tensor = _tensor(self.file, self.stored_name)
         return tensor[_transformers_order(self.shape[0], self.heads)] if self.heads else tensor
 
     def codes(self) -> QuantizedWeight | None:
-        """The tensor as it is quantized; None where it is not, or in a format that must be converted."""
+        """Read the tensor's codes; None if it is not quantized, or in a format without such codes."""
         entry = self.file.tensors[self.stored_name]
         if len(entry.shape) != 2 or not has_codes(entry.type):
             return None
@@ -132,15 +135,15 @@ class GgufSource:
 
 
 def gguf_sources(path: str | Path) -> Iterator[GgufSource]:
-    """Each tensor.
+    """Iterate over the file's tensors.
 
     Args:
-        path: the GGUF file; it is memory-mapped.
+        path: the GGUF file, which is memory-mapped.
 
     Raises:
         ModelNotFound: there is no such file.
         ModelFileBroken: the file is damaged.
-        ModelUnsupported: an architecture, tensor or quantization that is not known; names it.
+        ModelUnsupported: an unknown architecture, tensor or quantization; names it.
     """
     file = GgufFile(path)
     arch = _architecture(file)
@@ -154,13 +157,13 @@ def gguf_sources(path: str | Path) -> Iterator[GgufSource]:
 
 
 def iterate_gguf_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and values of each tensor, one at a time; errors are those of `gguf_sources`."""
+    """Iterate over names and values of the file's tensors; raise what `gguf_sources` raises."""
     for source in gguf_sources(path):
         yield source.name, source.values()
 
 
 def is_quantized(path: str | Path) -> bool:
-    """Whether some of the matrices have less than 16 bits per weight."""
+    """Return True if some matrices have fewer than 16 bits per weight."""
     plain = {*PLAIN_TYPES, GGMLQuantizationType.BF16}
     return any(entry.type not in plain for entry in GgufFile(path).tensors.values())
 
@@ -190,14 +193,14 @@ def _head_counts(file: GgufFile, arch: str) -> tuple[int, int]:
 
 
 def _vocab_size(file: GgufFile) -> int:
-    """Rows of the embedding: the vocabulary may be shorter, where a checkpoint was padded."""
+    """Return the number of rows of the embedding, which may be padded beyond the vocabulary."""
     if "token_embd.weight" not in file.tensors:
         raise file.broken("the tensor 'token_embd.weight' is missing")
     return file.tensors["token_embd.weight"].shape[0]
 
 
 def _dtype_name(file: GgufFile) -> str:
-    """What to compute in: the type of the matrices; bfloat16 where they are quantized."""
+    """Return the dtype to compute in: that of the matrices, or bfloat16 if they are quantized."""
     kinds = {tensor.type for tensor in file.tensors.values() if len(tensor.shape) > 1}
     if kinds == {GGMLQuantizationType.F32}:
         return "float32"
@@ -218,7 +221,7 @@ def _rope_scaling(file: GgufFile, arch: str, head_dim: int) -> dict[str, Any] | 
 
 
 def _llama3_scaling(file: GgufFile, arch: str, head_dim: int) -> dict[str, Any]:
-    """The rope_scaling entry that gives the divisors in the file; checked against all of them."""
+    """Return the rope_scaling entry that yields the file's divisors, after checking all of them."""
     divisors = torch.from_numpy(file.values(ROPE_FACTORS).copy()).double()
     factor = round(float(divisors.max()))
     theta = float(file.number(f"{arch}.rope.freq_base", 10000.0))
@@ -258,5 +261,5 @@ def _tensor(file: GgufFile, name: str) -> torch.Tensor:
 
 
 def _transformers_order(rows: int, num_heads: int) -> torch.Tensor:
-    """Rows of each head from [pair, half] order to [half, pair] (llama.cpp's permute, undone)."""
+    """Return row indices that turn each head from [pair, half] into [half, pair] order."""
     return torch.arange(rows).reshape(num_heads, -1, 2).transpose(1, 2).reshape(rows)

@@ -1,7 +1,7 @@
-"""GGUF's block formats as codes with scales, where they have that form; nothing is rounded but scales.
+"""GGUF's block formats that consist of codes with scales. Only scales are rounded when they are read.
 
-Layouts are those of ggml-common.h and gguf-py/gguf/quants.py. Of the formats here, a group of 32 has
-four-bit codes with a scale and a minimum (Q4_0, Q4_1, Q4_K) or eight-bit codes with a scale (Q8_0).
+Layouts are those of ggml-common.h and gguf-py/gguf/quants.py. A group of 32 values has four-bit codes with a
+scale and a minimum (Q4_0, Q4_1, Q4_K) or eight-bit codes with a scale (Q8_0).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Groups = tuple[Tensor, Tensor, Tensor]
 
 
 def has_codes(kind: GGMLQuantizationType) -> bool:
-    """Whether `read_codes` knows the format."""
+    """Return True if `read_codes` knows the format."""
     return kind in _READERS
 
 
 def read_codes(raw: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> QuantizedWeight:
-    """A tensor's codes.
+    """Return a tensor's codes.
 
     Args:
-        raw: its bytes as stored.
-        kind: one that `has_codes`.
+        raw: the tensor's bytes as stored.
+        kind: a format that `has_codes`.
         shape: ``(out, in)``.
     """
     bits, read = _READERS[kind]
@@ -43,12 +43,12 @@ def read_codes(raw: Bytes, kind: GGMLQuantizationType, shape: tuple[int, ...]) -
 
 
 def _float16(blocks: Tensor, first: int) -> Tensor:
-    """The float16 at a byte of each block, ``[blocks, 1]``."""
+    """Return the float16 at an offset of each block, ``[blocks, 1]``."""
     return blocks[:, first : first + 2].contiguous().view(torch.float16)
 
 
 def _halves(packed: Tensor) -> Tensor:
-    """All low halves of the bytes, then all high ones."""
+    """Return all low halves of the bytes, then all high ones."""
     return torch.cat((packed & 15, packed >> 4), -1)
 
 
@@ -63,11 +63,11 @@ def _q4_1(blocks: Tensor) -> Groups:
 
 def _q8_0(blocks: Tensor) -> Groups:
     scales = _float16(blocks, 0)
-    return blocks[:, 2:] ^ ZERO, scales, torch.zeros_like(scales)  # two's complement to an offset of 128
+    return blocks[:, 2:] ^ ZERO, scales, torch.zeros_like(scales)  # from two's complement to an offset of 128
 
 
 def _q4_k(blocks: Tensor) -> Groups:
-    """Blocks of 8 groups, whose scales and minima have six bits each and share two float16."""
+    """Read blocks of 8 groups, whose six-bit scales and minima share two float16 factors."""
     scale, minimum, packed = _float16(blocks, 0).float(), _float16(blocks, 2).float(), blocks[:, 4:16]
     low, high, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = torch.cat((low & 63, rest & 15 | low >> 6 << 4), 1)

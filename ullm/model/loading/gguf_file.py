@@ -1,9 +1,8 @@
-"""The GGUF container: its metadata and where its tensors lie. Needs numpy, not torch.
+"""The GGUF container: metadata, and the places of tensors. Needs numpy, not torch.
 
-`gguf.GGUFReader` turns each string of a vocabulary into numpy views, which takes two seconds for
-49k tokens and reads past the end of a truncated file without noticing; this reader takes a tenth of
-that and checks every length against the file's. Format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+`gguf.GGUFReader` turns each string of a vocabulary into numpy views, which takes two seconds for 49k tokens,
+and reads beyond the end of a truncated file without noticing. This reader takes a tenth of that and checks
+every length against the file's. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -52,12 +51,14 @@ PLAIN_TYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where one tensor lies in the file.
+    """The place of a tensor in the file.
 
     Args:
-        shape: outermost dimension first, as torch has it (GGUF writes the reverse).
-        offset: of its first byte from the start of the file.
-        num_bytes: as stored.
+        name: the tensor's name.
+        type: its format.
+        shape: outermost dimension first, as in torch (GGUF stores the reverse).
+        offset: position of its first byte in the file.
+        num_bytes: its size as stored.
     """
 
     name: str
@@ -75,8 +76,8 @@ class GgufFile:
 
     Raises:
         ModelNotFound: there is no such file.
-        ModelFileBroken: it is not GGUF, or it ends before its header or its tensors do.
-        ModelUnsupported: a version or a tensor type that cannot be read.
+        ModelFileBroken: the file is not GGUF, or is truncated.
+        ModelUnsupported: the version, or the type of a tensor, cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -89,24 +90,24 @@ class GgufFile:
             raise self.broken(f"a name in the header is not UTF-8 ({error.reason})") from error
 
     def broken(self, detail: str) -> ModelFileBroken:
-        """The error that says what is wrong with this file."""
+        """Return an error about this file."""
         return ModelFileBroken(self.path, detail)
 
     def require(self, key: str) -> Any:
-        """A metadata value that must be there.
+        """Return a metadata value that must exist.
 
         Raises:
-            ModelFileBroken: it is not; names the key.
+            ModelFileBroken: it does not; names the key.
         """
         if key not in self.metadata:
             raise self.broken(f"the metadata lacks {key!r}")
         return self.metadata[key]
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """A metadata value that must be one positive number.
+        """Return a metadata value that must be one positive number.
 
         Raises:
-            ModelFileBroken: it is missing and has no default, or is something else; names the key.
+            ModelFileBroken: it is missing without a default, or something else; names the key.
         """
         value = self.require(key) if default is None else self.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
@@ -114,15 +115,15 @@ class GgufFile:
         return value
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """A tensor's bytes as stored, a read-only view of the mapped file."""
+        """Return a tensor's bytes as stored, a read-only view of the mapped file."""
         tensor = self.tensors[name]
         return np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
 
     def values(self, name: str) -> npt.NDArray[Any]:
-        """A tensor's values in its shape: float32 if it was quantized, else as stored.
+        """Return a tensor's values in its shape: float32 if it is quantized, else as stored.
 
         Raises:
-            ModelUnsupported: a quantization that `gguf.quants` does not know.
+            ModelUnsupported: `gguf.quants` does not know the quantization.
         """
         tensor, raw = self.tensors[name], self.raw(name)
         if tensor.type in PLAIN_TYPES:
@@ -160,7 +161,7 @@ class GgufFile:
             )
 
     def _take(self, size: int) -> int:
-        """Step over ``size`` bytes and return where they start."""
+        """Skip ``size`` bytes and return their position."""
         start = self._position
         if size > len(self._data) - start:
             raise self.broken(f"truncated: the header needs more than the file's {len(self._data)} bytes")

@@ -1,7 +1,7 @@
-"""A tokenizer.json out of a GGUF file's metadata. Needs `tokenizers`, neither torch nor transformers.
+"""A tokenizer.json from a GGUF file's metadata. Needs `tokenizers`, neither torch nor transformers.
 
-The splits of text are those that llama.cpp's src/llama-vocab.cpp has under the same names; the
-result tokenizes like the model's original tokenizer.json.
+Text is split as llama.cpp's src/llama-vocab.cpp does under the same names. The result tokenizes like the
+model's original tokenizer.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ullm.errors import ModelUnsupported
 from ullm.model.loading.gguf_file import GgufFile
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-"""Token types of GGUF that need more than a place in the vocabulary."""
+"""GGUF's types of tokens that are more than an entry in the vocabulary."""
 SPACE = "▁"
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -35,7 +35,7 @@ _SPLITS = {
     "tekken": _TEKKEN_SPLIT,
 }
 _WHOLE_WORDS_FIRST = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
-"""A word that is a token is that token, whatever the merges would make of it."""
+"""Pre-tokenizers with which a word in the vocabulary is one token, whatever its merges would yield."""
 _ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _GPT2 = ("default", "gpt-2", "gpt2", "olmo", "phi-2", "jina-es", "jina-de", "gigachat", "roberta-bpe", "mpt")
@@ -52,12 +52,12 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
 
     Args:
         path: the GGUF file.
-        folder: where to; created if need be.
+        folder: the folder to write to; created if it does not exist.
 
     Raises:
         ModelNotFound: there is no such file.
         ModelFileBroken: the file is damaged or its vocabulary is inconsistent.
-        ModelUnsupported: a kind of tokenizer or of text splitting that is not known here.
+        ModelUnsupported: an unknown kind of tokenizer or text splitting.
     """
     file, folder = GgufFile(path), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,26 +70,26 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
 
 
 def token_ids(file: GgufFile) -> dict[str, Any]:
-    """``bos_token_id``, ``eos_token_id`` (a list if there are several) and ``pad_token_id``."""
-    found = file.metadata.get
-    ends = [found(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    """Return ``bos_token_id``, ``eos_token_id`` (a list if there are several) and ``pad_token_id``."""
+    get = file.metadata.get
+    ends = [get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     return {
-        "bos_token_id": found("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": found("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": get("tokenizer.ggml.padding_token_id"),
     }
 
 
 def build_tokenizer(file: GgufFile) -> Tokenizer:
-    """The tokenizer that the metadata describe; raises as `write_tokenizer` does."""
+    """Return the tokenizer that the metadata describe; raise what `write_tokenizer` raises."""
     kind = file.require("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
         raise _unsupported(file, f"its tokenizer is {kind!r}; {' and '.join(builders)} can be read")
     try:
         tokenizer = builders[kind](file)
-    except Exception as error:  # what `tokenizers` raises for an inconsistent vocabulary is a bare Exception
+    except Exception as error:  # `tokenizers` raises a bare Exception for an inconsistent vocabulary
         if type(error) is not Exception:
             raise
         raise file.broken(f"the vocabulary is inconsistent: {error}") from error
@@ -107,7 +107,7 @@ def _vocabulary(file: GgufFile) -> dict[str, int]:
 
 
 def _byte_level(file: GgufFile) -> Tokenizer:
-    """BPE over bytes, as GPT-2 has it."""
+    """Return a BPE tokenizer over bytes, like GPT-2's."""
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
     merges = [_pair(file, merge) for merge in file.require("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(BPE(_vocabulary(file), merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
@@ -137,7 +137,7 @@ def _pair(file: GgufFile, merge: str) -> tuple[str, str]:
 
 
 def _sentencepiece(file: GgufFile) -> Tokenizer:
-    """BPE over characters with single bytes to fall back to, as Llama 2 has it."""
+    """Return a BPE tokenizer over characters with single bytes as a fallback, like Llama 2's."""
     vocabulary = _vocabulary(file)
     merges = (
         [_pair(file, merge) for merge in file.metadata["tokenizer.ggml.merges"]]
@@ -163,10 +163,10 @@ def _sentencepiece(file: GgufFile) -> Tokenizer:
 
 
 def _implied_merges(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Merges that make each token out of two others, best scores first.
+    """Return merges that make each token from two others, best scores first.
 
-    SentencePiece merges whichever neighbours give the best-scored token, so listing every way to
-    split a token at the place of its score is the same rule.
+    SentencePiece merges the neighbours that yield the token with the best score. Listing every split of each
+    token, in order of scores, is the same rule.
     """
     tokens, scores = file.require("tokenizer.ggml.tokens"), file.require("tokenizer.ggml.scores")
     if len(tokens) != len(scores):
@@ -198,7 +198,7 @@ def _add_special_tokens(tokenizer: Tokenizer, file: GgufFile) -> None:
 
 
 def _adds(file: GgufFile, which: str) -> bool:
-    """Whether encoding adds the bos or eos token; llama.cpp's defaults where the file does not say."""
+    """Return True if encoding adds the bos or eos token; llama.cpp's default if the file does not say."""
     default = which == "bos" and (
         file.require("tokenizer.ggml.model") == "llama"
         or file.metadata.get("tokenizer.ggml.pre") in _ADDS_BOS

@@ -1,12 +1,11 @@
-"""Weights from safetensors (one file or sharded) or GGUF into a model's parameters.
+"""Load weights from safetensors (one file or sharded) or GGUF into a model's parameters.
 
-The modules say where every tensor goes (`ullm.model.layers.linear.Shard`); here names are matched, shapes
-are checked, and each rank reads only its slice of the memory-mapped files.
+The modules describe where every tensor goes (`ullm.model.layers.linear.Shard`). Here names are matched and
+shapes checked, and each rank reads only its slices of the memory-mapped files.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
+from ullm.hub.files import read_json
 from ullm.logs import get_logger
 from ullm.model.layers.linear import Loadable, RMSNorm, Shard
 from ullm.model.layers.quantization import QuantizedWeight
@@ -29,12 +29,14 @@ DUMMY_SCALE = 0.02
 
 
 @dataclass(frozen=True)
-class Source:
-    """One checkpoint tensor that has not been read yet.
+class TensorSource:
+    """A checkpoint tensor that has not been read yet.
 
     Args:
+        file: the file that holds it.
+        shape: its shape.
         read: ``(dim, start, count)`` → that slice.
-        codes: what is stored, where that are codes which can be used as they are.
+        codes: returns the stored codes, if they can be used as they are.
     """
 
     file: Path
@@ -44,10 +46,10 @@ class Source:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The model's config, shaped like a config.json.
+    """Return the model's config in the form of a config.json.
 
     Raises:
-        ModelNotFound: there is none.
+        ModelNotFound: there is no config.
         ModelFileBroken: it is not a JSON object.
     """
     if path.suffix == ".gguf":
@@ -57,32 +59,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json(path / "config.json")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ModelNotFound: no such file.
-        ModelFileBroken: not JSON, or not an object.
-    """
-    try:
-        value = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelNotFound(f"{file}: no such file; a model folder must have one") from None
-    except (OSError, ValueError) as error:
-        raise ModelFileBroken(file, f"cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelFileBroken(file, "is not a JSON object")
-    return value
-
-
 @torch.no_grad()
 def load_weights(model: nn.Module, path: Path, progress: Callable[[], None]) -> None:
     """Fill the model's parameters.
 
     Raises:
         ModelNotFound: no weights at ``path``.
-        ModelFileBroken: a file is truncated, or a tensor is missing or has another shape; names file
-            and tensor and both shapes.
+        ModelFileBroken: a file is truncated, or a tensor is missing or has another shape; names file,
+            tensor and both shapes.
     """
     missing = targets(model)
     for name, source in iterate_sources(path, missing.keys()):
@@ -100,20 +84,20 @@ def load_weights(model: nn.Module, path: Path, progress: Callable[[], None]) -> 
 
 
 def targets(model: nn.Module) -> dict[str, list[Shard]]:
-    """Checkpoint name → where it goes."""
-    found: dict[str, list[Shard]] = {}
+    """Return, for each tensor of the checkpoint, the shards that it is copied to."""
+    shards: dict[str, list[Shard]] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, Loadable):
             for name, shard in module.shards(prefix):
-                found.setdefault(name, []).append(shard)
-    return found
+                shards.setdefault(name, []).append(shard)
+    return shards
 
 
-def copy_shard(name: str, source: Source, shard: Shard) -> None:
-    """Read a shard's slice into its parameter, converting its numbers.
+def copy_shard(name: str, source: TensorSource, shard: Shard) -> None:
+    """Read a shard's slice into its parameter, converted to its dtype.
 
     Raises:
-        ModelFileBroken: the tensor has another shape than the config says.
+        ModelFileBroken: the tensor has another shape than the config says, or cannot be read.
     """
     if source.shape != shard.full_shape:
         raise ModelFileBroken(
@@ -132,7 +116,7 @@ def copy_shard(name: str, source: Source, shard: Shard) -> None:
 
 @torch.no_grad()
 def fill_dummy(model: nn.Module, seed: int = 0) -> None:
-    """Random weights, norms at 1."""
+    """Fill the parameters with random weights, and norms with 1."""
     generators: dict[torch.device, torch.Generator] = {}
     norms = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
     for parameter in model.parameters():
@@ -149,13 +133,13 @@ def fill_dummy(model: nn.Module, seed: int = 0) -> None:
             weight.copy_(torch.empty(weight.shape).normal_(0.0, DUMMY_SCALE, generator=random))
 
 
-def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, Source]]:
-    """Each tensor of a checkpoint; of a sharded one only files with tensors in ``wanted`` are opened."""
+def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, TensorSource]]:
+    """Iterate over a checkpoint's tensors; of its shards, open only those with ``wanted`` ones."""
     if path.suffix == ".gguf":
         from ullm.model.loading.gguf import gguf_sources
 
         for stored in gguf_sources(path):
-            yield stored.name, Source(path, stored.shape, gguf_reader(stored.values), stored.codes)
+            yield stored.name, TensorSource(path, stored.shape, gguf_reader(stored.values), stored.codes)
     elif (path / INDEX).exists():
         for file in shard_files(path, wanted):
             yield from safetensors_sources(file)
@@ -166,15 +150,15 @@ def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, Source]]:
 
 
 def gguf_reader(values: Callable[[], Tensor]) -> Callable[[int, int, int], Tensor]:
-    """See `Source.read`."""
+    """Return a function for `TensorSource.read`."""
     return lambda dim, start, count: values().narrow(dim, start, count)
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, and what they are listed in.
+    """Return the files that hold a checkpoint's weights, and the index that lists them.
 
     Raises:
-        ModelFileBroken: what is listed is not there.
+        ModelFileBroken: a listed file does not exist.
     """
     if path.suffix == ".gguf":
         return [path]
@@ -184,7 +168,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def shard_files(path: Path, wanted: Any) -> list[Path]:
-    """The files that an index names for the wanted tensors; None: for all."""
+    """Return the files that an index names for the wanted tensors; None: for all."""
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ModelFileBroken(path / INDEX, "has no 'weight_map'")
@@ -195,8 +179,8 @@ def shard_files(path: Path, wanted: Any) -> list[Path]:
     return files
 
 
-def safetensors_sources(file: Path) -> Iterator[tuple[str, Source]]:
-    """Each tensor of one file."""
+def safetensors_sources(file: Path) -> Iterator[tuple[str, TensorSource]]:
+    """Iterate over the tensors of one file."""
     try:
         handle = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -206,7 +190,7 @@ def safetensors_sources(file: Path) -> Iterator[tuple[str, Source]]:
             yield name, _safetensors_source(file, tensors, name)
 
 
-def _safetensors_source(file: Path, tensors: Any, name: str) -> Source:
+def _safetensors_source(file: Path, tensors: Any, name: str) -> TensorSource:
     part = tensors.get_slice(name)
     shape = tuple(part.get_shape())
 
@@ -218,14 +202,14 @@ def _safetensors_source(file: Path, tensors: Any, name: str) -> Source:
         chunk: Tensor = part[index]
         return chunk
 
-    return Source(file, shape, read)
+    return TensorSource(file, shape, read)
 
 
 def reject_quantized(hf: dict[str, Any], file: Path) -> None:
-    """Quantized checkpoints need kernels that ullm does not have.
+    """Refuse quantized checkpoints, which need kernels that ullm does not have.
 
     Raises:
-        ModelUnsupported: names the method.
+        ModelUnsupported: the checkpoint is quantized; names the method.
     """
     quantization = hf.get("quantization_config")
     if quantization:

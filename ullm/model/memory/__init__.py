@@ -1,4 +1,4 @@
-"""A rank's memory: the KV pool, the device's memory, and transfers between host and device.
+"""Memory of a rank: the KV pool, the device's memory, and transfers between host and device.
 
 The lowest folder of the model: imports config, errors, logs and machine.
 """

@@ -1,7 +1,7 @@
-"""What this process holds of a device's memory, and how the system gets it back.
+"""The device memory that this process holds, and how it returns to the system.
 
-Freeing is not giving back: PyTorch keeps freed blocks of a GPU for later, and the C library keeps freed
-pages of the heap. Both are asked to let go, and what is reported is the difference that it made.
+Freed memory is not yet returned: PyTorch keeps freed blocks of a GPU for later, and the C library keeps freed
+pages of the heap. Both are told to release them, and the measured difference is reported.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import torch
 ROLLUP = Path("/proc/self/smaps_rollup")
 
 
-def held(device: torch.device) -> int | None:
-    """Bytes of the device that this process has, unused ones included; on a CPU those that are resident.
+def held_bytes(device: torch.device) -> int | None:
+    """Return the bytes of the device that this process holds, unused ones included; on a CPU, resident ones.
 
     None where the system does not say: outside of Linux.
     """
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     try:
-        # Not statm: what it says may be off by some pages for each of the machine's cores.
+        # Not statm, which may be off by some pages per core.
         lines = ROLLUP.read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:")), None)
 
 
-def let_go(device: torch.device) -> None:
-    """Give the system what is freed but still kept for later."""
+def release_cached_memory(device: torch.device) -> None:
+    """Return memory to the system that is freed but still cached."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -42,27 +42,29 @@ def let_go(device: torch.device) -> None:
             trim(ctypes.c_size_t(0))
 
 
-class Meter:
-    """Measures what releasing something gives back.
+class MemoryMeter:
+    """Measures how much memory each release returns to the system.
 
     Attributes:
-        given_back: what → bytes.
+        freed_bytes: name of what was released → bytes.
     """
 
     def __init__(self, device: torch.device) -> None:
-        let_go(device)
-        self._device, self._held = device, held(device)
-        self.given_back: dict[str, int] = {}
+        release_cached_memory(device)
+        self._device, self._held = device, held_bytes(device)
+        self.freed_bytes: dict[str, int] = {}
 
     def release(self, what: str, free: Callable[[], None], nominal: int) -> None:
-        """Free something, and measure.
+        """Free something and measure the difference.
 
         Args:
-            nominal: bytes that it should be, where nothing can be measured.
+            what: its name in ``freed_bytes``.
+            free: frees it.
+            nominal: bytes to report where nothing can be measured.
         """
         free()
-        let_go(self._device)
-        now = held(self._device)
+        release_cached_memory(self._device)
+        now = held_bytes(self._device)
         measured = nominal if now is None or self._held is None else max(0, self._held - now)
-        self.given_back[what] = measured
+        self.freed_bytes[what] = measured
         self._held = now

@@ -1,4 +1,4 @@
-"""Bringing numbers from the device to Python later, such that nothing waits until they are asked for."""
+"""Copies from the device to the host that run in the background until their values are needed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Fetched:
-    """Copies on the host, under way. On a CPU they are the tensors themselves.
+    """Host copies of tensors, in progress. On a CPU they are the tensors themselves.
 
     Args:
-        tensors: on one device.
+        tensors: the tensors to copy, all on one device.
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -22,11 +22,11 @@ class Fetched:
         self._tensors = tensors
 
     def done(self) -> bool:
-        """Whether `wait` would return at once."""
+        """Return True if `wait` would return at once."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The copies, when they are complete."""
+        """Wait until the copies are complete and return them."""
         if self._event is not None:
             self._event.synchronize()
         return self._tensors

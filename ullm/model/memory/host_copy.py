@@ -1,7 +1,7 @@
-"""Weights that wait in host memory while the device that they belong to is used for something else.
+"""Weights kept in host memory while their device is used for something else.
 
-The tensors stay where they are in the model; only the memory behind them is taken away and given back, so
-that whoever holds a view of a weight need not be told.
+The tensors stay in the model; only the memory behind them is taken away and restored, so views of a weight
+stay valid.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from ullm.logs import get_logger
 log = get_logger(__name__)
 
 CHUNK = 64 << 20
-"""Bytes that are copied at once. PyTorch rounds pinned memory up to a power of two, so that whole weights
-could take twice their size."""
+"""Bytes copied at a time. PyTorch rounds pinned memory up to a power of two, so whole weights could take
+twice their size."""
 
 
 class HostCopy:
-    """Takes the memory of ``tensors``; until `restore` they must not be used.
+    """A copy of tensors on the host, whose device memory is freed; until `restore` they must not be used.
 
-    Pinned where possible: it is copied from several times as fast.
+    The copy is in pinned memory where possible: copying from it is several times as fast.
 
     Args:
-        tensors: on ``device``; those that share memory count once.
+        tensors: tensors on ``device``; those that share memory are copied once.
+        device: where the tensors are.
     """
 
     def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
@@ -42,15 +43,15 @@ class HostCopy:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weights."""
+        """Size of the copy in bytes."""
         return sum(chunk.nbytes for _, chunks in self._parts for chunk in chunks)
 
     def restore(self, progress: Callable[[], None]) -> None:
-        """Give the tensors memory again, with what was in it, and the host its own."""
+        """Allocate the tensors' memory again, copy their values back, and free the host's copy."""
         self._refill(progress)
         self._parts.clear()
         if self._device.type == "cuda":
-            torch._C._host_emptyCache()  # of pinned memory, which PyTorch would keep for later
+            torch._C._host_emptyCache()  # pinned memory, which PyTorch would keep for later
 
     def _refill(self, progress: Callable[[], None]) -> None:
         for storage, chunks in self._parts:
@@ -66,13 +67,13 @@ class HostCopy:
 
 
 def _chunks(storage: torch.UntypedStorage) -> Iterator[Tensor]:
-    """The memory as tensors of bytes."""
+    """Return the memory as tensors of bytes."""
     whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     return iter(torch.split(whole, CHUNK))
 
 
 def _host_chunk(part: Tensor) -> Tensor:
-    """A copy, under way, on the host."""
+    """Start a copy on the host and return it."""
     try:
         host = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
     except RuntimeError as error:  # limits on locked memory

@@ -1,4 +1,4 @@
-"""How many KV blocks there are, and the memory that they live in."""
+"""The number of KV blocks, and the memory that they live in."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from ullm.errors import OutOfMemory
 from ullm.machine import available_memory
 
 VARLEN_BLOCK_MULTIPLE = 256
-"""Flash Attention's paged kernels, which are behind ``varlen_attn``, want such pages."""
+"""Block sizes that Flash Attention's paged kernels take are multiples of this."""
 CPU_SHARE, CPU_LIMIT = 4, 1 * GIB
-"""A CPU's pool gets a quarter of the available memory, at most 1 GiB: more is rarely used before
-compute runs out, and a computer has other things to do."""
+"""A CPU's pool gets a quarter of the available memory, at most 1 GiB: compute usually runs out before a
+larger one would be filled, and other programs need memory too."""
 HUGE_PAGES_FROM = 4 << 20
-"""Bytes of a pool that are worth huge pages."""
+"""Bytes from which on a pool uses huge pages."""
 
 
 @dataclass(frozen=True)
 class KvShape:
-    """What one token's KV looks like on this rank.
+    """Shape of one token's keys and values on this rank.
 
     Args:
-        num_layers: layers with attention.
-        num_kv_heads: KV heads of this rank.
-        head_dim: of keys and of values.
-        num_query_heads: query heads of this rank.
+        num_layers: number of layers with attention.
+        num_kv_heads: number of KV heads of this rank.
+        head_dim: size of each key and value.
+        num_query_heads: number of query heads of this rank.
     """
 
     num_layers: int
@@ -41,22 +41,22 @@ class KvShape:
     num_query_heads: int
 
 
-def true_block_size(block_size: int, *, varlen: bool) -> int:
-    """The block size that is really used."""
+def effective_block_size(block_size: int, *, varlen: bool) -> int:
+    """Return the block size to use: with varlen attention, rounded up to what its kernels take."""
     return -(-block_size // VARLEN_BLOCK_MULTIPLE) * VARLEN_BLOCK_MULTIPLE if varlen else block_size
 
 
 def kv_bytes_per_token(shape: KvShape, dtype: torch.dtype) -> int:
-    """Keys and values of all layers on this rank."""
+    """Return the bytes that one token's keys and values take in all layers of this rank."""
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
 
 
 def count_blocks(config: CacheConfig, block_bytes: int, budget: int) -> int:
-    """How many blocks the pool gets.
+    """Return how many blocks the pool gets.
 
     Args:
-        config: ``num_blocks`` and ``kv_cache_memory`` are obeyed, in this order.
-        block_bytes: of one block, all layers.
+        config: ``num_blocks`` decides if it is set, else ``kv_cache_memory``.
+        block_bytes: bytes of one block in all layers.
         budget: bytes to use if neither is set.
 
     Raises:
@@ -74,10 +74,10 @@ def count_blocks(config: CacheConfig, block_bytes: int, budget: int) -> int:
 
 
 def check_fits(num_blocks: int, block_bytes: int) -> None:
-    """On a CPU the pool's memory is taken as it is used, so that too much would be noticed late.
+    """Check that a CPU's memory can hold a full pool, since its memory is taken only as it is used.
 
     Raises:
-        OutOfMemory: the pool could not be filled.
+        OutOfMemory: the memory is too small.
     """
     need, free = num_blocks * block_bytes, available_memory()
     if need > free:
@@ -88,15 +88,15 @@ def check_fits(num_blocks: int, block_bytes: int) -> None:
 
 
 def cpu_budget() -> int:
-    """Bytes that a CPU's pool gets by default."""
+    """Return the bytes that a CPU's pool gets by default."""
     return min(available_memory() // CPU_SHARE, CPU_LIMIT)
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU that occupy no memory until they are touched, and none once they are freed.
+    """Return zeros on the CPU that occupy no memory until they are touched, and none once they are freed.
 
-    ``torch.zeros`` touches every page, ``torch.empty`` may hold old NaNs, which survive a probability
-    of 0, and memory from either, or from numpy, may go back to a heap instead of to the system.
+    ``torch.zeros`` touches every page; ``torch.empty`` may hold old NaNs, which survive a multiplication by a
+    probability of 0; and memory from either, or from numpy, may return to a heap instead of to the system.
     """
     count = math.prod(shape)
     size = count * dtype.itemsize
@@ -104,11 +104,11 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype, count=count).view(shape)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux" and size >= HUGE_PAGES_FROM:
-        with suppress(OSError):  # a kernel without them
+        with suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
 
 def mib(count: int) -> str:
-    """Bytes for people."""
+    """Format bytes as MiB."""
     return f"{count / (1 << 20):,.1f} MiB"

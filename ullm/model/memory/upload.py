@@ -1,8 +1,8 @@
-"""Bringing numbers from Python to the device, such that nothing waits.
+"""Copies from the host to the device that nothing waits for.
 
-Indexing a tensor on a GPU by a list, or copying what is not pinned, makes the host wait for all that was
-submitted before: with one step ahead, for the whole step that runs. So whatever a step needs is copied from
-pinned memory, and all of it by one copy, because each costs about as much as launching a kernel.
+Indexing a GPU tensor by a list, or copying from memory that is not pinned, makes the host wait for everything
+submitted before: with asynchronous scheduling, for the whole running step. So a step's inputs are copied from
+pinned memory, all of them in one copy, because each copy costs about as much as a kernel launch.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from torch import Tensor
 Array = npt.NDArray[np.generic]
 
 ALIGNMENT = 16
-"""Bytes; views of every type can begin there."""
+"""Bytes; a view of any dtype may start at a multiple."""
 
 
 def upload(device: torch.device, *arrays: Array) -> list[Tensor]:
-    """The arrays as tensors on the device; on a CPU they share the arrays' memory."""
+    """Return the arrays as tensors on the device; on a CPU they share the arrays' memory."""
     if device.type == "cpu":
         return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     return move(device, arrays, pinned=True)
 
 
 def upload_list(device: torch.device, values: Sequence[object], dtype: npt.DTypeLike = np.int64) -> Tensor:
-    """As `upload`, for one list, or lists of equal length."""
+    """Upload one list, or lists of equal length, as `upload` does."""
     return upload(device, np.array(values, dtype=dtype))[0]
 
 
-def pick(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """``tensor[rows]``, rows that ascend; without a copy where they are all."""
+def select_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return ``tensor[rows]`` for ascending rows, without a copy if they are all of them."""
     if len(rows) == len(tensor):
         return tensor
     return tensor.index_select(0, upload_list(tensor.device, rows))
 
 
 def move(device: torch.device, arrays: Sequence[Array], *, pinned: bool) -> list[Tensor]:
-    """Pack the arrays, copy them at once, and take them apart.
+    """Pack the arrays into one buffer, copy it to the device, and return views of the parts.
 
-    PyTorch keeps pinned memory from being used again before copies from it are done.
+    PyTorch does not reuse pinned memory before the copies from it are complete.
     """
     starts, end = [], 0
     for array in arrays:

@@ -1,4 +1,4 @@
-"""From logits to tokens: filters, penalties, the seeded choice of a token, and log probabilities.
+"""Sampling: penalties, filters, the seeded choice of a token from logits, and log probabilities.
 
 Imports memory, protocol and the sampling parameters.
 """

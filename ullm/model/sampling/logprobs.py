@@ -1,4 +1,4 @@
-"""Log probabilities of tokens and of their alternatives, computed now and fetched later."""
+"""Log probabilities of tokens and of their alternatives, copied to the host in the background."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class PendingLogprobs:
     """Log probabilities of some rows, on their way to the host.
 
     Args:
-        rows: which rows of the step these are.
-        num_rows: of the step.
-        counts: how many alternatives each of ``rows`` reports.
-        columns: ``[rows]`` the tokens themselves, their log probabilities, and their ranks, 1 for the most
-            likely; ``[rows, MAX_LOGPROBS]`` log probabilities of the most likely tokens, and which those are.
+        rows: indices of these rows in the step.
+        num_rows: number of rows in the step.
+        counts: number of alternatives to report for each of ``rows``.
+        columns: ``[rows]`` the tokens, their log probabilities, and their ranks, 1 for the most likely;
+            ``[rows, MAX_LOGPROBS]`` log probabilities of the most likely tokens, and their ids.
     """
 
     rows: list[int]
@@ -34,8 +34,8 @@ class PendingLogprobs:
     columns: Fetched
 
     def result(self) -> list[TokenLogprobs | None]:
-        """Wait for them; one entry per row of the step, None for rows that are not in ``rows``."""
-        found: list[TokenLogprobs | None] = [None] * self.num_rows
+        """Wait for them; return one entry per row of the step, None for rows that are not in ``rows``."""
+        results: list[TokenLogprobs | None] = [None] * self.num_rows
         tokens, chosen, ranks, top, top_ids = (column.tolist() for column in self.columns.wait())
         columns = (self.rows, self.counts, tokens, chosen, ranks)
         alternatives = zip(top_ids, top, strict=True)
@@ -43,19 +43,19 @@ class PendingLogprobs:
             zip(*columns, strict=True), alternatives, strict=True
         ):
             best = sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0]))
-            found[row] = TokenLogprobs(token_id=token, logprob=logprob, rank=rank, top=best[:count])
-        return found
+            results[row] = TokenLogprobs(token_id=token, logprob=logprob, rank=rank, top=best[:count])
+        return results
 
 
 def start_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> PendingLogprobs:
-    """Log softmax of ``logits`` at ``tokens`` and at the most likely tokens.
+    """Start computing the log softmax of ``logits`` at ``tokens`` and at the most likely tokens.
 
     Equal alternatives are ordered by their ids.
 
     Args:
         logits: ``[rows, vocab]`` in any float type.
         tokens: ``[rows]`` int64.
-        counts: how many alternatives each row reports, up to `ullm.sampling.MAX_LOGPROBS`.
+        counts: number of alternatives to report for each row, up to `ullm.sampling.MAX_LOGPROBS`.
     """
     starts = range(0, max(len(tokens), 1), CHUNK)
     pieces = [_logprobs(logits[start : start + CHUNK], tokens[start : start + CHUNK]) for start in starts]

@@ -1,8 +1,8 @@
-"""Repetition, presence and frequency penalties, kept on the device.
+"""Repetition, presence and frequency penalties, computed on the device.
 
-Each penalised sequence has a slot: how often it generated each token, and the list of tokens to
-which anything applies. Tokens are recorded as device tensors, so nothing waits for them on the host,
-and applying costs time in the length of the sequences, not in the size of the vocabulary.
+Each penalised sequence has a slot with a count of each generated token and a list of the tokens that any
+penalty applies to. Sampled tokens are recorded as device tensors, so the host does not wait for them.
+Applying the penalties takes time in the length of the sequences, not in the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullm.model.memory.upload import pick, upload, upload_list
+from ullm.model.memory.upload import select_rows, upload, upload_list
 
 MIN_SLOTS = 8
 MIN_CAPACITY = 256
@@ -23,7 +23,7 @@ class PenaltyTable:
     """Slots of penalised sequences.
 
     Args:
-        vocab_size: columns of the logits.
+        vocab_size: number of columns of the logits.
         device: where the logits are.
     """
 
@@ -36,7 +36,7 @@ class PenaltyTable:
         self._free: list[int] = []
 
     def add(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> int:
-        """Take a slot for a sequence with these tokens; returns its number."""
+        """Allocate a slot for a sequence with these tokens; return its number."""
         prompt = [token for token in dict.fromkeys(prompt_ids) if token < self._vocab_size]
         output = [token for token in output_ids if token < self._vocab_size]
         slot = self._take_slot()
@@ -45,13 +45,13 @@ class PenaltyTable:
         tokens, generated = upload(self._device, np.array(prompt + output, dtype=np.int64), counts)
         self._lengths[slot] = len(tokens)
         if len(tokens):
-            self._history[slot] = tokens[0]  # padding repeats a real entry, so that it changes nothing
+            self._history[slot] = tokens[0]  # padding repeats an entry, which changes nothing
             self._history[slot, : len(tokens)] = tokens
         self._counts[slot] = generated
         return slot
 
     def release(self, slot: int) -> None:
-        """Give a slot back."""
+        """Free a slot."""
         self._free.append(slot)
 
     def apply(self, logits: Tensor, rows: Sequence[int], slots: Sequence[int], factors: Tensor) -> None:
@@ -63,8 +63,8 @@ class PenaltyTable:
 
         Args:
             logits: ``[all rows, vocab]`` float32.
-            rows: which rows to penalise.
-            slots: the slot of each of them.
+            rows: indices of the rows to penalise.
+            slots: the slot of each of these rows.
             factors: ``[rows, 3]`` repetition, presence and frequency penalty.
         """
         filled = [index for index, slot in enumerate(slots) if self._lengths[slot]]
@@ -75,7 +75,7 @@ class PenaltyTable:
         longest = max(self._lengths[slots[index]] for index in filled)
         tokens = self._history[where[:, 0], :longest]
         counts = self._counts[where, tokens]
-        repetition, presence, frequency = pick(factors, filled).float().unsqueeze(2).unbind(1)
+        repetition, presence, frequency = select_rows(factors, filled).float().unsqueeze(2).unbind(1)
         values = logits[row, tokens]
         values = torch.where(values > 0, values / repetition, values * repetition)
         logits[row, tokens] = values - frequency * counts - presence * (counts > 0)
@@ -84,6 +84,7 @@ class PenaltyTable:
         """Count one generated token for each of ``slots``.
 
         Args:
+            slots: slots that differ from each other.
             tokens: ``[slots]`` int64 on the device.
         """
         self._reserve(max(self._lengths[slot] for slot in slots) + 1)
@@ -93,7 +94,7 @@ class PenaltyTable:
         first = [slot for slot in slots if not self._lengths[slot]]
         if first:
             begun = [index for index, slot in enumerate(slots) if slot in first]
-            self._history[self._index(first)] = pick(tokens, begun)[:, None]
+            self._history[self._index(first)] = select_rows(tokens, begun)[:, None]
         self._history[where, ends] = tokens
         for slot in slots:
             self._lengths[slot] += 1

@@ -1,14 +1,13 @@
-"""From logits to tokens.
+"""The sampler: from logits to tokens.
 
-For each row, in this order: penalties, logit bias, the ban of end tokens before ``min_tokens``;
-then, unless the row is greedy, temperature, top_k, top_p over what top_k left, min_p (the order of
-transformers), and one draw by inversion of the cumulative distribution. Log probabilities are those
-after the first three, at temperature 1.
+For each row, in this order: penalties, logit bias, the ban of end tokens before ``min_tokens``; then, unless
+the row is greedy, temperature, top_k, top_p over what top_k left, min_p (the order of transformers), and
+sampling by inversion of the cumulative distribution. Log probabilities are those after the first three steps,
+at temperature 1.
 
-A draw is a pure function of (seed, token index), and everything else is computed row by row, so
-that a row's token never depends on what else is in the batch: filters are thresholds on the
-probability (ties with the last token kept are kept, whatever order a sort gives them), sums that
-decide are float64.
+The random number of a token is a pure function of (seed, token index), and everything else is computed row by
+row, so a row's token never depends on the rest of the batch. Filters are thresholds on the probability: ties
+with the last kept token are kept, in whatever order a sort puts them. Sums that decide are float64.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullm.model.memory.upload import pick, upload_list
-from ullm.model.sampling.choose import Choose, choose_tokens, uniform
+from ullm.model.memory.upload import select_rows, upload_list
+from ullm.model.sampling.choose import ChooseTokens, choose_tokens, uniform
 from ullm.model.sampling.logprobs import PendingLogprobs, start_logprobs
 from ullm.model.sampling.penalties import PenaltyTable
 from ullm.protocol.messages import TokenLogprobs
@@ -30,15 +29,17 @@ from ullm.sampling import SamplingParams
 
 
 @dataclass(slots=True)
-class _Sequence:
-    """What the sampler knows of one sequence.
+class _SamplingState:
+    """The sampler's state of one sequence.
 
     Args:
-        index: of the next token to be generated.
-        top_k: 0 where it keeps everything.
-        bias: token ids and what is added to their logits.
+        params: the request's parameters.
+        seed: the request's seed, or a random one.
+        index: index of the next token to be generated.
+        top_k: number of tokens to keep; 0: all.
+        bias: token ids and the numbers to add to their logits.
         banned: end tokens that are impossible before ``min_tokens``.
-        slot: in the penalty table; None without penalties.
+        slot: slot in the penalty table; None without penalties.
     """
 
     params: SamplingParams
@@ -51,12 +52,12 @@ class _Sequence:
 
     @property
     def bans(self) -> bool:
-        """Whether end tokens are banned now."""
+        """True while end tokens are banned."""
         return self.index < self.params.min_tokens and bool(self.banned)
 
     @property
     def adjusts(self) -> bool:
-        """Whether the logits must be changed before anything else."""
+        """True if the logits must be changed before sampling."""
         return self.slot is not None or bool(self.bias[0]) or self.bans
 
 
@@ -64,10 +65,10 @@ class Sampler:
     """Chooses tokens for the sequences of one runner.
 
     Args:
-        vocab_size: columns of the logits.
+        vocab_size: number of columns of the logits.
         device: where the logits are.
         eos_token_ids: tokens that ``min_tokens`` bans besides a request's own stop tokens.
-        choose: one token per row of logits; see `ullm.model.sampling.choose.choose_tokens`.
+        choose: returns one token per row of logits; see `ullm.model.sampling.choose.choose_tokens`.
     """
 
     def __init__(
@@ -75,29 +76,29 @@ class Sampler:
         vocab_size: int,
         device: torch.device,
         eos_token_ids: tuple[int, ...],
-        choose: Choose = choose_tokens,
+        choose: ChooseTokens = choose_tokens,
     ) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._eos_token_ids = eos_token_ids
         self._choose = choose
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, _SamplingState] = {}
         self._penalties = PenaltyTable(vocab_size, device)
         self._adjusted: tuple[Tensor, dict[int, int]] | None = None
 
     @torch.inference_mode()
     def add(self, seq_id: int, params: SamplingParams, token_ids: list[int], num_prompt_tokens: int) -> None:
-        """Take up a sequence, new or resumed.
+        """Add a sequence, new or resumed.
 
         Args:
-            token_ids: the prompt and what was generated before.
+            token_ids: the prompt and the tokens generated so far.
             num_prompt_tokens: length of the prompt; the rest counts as generated.
         """
         self.forget(seq_id)
         banned = {*self._eos_token_ids, *params.stop_token_ids}
         banned = {token for token in banned if token < self._vocab_size}
         bias = {token: value for token, value in params.logit_bias.items() if token < self._vocab_size}
-        sequence = _Sequence(
+        sequence = _SamplingState(
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             index=len(token_ids) - num_prompt_tokens,
@@ -111,80 +112,82 @@ class Sampler:
         self._sequences[seq_id] = sequence
 
     def forget(self, seq_id: int) -> None:
-        """Drop a sequence; one that is not known is ignored."""
+        """Drop a sequence; an unknown one is ignored."""
         sequence = self._sequences.pop(seq_id, None)
         if sequence is not None and sequence.slot is not None:
             self._penalties.release(sequence.slot)
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, seq_ids: list[int], ahead: Sequence[int] | None = None) -> Tensor:
-        """The next token of each sequence; its index advances by one.
+        """Sample the next token of each sequence and advance its index by one.
 
         Args:
-            logits: ``[rows, vocab]`` in any float type; left as it is.
-            seq_ids: the sequence of each row; twice only where ``ahead`` differs.
-            ahead: how many tokens each row's is after its sequence's next one; such a sequence has no
-                penalties and no log probabilities. What is accepted of them is told to `advance`.
+            logits: ``[rows, vocab]`` in any float type; not changed.
+            seq_ids: the sequence of each row; the same one twice only with different ``ahead``.
+            ahead: distance of each row's token from its sequence's next one, with drafts. Such a sequence has
+                neither penalties nor log probabilities. Call `advance` with the number of accepted guesses.
 
         Returns:
-            ``[rows]`` int64 on the device; on CUDA nothing waits for it.
+            ``[rows]`` int64 on the device; on CUDA the host does not wait for it.
         """
         sequences = [self._sequences[seq_id] for seq_id in seq_ids]
-        if ahead is not None:  # copies, whose own advance is lost
+        if ahead is not None:  # copies: advancing them has no effect
             pairs = zip(sequences, ahead, strict=True)
             sequences = [replace(s, index=s.index + more) if more else s for s, more in pairs]
         adjusted = self._adjust(logits, sequences)
         self._adjusted = None if adjusted is logits else (adjusted, _positions(seq_ids))
         filters = [(s.params.temperature, s.top_k, s.params.top_p, s.params.min_p) for s in sequences]
-        draws = [0.0 if s.params.greedy else uniform(s.seed, s.index) for s in sequences]
-        tokens = self._choose(adjusted, filters, draws)
+        uniforms = [0.0 if s.params.greedy else uniform(s.seed, s.index) for s in sequences]
+        tokens = self._choose(adjusted, filters, uniforms)
         penalised = [row for row, sequence in enumerate(sequences) if sequence.slot is not None]
         if penalised:
-            self._penalties.record(_slots(sequences), pick(tokens, penalised))
+            self._penalties.record(_slots(sequences), select_rows(tokens, penalised))
         for sequence in sequences:
             sequence.index += 1
         return tokens
 
     def advance(self, seq_id: int, count: int) -> None:
-        """``count`` tokens ahead of the sequence's next one were accepted."""
+        """Advance a sequence's index by the ``count`` guesses that were accepted."""
         self._sequences[seq_id].index += count
 
     @torch.inference_mode()
     def start_logprobs(self, logits: Tensor, seq_ids: list[int], tokens: Tensor) -> PendingLogprobs:
-        """Compute the log probabilities of sampled tokens, without waiting for a GPU.
+        """Start computing the log probabilities of sampled tokens, without waiting for a GPU.
 
-        Call it after `sample`, with the same arguments, before the next call of `sample`.
+        Call it between `sample` and the next `sample`, with the same arguments.
 
         Args:
-            tokens: what `sample` returned.
+            tokens: the tokens that `sample` returned.
         """
         wanted = [self._sequences[seq_id].params.logprobs for seq_id in seq_ids]
         rows = [row for row, count in enumerate(wanted) if count is not None]
         source, positions = self._adjusted or (logits, _positions(seq_ids))
-        chosen = pick(source, [positions[seq_ids[row]] for row in rows])
-        pending = start_logprobs(chosen, pick(tokens, rows), [count for count in wanted if count is not None])
+        chosen = select_rows(source, [positions[seq_ids[row]] for row in rows])
+        pending = start_logprobs(
+            chosen, select_rows(tokens, rows), [count for count in wanted if count is not None]
+        )
         pending.rows, pending.num_rows = rows, len(seq_ids)
         return pending
 
     def logprobs(self, logits: Tensor, seq_ids: list[int], tokens: Tensor) -> list[TokenLogprobs | None]:
-        """As `start_logprobs`, and wait; None for rows that did not ask."""
+        """Return the log probabilities that `start_logprobs` starts; None for rows that want none."""
         return self.start_logprobs(logits, seq_ids, tokens).result()
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: Tensor, next_token_ids: Sequence[int], k: int) -> list[TokenLogprobs]:
-        """Log probabilities of the prompt's own tokens, without penalties or bias.
+        """Return log probabilities of the prompt's own tokens, without penalties or bias.
 
         Args:
             logits: ``[positions, vocab]``.
-            next_token_ids: ``[positions]``, the token that follows each position.
-            k: alternatives to report.
+            next_token_ids: the token that follows each position.
+            k: number of alternatives to report.
         """
         tokens = upload_list(self._device, next_token_ids)
-        found = start_logprobs(logits, tokens, [k] * len(logits)).result()
-        return [entry for entry in found if entry is not None]
+        entries = start_logprobs(logits, tokens, [k] * len(logits)).result()
+        return [entry for entry in entries if entry is not None]
 
-    def _adjust(self, logits: Tensor, sequences: list[_Sequence]) -> Tensor:
-        """A float32 copy with penalties, bias and bans; ``logits`` itself where no row has any."""
+    def _adjust(self, logits: Tensor, sequences: list[_SamplingState]) -> Tensor:
+        """Return a float32 copy with penalties, bias and bans; ``logits`` itself if no row has any."""
         if not any(sequence.adjusts for sequence in sequences):
             return logits
         logits = logits.to(torch.float32, copy=True)
@@ -204,7 +207,7 @@ class Sampler:
         return logits
 
     def _entries(self, ids_of_rows: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor]:
-        """ScheduledSequence and column indices of the given token ids of each row."""
+        """Return row and column indices of token ids, which are given by row."""
         pairs = [(row, token) for row, ids in ids_of_rows for token in ids]
         rows, columns = upload_list(self._device, pairs).unbind(1)
         return rows, columns
@@ -217,5 +220,5 @@ def _positions(seq_ids: list[int]) -> dict[int, int]:
     return {seq_id: row for row, seq_id in enumerate(seq_ids)}
 
 
-def _slots(sequences: list[_Sequence]) -> list[int]:
+def _slots(sequences: list[_SamplingState]) -> list[int]:
     return [sequence.slot for sequence in sequences if sequence.slot is not None]

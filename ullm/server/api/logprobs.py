@@ -13,31 +13,30 @@ from ullm.server.api.responses import (
     TokenLogprob,
     TopLogprob,
 )
-from ullm.server.api.types import Tokenizer
+from ullm.server.api.types import TokenizerInterface
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 
 
 def finite(logprob: float) -> float:
-    """A log probability as JSON can hold it."""
+    """Return a log probability that JSON can represent."""
     return max(logprob, LEAST_LOGPROB)
 
 
 class Offsets:
-    """Where each token of a text begins: a function of the tokens, in whatever portions they come.
+    """Computes where each token begins in the text; the result does not depend on how tokens are batched.
 
-    Tokens that a character is spread over begin where it does. Neither a stop string, which is held back,
-    nor the portion's end changes anything.
+    Tokens that share a character begin where it begins. A stop string that is held back changes nothing.
 
     Args:
         start: characters before the first token.
-        prompt_token_ids: what the tokens continue.
+        prompt_token_ids: the tokens that precede them.
     """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: TokenizerInterface,
         start: int = 0,
         *,
         prompt_token_ids: Sequence[int] = (),
@@ -49,7 +48,7 @@ class Offsets:
         self._offset = start
 
     def next(self, token_id: int) -> int:
-        """Of one token after the other."""
+        """Return the offset of the next token."""
         offset = self._offset
         self._offset += len(self._decoder.push((token_id,)))
         return offset
@@ -58,21 +57,21 @@ class Offsets:
 def completion_logprobs(
     token_ids: Sequence[int],
     scores: Sequence[TokenLogprobs | None],
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerInterface,
     offsets: Offsets,
 ) -> CompletionLogprobs:
-    """One entry per token; a token without a score, such as a prompt's first, has null."""
-    found = CompletionLogprobs([], [], [], [])
+    """Return one entry per token; a token without a score, such as a prompt's first, has null."""
+    logprobs = CompletionLogprobs([], [], [], [])
     for token_id, score in zip(token_ids, scores, strict=True):
         text = tokenizer.token_text(token_id)
-        found.tokens.append(text)
-        found.text_offset.append(offsets.next(token_id))
-        found.token_logprobs.append(None if score is None else finite(score.logprob))
-        found.top_logprobs.append(None if score is None else _top(text, score, tokenizer))
-    return found
+        logprobs.tokens.append(text)
+        logprobs.text_offset.append(offsets.next(token_id))
+        logprobs.token_logprobs.append(None if score is None else finite(score.logprob))
+        logprobs.top_logprobs.append(None if score is None else _top(text, score, tokenizer))
+    return logprobs
 
 
-def _top(text: str, score: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, float]:
+def _top(text: str, score: TokenLogprobs, tokenizer: TokenizerInterface) -> dict[str, float]:
     top = {tokenizer.token_text(token_id): finite(logprob) for token_id, logprob in score.top}
     return {**top, text: finite(score.logprob)}
 
@@ -85,12 +84,12 @@ def extend(into: CompletionLogprobs, more: CompletionLogprobs) -> None:
     into.text_offset += more.text_offset
 
 
-def chat_logprobs(scores: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> ChatLogprobs:
-    """One entry per token."""
+def chat_logprobs(scores: Sequence[TokenLogprobs], tokenizer: TokenizerInterface) -> ChatLogprobs:
+    """Return one entry per token."""
     return ChatLogprobs([_token(score, tokenizer) for score in scores])
 
 
-def _token(score: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprob:
+def _token(score: TokenLogprobs, tokenizer: TokenizerInterface) -> TokenLogprob:
     top = [
         TopLogprob(tokenizer.token_text(token_id), finite(logprob), list(tokenizer.token_bytes(token_id)))
         for token_id, logprob in score.top
@@ -104,15 +103,15 @@ def _token(score: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprob:
 
 
 def prompt_logprobs(
-    scores: Sequence[TokenLogprobs | None] | None, tokenizer: Tokenizer
+    scores: Sequence[TokenLogprobs | None] | None, tokenizer: TokenizerInterface
 ) -> PromptLogprobs | None:
-    """Per prompt token: the candidates by token id, its own among them; None where there is no score."""
+    """Return the candidates per prompt token by token id, its own included; None where there is no score."""
     if scores is None:
         return None
     return [None if score is None else _candidates(score, tokenizer) for score in scores]
 
 
-def _candidates(score: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, PromptLogprob]:
+def _candidates(score: TokenLogprobs, tokenizer: TokenizerInterface) -> dict[str, PromptLogprob]:
     def candidate(token_id: int, logprob: float, rank: int | None) -> PromptLogprob:
         return PromptLogprob(finite(logprob), rank, tokenizer.token_text(token_id))
 

@@ -1,20 +1,18 @@
-"""``/openapi.json``: every route, with its schemas and each status that it can answer."""
+"""``/openapi.json``: every route of the table, with its schemas and each status that it can answer."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
-from quart import Response
-from quart_trio import QuartTrio
 
 import ullm
-from ullm.config import SleepMode
-from ullm.engine import status as health
-from ullm.server.api import responses, schemas
+from ullm.server.api.responses import ErrorBody
+from ullm.server.api.route import Access, Route
 
-_REF = "#/components/schemas/{name}"
-_DESCRIPTIONS = {
+DESCRIPTIONS = {
     200: "The answer.",
     400: "The request cannot be served as it is; `param` names the field.",
     401: "The key is missing or wrong.",
@@ -28,168 +26,86 @@ _DESCRIPTIONS = {
     500: "The engine failed.",
     503: "The engine is starting, restarting, asleep, or stopping; `Retry-After` says when to come back.",
 }
-_BODY = (400, 404, 408, 413, 415)
-_GENERATE = (*_BODY, 429, 500, 503)
-_CHANGE = (409, 500, 503)
-_ADMIN_BODY = (400, 408, 413, 415)
+"""Status → its meaning, for the documents."""
 
+_REF = "#/components/schemas/{name}"
 _BEARER = {"type": "http", "scheme": "bearer"}
-_COMPONENTS: tuple[Any, ...] = (
-    schemas.CompletionRequest,
-    schemas.ChatCompletionRequest,
-    schemas.TokenizeRequest,
-    schemas.DetokenizeRequest,
-    schemas.InferenceRequest,
-    schemas.SleepRequest,
-    schemas.ShutdownRequest,
-    schemas.ReloadRequest,
-    schemas.FaultsRequest,
-    responses.Completion,
-    responses.ChatCompletion,
-    responses.ChatCompletionChunk,
-    responses.ModelCard,
-    responses.ModelList,
-    responses.Tokenized,
-    responses.Detokenized,
-    responses.Version,
-    responses.Liveness,
-    responses.Sleeping,
-    responses.Inference,
-    responses.Backend,
-    responses.Stopping,
-    responses.Tree,
-    health.Health,
-    health.SleepHealth,
-    health.ReloadReport,
-    responses.ErrorBody,
-)
+_PARAMETER = re.compile(r"\{(\w+)\}")
 
 
-def install(app: QuartTrio, *, secured: bool) -> None:
-    """Add the route to ``app``; the document is built when it is first asked for."""
-    built: list[bytes] = []
-
-    async def document() -> Response:
-        if not built:
-            built.append(msgspec.json.encode(openapi_document(secured=secured)))
-        return Response(built[0], content_type="application/json")
-
-    app.get("/openapi.json")(document)
-
-
-def openapi_document(*, secured: bool = False) -> dict[str, Any]:
-    """The OpenAPI 3.1 document.
+def openapi_document(routes: Sequence[Route], *, secured: bool = False) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of an app's routes.
 
     Args:
         secured: an API key is needed. The admin endpoints need a key of their own in any case.
     """
-    _, components = msgspec.json.schema_components(_COMPONENTS, ref_template=_REF)
-    document: dict[str, Any] = {
+    _, components = msgspec.json.schema_components(list(_schemas(routes)), ref_template=_REF)
+    paths: dict[str, Any] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, components, secured)
+    schemes = {"admin": _BEARER, "key": _BEARER} if secured else {"admin": _BEARER}
+    return {
         "openapi": "3.1.0",
         "info": {"title": "ullm", "version": ullm.__version__},
-        "paths": _paths(secured),
-        "components": {"schemas": components, "securitySchemes": {"admin": _BEARER}},
-    }
-    if secured:
-        document["components"]["securitySchemes"]["key"] = _BEARER
-    return document
-
-
-def _paths(secured: bool) -> dict[str, Any]:
-    model = _get("One model.", responses.ModelCard, (404,), secured)
-    model["parameters"] = [
-        {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-    ]
-    return {
-        "/v1/models": {"get": _get("The models that are served.", responses.ModelList, (), secured)},
-        "/v1/models/{model}": {"get": model},
-        "/v1/completions": {
-            "post": _post(
-                "Continue prompts.",
-                schemas.CompletionRequest,
-                responses.Completion,
-                _GENERATE,
-                secured,
-                responses.Completion,
-            )
-        },
-        "/v1/chat/completions": {
-            "post": _post(
-                "Answer a conversation.",
-                schemas.ChatCompletionRequest,
-                responses.ChatCompletion,
-                _GENERATE,
-                secured,
-                responses.ChatCompletionChunk,
-            )
-        },
-        "/tokenize": {
-            "post": _post(
-                "Text to token ids.", schemas.TokenizeRequest, responses.Tokenized, (*_BODY, 503), secured
-            )
-        },
-        "/detokenize": {
-            "post": _post(
-                "Token ids to text.", schemas.DetokenizeRequest, responses.Detokenized, (*_BODY, 503), secured
-            )
-        },
-        "/inference": {
-            "post": _post(
-                "Continue a prompt.", schemas.InferenceRequest, responses.Inference, _GENERATE, secured
-            )
-        },
-        "/backend": {"get": _get("What serves here, and on what.", responses.Backend, (), secured)},
-        "/live": {"get": _probe("Whether the process is worth keeping.", _ref(responses.Liveness))},
-        "/ready": {"get": _probe("Whether new requests are taken.", _ref(responses.Liveness))},
-        "/health": {"get": _probe("The state, in detail.", _ref(health.Health))},
-        "/is_sleeping": {"get": _get("Whether the engine sleeps.", responses.Sleeping, (), secured=False)},
-        "/version": {"get": _get("The server's version.", responses.Version, (), secured=False)},
-        "/metrics": {"get": _text("Prometheus metrics.")},
-        **_admin_paths(),
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": schemes},
     }
 
 
-def _admin_paths() -> dict[str, Any]:
-    sleep = _admin("Give memory back.", health.SleepHealth, _CHANGE, schemas.SleepRequest)
-    sleep["parameters"] = [
-        {"name": "level", "in": "query", "schema": {"type": "integer", "minimum": 0, "maximum": 3}},
-        {"name": "mode", "in": "query", "schema": {"type": "string", "enum": list(get_args(SleepMode))}},
-    ]
-    wake = _admin("Be awake.", health.SleepHealth, _CHANGE)
-    faults = {
-        "get": _admin("The faults that are armed, and those that happened.", None),
-        "post": _admin("Arm a plan of faults.", None, (), schemas.FaultsRequest, required=True),
-        "delete": _admin("Disarm all faults.", None),
-    }
-    return {
-        "/sleep": {"post": sleep},
-        "/wake": {"post": wake},
-        "/wake_up": {"post": wake},
-        "/admin/shutdown": {
-            "post": _admin("Drain and stop.", responses.Stopping, (), schemas.ShutdownRequest)
-        },
-        "/admin/reload": {
-            "post": _admin("Load the model again.", health.ReloadReport, _CHANGE, schemas.ReloadRequest)
-        },
-        "/admin/tree": {"get": _admin("The supervision tree.", responses.Tree)},
-        "/admin/faults": faults,
-    }
+def _schemas(routes: Sequence[Route]) -> Iterator[Any]:
+    for route in routes:
+        yield from (each for each in (route.request, route.answer, route.event) if each is not None)
+    yield ErrorBody
 
 
-def _admin(
-    summary: str, answer: Any, errors: tuple[int, ...] = (), body: Any = None, *, required: bool = False
-) -> dict[str, Any]:
-    """An admin operation; without ``answer`` it answers with some object."""
-    schema = {"type": "object"} if answer is None else _ref(answer)
-    statuses = (401, 403, *errors, *(_ADMIN_BODY if body is not None else ()))
-    operation: dict[str, Any] = {
-        "summary": summary,
-        "responses": _answers(_json(schema), statuses, secured=False),
-        "security": [{"admin": []}],
-    }
-    if body is not None:
-        operation["requestBody"] = {"required": required, "content": _json(_ref(body))}
+def _operation(route: Route, components: dict[str, Any], secured: bool) -> dict[str, Any]:
+    operation: dict[str, Any] = {"summary": route.summary, "responses": _responses(route, secured)}
+    parameters = [*_path_parameters(route), *_query_parameters(route, components)]
+    if parameters:
+        operation["parameters"] = parameters
+    if route.request is not None:
+        operation["requestBody"] = {"required": not route.optional, "content": _json(_ref(route.request))}
+    if route.access is Access.ADMIN:
+        operation["security"] = [{"admin": []}]
+    elif route.access is Access.KEY and secured:
+        operation["security"] = [{"key": []}]
     return operation
+
+
+def _responses(route: Route, secured: bool) -> dict[str, Any]:
+    schema = _answer_schema(route)
+    content = {route.media_type: {"schema": schema}}
+    if route.event is not None:
+        content["text/event-stream"] = {"schema": _event(route.event)}
+    if route.verdict:
+        return {
+            "200": {"description": "Yes.", "content": content},
+            "503": {"description": "No.", "content": content},
+        }
+    responses = {"200": {"description": DESCRIPTIONS[200], "content": content}}
+    for status in route.error_statuses(secured=secured):
+        responses[str(status)] = {"description": DESCRIPTIONS[status], "content": _json(_ref(ErrorBody))}
+    return responses
+
+
+def _answer_schema(route: Route) -> dict[str, Any]:
+    if route.answer is not None:
+        return _ref(route.answer)
+    return {"type": "object" if route.media_type == "application/json" else "string"}
+
+
+def _path_parameters(route: Route) -> Iterator[dict[str, Any]]:
+    for name in _PARAMETER.findall(route.path):
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+
+
+def _query_parameters(route: Route, components: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the request's fields as parameters; in a query there is no null."""
+    if route.request is None or not route.in_query:
+        return
+    for name, schema in components[route.request.__name__]["properties"].items():
+        (value,) = (each for each in schema["anyOf"] if each.get("type") != "null")
+        yield {"name": name, "in": "query", "schema": value}
 
 
 def _ref(schema: Any) -> dict[str, str]:
@@ -200,47 +116,11 @@ def _json(schema: dict[str, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-def _answers(answer: dict[str, Any], errors: tuple[int, ...], secured: bool) -> dict[str, Any]:
-    found = {"200": {"description": _DESCRIPTIONS[200], "content": answer}}
-    for status in (*errors, *((401,) if secured else ())):
-        content = _json(_ref(responses.ErrorBody))
-        found[str(status)] = {"description": _DESCRIPTIONS[status], "content": content}
-    return found
-
-
-def _get(summary: str, answer: Any, errors: tuple[int, ...], secured: bool) -> dict[str, Any]:
-    operation = {"summary": summary, "responses": _answers(_json(_ref(answer)), errors, secured)}
-    return operation | ({"security": [{"key": []}]} if secured else {})
-
-
-def _post(
-    summary: str, body: Any, answer: Any, errors: tuple[int, ...], secured: bool, event: Any = None
-) -> dict[str, Any]:
-    operation = _get(summary, answer, errors, secured)
-    operation["requestBody"] = {"required": True, "content": _json(_ref(body))}
-    if event is not None:
-        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _event(event)}
-    return operation
-
-
 def _event(schema: Any) -> dict[str, Any]:
     chunk = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"anyOf": [_ref(schema), _ref(responses.ErrorBody)]},
+        "contentSchema": {"anyOf": [_ref(schema), _ref(ErrorBody)]},
     }
     data = {"anyOf": [{"const": "[DONE]"}, chunk]}
     return {"type": "object", "required": ["data"], "properties": {"data": data}}
-
-
-def _probe(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
-    found = {
-        str(status): {"description": text, "content": _json(schema)}
-        for status, text in ((200, "Yes."), (503, "No."))
-    }
-    return {"summary": summary, "responses": found}
-
-
-def _text(summary: str) -> dict[str, Any]:
-    content = {"text/plain": {"schema": {"type": "string"}}}
-    return {"summary": summary, "responses": {"200": {"description": _DESCRIPTIONS[200], "content": content}}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,24 +14,24 @@ from ullm.protocol.messages import ModelInfo
 from ullm.sampling import SamplingParams
 from ullm.server.api import schemas
 from ullm.server.api.errors import InvalidJSON, UnsupportedMediaType, invalid_field
-from ullm.server.api.types import Engine, Tokenizer
+from ullm.server.api.types import EngineInterface, TokenizerInterface
 
 R = TypeVar("R", bound=msgspec.Struct)
 
 _SAMPLING_FIELDS = frozenset(SamplingParams.__dataclass_fields__) & frozenset(
-    schemas.Request.__struct_fields__
+    schemas.GenerationRequest.__struct_fields__
 )
 
 
 TIMEOUT_HEADER = "X-Request-Timeout"
-"""Seconds that a request may take, for clients that cannot add a field to the body."""
+"""Header with a request's timeout in seconds, for clients that cannot add a field to the body."""
 
 
 def json_reader(schema: type[R], *, optional: bool = False) -> Callable[[], Any]:
-    """An async function that reads the current request's body as ``schema``.
+    """Return an async function that reads the current request's body as ``schema``.
 
     Args:
-        optional: no body at all is an empty object.
+        optional: an empty body stands for an empty object.
     """
     decoder = msgspec.json.Decoder(schema)
 
@@ -58,37 +58,50 @@ def _decode(decoder: msgspec.json.Decoder[R], body: bytes) -> R:
         raise InvalidJSON("the body's JSON is nested too deeply") from None
 
 
-def query(schema: type[R]) -> R:
-    """The current request's query as ``schema``; parameters that it does not have are ignored."""
-    given = {name: request.args[name] for name in schema.__struct_fields__ if name in request.args}
+def with_query(body: R) -> R:
+    """Return ``body`` with the fields that it leaves out taken from the current request's query.
+
+    Parameters that the schema does not have are ignored.
+    """
+    schema = type(body)
+    parameters = {name: request.args[name] for name in schema.__struct_fields__ if name in request.args}
     try:
-        return msgspec.convert(given, schema, strict=False)
+        fields = msgspec.convert(parameters, schema, strict=False)
     except msgspec.ValidationError as error:
         raise invalid_field(error) from None
+    present = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not None}
+    return msgspec.structs.replace(fields, **present)
 
 
-def check_model(engine: Engine, model: str | None) -> None:
-    """Raise `ModelUnknown` unless ``model`` is the served one; leaving it out means that one."""
+def check_model(engine: EngineInterface, model: str | None) -> None:
+    """Check that a request names the served model, or none.
+
+    Raises:
+        ModelUnknown: it names another.
+    """
     if model is not None and model != engine.model_name:
         raise ModelUnknown(model, engine.model_name)
 
 
-def loaded(engine: Engine) -> tuple[ModelInfo, Tokenizer]:
-    """The model and its tokenizer.
+def loaded(engine: EngineInterface) -> tuple[ModelInfo, TokenizerInterface]:
+    """Return the model's description and its tokenizer.
 
     Raises:
-        EngineNotReady: it is still loading.
+        EngineNotReady: the model is still loading.
     """
     if engine.info is None or engine.tokenizer is None:
         raise EngineNotReady(str(engine.state))
     return engine.info, engine.tokenizer
 
 
-def sampling_params(fields: schemas.Request, **others: Any) -> SamplingParams:
-    """What the request asks of the sampler; ``others`` win, and None means the default.
+def sampling_params(fields: schemas.GenerationRequest, **others: Any) -> SamplingParams:
+    """Return the sampling parameters of a request.
+
+    Args:
+        others: override the request's fields. None means the default.
 
     Raises:
-        InvalidParameter: names the field.
+        InvalidParameter: a value is out of range; names the field.
     """
     values = {name: getattr(fields, name) for name in _SAMPLING_FIELDS} | others
     if values["timeout"] is None:
@@ -100,7 +113,7 @@ def sampling_params(fields: schemas.Request, **others: Any) -> SamplingParams:
 
 
 def header_timeout() -> float | None:
-    """Seconds that the current request may take by its header.
+    """Return the timeout in the current request's header, in seconds.
 
     Raises:
         InvalidParameter: it is not a number of seconds.
@@ -119,22 +132,8 @@ def header_timeout() -> float | None:
     return seconds
 
 
-def wants_usage(fields: schemas.Request) -> bool:
-    """Whether a stream shall end with the usage."""
-    return bool(fields.stream_options and fields.stream_options.include_usage)
-
-
-def check_token_ids(token_ids: Sequence[int], vocab_size: int, name: str) -> None:
-    """Raise `InvalidParameter` for a token id that is not in the vocabulary."""
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidParameter(
-                f"{name}: token id {token_id} is not in the model's vocabulary of {vocab_size}", name
-            )
-
-
 def template_messages(messages: list[schemas.Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates know them.
+    """Return messages in the form that chat templates expect.
 
     ``developer`` is OpenAI's newer name of ``system``, which templates do not know. Text parts are
     joined by newlines. Arguments of earlier tool calls become objects, which is what templates render.
@@ -188,22 +187,22 @@ _RESERVED_KWARGS = frozenset({"messages", "conversation", "tools", "add_generati
 
 
 async def encode_conversation(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerInterface,
     messages: list[schemas.Message],
     tools: list[schemas.Tool] | None,
     add_generation_prompt: bool | None,
     kwargs: dict[str, Any] | None,
 ) -> list[int]:
-    """The tokens of a conversation.
+    """Return the tokens of a conversation.
 
     Raises:
-        InvalidParameter: messages, or template arguments, that the template cannot take.
+        InvalidParameter: the template does not accept the messages or the arguments.
     """
     reserved = _RESERVED_KWARGS.intersection(kwargs or {})
     if reserved:
         name = min(reserved)
         raise InvalidParameter(
-            f"chat_template_kwargs: {name!r} is not for the template; use the request's own field",
+            f"chat_template_kwargs: {name!r} is set by the server; use the request's own field",
             "chat_template_kwargs",
         )
     return await tokenizer.encode_chat(

@@ -1,4 +1,4 @@
-"""Answers as JSON, in OpenAI's shapes."""
+"""Schemas of responses: OpenAI's and ullm's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ullm.protocol.messages import ModelInfo
 
 
 class PromptTokensDetails(msgspec.Struct):
-    """How many prompt tokens the prefix cache had."""
+    """Number of prompt tokens that the prefix cache had."""
 
     cached_tokens: int = 0
 
@@ -47,7 +47,7 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
-    """One continuation of one prompt, or what is new in it."""
+    """One continuation of one prompt, or a delta of it."""
 
     index: int
     text: str
@@ -57,7 +57,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType | None = msgspec.UNSET
 
 
-class Completion(msgspec.Struct, kw_only=True):
+class TextCompletion(msgspec.Struct, kw_only=True):
     """The answer of ``POST /v1/completions``."""
 
     id: str
@@ -99,7 +99,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
-    """One answer."""
+    """One choice."""
 
     index: int
     message: ChatMessage
@@ -121,14 +121,14 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 
 
 class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What is new in the assistant's turn."""
+    """The delta of the assistant's turn."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):
-    """What is new in one answer."""
+    """The delta of one choice."""
 
     index: int
     delta: Delta
@@ -209,12 +209,12 @@ class Inference(msgspec.Struct, kw_only=True):
     num_generated_tokens: int
 
 
-class Backend(msgspec.Struct, kw_only=True):
+class BackendInfo(msgspec.Struct, kw_only=True):
     """The answer of ``GET /backend``: what serves here, and on what.
 
     Args:
-        info: of the loaded model; None while it loads.
-        versions: package → version; only of what is installed.
+        info: description of the model; None while it loads.
+        versions: package → version, of the installed packages.
     """
 
     model: str
@@ -227,19 +227,23 @@ class Backend(msgspec.Struct, kw_only=True):
 
 
 class Stopping(msgspec.Struct):
-    """The answer of ``POST /admin/shutdown``: within so many seconds, the process is gone."""
+    """The answer of ``POST /admin/shutdown``.
+
+    Args:
+        timeout: seconds within which the process ends.
+    """
 
     state: str
     timeout: float
 
 
-class Child(msgspec.Struct):
-    """A child of the supervision tree.
+class TreeNode(msgspec.Struct):
+    """A child in the supervision tree.
 
     Args:
         status: ``starting``, ``running``, ``restarting`` or ``stopped``.
         kind: ``worker`` or ``supervisor``.
-        restarts: how many times it was started again.
+        restarts: number of restarts.
     """
 
     name: str
@@ -247,21 +251,21 @@ class Child(msgspec.Struct):
     kind: str
     restart: str
     restarts: int
-    children: list[Child]
+    children: list[TreeNode]
 
 
 class Tree(msgspec.Struct):
     """The answer of ``GET /admin/tree``."""
 
     state: str
-    children: list[Child]
+    children: list[TreeNode]
 
 
 class ErrorDetail(msgspec.Struct):
-    """What went wrong.
+    """Description of an error.
 
     Args:
-        param: the request field at fault, if one is.
+        param: the request field that caused it, if any.
     """
 
     message: str
@@ -277,5 +281,5 @@ class ErrorBody(msgspec.Struct):
 
 
 def json_response(answer: object, status: int = 200) -> Response:
-    """An answer as the body of a response."""
+    """Return a response with ``answer`` as its body."""
     return Response(msgspec.json.encode(answer), status=status, content_type="application/json")

@@ -1,6 +1,6 @@
-"""Requests as JSON: OpenAI's fields and ullm's own. Unknown fields are ignored, wrong types are not.
+"""Schemas of requests: OpenAI's fields and ullm's own. Unknown fields are ignored, wrong types are errors.
 
-``null`` stands for a field's default, as clients send it for options that were not set.
+``null`` means a field's default; some clients send it for options that were not set.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from msgspec import Meta
 from ullm.config import MAX_SLEEP_LEVEL, SleepMode
 
 Int = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-"""What the wire to the workers can carry; tighter limits are `ullm.sampling.SamplingParams`' own."""
+"""An integer that can be sent to the workers; `ullm.sampling.SamplingParams` checks tighter limits."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
-    """What a stream carries beside the text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
-class Request(msgspec.Struct, kw_only=True):
+class GenerationRequest(msgspec.Struct, kw_only=True):
     """The fields that completions and chat completions share; see `ullm.sampling.SamplingParams`."""
 
     model: str | None = None
@@ -49,15 +49,20 @@ class Request(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    @property
+    def wants_usage(self) -> bool:
+        """True if a stream is to end with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
-class CompletionRequest(Request, kw_only=True):
+
+class CompletionRequest(GenerationRequest, kw_only=True):
     """``POST /v1/completions``.
 
     Args:
-        prompt: a text, token ids, or a list of either: one request, several prompts.
+        prompt: a text, token ids, or a list of either for several prompts.
         echo: begin the text with the prompt.
         logprobs: report this many alternatives per token.
-        best_of: only what ``n`` says.
+        best_of: must equal ``n``.
     """
 
     prompt: str | list[str | Int | list[Int]]
@@ -69,7 +74,7 @@ class CompletionRequest(Request, kw_only=True):
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
-    """A part of a message; only text is understood."""
+    """A part of a message; only text is supported."""
 
     type: str
     text: str | None = None
@@ -121,11 +126,11 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
     type: str
 
 
-class ChatCompletionRequest(Request, kw_only=True):
+class ChatCompletionRequest(GenerationRequest, kw_only=True):
     """``POST /v1/chat/completions``.
 
     Args:
-        max_completion_tokens: the newer name of ``max_tokens``; wins.
+        max_completion_tokens: newer name of ``max_tokens``, over which it has precedence.
         logprobs: report the log probability of each token, with ``top_logprobs`` alternatives.
         tool_choice: ``auto``, or ``none``, which keeps the tools from the template.
     """
@@ -174,7 +179,7 @@ class SleepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     Args:
         level: 0 to 3; default: ``--sleep-level``.
-        mode: what becomes of admitted requests: they end first, are aborted, or go on after the wake.
+        mode: what happens to admitted requests: they end first, are aborted, or go on after the wake.
     """
 
     level: Annotated[int, Meta(ge=0, le=MAX_SLEEP_LEVEL)] | None = None
@@ -185,7 +190,7 @@ class ShutdownRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """``POST /admin/shutdown``.
 
     Args:
-        timeout: seconds until all is gone; default: ``--shutdown-timeout``.
+        timeout: seconds until everything has ended; default: ``--shutdown-timeout``.
     """
 
     timeout: Annotated[float, Meta(ge=0)] | None = None

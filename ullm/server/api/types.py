@@ -1,4 +1,4 @@
-"""What the HTTP surface needs of an engine; `ullm.engine.Engine` has it, and so do fakes in tests."""
+"""The interfaces that the HTTP surface uses; implemented by `ullm.engine.Engine`, and by fakes in tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ullm.tokenization.detokenizer import IncrementalDecoder
 
 
-class Tokenizer(Protocol):
+class TokenizerInterface(Protocol):
     """Text to token ids and back."""
 
     @property
@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
         """Token ids are below this."""
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of a text."""
+        """Return the tokens of a text."""
 
     async def encode_chat(
         self,
@@ -35,28 +35,28 @@ class Tokenizer(Protocol):
         tools: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """The tokens of a conversation in the model's chat template.
+        """Return the tokens of a conversation in the model's chat template.
 
         Raises:
             InvalidParameter: the template refuses the messages.
         """
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of tokens."""
+        """Return the text of tokens."""
 
     def detokenizer(
         self, *, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
     ) -> IncrementalDecoder:
-        """A decoder for a sequence that continues ``prompt_token_ids``."""
+        """Return a decoder for a sequence that continues ``prompt_token_ids``."""
 
     def token_text(self, token_id: int) -> str:
-        """One token as text, for log probabilities."""
+        """Return one token as text, for log probabilities."""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """One token's bytes, which may be part of a character."""
+        """Return one token's bytes, which may be part of a character."""
 
 
-class Generation(Protocol):
+class GenerationInterface(Protocol):
     """One admitted request; see `ullm.engine.generation.Generation`."""
 
     pace: Callable[[], float] | None
@@ -67,9 +67,9 @@ class Generation(Protocol):
 
     @property
     def prompt_logprobs(self) -> Sequence[TokenLogprobs | None] | None:
-        """One per prompt token once the first output is there, if asked for."""
+        """One per prompt token once the first output has come, if requested."""
 
-    async def __aenter__(self) -> Generation:
+    async def __aenter__(self) -> GenerationInterface:
         """Admit the request."""
 
     async def __aexit__(
@@ -78,34 +78,34 @@ class Generation(Protocol):
         """Abort what has not finished."""
 
     def __aiter__(self) -> AsyncIterator[Output]:
-        """What is new, as it comes."""
+        """Iterate over outputs as they come."""
 
     async def next(self, deadline: float) -> Output | None:
-        """What is new, or None if nothing is before ``deadline``.
+        """Return the next output, or None if none comes before ``deadline``, in trio's time.
 
         Raises:
-            StopAsyncIteration: nothing more will be.
+            StopAsyncIteration: there are no more.
         """
 
 
-class Faults(Protocol):
+class FaultsInterface(Protocol):
     """Plans of faults; see `ullm.faults`."""
 
     def arm(self, plan: str) -> object:
         """Add a plan to what is armed.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: the plan cannot be parsed.
         """
 
     def clear(self) -> object:
         """Disarm everything."""
 
     def describe(self) -> object:
-        """What is armed, and what has happened; encodes to JSON."""
+        """Return what is armed and what has happened; encodes to JSON."""
 
 
-class Engine(Protocol):
+class EngineInterface(Protocol):
     """An engine in any state; before it is ready, ``info`` and ``tokenizer`` may be None."""
 
     @property
@@ -114,26 +114,26 @@ class Engine(Protocol):
 
     @property
     def info(self) -> ModelInfo | None:
-        """What the loaded model is."""
+        """The description of the loaded model."""
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> TokenizerInterface | None:
         """The loaded model's tokenizer."""
 
     @property
     def config(self) -> EngineConfig:
-        """As it serves now."""
+        """The current configuration."""
 
     @property
-    def faults(self) -> Faults:
-        """What is made to go wrong."""
+    def faults(self) -> FaultsInterface:
+        """The fault injector."""
 
     @property
     def state(self) -> str:
-        """One of `ullm.supervision.state.EngineState`."""
+        """One of `ullm.engine.state.EngineState`."""
 
     def check_admission(self) -> None:
-        """Raise what a new request would get.
+        """Return if a new request would be admitted now; cheap.
 
         Raises:
             EngineDraining, EngineNotReady, EngineSleeping, QueueFull, EngineDead
@@ -141,30 +141,30 @@ class Engine(Protocol):
 
     def generate(
         self, prompt: Sequence[int] | str, params: SamplingParams, *, request_id: str | None = None
-    ) -> Generation:
-        """A request that is admitted when the result is entered."""
+    ) -> GenerationInterface:
+        """Make a request, which is admitted when the result is entered."""
 
     def health(self) -> Health:
-        """For probes."""
+        """Return the state, for probes."""
 
     def statistics(self) -> EngineStatistics:
-        """For metrics."""
+        """Return counts, for metrics."""
 
     def children(self) -> tuple[ChildInfo, ...]:
-        """The supervision tree."""
+        """Return the supervision tree."""
 
     def request_shutdown(self, timeout: float | None = None, *, by: str = "shutdown()") -> None:
-        """Begin the orderly stop; returns at once."""
+        """Begin the orderly stop; return at once."""
 
     async def sleep(self, level: int | None = None, mode: SleepMode = "wait") -> SleepHealth:
-        """Give memory back.
+        """Give memory back; return when it is done.
 
         Raises:
             InvalidParameter, EngineNotReady, EngineDraining, EngineDead, EngineBusy
         """
 
     async def wake(self) -> SleepHealth:
-        """Be awake.
+        """Wake up; return when it is done.
 
         Raises:
             EngineNotReady, EngineDraining, EngineDead, EngineBusy

@@ -1,4 +1,4 @@
-"""How often each of many streams is written to.
+"""Pacing: the more streams there are, the less often each of them is written to.
 
 An event costs a front end about as much whether it carries one token or ten, so a server with many
 streams writes to each less often, and with more tokens. Few streams get every token as it comes; the first
@@ -12,29 +12,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 UNPACED_STREAMS = 32
-"""As many streams get every token at once."""
+"""Up to this many streams get every token at once."""
 EVENTS_PER_SECOND = 6000
 """Events that all streams together get beyond that; a quarter of what a front end can write."""
 
 
 def unhurried() -> float:
-    """The pace of an answer that is not streamed: all at its end."""
+    """Return the pace of an answer that is not streamed: everything at its end."""
     return math.inf
 
 
 class Pacer:
-    """Knows how many streams there are."""
+    """Counts the streams and sets their pace."""
 
     def __init__(self) -> None:
         self.streams = 0
 
     def interval(self) -> float:
-        """Seconds between two events of one stream."""
+        """Return the seconds between two events of one stream."""
         return max(0, self.streams - UNPACED_STREAMS) / EVENTS_PER_SECOND
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """One stream more, within this block."""
+        """Count one stream more within this block."""
         self.streams += 1
         try:
             yield

@@ -1,84 +1,147 @@
-"""Server-sent events: what a stream's chunks share is encoded once, the rest per chunk."""
+"""Server-sent events: a stream that a handler opens, writes to, and closes."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
-import msgspec
+import trio
 
-from ullm.server.api.errors import as_request_error, error_body
-from ullm.server.http.connection import Push, Writer
-from ullm.server.http.pacing import Pacer
-from ullm.server.routes.outputs import Job, Outputs
+from ullm.server.api.answers import error_event
 
-if TYPE_CHECKING:
-    from ullm.engine.output import Output
+CHUNKS = "ullm.chunks"
+"""An extension in the scope of a request (ASGI 3, extensions): ``async (bytes) -> None`` sends a piece of a
+body of unknown length, after the start of the response and in place of ``http.response.body``. It is optional
+for the server, and meant for many small pieces, which cost half as much this way."""
 
 KEEP_ALIVE = b": keep-alive\n\n"
-"""A comment, which clients skip (HTML standard, server-sent events, 9.2.6), and proxies do not."""
-DONE = b"data: [DONE]\n\n"
+"""A comment, which clients skip (HTML standard, server-sent events, 9.2.6) and proxies count as traffic."""
 
-_encoder = msgspec.json.Encoder()
+Send = Callable[[Any], Awaitable[None]]
+"""ASGI's ``send``."""
 
+_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache"}
 
-def error_event(error: BaseException) -> bytes:
-    """How a stream that has begun ends with an error."""
-    return b"data: " + error_body(as_request_error(error)) + b"\n\n" + DONE
-
-
-def response(job: Job, pacer: Pacer, produce: Callable[[Writer], Awaitable[None]]) -> Push:
-    """A stream of events, written as often as ``pacer`` allows.
-
-    Args:
-        produce: writes the outputs of ``job``.
-    """
-
-    async def stream(writer: Writer) -> None:
-        job.pace = pacer.interval
-        with pacer.stream():
-            await produce(writer)
-
-    return Push(stream, error_event)
+T = TypeVar("T", covariant=True)
 
 
-class KeptAlive:
-    """Outputs as they come; the client gets a comment whenever it has heard nothing for a while.
-
-    As while its request waits in the queue, for a worker to be restarted, or for the engine to wake up.
+@dataclass(frozen=True)
+class Wire:
+    """Sends the answer to one request.
 
     Args:
-        seconds: of silence.
+        send_chunk: see `CHUNKS`; None where the server does not have it.
     """
 
-    def __init__(self, outputs: Outputs, writer: Writer, seconds: float) -> None:
-        self._outputs, self._writer, self._seconds = outputs, writer, seconds
+    send: Send
+    send_chunk: Callable[[bytes], Awaitable[None]] | None = None
 
-    def __aiter__(self) -> KeptAlive:
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Send the status and the headers."""
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    @property
+    def write(self) -> Callable[[bytes], Awaitable[None]]:
+        """Sends a piece of the body."""
+        return self.send_chunk or self._send_body
+
+    async def _send_body(self, data: bytes) -> None:
+        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def finish(self) -> None:
+        """End the body."""
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class TimedSource(Protocol[T]):
+    """Items that arrive over time."""
+
+    async def next(self, deadline: float) -> T | None:
+        """Return the next item, or None if none comes before ``deadline``, in trio's time.
+
+        Raises:
+            StopAsyncIteration: nothing more will come.
+        """
+
+
+class EventStream:
+    """The body of one response; the status and the headers go with its first piece.
+
+    Args:
+        headers: beside those that every event stream has.
+        keep_alive: seconds of silence after which the client gets a comment.
+    """
+
+    def __init__(self, wire: Wire, headers: Mapping[str, str], keep_alive: float) -> None:
+        self._wire = wire
+        self._send_piece = wire.write
+        self._headers = headers
+        self._keep_alive = keep_alive
+        self._silent_since = trio.current_time()
+        self.started = False
+
+    async def write(self, data: bytes) -> None:
+        """Send events."""
+        if not self.started:
+            headers = {**_HEADERS, **self._headers}
+            await self._wire.start(200, [(name.lower().encode(), v.encode()) for name, v in headers.items()])
+            self.started = True
+        await self._send_piece(data)
+        self._silent_since = trio.current_time()
+
+    def each(self, source: TimedSource[T]) -> KeptAlive[T]:
+        """Iterate over the items of ``source``, with a comment for the client after each silence.
+
+        It is silent while the request waits in the queue, for a restarted worker, or for the engine to wake.
+        """
+        return KeptAlive(self, source)
+
+    @property
+    def comment_due(self) -> float:
+        """Trio time at which the client gets a comment, unless something is written before."""
+        return self._silent_since + self._keep_alive
+
+
+class KeptAlive(Generic[T]):
+    """See `EventStream.each`. No generator, which would have to be closed."""
+
+    def __init__(self, stream: EventStream, source: TimedSource[T]) -> None:
+        self._stream, self._source = stream, source
+
+    def __aiter__(self) -> KeptAlive[T]:
         return self
 
-    async def __anext__(self) -> tuple[int, Output]:
-        while (found := await self._outputs.next(self._writer.silent_since + self._seconds)) is None:
-            await self._writer.write(KEEP_ALIVE)
-        return found
+    async def __anext__(self) -> T:
+        while (item := await self._source.next(self._stream.comment_due)) is None:
+            await self._stream.write(KEEP_ALIVE)
+        return item
 
 
-class ChunkEncoder:
-    """Encodes the chunks of one stream.
+@asynccontextmanager
+async def open_event_stream(
+    wire: Wire, headers: Mapping[str, str], keep_alive: float
+) -> AsyncIterator[EventStream]:
+    """Open the event stream that answers a request; its handler writes to it.
+
+    An error before the first write is raised: the answer is then an error response with a status of its own.
+    A later one ends the stream as an event.
 
     Args:
-        head: the fields that all chunks share.
-        with_usage: chunks say ``"usage": null``, because the last one will have it.
+        wire: of the request.
+        headers: beside those that every event stream has.
+        keep_alive: see `EventStream`.
     """
+    stream = EventStream(wire, headers, keep_alive)
+    try:
+        yield stream
+    except (Exception, BaseExceptionGroup) as error:
+        if not stream.started or _is_cancelled(error):
+            raise
+        await stream.write(error_event(error))
+    await wire.finish()
 
-    def __init__(self, head: dict[str, object], *, with_usage: bool) -> None:
-        self._head = b"data: " + _encoder.encode(head)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
 
-    def choice(self, choice: msgspec.Struct) -> bytes:
-        """An event about one choice."""
-        return b"".join((self._head, _encoder.encode(choice), self._tail))
-
-    def usage(self, usage: msgspec.Struct) -> bytes:
-        """The event with the usage."""
-        return b"".join((self._head, b'],"usage":', _encoder.encode(usage), b"}\n\n"))
+def _is_cancelled(error: BaseException) -> bool:
+    return isinstance(error, BaseExceptionGroup) and error.subgroup(trio.Cancelled) is not None

@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib import metadata
 
 from quart import Response
-from quart_trio import QuartTrio
 
-from ullm.server.api.responses import Backend, json_response
-from ullm.server.api.types import Engine
+from ullm.server.api.responses import BackendInfo, json_response
+from ullm.server.routes.service import Service
 
 PACKAGES = ("ullm", "torch", "transformers", "trio", "hypercorn", "quart")
 
 
-def install(app: QuartTrio, engine: Engine) -> None:
-    """Add the route to ``app``."""
-    versions = {"python": platform.python_version(), **_versions()}
-
-    async def backend() -> Response:
-        config = engine.config
-        return json_response(
-            Backend(
-                model=engine.model_name,
-                state=engine.health().state,
-                transport=config.worker_transport,
-                replicas=config.replicas,
-                tp_size=config.tp_size,
-                info=engine.info,
-                versions=versions,
-            )
+async def backend(service: Service) -> Response:
+    """Describe the model, its workers, and the versions of the packages."""
+    engine = service.engine
+    return json_response(
+        BackendInfo(
+            model=engine.model_name,
+            state=engine.health().state,
+            transport=engine.config.worker_transport,
+            replicas=engine.config.replicas,
+            tp_size=engine.config.tp_size,
+            info=engine.info,
+            versions=_versions(),
         )
+    )
 
-    app.get("/backend")(backend)
 
-
+@cache
 def _versions() -> dict[str, str]:
-    """From the packages' metadata: torch is not imported in this process."""
-    found = {}
+    """Read the versions from the packages' metadata: torch is not imported in this process."""
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue  # as in a bundle without metadata
-    return found
+    return versions

@@ -1,4 +1,4 @@
-"""Running one HTTP request's generations: all their outputs, in one stream, with usage and timings."""
+"""The generations of one HTTP request: all their outputs in one stream, with usage and timings."""
 
 from __future__ import annotations
 
@@ -6,143 +6,149 @@ import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import trio
 
-from ullm.errors import PromptTooLong
+from ullm.errors import InvalidParameter, PromptTooLong
+from ullm.protocol.messages import TokenLogprobs
 from ullm.sampling import SamplingParams
 from ullm.server.api.responses import PromptTokensDetails, Usage
-from ullm.server.api.types import Engine, Generation
-from ullm.server.http.pacing import unhurried
+from ullm.server.api.types import EngineInterface, GenerationInterface
 from ullm.server.metrics import Metrics, RequestTimer
 
 if TYPE_CHECKING:
     from ullm.engine.output import Output
 
 
-class Outputs(Protocol):
-    """What comes of all prompts of a request, in the order in which it comes."""
-
-    def __aiter__(self) -> Outputs:
-        """Itself."""
-
-    async def __anext__(self) -> tuple[int, Output]:
-        """The index of a prompt, and what is new in one of its choices."""
-
-    async def next(self, deadline: float) -> tuple[int, Output] | None:
-        """The same, or None if nothing comes before ``deadline``, in trio's time.
-
-        Raises:
-            StopAsyncIteration: nothing more will come.
-        """
-
-
-_Next = Callable[[float], Awaitable["tuple[int, Output] | None"]]
-
-
-@dataclass
-class Job:
-    """One HTTP request to generate: its prompts, and what has come of them.
+@dataclass(frozen=True)
+class Submission:
+    """The prompts and parameters that one HTTP request submits to the engine.
 
     Args:
         request_id: the response's id; the engine's requests are numbered under it.
-        prompt_field: where the client put the prompt, for errors.
         arrived: trio time from which the request's timeout counts, encoding and queueing included.
-        pace: seconds between outputs; default: for an answer in one piece.
-        generated_tokens: per prompt and choice.
+        prompt_field: the field that the client put the prompt in, for errors.
     """
 
-    engine: Engine
-    metrics: Metrics
     request_id: str
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
     arrived: float
     prompt_field: str = "prompt"
-    pace: Callable[[], float] = unhurried
-    generations: list[Generation] = field(default_factory=list)
-    cached_tokens: dict[int, int] = field(default_factory=dict)
-    generated_tokens: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    @asynccontextmanager
-    async def run(self) -> AsyncIterator[Outputs]:
-        """Admit all prompts, then yield ``(prompt, output)`` as they come; leaving aborts the rest."""
-        timer = RequestTimer(self.metrics)
-        params = self._params_from_now()
-        unique = secrets.token_hex(4)  # clients may use one X-Request-Id twice
-        async with AsyncExitStack() as stack:
-            for index, prompt in enumerate(self.prompts):
-                engine_id = f"{self.request_id}-{unique}-{index}"
-                generation = self.engine.generate(prompt, params, request_id=engine_id)
-                generation.pace = self.pace
-                try:
-                    self.generations.append(await stack.enter_async_context(generation))
-                except PromptTooLong as error:
-                    error.param = self.prompt_field
-                    raise
-            if len(self.generations) == 1:
-                yield _Noted(self, timer, _only(self.generations[0]))
-            else:
-                yield _Noted(self, timer, await stack.enter_async_context(_merged(self.generations)))
-
-    def _params_from_now(self) -> SamplingParams:
-        """With what is left of the timeout."""
+    def params_from_now(self) -> SamplingParams:
+        """Return the parameters with what is left of the timeout."""
         if self.params.timeout is None:
             return self.params
         left = self.arrived + self.params.timeout - trio.current_time()
         return replace(self.params, timeout=max(0.0, left))
 
-    def usage(self, completion_tokens: int | None = None) -> Usage:
-        """Tokens so far; ``completion_tokens`` replaces the generated ones."""
-        prompt = sum(map(len, self.prompts))
-        completion = sum(self.generated_tokens.values()) if completion_tokens is None else completion_tokens
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(sum(self.cached_tokens.values())),
-        )
 
+class Outputs:
+    """The outputs of a submission's prompts, in the order in which they come, within `open`.
 
-class _Noted:
-    """Outputs on their way to the client, with what usage and metrics need taken down.
-
-    No generator, which would have to be closed.
-
-    Args:
-        next_before: see `Outputs.next`.
+    An async iterator of pairs: the number of a prompt, and what is new in one of its choices.
     """
 
-    def __init__(self, job: Job, timer: RequestTimer, next_before: _Next) -> None:
-        self._job, self._timer, self._next = job, timer, next_before
+    def __init__(self, engine: EngineInterface, metrics: Metrics, submission: Submission) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._submission = submission
+        self._generations: list[GenerationInterface] = []
+        self._cached_tokens: dict[int, int] = {}
+        self._generated_tokens: dict[tuple[int, int], int] = {}
+
+    @asynccontextmanager
+    async def open(self, pace: Callable[[], float]) -> AsyncIterator[Outputs]:
+        """Submit all prompts; leaving aborts what has not finished.
+
+        Args:
+            pace: returns the seconds between two outputs; see `ullm.engine.generation.Generation.pace`.
+
+        Raises:
+            RequestError: the engine does not take the request, as in `EngineInterface.generate`.
+        """
+        self._timer = RequestTimer(self._metrics)
+        async with AsyncExitStack() as stack:
+            for generation in self._start(pace):
+                self._generations.append(await self._enter(generation, stack))
+            if len(self._generations) == 1:
+                self._next_before = _only(self._generations[0])
+            else:
+                self._next_before = await stack.enter_async_context(_merged(self._generations))
+            yield self
+
+    def _start(self, pace: Callable[[], float]) -> list[GenerationInterface]:
+        params = self._submission.params_from_now()
+        # Made unique, because clients may use an X-Request-Id twice.
+        name = f"{self._submission.request_id}-{secrets.token_hex(4)}"
+        generations = []
+        for index, prompt in enumerate(self._submission.prompts):
+            generation = self._engine.generate(prompt, params, request_id=f"{name}-{index}")
+            generation.pace = pace
+            generations.append(generation)
+        return generations
+
+    async def _enter(self, generation: GenerationInterface, stack: AsyncExitStack) -> GenerationInterface:
+        try:
+            return await stack.enter_async_context(generation)
+        except (InvalidParameter, PromptTooLong) as error:
+            if error.param == "prompt":
+                error.param = self._submission.prompt_field
+            raise
 
     def __aiter__(self) -> Outputs:
         return self
 
     async def __anext__(self) -> tuple[int, Output]:
-        found = await self.next(math.inf)
-        assert found is not None, "only a deadline ends the wait without an output"
-        return found
+        item = await self.next(math.inf)
+        assert item is not None, "only a deadline ends the wait without an output"
+        return item
 
     async def next(self, deadline: float) -> tuple[int, Output] | None:
-        job = self._job
+        """Return the next output, or None if none comes before ``deadline``, in trio's time.
+
+        Raises:
+            StopAsyncIteration: nothing more will come.
+        """
         try:
-            found = await self._next(deadline)
+            item = await self._next_before(deadline)
         except StopAsyncIteration:
-            self._timer.end(sum(map(len, job.prompts)), sum(job.generated_tokens.values()))
+            usage = self.usage()
+            self._timer.end(usage.prompt_tokens, usage.completion_tokens)
             raise
-        if found is not None:
-            index, output = found
-            job.cached_tokens.setdefault(index, output.num_cached_tokens)
-            job.generated_tokens[index, output.index] = output.num_generated_tokens
-            self._timer.note((index, output.index), len(output.token_ids))
-        return found
+        if item is not None:
+            self._count(*item)
+        return item
+
+    def _count(self, index: int, output: Output) -> None:
+        self._cached_tokens.setdefault(index, output.num_cached_tokens)
+        self._generated_tokens[index, output.index] = output.num_generated_tokens
+        self._timer.note((index, output.index), len(output.token_ids))
+
+    def usage(self) -> Usage:
+        """Return the tokens so far; a prompt counts once, whatever ``n`` is."""
+        prompt = sum(map(len, self._submission.prompts))
+        completion = sum(self._generated_tokens.values())
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(sum(self._cached_tokens.values())),
+        )
+
+    def prompt_logprobs(self, index: int) -> Sequence[TokenLogprobs | None] | None:
+        """Return the log probabilities of a prompt's tokens, once its first output has come, if asked for."""
+        return self._generations[index].prompt_logprobs
 
 
-def _only(generation: Generation) -> _Next:
-    """The outputs of the only prompt."""
+_Next = Callable[[float], Awaitable["tuple[int, Output] | None"]]
+
+
+def _only(generation: GenerationInterface) -> _Next:
+    """Return a function that waits for the outputs of the only prompt."""
 
     async def next_before(deadline: float) -> tuple[int, Output] | None:
         output = await generation.next(deadline)
@@ -152,11 +158,12 @@ def _only(generation: Generation) -> _Next:
 
 
 @asynccontextmanager
-async def _merged(generations: Sequence[Generation]) -> AsyncIterator[_Next]:
+async def _merged(generations: Sequence[GenerationInterface]) -> AsyncIterator[_Next]:
+    """Yield a function that waits for the outputs of several prompts."""
     sender, receiver = trio.open_memory_channel[tuple[int, "Output"]](len(generations))
 
     async def pump(
-        index: int, generation: Generation, into: trio.MemorySendChannel[tuple[int, Output]]
+        index: int, generation: GenerationInterface, into: trio.MemorySendChannel[tuple[int, Output]]
     ) -> None:
         with into:
             async for output in generation:

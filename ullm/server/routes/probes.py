@@ -1,61 +1,58 @@
-"""``/live``, ``/ready``, ``/health``, ``/is_sleeping``, ``/version`` and ``/metrics``.
+"""``/live``, ``/ready``, ``/health``, ``/is_sleeping``, ``/version``, ``/metrics`` and ``/openapi.json``.
 
-They are open to everyone, and cheap. The first three also say in which state the engine is: starting,
-running, restarting, sleeping, draining, …
+They are open to everyone, and cheap. The first three also name the engine's state: starting, running,
+restarting, sleeping, draining, …
 """
 
 from __future__ import annotations
 
 from quart import Response
-from quart_trio import QuartTrio
 
 import ullm
 from ullm.engine.status import Health
 from ullm.server.api.responses import Liveness, Sleeping, Version, json_response
-from ullm.server.api.types import Engine
-from ullm.server.metrics import Metrics
+from ullm.server.routes.service import Service
 
 
-def install(app: QuartTrio, engine: Engine, metrics: Metrics) -> None:
-    """Add the routes to ``app``."""
-
-    async def live() -> Response:
-        """200 while the process is worth keeping: starting and draining count, a failed engine does not."""
-        found = engine.health()
-        return _verdict(found, "live" if found.live else "dead", found.live)
-
-    async def ready() -> Response:
-        """200 while new requests are taken; asleep too, where they wake the engine."""
-        found = engine.health()
-        return _verdict(found, "ready" if found.ready else "not ready", found.ready)
-
-    async def health() -> Response:
-        """As `ready`, with everything that is known."""
-        found = engine.health()
-        return json_response(found, 200 if found.ready else 503)
-
-    async def is_sleeping() -> Response:
-        """Also while it falls asleep or wakes up: whether the engine is anything but awake."""
-        sleep = engine.health().sleep
-        return json_response(Sleeping(sleep.state != "awake", sleep.level))
-
-    async def version() -> Response:
-        return json_response(Version(ullm.__version__))
-
-    async def scrape() -> Response:
-        text, content_type = metrics.render()
-        return Response(text, content_type=content_type)
-
-    for path, view in (
-        ("/live", live),
-        ("/ready", ready),
-        ("/health", health),
-        ("/is_sleeping", is_sleeping),
-        ("/version", version),
-        ("/metrics", scrape),
-    ):
-        app.get(path)(view)
+async def live(service: Service) -> Response:
+    """Answer 200 while the process is worth keeping: unless the engine has failed."""
+    health = service.engine.health()
+    return _verdict(health, "live" if health.live else "dead", health.live)
 
 
-def _verdict(found: Health, status: str, good: bool) -> Response:
-    return json_response(Liveness(status, found.state), 200 if good else 503)
+async def ready(service: Service) -> Response:
+    """Answer 200 while new requests are taken; also asleep, where they wake the engine."""
+    health = service.engine.health()
+    return _verdict(health, "ready" if health.ready else "not ready", health.ready)
+
+
+async def show_health(service: Service) -> Response:
+    """Answer as `ready` does, with everything that is known."""
+    health = service.engine.health()
+    return json_response(health, 200 if health.ready else 503)
+
+
+async def is_sleeping(service: Service) -> Response:
+    """Tell whether the engine is anything but awake, falling asleep and waking up included."""
+    sleep = service.engine.health().sleep
+    return json_response(Sleeping(sleep.state != "awake", sleep.level))
+
+
+async def version(service: Service) -> Response:
+    """Tell the server's version."""
+    return json_response(Version(ullm.__version__))
+
+
+async def scrape(service: Service) -> Response:
+    """Show the metrics in the text format of Prometheus."""
+    text, content_type = service.metrics.render()
+    return Response(text, content_type=content_type)
+
+
+async def openapi(service: Service) -> Response:
+    """Show the OpenAPI document of the app's routes."""
+    return Response(service.document, content_type="application/json")
+
+
+def _verdict(health: Health, status: str, good: bool) -> Response:
+    return json_response(Liveness(status, health.state), 200 if good else 503)

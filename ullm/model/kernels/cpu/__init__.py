@@ -1,1 +1,1 @@
-"""Kernels for CPUs, compiled on the machine they run on where it has a C++ compiler."""
+"""Kernels for CPUs in C++, compiled on the machine that they run on, if it has a compiler."""

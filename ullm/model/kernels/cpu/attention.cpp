@@ -1,4 +1,4 @@
-// Attention over keys and values in pages: normalise and rotate, store, attend.
+// Attention over paged keys and values: normalise and rotate, store, attend.
 //
 // Sums are taken in float32, in an order that depends neither on the batch, nor on how a prompt was cut
 // into chunks, nor on the number of threads; see linear.cpp.
@@ -27,14 +27,14 @@ void rotate(float* head, const float* cosines, const float* sines, int64_t half)
     }
 }
 
-// The pages of one layer are [block][KV head][keys, values]: keys as [head_dim][block_size], so that the
-// scores of neighbouring keys are computed side by side, values as [block_size][head_dim].
+// The pages of one layer are [block][KV head][keys, values]: keys as [head_dim][block_size], so that scores
+// of neighbouring keys are computed side by side, and values as [block_size][head_dim].
 template <typename T>
 inline T* page_of(T* pages, const Step& step, const Layer& layer, int64_t block, int64_t head) {
     return pages + (block * layer.kv_heads + head) * 2 * step.block_size * layer.head_dim;
 }
 
-// Normalise and rotate queries and keys in place, and put keys and values into their pages.
+// Normalise and rotate queries and keys in place, and store keys and values in their pages.
 template <typename T>
 void rotate_and_store(const Step& step, const Layer& layer, float* qkv, T* pages) {
     const int64_t dim = layer.head_dim, half = dim / 2, size = step.block_size;
@@ -62,21 +62,21 @@ void rotate_and_store(const Step& step, const Layer& layer, float* qkv, T* pages
     });
 }
 
-// Where in its sequence the first page begins that a tile sees, and where the last one ends, in blocks.
+// The range of blocks that a tile sees: the first one, and the end of the last.
 inline std::pair<int64_t, int64_t> blocks_of(const Step& step, const Layer& layer, const int32_t* tile) {
     const int64_t first = step.positions[tile[1]] + 1, last = step.positions[tile[1] + tile[2] - 1] + 1;
     const int64_t seen = layer.window ? std::max<int64_t>(0, first - layer.window) : 0;
     return {seen / step.block_size, (last + step.block_size - 1) / step.block_size};
 }
 
-// The pages of the tile that comes next, fetched line by line while this one is computed: they are anywhere in
-// memory, where the processor cannot foresee them, and of many lines at once it would wait for some.
+// The pages of the next tile, prefetched line by line while this one is computed. They are scattered over the
+// memory, so the processor cannot predict them, and it would stall on too many prefetches at once.
 template <typename T>
 class NextPages {
   public:
     NextPages(const Step& step, const Layer& layer, const int32_t* tile, int64_t head, const T* pages)
         : step_(step), layer_(layer), head_(head), pages_(pages) {
-        if (!tile || tile[2] > 1) return;  // of a prompt, the neighbouring tiles have almost the same pages
+        if (!tile || tile[2] > 1) return;  // neighbouring tiles of a prompt have almost the same pages
         std::tie(block_, end_) = blocks_of(step, layer, tile);
         table_ = step.tables + tile[0] * step.table_width;
     }
@@ -103,8 +103,8 @@ class NextPages {
 
 constexpr int BESIDE = 64 / LANES;  // vectors of keys, or of values, that are computed side by side
 
-// Scores of R queries with K times LANES neighbouring keys. So many sums are independent of each other, and
-// each would keep the next addition to itself waiting.
+// Scores of R queries with K times LANES neighbouring keys. The sums are independent of each other, which
+// hides the latency of each addition.
 template <int R, int K, typename T>
 void score(const float* queries, const T* const* keys, const int64_t* places, float* scores,
            int64_t score_stride, int64_t dim, int64_t size, NextPages<T>& next) {
@@ -167,8 +167,8 @@ float largest(const float* values, int64_t count) {
     return most;
 }
 
-// Turn the scores of the keys first ... end - 1 into weights, and those of all others into nothing; returns
-// what the sum of the weighted values must be divided by.
+// Turn the scores of the keys first ... end - 1 into weights and all others into zeros; return the divisor of
+// the sum of weighted values.
 float softmax(float* scores, int64_t first, int64_t end, int64_t width) {
     std::fill(scores, scores + first, 0.0f), std::fill(scores + end, scores + width, 0.0f);
     const float most = largest(scores + first, end - first);
@@ -221,7 +221,7 @@ void attend_tile(const Step& step, const Layer& layer, const int32_t* tile, int6
         if (rows - row == 2) function(std::integral_constant<int, 2>{}, row);
         if (rows - row == 1) function(std::integral_constant<int, 1>{}, row);
     };
-    // In ascending order: in blocks that are smaller than a vector, the next scores replace what is too many.
+    // In ascending order: in blocks smaller than a vector, the following scores overwrite the excess.
     const int64_t each = (size + LANES - 1) / LANES, vectors = (last_block - first_block) * each;
     for (int64_t vector = 0; vector < vectors; vector += BESIDE) {
         const T* keys[BESIDE];
@@ -263,7 +263,7 @@ void attend_tile(const Step& step, const Layer& layer, const int32_t* tile, int6
 template <typename T>
 void attend(const Step& step, const Layer& layer, float* qkv, T* pages, T* out) {
     rotate_and_store(step, layer, qkv, pages);
-    // The longest first: the tiles of a prompt come in ascending order, so begin at their end.
+    // The longest first: a prompt's tiles are in ascending order, so start at the end.
     const int64_t count = step.num_tiles * layer.kv_heads, threads = pool().threads();
     pool().run(count, [&](int64_t number) {
         thread_local std::vector<float> scratch;

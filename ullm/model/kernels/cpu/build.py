@@ -1,8 +1,8 @@
-"""Compile the kernels for this CPU, once, and keep the result in the user's cache.
+"""Compile the kernels for this CPU once and keep the library in the user's cache.
 
-Measured on two cores in bfloat16 with one row of SmolLM2: the calls between the matrix products take
-2.6 ms less in a step than in PyTorch, and the products 3.9 ms less; see docs/performance.md. Without a
-compiler, or on Windows, the model runs without them.
+Measured on two cores in bfloat16 with one row of SmolLM2: the calls between the matrix products take 2.6 ms
+less per step than in PyTorch, and the products 3.9 ms less; see docs/performance.md. Without a compiler, and
+on Windows, the model runs without the kernels.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ COMPILE_SECONDS = 120.0
 
 
 class NoLibrary(Exception):
-    """The kernels cannot be had; says why, and what helps."""
+    """The kernels are not available; the message says why, and the remedy."""
 
 
 def open_library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with a line in the log that says why, where they cannot be had."""
+    """Return the compiled kernels; None, and a log line, if they are not available."""
     try:
         return _open_library()
     except NoLibrary as error:
@@ -50,7 +50,7 @@ def open_library() -> ctypes.CDLL | None:
 
 
 def why_no_library() -> str:
-    """Why `open_library` has found none, and what helps; empty where it finds one."""
+    """Return why the kernels are not available, and the remedy; empty if they are."""
     try:
         _open_library()
     except NoLibrary as error:
@@ -68,20 +68,20 @@ def _open_library() -> ctypes.CDLL:
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except subprocess.SubprocessError as error:
-        said = " ".join(str(getattr(error, "stderr", None) or error).split())[-400:]
+        output = " ".join(str(getattr(error, "stderr", None) or error).split())[-400:]
         raise NoLibrary(
-            f"{compiler} could not compile them: {said}; set CXX to another compiler, as g++ or clang++, and "
-            "see that its folder for temporary files, and ULLM_CACHE, have room"
+            f"{compiler} could not compile them: {output}; set CXX to another compiler, such as g++ or "
+            "clang++, and make sure that its folder for temporary files and ULLM_CACHE have free space"
         ) from None
     except OSError as error:
         raise NoLibrary(
-            f"they cannot be kept in {path.parent}: {error.strerror or error}; make that a folder where this "
-            "user can write and run programs, or set ULLM_CACHE to another one"
+            f"they cannot be kept in {path.parent}: {error.strerror or error}; let this user write and run "
+            "programs there, or set ULLM_CACHE to another folder"
         ) from None
 
 
 def library_path() -> Path | None:
-    """Where the compiled kernels are, or will be; None where there is no compiler for them."""
+    """Return the path of the compiled kernels, which may not exist yet; None without a compiler."""
     compiler = find_compiler()
     if compiler is None or os.name == "nt":
         return None
@@ -89,13 +89,13 @@ def library_path() -> Path | None:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: ``$CXX``, or the first of the usual ones."""
+    """Return the C++ compiler: ``$CXX``, or the first of the usual ones that exists."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
-    return next((found for name in names if (found := shutil.which(name))), None)
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Beside the final name and then renamed, so that two processes may do it at once."""
+    """Compile beside the final path and rename, so that two processes may compile at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
@@ -122,14 +122,14 @@ def _run(command: list[str]) -> None:
 
 
 def _key(compiler: str) -> str:
-    """Differs with the source, the compiler and the CPU: a cache may be on a disk that machines share."""
+    """Return a digest of source, compiler and CPU: the cache may be on a disk that machines share."""
     parts = [(FOLDER / name).read_bytes() for name in (*SOURCES, *HEADERS)]
     parts += [text.encode() for text in (*FLAGS, compiler, str(os.stat(compiler).st_mtime), _cpu())]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
 def _cpu() -> str:
-    """What ``-march=native`` depends on."""
+    """Describe the CPU as far as ``-march=native`` depends on it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text(errors="replace").splitlines()

@@ -1,7 +1,8 @@
-// One token per row of logits: the most likely one, or one drawn from the filtered distribution.
+// The choice of one token per row of logits: the most likely one, or one sampled from the filtered
+// distribution.
 //
-// As `choose_tokens` in draws.py, which says what the filters mean. Rows are independent of each other, and
-// sums are in an order that depends on the row alone.
+// The same as `choose_tokens` in sampling/choose.py, which defines the filters. Rows are independent of each
+// other, and sums are taken in an order that depends on the row alone.
 
 #include <algorithm>
 #include <functional>
@@ -12,18 +13,19 @@
 
 namespace {
 
-constexpr int VECTORS = 4;  // as many comparisons that do not wait for each other
+constexpr int VECTORS = 4;  // independent comparisons in flight
 constexpr int STRIDE = VECTORS * LANES;
-constexpr int SPAN = 128;  // neighbouring tokens whose weights are added up first
+constexpr int SPAN = 128;  // neighbouring tokens whose weights are summed first
 
 typedef double doubles __attribute__((vector_size(8 * LANES), aligned(8)));
 
-// Of one row: as in draws.py, and where to pass the cumulated distribution. Temperature 0: the most likely one.
-struct Filter {
-    double temperature, top_k, top_p, min_p, draw;
+// The filter of a row, as in sampling/choose.py, and its uniform number. Temperature 0: the most likely
+// token.
+struct SamplingFilter {
+    double temperature, top_k, top_p, min_p, uniform;
 };
 
-// The first of the largest. A number that is none is never larger.
+// Index of the first of the largest values. NaN is never larger.
 int64_t argmax(const float* values, int64_t count) {
     floats most[VECTORS];
     ints where[VECTORS], here[VECTORS];
@@ -42,17 +44,17 @@ int64_t argmax(const float* values, int64_t count) {
             here[v] += STRIDE;
         }
     float best = -__builtin_inff();
-    int64_t found = 0;
+    int64_t best_index = 0;
     const auto consider = [&](float value, int64_t index) {
-        if (value > best || (value == best && index < found)) best = value, found = index;
+        if (value > best || (value == best && index < best_index)) best = value, best_index = index;
     };
     for (int v = 0; v < VECTORS; ++v)
         for (int lane = 0; lane < LANES; ++lane) consider(most[v][lane], where[v][lane]);
     for (; i < count; ++i) consider(values[i], i);
-    return found;
+    return best_index;
 }
 
-// exp((logit - largest) / temperature), filled up with zeros to whole spans. What is below 1e-38 is zero, too.
+// exp((logit - largest) / temperature), padded with zeros to whole spans. Weights below 1e-38 become zero.
 void weigh(const float* logits, int64_t count, float largest, float temperature, std::vector<float>& weights) {
     weights.assign((count + SPAN - 1) / SPAN * SPAN, 0);
     const float factor = 1 / temperature;
@@ -69,7 +71,7 @@ void weigh(const float* logits, int64_t count, float largest, float temperature,
     }
 }
 
-// The sums of the spans up to and with each.
+// Cumulative sums of the spans' weights.
 void cumulate(const std::vector<float>& weights, std::vector<double>& ends) {
     ends.clear();
     double sum = 0;
@@ -88,7 +90,7 @@ double total(const float* values, const float* end) {
     return sum;
 }
 
-// Of the values, taken in descending order, the one with which their sum reaches `needed`; else the last one.
+// The value at which the sum of the values, in descending order, reaches `needed`; otherwise the last one.
 float reach(float* values, float* end, double needed) {
     for (double before = 0; end - values > 1;) {
         float* const middle = values + (end - values) / 2;
@@ -102,10 +104,10 @@ float reach(float* values, float* end, double needed) {
     return *values;
 }
 
-// The weights that are not below `least`, in order of tokens.
-void collect(const std::vector<float>& weights, float least, std::vector<float>& found) {
-    found.resize(weights.size() + LANES);
-    float* to = found.data();
+// Collect the weights of at least `least`, in order of tokens.
+void collect(const std::vector<float>& weights, float least, std::vector<float>& kept_weights) {
+    kept_weights.resize(weights.size() + LANES);
+    float* to = kept_weights.data();
     for (size_t i = 0; i < weights.size(); i += LANES) {
         const floats here = load_floats(weights.data() + i);
 #ifdef __AVX512F__
@@ -116,19 +118,19 @@ void collect(const std::vector<float>& weights, float least, std::vector<float>&
         for (int lane = 0; lane < LANES; ++lane) *to = here[lane], to += here[lane] >= least;
 #endif
     }
-    found.resize(to - found.data());
+    kept_weights.resize(to - kept_weights.data());
 }
 
-// The smallest weight that top_k and then top_p keep. Few tokens have most of the weight, so at first only
-// those are looked at that are not much less likely than the most likely one, whose weight is 1.
-float lowest_kept(const std::vector<float>& weights, double sum, const Filter& filter) {
+// The smallest weight that top_k and then top_p keep. Few tokens have most of the weight, so those that are
+// not much less likely than the most likely one, whose weight is 1, are tried first.
+float lowest_kept(const std::vector<float>& weights, double sum, const SamplingFilter& filter) {
     thread_local std::vector<float> likely;
     for (const float least : {1e-2f, 1e-3f, 1e-4f, 1e-5f, 1e-38f}) {
         collect(weights, least, likely);
         float* const begin = likely.data();
         const bool all = least == 1e-38f, limited = filter.top_k > 0;
         int64_t count = likely.size();
-        if (!count) return 0;  // of numbers that are none
+        if (!count) return 0;  // all weights are NaN
         if (limited && count < filter.top_k && !all) continue;
         if (limited && count > filter.top_k) {
             count = int64_t(filter.top_k);
@@ -141,24 +143,25 @@ float lowest_kept(const std::vector<float>& weights, double sum, const Filter& f
     return 0;
 }
 
-// The token with which the cumulated weights, in order of tokens, pass their share `draw`; never one of weight 0.
-int64_t invert(const std::vector<float>& weights, const std::vector<double>& ends, double draw) {
-    const double target = draw * ends.back();
+// The token at which the cumulative weights, in order of tokens, exceed the fraction `uniform` of their sum;
+// never one of weight 0.
+int64_t invert(const std::vector<float>& weights, const std::vector<double>& ends, double uniform) {
+    const double target = uniform * ends.back();
     size_t span = 0;
     while (span + 1 < ends.size() && !(ends[span] > target)) ++span;
     double sum = span ? ends[span - 1] : 0;
-    int64_t found = -1;
+    int64_t token = -1;
     for (size_t i = span * SPAN; i < (span + 1) * SPAN; ++i) {
         if (!(weights[i] > 0)) continue;
-        found = i, sum += weights[i];
-        if (sum > target) return found;
+        token = i, sum += weights[i];
+        if (sum > target) return token;
     }
-    for (int64_t i = span * SPAN; found < 0 && i > 0;)  // rounding has led past all that weigh anything
-        if (weights[--i] > 0) found = i;
-    return std::max<int64_t>(found, 0);
+    for (int64_t i = span * SPAN; token < 0 && i > 0;)  // rounding has led beyond the last token with a weight
+        if (weights[--i] > 0) token = i;
+    return std::max<int64_t>(token, 0);
 }
 
-int64_t choose(const float* logits, int64_t count, const Filter& filter) {
+int64_t choose(const float* logits, int64_t count, const SamplingFilter& filter) {
     const int64_t first = argmax(logits, count);
     if (filter.temperature == 0) return first;
     thread_local std::vector<float> weights;
@@ -171,16 +174,16 @@ int64_t choose(const float* logits, int64_t count, const Filter& filter) {
         for (float& weight : weights) weight = weight < floor ? 0 : weight;
         cumulate(weights, ends);
     }
-    return invert(weights, ends, filter.draw);
+    return invert(weights, ends, filter.uniform);
 }
 
 }  // namespace
 
 extern "C" {
 
-// Of `rows` rows of `columns` logits, whose beginnings are `stride` apart.
-void choose_tokens(const float* logits, int64_t rows, int64_t columns, int64_t stride, const Filter* filters,
-                   int64_t* out) {
+// Choose a token for each of `rows` rows of `columns` logits, which start `stride` numbers apart.
+void choose_tokens(const float* logits, int64_t rows, int64_t columns, int64_t stride,
+                   const SamplingFilter* filters, int64_t* out) {
     in_pieces(rows, 1, [&](int64_t row, int64_t end) {
         for (; row < end; ++row) out[row] = choose(logits + row * stride, columns, filters[row]);
     });

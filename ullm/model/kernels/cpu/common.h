@@ -1,7 +1,7 @@
-// Numbers, and vectors of them.
+// Floats and bfloat16, and vectors of them.
 //
-// Everything here is plain C++20 with the vector extensions that GCC and Clang share, and intrinsics where a
-// compiler makes too much of those. A vector is one register of AVX-512 or AVX2 and two of NEON: GCC computes
+// This is plain C++20 with the vector extensions that GCC and Clang share, and intrinsics where a compiler
+// makes slow code of those. A vector is one register of AVX-512 or AVX2 and two of NEON: GCC computes
 // vectors that are wider than a register element by element (measured with GCC 12: a tenth of the speed).
 
 #pragma once
@@ -20,8 +20,8 @@ constexpr int LANES = 8;
 constexpr int REGISTERS = 16;
 #endif
 
-// How many of `vectors` neighbouring vectors are computed at once for `rows` rows, such that the sums stay in
-// registers, and the weights and an input beside them. A divisor of `vectors`.
+// How many of `vectors` neighbouring vectors to compute at once for `rows` rows, so that the sums, the
+// weights and an input fit into registers. A divisor of `vectors`.
 constexpr int at_once(int rows, int vectors) {
     while (vectors > 1 && rows * vectors > REGISTERS * 3 / 4) vectors /= 2;
     return vectors;
@@ -44,7 +44,7 @@ inline float load(const bfloat16* from) {
     return value;
 }
 
-// Rounds to nearest, ties to even.
+// Round to nearest, ties to even.
 inline void store(float* to, float value) { *to = value; }
 inline void store(bfloat16* to, float value) {
     uint32_t bits;
@@ -54,7 +54,7 @@ inline void store(bfloat16* to, float value) {
 
 inline floats load_floats(const float* from) { return *reinterpret_cast<const floats*>(from); }
 inline floats load_floats(const bfloat16* from) {
-#ifdef __AVX512F__  // GCC 12 makes five instructions of the conversion below
+#ifdef __AVX512F__  // GCC 12 compiles the conversion below to five instructions
     return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
 #elif defined(__AVX2__)
     return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
@@ -77,12 +77,12 @@ inline float sum_of_squares(const float* x, int64_t size) {
     return total(sums);
 }
 
-// exp(x) as 2^n * 2^f, with |f| <= 1/2 and 2^f by its Taylor series to the sixth power: a relative error
-// below 3e-7. Below -87 the result is 1.6e-38, which is nothing beside a largest weight of 1.
+// exp(x) as 2^n * 2^f, with |f| <= 1/2 and 2^f by its Taylor series to the sixth power: the relative error is
+// below 3e-7. Below -87 the result is 1.6e-38, which is negligible beside a largest weight of 1.
 inline floats exponential(floats x) {
     x = x < -87.0f ? floats{} - 87.0f : x;
     x = (x > 88.0f ? floats{} + 88.0f : x) * 1.44269504f;
-    const floats shifted = x + 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
+    const floats shifted = x + 12582912.0f;  // 1.5 * 2^23: adding it rounds to integers
     const floats f = (x - (shifted - 12582912.0f)) * 0.693147181f;
     const floats p =
         1 + f * (1 + f * (0.5f + f * (1 / 6.0f + f * (1 / 24.0f + f * (1 / 120.0f + f * (1 / 720.0f))))));
@@ -90,7 +90,7 @@ inline floats exponential(floats x) {
     return p * (floats)exponent;
 }
 
-// Weights to fetch from memory into the cache while others are multiplied, in as many parts as there are steps.
+// Weights to prefetch into the cache while others are multiplied: some lines in each step.
 struct Ahead {
     const char* from;  // null: nothing
     int64_t lines;     // per step

@@ -1,4 +1,4 @@
-"""The compiled kernels as functions of tensors; the C++ files say what they compute."""
+"""The compiled kernels as functions of tensors. The C++ files describe the computations."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from ullm.model.kernels.cpu.build import open_library
 from ullm.model.layers.linear_kernels import Linear
 from ullm.model.layers.quantization import QuantizedWeight, num_groups
-from ullm.model.sampling.choose import Filter
+from ullm.model.sampling.choose import SamplingFilter
 
 LANES = 16
-"""Floats that are computed side by side; sizes must be multiples. As in common.h."""
+"""Floats of the widest vector in common.h; sizes must be multiples."""
 COLUMNS = 64
 """Outputs of a linear layer that are packed together. As in linear.cpp."""
 QUANTIZED_COLUMNS = 32
-"""The same of quantized weights. As in quantized.cpp."""
+"""Outputs of a quantized linear layer that are packed together. As in quantized.cpp."""
 ALIGNMENT = 64
 """Bytes of a vector."""
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -66,10 +66,10 @@ class BlockStruct(ctypes.Structure):
     )
 
 
-class Kernels:
-    """The kernels for one kind of number, ``dtype``: what linear layers take, weights and pages hold.
+class CpuKernels:
+    """The kernels for one dtype, which linear layers take as input, and weights and KV pages hold.
 
-    What lies between is float32. All tensors are contiguous and on the CPU.
+    Everything in between is float32. All tensors are contiguous and on the CPU.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
@@ -77,9 +77,9 @@ class Kernels:
         self._library = library
 
         def function(name: str, *types: type) -> ctypes._NamedFuncPointer:
-            found = library[f"{name}_{NAMES[dtype]}"]
-            found.argtypes, found.restype = types, None
-            return found
+            kernel = library[f"{name}_{NAMES[dtype]}"]
+            kernel.argtypes, kernel.restype = types, None
+            return kernel
 
         pointer, structs = c_void_p, (POINTER(StepStruct), POINTER(LayerStruct))
         self._pack = function("pack", pointer, pointer, c_int64, c_int64)
@@ -95,11 +95,11 @@ class Kernels:
         self._decoder_layers = function("decoder_layers", *blocks, c_int64, c_int64, *(pointer,) * 4)
 
     def use_threads(self, threads: int) -> None:
-        """How many threads compute, the calling one included; for all kernels of this process."""
+        """Set how many threads compute, the calling one included, for all kernels of this process."""
         self._library.use_threads(c_int64(threads))
 
     def pack(self, weight: Tensor) -> Tensor:
-        """See `linear_kernels.LinearKernel`; an ordinary tensor, which may be kept in a file."""
+        """See `LinearKernel.pack`; returns an ordinary tensor, which may be kept in a file."""
         out_features, in_features = weight.shape
         groups = -(-out_features // COLUMNS)
         packed = torch.empty(groups * COLUMNS * in_features, dtype=self.dtype)
@@ -107,7 +107,7 @@ class Kernels:
         return packed
 
     def linear(self, packed: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Linear:
-        """See `ullm.model.layers.linear_kernels.LinearKernel`; the outputs are float32."""
+        """See `LinearKernel.linear`; the outputs are float32."""
         offsets = None if bias is None else bias.float().contiguous()
         weights, start = packed.data_ptr(), None if offsets is None else offsets.data_ptr()
         compute = self._linear_quantized if packed.dtype == torch.uint8 else self._linear
@@ -121,7 +121,10 @@ class Kernels:
         return multiply
 
     def pack_quantized(self, weight: QuantizedWeight) -> Tensor:
-        """``Header``, ``Part`` of each part, and their weights; see quantized.cpp."""
+        """Return a ``Header``, a ``Part`` for each run of outputs with the same bits, and their weights.
+
+        See quantized.cpp for the layout.
+        """
         parts, header, sizes = weight.parts(), list[int](), list[int]()
         offset = -(-(64 + 32 * len(parts)) // ALIGNMENT) * ALIGNMENT
         for bits, first, count in parts:
@@ -142,7 +145,7 @@ class Kernels:
         return packed
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """``x [rows, size]`` += ``delta``; returns the norm of it times ``weight``, in ``dtype``."""
+        """Add ``delta`` to ``x [rows, size]`` in place; return its norm times ``weight``, in ``dtype``."""
         rows, size = x.shape
         out = torch.empty((rows, size), dtype=self.dtype)
         source = None if delta is None else delta.data_ptr()
@@ -150,14 +153,18 @@ class Kernels:
         return out
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """``[rows, 2 * size]`` → ``[rows, size]`` in ``dtype``."""
+        """Return ``silu(gate) * up``: ``[rows, 2 * size]`` → ``[rows, size]`` in ``dtype``."""
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty((rows, size), dtype=self.dtype)
         self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), rows, size)
         return out
 
     def attend(self, step: StepStruct, layer: LayerStruct, qkv: Tensor, pages: Tensor) -> Tensor:
-        """Rotate ``qkv`` in place, store, attend; ``[tokens, heads * head_dim]`` in ``dtype``."""
+        """Rotate ``qkv`` in place, store keys and values, attend.
+
+        Returns:
+            ``[tokens, heads * head_dim]`` in ``dtype``.
+        """
         out = torch.empty((step.tokens, layer.heads * layer.head_dim), dtype=self.dtype)
         self._attend(byref(step), byref(layer), qkv.data_ptr(), pages.data_ptr(), out.data_ptr())
         return out
@@ -171,25 +178,27 @@ class Kernels:
         delta: Tensor | None,
         pages: Array[c_void_p],
     ) -> Tensor:
-        """See `layer_ops.StepOps.layers`; what is returned is in the memory of ``delta``."""
+        """Compute layers as `StepOps.layers` does; the result is in the memory of ``delta``, if given."""
         out = torch.empty_like(x) if delta is None else delta
         source = None if delta is None else delta.data_ptr()
         pointers = x.data_ptr(), source, pages, out.data_ptr()
         self._decoder_layers(byref(step), blocks, layers.start, layers.stop, *pointers)
         return out
 
-    def choose_tokens(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose_tokens(
+        self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]
+    ) -> Tensor:
         """See `ullm.model.sampling.choose.choose_tokens`, for logits in float32."""
         rows, size = logits.shape
-        numbers = np.array([(*row, draw) for row, draw in zip(filters, draws, strict=True)])
-        found = torch.empty(rows, dtype=torch.int64)
+        numbers = np.array([(*row, uniform) for row, uniform in zip(filters, uniforms, strict=True)])
+        tokens = torch.empty(rows, dtype=torch.int64)
         self._choose_tokens(
-            logits.data_ptr(), rows, size, logits.stride(0), numbers.ctypes.data, found.data_ptr()
+            logits.data_ptr(), rows, size, logits.stride(0), numbers.ctypes.data, tokens.data_ptr()
         )
-        return found
+        return tokens
 
 
-def load_kernels(dtype: torch.dtype) -> Kernels | None:
-    """The kernels for ``dtype``; None where there are none, with a line in the log."""
+def load_kernels(dtype: torch.dtype) -> CpuKernels | None:
+    """Return the kernels for ``dtype``; None, and a log line, if they are not available."""
     library = open_library() if dtype in NAMES else None
-    return None if library is None else Kernels(library, dtype)
+    return None if library is None else CpuKernels(library, dtype)

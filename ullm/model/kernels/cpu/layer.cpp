@@ -1,4 +1,4 @@
-// Decoder layers, and what happens in them between their linear layers.
+// Decoder layers, and the operations between their linear layers.
 //
 // Sums are taken in float32, in an order that depends neither on the batch, nor on how a prompt was cut
 // into chunks, nor on the number of threads; see linear.cpp.
@@ -19,7 +19,7 @@ struct Matrix {
     int64_t outputs, quantized;
 };
 
-// A decoder layer: x += delta, and what there is to be added next, from the attention and the MLP.
+// A decoder layer: adds `delta` and the attention's output to x; the MLP's output is added by the next layer.
 struct Block {
     Layer attention;
     int64_t hidden, intermediate;
@@ -28,7 +28,7 @@ struct Block {
     float input_eps, output_eps;
 };
 
-// linear.cpp and quantized.cpp.
+// Defined in linear.cpp and quantized.cpp.
 void linear_float32(const float*, const void*, const float*, float*, int64_t, int64_t, int64_t);
 void linear_bfloat16(const bfloat16*, const void*, const float*, float*, int64_t, int64_t, int64_t);
 void linear_quantized_float32(const float*, const void*, const float*, float*, int64_t, int64_t, int64_t);
@@ -82,7 +82,7 @@ void attend(const Step& step, const Layer& layer, float* qkv, bfloat16* pages, b
     attend_bfloat16(&step, &layer, qkv, pages, out);
 }
 
-// `delta` is null, or where the layer before has left what is to be added; `out` may be the same memory.
+// `delta` is the previous layer's MLP output, or null; `out` may be the same memory.
 template <typename T>
 void decoder_layer(const Step& step, const Block& block, float* x, const float* delta, T* pages, float* out) {
     const int64_t rows = step.tokens, hidden = block.hidden, inner = block.intermediate;

@@ -1,4 +1,4 @@
-// What Python tells the kernels of a step and of a layer's attention; see kernels.py.
+// Descriptions of a step and of a layer's attention, which Python passes; see kernels.py.
 
 #pragma once
 
@@ -6,15 +6,15 @@
 
 extern "C" {
 
-// One step: which tokens, whose they are, and where their keys and values live.
+// One step: its tokens, their sequences, and the places of their keys and values.
 struct Step {
     int64_t tokens;
     int64_t num_tiles;    // rows of `tiles`
     int64_t table_width;  // blocks per row of `tables`
     int64_t block_size;
-    const int64_t *positions, *slots;  // of each token
-    const int32_t* tables;             // blocks of each sequence
-    const int32_t* tiles;              // (sequence, first token, tokens): queries that are attended together
+    const int64_t *positions, *slots;  // per token
+    const int32_t* tables;             // block ids of each sequence
+    const int32_t* tiles;              // (sequence, first token, tokens) of queries that share a pass
 };
 
 // One layer's attention. The rotary tables have one row of head_dim / 2 floats per position.
@@ -26,7 +26,7 @@ struct Layer {
     const float *q_norm, *k_norm;  // null: no normalisation of queries and keys
 };
 
-// attention.cpp: rotate in place, store keys and values, attend.
+// Defined in attention.cpp: rotate in place, store keys and values, compute attention.
 void attend_float32(const Step*, const Layer*, float* qkv, float* pages, float* out);
 void attend_bfloat16(const Step*, const Layer*, float* qkv, bfloat16* pages, bfloat16* out);
 

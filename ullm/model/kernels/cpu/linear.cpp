@@ -1,8 +1,8 @@
 // out = x * weight^T + bias, for few rows and for many.
 //
-// Each output is the sum over the inputs in ascending order, whatever else is computed beside it: a row
-// has the same result alone and in any batch, bit by bit, on any number of threads. What is resumed after
-// the loss of a worker, with other neighbours and in other chunks, so says the same.
+// Each output is summed over the inputs in ascending order, whatever is computed beside it, so a row has the
+// same result alone and in any batch, bit by bit, on any number of threads. A text that is resumed after the
+// loss of a worker, beside other texts and in other chunks, therefore continues unchanged.
 
 #include <algorithm>
 
@@ -14,15 +14,15 @@
 
 namespace {
 
-// 4 vectors of outputs times 6 rows take 24 of the 32 registers of AVX-512. Measured with 512 rows in
+// 4 vectors of outputs times 6 rows use 24 of the 32 registers of AVX-512. Measured with 512 rows in
 // bfloat16 on two cores of Zen 5: 2 x 12 takes 1.7 times as long, 3 x 8 1.5 times. AVX2 has 16 registers of
 // half the size: there the vectors of a tile are computed in several passes, see `at_once`.
 constexpr int COLUMNS = 64;
 constexpr int VECTORS = COLUMNS / LANES;
 constexpr int ROWS = 6;
 
-// Weights are packed in groups of COLUMNS outputs: for each step of the inputs, what each output needs.
-// In bfloat16 a step is two inputs, which is what the processor's instruction multiplies.
+// Weights are packed in groups of COLUMNS outputs: for each step of the inputs, the weights of each output.
+// In bfloat16 a step is two inputs, which one instruction of the processor multiplies.
 template <typename T>
 constexpr int STEP = 1;
 template <>
@@ -89,8 +89,8 @@ void linear(const T* x, const T* packed, const float* bias, float* out, int64_t 
         const int64_t part = i / all * chunk, end = std::min(rows, part + chunk), group = i % all;
         const int64_t first = group * COLUMNS, columns = std::min<int64_t>(COLUMNS, out_features - first);
         const int64_t tiles = (end - part + ROWS - 1) / ROWS, lines = COLUMNS * STEP<T> * sizeof(T) / 64;
-        // What this thread will multiply next. Few rows are bound by memory anyway, and later chunks find all
-        // in the cache.
+        // The weights that this thread multiplies next. Few rows are limited by memory bandwidth anyway, and
+        // later chunks find the weights in the cache.
         const T* next = rows > ROWS && !part && group + threads < all ? packed + (group + threads) * group_size
                                                                      : nullptr;
         Ahead ahead{reinterpret_cast<const char*>(next), (lines + tiles - 1) / tiles};
@@ -103,7 +103,7 @@ void linear(const T* x, const T* packed, const float* bias, float* out, int64_t 
     });
 }
 
-// [out_features][in] -> groups, steps, COLUMNS, STEP; the last group is filled up with zeros.
+// [out_features][in] -> groups, steps, COLUMNS, STEP; the last group is padded with zeros.
 template <typename T>
 void pack(const T* weight, T* packed, int64_t in, int64_t out_features) {
     const int64_t steps = in / STEP<T>;

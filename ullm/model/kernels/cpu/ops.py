@@ -1,4 +1,7 @@
-"""`LayerOps` and `AttentionBackend` by the CPU's own kernels: four calls per layer instead of some thirty."""
+"""`LayerOps` and `AttentionBackend` on the CPU kernels: one call for several layers, or four per layer.
+
+PyTorch needs some thirty calls per layer.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ullm.model.attention.batch import Batch, Layout
-from ullm.model.kernels.cpu.kernels import BlockStruct, Kernels, LayerStruct, MatrixStruct, StepStruct
+from ullm.model.attention.batch import Batch, BatchLayout
+from ullm.model.kernels.cpu.kernels import BlockStruct, CpuKernels, LayerStruct, MatrixStruct, StepStruct
 from ullm.model.layers.layer_ops import (
     AttentionModule,
     LayerModule,
     LinearModule,
     StepOps,
-    one_by_one,
+    layer_by_layer,
 )
 from ullm.model.layers.linear import RMSNorm
 from ullm.model.memory.kv_pool import KvShape, lazy_zeros
-from ullm.model.sampling.choose import Filter, choose_tokens
+from ullm.model.sampling.choose import SamplingFilter, choose_tokens
 
 TILE_ROWS = 12
-"""Query vectors that are attended together: those of one KV head times neighbouring tokens of a prompt."""
+"""Query vectors that share one pass over the keys: a KV head's, times neighbouring tokens of a prompt."""
 
 CALL_OPERATIONS = 10**10
-"""Of one call, between two signs of life: some 20 ms of one core, which weighs its 5 µs against nothing."""
+"""Operations of one call, between two progress reports: about 20 ms of one core, beside which the call's own
+5 µs do not matter."""
 
 
 class KernelAttention:
@@ -43,7 +47,7 @@ class KernelAttention:
         self.pages = [lazy_zeros(size, dtype) for _ in range(shape.num_layers)]
         self.pointers = (c_void_p * shape.num_layers)(*(pages.data_ptr() for pages in self.pages))
 
-    def prepare(self, layout: Layout) -> Batch:
+    def prepare(self, layout: BatchLayout) -> Batch:
         """See `AttentionBackend.prepare`."""
         return layout.batch(KernelAttend(self, tiles(layout, self.tile_tokens)))
 
@@ -54,7 +58,7 @@ class KernelAttention:
 
 
 class KernelAttend:
-    """What the layers of one step share: the pool, and which queries are attended together."""
+    """The attention of one step: the pool, and the tiles of queries that are computed together."""
 
     def __init__(self, backend: KernelAttention, tiles: npt.NDArray[np.int32]) -> None:
         self.backend, self.tiles = backend, tiles
@@ -69,12 +73,16 @@ class KernelAttend:
         sliding_window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        """Not used: `KernelStep.attend` takes what comes before the rotation as well."""
-        raise TypeError("this pool is attended by KernelStep only")
+        """Raise TypeError: `KernelStep.attend` computes attention, together with the rotation before it."""
+        raise TypeError("only KernelStep computes attention over this pool")
 
 
-def tiles(layout: Layout, tokens: int) -> npt.NDArray[np.int32]:
-    """``[n, 3]``: sequence, first token, tokens; at most ``tokens`` neighbouring ones of a sequence."""
+def tiles(layout: BatchLayout, tokens: int) -> npt.NDArray[np.int32]:
+    """Return tiles of at most ``tokens`` neighbouring tokens of a sequence.
+
+    Returns:
+        ``[n, 3]`` int32: sequence, first token, number of tokens.
+    """
     starts = layout.starts
     if layout.num_decodes == len(layout.query_lens):
         return np.stack((starts[:-1], starts[:-1], np.ones_like(starts[:-1])), 1)
@@ -86,10 +94,11 @@ def tiles(layout: Layout, tokens: int) -> npt.NDArray[np.int32]:
 
 
 def layers_at_once(module: LayerModule, tokens: int) -> int:
-    """How many layers one call may compute: those that take `CALL_OPERATIONS`, and one at least.
+    """Return how many layers one call computes: as many as take `CALL_OPERATIONS`, and at least one.
 
     Args:
-        tokens: of the step.
+        module: one of the layers.
+        tokens: number of tokens of the step.
     """
     parts = module.self_attn, module.mlp
     matrices = parts[0].qkv_proj, parts[0].o_proj, parts[1].gate_up_proj, parts[1].down_proj
@@ -101,10 +110,11 @@ class KernelOps:
     """Implements `LayerOps`.
 
     Args:
-        cos, sin: of `ullm.model.layers.rope.rope_cache`, in float32.
+        kernels: the kernels to compute with.
+        cos, sin: tables of `ullm.model.layers.rope.rope_cache`, in float32.
     """
 
-    def __init__(self, kernels: Kernels, cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, kernels: CpuKernels, cos: Tensor, sin: Tensor) -> None:
         half = cos.shape[-1] // 2
         self.kernels = kernels
         self._cosines = cos[:, 0, half:].contiguous()
@@ -114,23 +124,23 @@ class KernelOps:
         self._biases: list[Tensor] = []
         self._weights: dict[RMSNorm, Tensor] = {}
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `LayerOps`."""
         kernel = self.kernels.choose_tokens if logits.dtype == torch.float32 else choose_tokens
-        return kernel(logits, filters, draws)
+        return kernel(logits, filters, uniforms)
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
         return KernelStep(self, batch)
 
     def weight(self, norm: RMSNorm) -> Tensor:
-        """A norm's weight in float32."""
+        """Return a norm's weight in float32."""
         if norm not in self._weights:
             self._weights[norm] = norm.weight.detach().float()
         return self._weights[norm]
 
     def layer(self, module: AttentionModule) -> LayerStruct:
-        """What the kernels must know of a layer; made at its first step."""
+        """Return the kernels' description of a layer's attention; made at its first step."""
         if module.layer not in self._layers:
             q_norm, k_norm = module.q_norm, module.k_norm
             self._layers[module.layer] = LayerStruct(
@@ -148,13 +158,13 @@ class KernelOps:
         return self._layers[module.layer]
 
     def blocks(self, modules: Sequence[LayerModule]) -> Array[BlockStruct]:
-        """The same for all layers, with their matrices and norms; made at the first step."""
+        """Return the kernels' description of all layers; made at the first step."""
         if self._blocks is None:
             self._blocks = (BlockStruct * len(modules))(*map(self.block, modules))
         return self._blocks
 
     def block(self, module: LayerModule) -> BlockStruct:
-        """The same for a layer with its matrices and norms."""
+        """Return the kernels' description of a layer with its matrices and norms."""
         attention, mlp = module.self_attn, module.mlp
         first, second = module.input_layernorm, module.post_attention_layernorm
         return BlockStruct(
@@ -172,7 +182,10 @@ class KernelOps:
         )
 
     def matrix(self, module: LinearModule) -> MatrixStruct:
-        """A linear layer; the module keeps its weight, this its bias."""
+        """Return the kernels' description of a linear layer.
+
+        The module keeps its weight alive, this object its bias.
+        """
         assert module.packed is not None
         pointer, bias = None, module.local_bias()
         if bias is not None:
@@ -187,7 +200,7 @@ class KernelStep:
 
     def __init__(self, ops: KernelOps, batch: Batch) -> None:
         attention = cast(KernelAttend, batch.attention)
-        self._ops, self._kernels, self._batch = ops, ops.kernels, batch  # the batch owns the arrays
+        self._ops, self._kernels, self._batch = ops, ops.kernels, batch  # the batch keeps the arrays alive
         self._attention = attention.backend
         self._struct = StepStruct(
             tokens=len(batch.token_ids),
@@ -201,9 +214,9 @@ class KernelStep:
         )
 
     def layers(self, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
-        """See `StepOps`. With other ranks, their sums come in between."""
+        """See `StepOps`. Several ranks compute layer by layer, because sums over the ranks come between."""
         if modules[0].world_size > 1:
-            return one_by_one(self, modules, x, done)
+            return layer_by_layer(self, modules, x, done)
         delta, blocks, pages = None, self._ops.blocks(modules), self._attention.pointers
         each = layers_at_once(modules[0], len(x))
         for first in range(0, len(modules), each):

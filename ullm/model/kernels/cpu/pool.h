@@ -1,9 +1,10 @@
-// Threads that help the one that computes, and never keep it waiting for one that does not run.
+// A thread pool in which the caller computes too and does not wait for helpers that are not running.
 //
-// OpenMP waits at the end of each parallel region for every thread of the team. Where another process has
-// taken a core, that is until the scheduler gives it back, milliseconds in each of a step's hundred regions:
-// measured with busy neighbours on two cores, ten times as slow and more. Here the caller takes up work itself,
-// piece by piece; a helper that is not running takes none, and is not waited for.
+// OpenMP waits at the end of each parallel region for every thread of the team. If another process has taken
+// a core, it waits until the scheduler gives the core back: milliseconds in each of a step's hundred regions,
+// which with busy neighbours on two cores made steps more than ten times as slow. Here the caller takes
+// pieces of work itself; a helper that is not running takes none. The caller only waits for helpers that are
+// inside a piece.
 
 #pragma once
 
@@ -17,7 +18,7 @@
 
 class Pool {
   public:
-    // How many threads compute, the caller included. Helpers are started once and never ended: they sleep.
+    // Set how many threads compute, the caller included. Helpers are never ended; they sleep without work.
     void resize(int threads) {
         const std::lock_guard<std::mutex> guard(busy_);
         wanted_.store(threads - 1);
@@ -26,10 +27,10 @@ class Pool {
 
     int threads() const { return wanted_.load(std::memory_order_relaxed) + 1; }
 
-    // Call function(i) for each i below count, in any order, on the threads that are there.
+    // Call function(i) for each i below count, in any order, on any of the threads.
     template <typename F>
     void run(int64_t count, const F& function) {
-        // Another engine of this process may be at it: then each computes alone.
+        // While another engine of this process uses the pool, the caller computes alone.
         if (count > 1 && wanted_.load(std::memory_order_relaxed) > 0 && busy_.try_lock()) {
             share(count, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &function);
             busy_.unlock();
@@ -40,7 +41,7 @@ class Pool {
 
   private:
     using Call = void (*)(const void*, int64_t);
-    static constexpr int SPINS = 4000;  // some 50 microseconds, longer than what lies between two layers
+    static constexpr int SPINS = 4000;  // about 50 microseconds, longer than the time between two layers
 
     void share(int64_t count, Call call, const void* function) {
         call_ = call, function_ = function, count_ = count;
@@ -63,7 +64,7 @@ class Pool {
             job_.wait(done);
             done = job_.load();
             if (number >= wanted_.load()) continue;
-            // Either the caller sees that this helps, or this sees that the caller has closed the job.
+            // Either the caller sees that this thread helps, or this thread sees that the job is closed.
             helping_.fetch_add(1);
             if (open_.load()) work();
             helping_.fetch_sub(1);
@@ -89,13 +90,13 @@ class Pool {
     int64_t count_ = 0;
 };
 
-// One for the process; never destroyed, because its threads are never ended.
+// The pool of the process; never destroyed, because its threads are never ended.
 inline Pool& pool() {
     static Pool* const it = new Pool;
     return *it;
 }
 
-// The same for ranges: function(first, end), of `piece` numbers at a time.
+// Call function(first, end) for ranges of at most `piece` numbers that cover 0 ... count - 1.
 template <typename F>
 void in_pieces(int64_t count, int64_t piece, const F& function) {
     pool().run((count + piece - 1) / piece, [&](int64_t i) {

@@ -1,8 +1,8 @@
 // out = x * weight^T + bias, with weights of eight or four bits and inputs of eight.
 //
-// Weights and inputs come in groups of 32 neighbouring inputs, each group with a scale of its own; as in
-// llama.cpp's Q8_0, Q4_1 and Q8_1. Within a group sums are whole numbers, and so exact. Over the groups
-// they are float32, in ascending order, whatever else is computed beside; see linear.cpp.
+// Weights and inputs are in groups of 32 neighbouring inputs, each group with a scale of its own, as in
+// llama.cpp's Q8_0, Q4_1 and Q8_1. Sums within a group are integers and thus exact. Sums over the groups are
+// float32, in ascending order, whatever is computed beside them; see linear.cpp.
 
 #include <algorithm>
 #include <vector>
@@ -15,10 +15,10 @@ namespace {
 // Neighbouring outputs whose weights have the same number of bits: `count` of them, from `first` on.
 struct Part {
     int64_t bits, first, count;
-    int64_t offset;  // of the weights, in bytes from where the packed ones begin
+    int64_t offset;  // of the weights, in bytes from the start of the packed data
 };
 
-// What packed weights begin with; then come `num_parts` parts, and then, aligned, the weights.
+// The start of packed weights. `num_parts` parts follow, and then, aligned, the weights.
 struct Header {
     int64_t num_parts, reserved[7];
 
@@ -29,20 +29,20 @@ struct Header {
 };
 
 constexpr int GROUP = 32;
-constexpr int STEP = 4;  // inputs that the processor's instruction multiplies at once
-// 2 vectors of outputs times 6 rows, once in whole numbers and once in float32, take 24 of the 32 registers of
+constexpr int STEP = 4;  // inputs that one instruction of the processor multiplies
+// 2 vectors of outputs times 6 rows, once as integers and once as float32, use 24 of the 32 registers of
 // AVX-512. With 16 registers the vectors are computed in several passes, see `at_once`.
 constexpr int COLUMNS = 32;
 constexpr int VECTORS = COLUMNS / LANES;
 constexpr int ROWS = 6;
-constexpr int ZERO = 128;  // the code of zero in eight bits: the instruction wants weights without a sign
+constexpr int ZERO = 128;  // the eight-bit code of zero: the instruction takes unsigned weights
 
 typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int8_t signed_bytes __attribute__((vector_size(LANES), aligned(1)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 
-// What a group of inputs takes for COLUMNS outputs: codes, and in float16 scales and perhaps minima. Of
-// four-bit codes the even steps are the low halves of bytes, and the odd steps the high ones.
+// Bytes of a group of inputs for COLUMNS outputs: codes, and in float16 scales and, with four bits, minima.
+// Four-bit codes of even steps are the low halves of bytes, those of odd steps the high halves.
 constexpr int64_t code_bytes(int64_t bits) { return COLUMNS * GROUP * bits / 8; }
 constexpr int64_t group_bytes(int64_t bits) { return code_bytes(bits) + (bits == 8 ? 2 : 4) * COLUMNS; }
 
@@ -64,7 +64,7 @@ inline int32_t load_four(const int8_t* from) {
     return four;
 }
 
-// sums + codes * x, four neighbouring products per sum; x is LANES times the same four.
+// sums + codes * x, four neighbouring products per sum; x repeats the same four inputs LANES times.
 inline ints multiply_add(ints sums, bytes codes, int32_t four) {
 #ifdef __AVX512VNNI__
     return (ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(four));
@@ -82,8 +82,8 @@ inline ints multiply_add(ints sums, bytes codes, int32_t four) {
 #endif
 }
 
-// AVX2 without VNNI multiplies bytes into sums of two in 16 bits, which products of unsigned codes of eight bits
-// overflow: there codes become signed, and their sign goes over to the inputs.
+// AVX2 without VNNI adds pairs of products of bytes in 16 bits, which unsigned eight-bit codes can overflow.
+// There codes become signed, and their sign moves to the inputs.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
 #define ULLM_MADDUBS 1
 constexpr bool SIGNED_CODES = true;
@@ -106,7 +106,7 @@ struct Inputs {
     }
 };
 
-// Over all lanes, by halves.
+// Reduce all lanes, by halves.
 template <typename F>
 inline int32_t reduce(ints values, const F& combine) {
 #ifdef __AVX512F__
@@ -132,7 +132,8 @@ inline int32_t total(ints values) {
     return reduce(values, [](ints a, ints b) { return a + b; });
 }
 
-// One group, of which `count` inputs exist: the largest becomes 127. Floats without sign compare as integers.
+// Quantize one group, of which `count` inputs exist: the largest becomes 127. Floats without sign compare as
+// integers.
 template <typename T>
 void quantize_group(const T* x, int64_t count, Inputs& to, int64_t group) {
     constexpr int PARTS = GROUP / LANES;
@@ -223,7 +224,7 @@ inline void add_codes(const uint8_t* packed, const int8_t* x, int64_t stride, in
 // sums += the dots of a group times the scales of weights and inputs.
 template <int BITS, int R>
 inline void add_group(const Inputs& x, int64_t first, const uint8_t* packed, floats (&sums)[R][VECTORS]) {
-    // With few registers the sums wait in memory, and only the dots are in registers.
+    // With few registers the sums stay in memory, and only the dots in registers.
     constexpr int V = at_once(R, VECTORS);
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(packed + code_bytes(BITS));
     for (int begin = 0; begin < VECTORS; begin += V) {
@@ -289,7 +290,8 @@ Columns find_columns(const Header& header, int64_t number, int64_t groups) {
             header.weights(*part) + number * groups * group_bytes(part->bits)};
 }
 
-// The outputs of some columns for the rows from `row` to `end`; meanwhile those weights are fetched that come next.
+// Compute the outputs of some columns for the rows from `row` to `end`, while the next weights are
+// prefetched.
 void multiply(const Columns& columns, const Inputs& x, int64_t row, int64_t end, const uint8_t* next,
               const float* bias, float* out, int64_t stride) {
     const auto function = columns.bits == 8 ? rows_tile<8> : rows_tile<4>;
@@ -312,17 +314,18 @@ void linear(const T* x, const Header& header, const float* bias, float* out, int
     int64_t all = 0;
     for (int64_t i = 0; i < header.num_parts; ++i) all += column_groups(header.parts()[i].count);
     const int64_t chunk = 8 * ROWS, chunks = (rows + chunk - 1) / chunk;
-    // Some 50 KB of weights at once, but not so many that a thread could have nothing to do.
+    // About 50 KB of weights at a time, but few enough that every thread has work.
     const int64_t together = std::max<int64_t>(1, std::min<int64_t>(48 / inputs.groups, all / 8));
     const int64_t pieces = (all + together - 1) / together, threads = pool().threads();
-    // One row is bound by memory anyway: there it would cost as much as a tenth. With 2 to 4 it saves that.
+    // One row is limited by memory bandwidth anyway: prefetching would cost up to a tenth; with 2 to 4 rows
+    // it saves as much.
     const bool fetch = rows > 1;
     pool().run(chunks * pieces, [&](int64_t i) {
         const int64_t row = i / pieces * chunk, end = std::min(rows, row + chunk);
         const int64_t from = i % pieces * together, to = std::min(all, from + together);
         for (int64_t group = from; group < to; ++group) {
             const int64_t next = group + 1 < to ? group + 1 : from + threads * together;
-            const bool known = fetch && row == 0 && next < all;  // later chunks find all in the cache
+            const bool known = fetch && row == 0 && next < all;  // later chunks find the weights in the cache
             multiply(find_columns(header, group, inputs.groups), inputs, row, end,
                      known ? find_columns(header, next, inputs.groups).packed : nullptr, bias, out,
                      out_features);
@@ -366,8 +369,8 @@ void linear_quantized_bfloat16(const bfloat16* x, const Header* packed, const fl
 
 int64_t quantized_group_bytes(int64_t bits) { return group_bytes(bits); }
 
-// One part's weights: codes [outputs][in], scales and minima [outputs][groups] in float16; what does not exist
-// is zero.
+// Pack one part's weights: codes [outputs][in], scales and minima [outputs][groups] in float16. Padding is
+// zero.
 void pack_quantized(int64_t bits, const uint8_t* codes, const uint16_t* scales, const uint16_t* minima,
                     uint8_t* packed, int64_t in, int64_t outputs) {
     const int64_t groups = (in + GROUP - 1) / GROUP;

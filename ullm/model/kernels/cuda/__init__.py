@@ -1,1 +1,1 @@
-"""What lies between the matrix products of a decoder layer on CUDA, fused into a few Triton kernels."""
+"""Triton kernels for CUDA: a decoder layer's fused operations, decode attention, and the choice of tokens."""

@@ -1,4 +1,4 @@
-"""Whether fused kernels compute what PyTorch computes, on this machine and for this model's shape."""
+"""Check that fused kernels compute what PyTorch computes, on this machine and for this model's shape."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from ullm.model.attention.batch import Batch
 from ullm.model.layers.layer_ops import AttentionModule, TorchOps
 from ullm.model.layers.linear import RMSNorm
-from ullm.model.sampling.choose import Filter
+from ullm.model.sampling.choose import SamplingFilter
 
 ROWS = (1, 5)
 BLOCKS, BLOCK_SIZE = 2, 8
 VOCAB, CHOICES = 5000, 4
-FILTERS: tuple[Filter, ...] = (
+FILTERS: tuple[SamplingFilter, ...] = (
     (0, 0, 1, 0),
     (0.7, 0, 1, 0),
     (1, 0, 0.9, 0),
@@ -24,11 +24,11 @@ FILTERS: tuple[Filter, ...] = (
     (1.2, 0, 1, 0.05),
 )
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Of numbers near 1: a few roundings."""
+"""Largest difference between results near 1: a few roundings."""
 
 
-class Paper:
-    """Attention that only writes down what it is asked; as `Attend` and as `PagedAttend`."""
+class RecordingAttention:
+    """Attention that only records its queries; implements `Attend` and `PagedAttend`."""
 
     def __init__(self, pool: Tensor, slot_mapping: Tensor) -> None:
         self._pool, self.slot_mapping = pool, slot_mapping
@@ -39,7 +39,7 @@ class Paper:
         return self._pool
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Store, then as `attend`."""
+        """Store keys and values, and record the queries."""
         for pool, new in zip(self._pool, (k, v), strict=True):
             pool.view(-1, *pool.shape[2:]).index_copy_(0, self.slot_mapping, new)
         return self.attend(layer, q, 1.0, None)
@@ -54,21 +54,22 @@ class Paper:
 def disagreements(
     fused: TorchOps, plain: TorchOps, module: AttentionModule, hidden: int, inner: int
 ) -> list[str]:
-    """Which results differ by more than roundings; none if all is well.
+    """Return descriptions of the results that differ by more than roundings.
 
     Args:
-        module: of one layer.
-        hidden, inner: columns of the residual stream and of the MLP.
+        fused, plain: the implementations to compare.
+        module: the attention of one layer.
+        hidden, inner: number of columns of the residual stream and of the MLP.
     """
     cos = plain.tables[0]
-    found = []
+    differences = []
     for rows in ROWS:
-        asked = {ops: _results(ops, module, hidden, inner, rows, cos) for ops in (fused, plain)}
-        for name, mine in asked[fused].items():
-            difference = (mine.float() - asked[plain][name].float()).abs().max().item()
+        results = {ops: _results(ops, module, hidden, inner, rows, cos) for ops in (fused, plain)}
+        for name, mine in results[fused].items():
+            difference = (mine.float() - results[plain][name].float()).abs().max().item()
             if not difference <= TOLERANCE[cos.dtype]:
-                found.append(f"{name} of {rows} rows by {difference:.3g}")
-    return found + [
+                differences.append(f"{name} of {rows} rows by {difference:.3g}")
+    return differences + [
         f"tokens in {dtype}"
         for dtype in (cos.dtype, torch.float32)
         if not _same_tokens(fused, plain, cos, dtype)
@@ -76,14 +77,14 @@ def disagreements(
 
 
 def _same_tokens(fused: TorchOps, plain: TorchOps, like: Tensor, dtype: torch.dtype) -> bool:
-    """Whether both choose the same, without filters and with, but for draws between two tokens."""
+    """Return True if both choose the same tokens, but for one at the boundary between two."""
     source = torch.Generator().manual_seed(0)
     differ = 0
     for filters in (FILTERS[:2], FILTERS):
-        asked = [*filters] * CHOICES
-        logits = (3 * torch.randn(len(asked), VOCAB, generator=source)).to(like.device, dtype)
-        draws = torch.rand(len(asked), generator=source).tolist()
-        tokens = (ops.choose(logits, asked, draws).tolist() for ops in (fused, plain))
+        repeated = [*filters] * CHOICES
+        logits = (3 * torch.randn(len(repeated), VOCAB, generator=source)).to(like.device, dtype)
+        uniforms = torch.rand(len(repeated), generator=source).tolist()
+        tokens = (ops.choose(logits, repeated, uniforms).tolist() for ops in (fused, plain))
         differ += sum(a != b for a, b in zip(*tokens, strict=True))
     return differ <= 1
 
@@ -91,7 +92,7 @@ def _same_tokens(fused: TorchOps, plain: TorchOps, like: Tensor, dtype: torch.dt
 def _results(
     ops: TorchOps, module: AttentionModule, hidden: int, inner: int, rows: int, like: Tensor
 ) -> dict[str, Tensor]:
-    """What one implementation makes of the same random numbers."""
+    """Return one implementation's results for random numbers that depend on ``rows`` only."""
     source = torch.Generator().manual_seed(rows)
 
     def random(*shape: int) -> Tensor:
@@ -101,8 +102,7 @@ def _results(
     slots = torch.randperm(BLOCKS * BLOCK_SIZE, generator=source)[:rows].to(like.device)
     positions = torch.randint(len(like), (rows,), generator=source).to(like.device)
     pool = random(2, BLOCKS, BLOCK_SIZE, module.num_kv_heads, module.head_dim)
-    paper = Paper(pool, slots)
-    step = ops.begin(_batch(positions, slots, paper))
+    step = ops.begin(_batch(positions, slots, RecordingAttention(pool, slots)))
     norm = RMSNorm(hidden, 1e-6)
     norm.weight.data = random(hidden)
     x, delta = random(rows, hidden), random(rows, hidden)
@@ -117,7 +117,7 @@ def _results(
 
 
 def _batch(positions: Tensor, slots: Tensor, attention: Any) -> Batch:
-    """The parts of a batch that layers look at."""
+    """Return a batch of which only the parts that layers use are meaningful."""
     none: Sequence[int] = ()
     return Batch(
         token_ids=positions,

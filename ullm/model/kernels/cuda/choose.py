@@ -1,8 +1,9 @@
-"""`ullm.model.sampling.choose.choose_tokens` in Triton; importing this module needs it.
+"""`ullm.model.sampling.choose.choose_tokens` in Triton. Importing this module requires Triton.
 
-PyTorch takes some twenty kernels, each over all logits; and for top_p it sorts them, which for 256 rows of
-Qwen3's vocabulary takes longer than the model. Here logits are read once, and a chunk of them again; filters
-find their threshold by bisection of the logits' bits: sixteen readings in bfloat16, and no sorting.
+PyTorch launches some twenty kernels, each over all logits, and sorts them for top_p, which for 256 rows of
+Qwen3's vocabulary takes longer than the model. Here the logits are read once, and one chunk of them again.
+Filters find their thresholds by bisection of the logits' bits, with sixteen passes in bfloat16, without
+sorting.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ullm.model.memory.upload import upload_list
-from ullm.model.sampling.choose import COLDEST, Filter
+from ullm.model.sampling.choose import COLDEST, SamplingFilter
 
 CHUNK = 4096
 BITS = {torch.bfloat16: 16}
-"""That a logit has; 32 where nothing is said."""
+"""Bits of a logit; 32 for other dtypes."""
 
 
 @triton.jit
 def _key(values):
-    """Whole numbers in the order of the floats."""
+    """Return integers in the order of the floats."""
     bits = values.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _weights(values, most, temperature):
-    """Relative to the most likely token's; 0 for tokens that are impossible."""
+    """Return weights relative to the most likely token's; 0 for impossible tokens."""
     possible = values > float("-inf")
     scaled = tl.where(possible, values - most, 0.0) / temperature
     return tl.where(possible, tl.exp(scaled), 0.0)
@@ -40,7 +41,7 @@ def _weights(values, most, temperature):
 
 @triton.jit
 def _above(logits, least, most, temperature, VOCAB: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr):
-    """How many tokens have a key of ``least`` or more, and what they weigh."""
+    """Return how many tokens have a key of at least ``least``, and the sum of their weights."""
     count = 0
     weight = tl.full([], 0.0, tl.float64)
     for start in range(0, VOCAB, CHUNK):
@@ -52,12 +53,12 @@ def _above(logits, least, most, temperature, VOCAB: tl.constexpr, CHUNK: tl.cons
     return count, weight
 
 
-@triton.jit(do_not_specialize=["rows"])  # no compiling for each number of them
+@triton.jit(do_not_specialize=["rows"])  # not compiled for each number of rows
 def _floors(
     logits, numbers, floors, stride, rows, COLDEST: tl.constexpr, VOCAB: tl.constexpr, CHUNK: tl.constexpr,
     SHIFT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The least logit that a row's filters keep; one program per row."""
+    """Store the least logit that a row's filters keep; one program per row."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     temperature = tl.maximum(tl.load(numbers + row).to(tl.float32), COLDEST)
@@ -106,8 +107,8 @@ def _summarise(
     logits, numbers, floors, mosts, indices, totals, stride, chunks, COLDEST: tl.constexpr,
     FILTER: tl.constexpr, VOCAB: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Of each chunk of a row: the largest logit, the first token that has it, and the weight of all relative
-    to that; one program per row and chunk."""
+    """Store each chunk's largest logit, the first token that has it, and the sum of all weights relative to
+    it; one program per row and chunk."""
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -129,7 +130,7 @@ def _pick(
     logits, numbers, floors, mosts, indices, totals, out, stride, rows, chunks, COLDEST: tl.constexpr,
     FILTER: tl.constexpr, VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The token of a row; one program per row."""
+    """Store a row's token; one program per row."""
     row = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS)
     inside = chunk < chunks
@@ -158,16 +159,18 @@ def _pick(
         own = _weights(value, here, temperature).to(tl.float64)
         left = (target - before) / _weights(here, most, temperature).to(tl.float64)
         passed = tl.sum((tl.cumsum(own, 0) <= left).to(tl.int32), 0)
-        last_token = tl.max(tl.where(own > 0.0, tl.arange(0, CHUNK), 0), 0)  # rounding must not lead past it
+        last_token = tl.max(
+            tl.where(own > 0.0, tl.arange(0, CHUNK), 0), 0
+        )  # rounding must not lead beyond it
         picked = found * CHUNK + tl.minimum(passed, last_token)
     tl.store(out + row, picked.to(tl.int64))
 
 
-def choose_tokens(logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+def choose_tokens(logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
     """See `ullm.model.sampling.choose.choose_tokens`."""
     rows, vocab = logits.shape
     device, chunks, stride = logits.device, triton.cdiv(vocab, CHUNK), logits.stride(0)
-    numbers = upload_list(device, (*zip(*filters, strict=True), draws), np.float64)
+    numbers = upload_list(device, (*zip(*filters, strict=True), uniforms), np.float64)
     floors = torch.empty(rows, dtype=torch.float32, device=device)
     filtered = any(top_k or top_p < 1 or min_p for _, top_k, top_p, min_p in filters)
     if filtered:

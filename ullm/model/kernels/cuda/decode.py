@@ -1,9 +1,9 @@
-"""Paged attention of one query per sequence, in Triton; importing this module needs it.
+"""Paged attention of one query per sequence, in Triton. Importing this module requires Triton.
 
-Flash Attention 2 multiplies tiles of 64 queries, of which a decode has as many as query heads share a KV
-head: two for Qwen3-0.6B. On an H200, by the numbers of operations, the other 62 take about as long as
-reading the KV does. Here a tile has 16, the least that tensor cores take. Sequences are split into pieces by
-their own lengths, not by the longest that there could be (T. Dao et al., Flash-Decoding, 2023).
+Flash Attention 2 multiplies tiles of 64 queries, but a decode has only as many as query heads share a KV
+head: two for Qwen3-0.6B. On an H200, by the number of operations, the other 62 take about as long as reading
+the KV. Here a tile has 16, the least that tensor cores take. Sequences are split into pieces by their own
+lengths, not by the longest possible one (T. Dao et al., Flash-Decoding, 2023).
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import triton.language as tl
 from torch import Tensor
 
 LEAST_ROWS = 16
-"""Queries that tensor cores multiply at least."""
+"""Least number of queries that tensor cores multiply."""
 LOG2_E = 1.4426950408889634
 MOST_SPLITS = 64
+"""Most pieces of a sequence."""
 BLOCKS_PER_PROCESSOR = 4
-"""Blocks of threads that a processor should have at least, so that their reads hide each other's waiting."""
+"""Thread blocks that a multiprocessor should have, so that their reads hide each other's latency."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the kernel is compiled.
+    """A way to compile the kernel.
 
     Args:
-        keys: of a tile; divides the pool's block size.
-        stages: of the loop's pipeline; one is the block table's, which says where the keys are.
+        keys: keys per tile; divides the pool's block size.
+        warps: warps per program.
+        stages: stages of the loop's pipeline; one of them reads the block table.
     """
 
     keys: int
@@ -40,14 +42,14 @@ class Tiling:
 TILINGS = (Tiling(64, 4, 3), Tiling(64, 2, 3), Tiling(128, 8, 3))
 
 
-@triton.jit(do_not_specialize=["table_stride", "splits"])  # no compiling for each number of them
+@triton.jit(do_not_specialize=["table_stride", "splits"])  # not compiled for each value
 def _decode(
     q, keys, values, tables, seq_lens, out, partial, weights, q_stride, table_stride, splits,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per sequence, KV head and piece."""
+    """Attend for one piece of a sequence; one program per sequence, KV head and piece."""
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     piece = tl.program_id(2)
@@ -104,7 +106,7 @@ def _decode(
 
 @triton.jit(do_not_specialize=["splits"])
 def _combine(partial, weights, out, splits, SIZE: tl.constexpr, COLUMNS: tl.constexpr) -> None:
-    """One program per sequence and head: the mean of its pieces."""
+    """Combine the pieces of a sequence; one program per sequence and head."""
     at = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     inside = column < SIZE
@@ -123,8 +125,7 @@ def _combine(partial, weights, out, splits, SIZE: tl.constexpr, COLUMNS: tl.cons
 
 def decode_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    pool: Tensor,
     seq_lens: Tensor,
     block_tables: Tensor,
     *,
@@ -133,21 +134,23 @@ def decode_attention(
     splits: int,
     tiling: Tiling,
 ) -> Tensor:
-    """Attend for one query per sequence.
+    """Compute attention of one query per sequence.
 
     Args:
-        q: ``[N, query heads, head_dim]``; heads and dimensions side by side.
-        keys, values: ``[blocks, block size, KV heads, head_dim]``, contiguous.
+        q: ``[N, query heads, head_dim]``; each query is contiguous.
+        pool: ``[keys or values, blocks, block size, KV heads, head_dim]``, contiguous.
         seq_lens: ``[N]`` int32, the query's own position included.
         block_tables: ``[N, W]`` int32.
+        scale: factor of the scores.
         window: keys that a query sees; 0: all.
-        splits: pieces of each sequence.
+        splits: number of pieces of each sequence.
+        tiling: how the kernel is compiled.
 
     Returns:
         ``[N, query heads, head_dim]``.
     """
     count, heads, size = q.shape
-    page, kv_heads = keys.shape[1:3]
+    page, kv_heads = pool.shape[2:4]
     group, columns = heads // kv_heads, max(16, triton.next_power_of_2(size))
     out = q.new_empty(q.shape)
     partial = weights = out
@@ -155,7 +158,7 @@ def decode_attention(
         partial = q.new_empty((count, heads, splits, size), dtype=torch.float32)
         weights = q.new_empty((count, heads, splits), dtype=torch.float32)
     _decode[(count, kv_heads, splits)](
-        *(q, keys, values, block_tables, seq_lens, out, partial, weights),
+        *(q, pool[0], pool[1], block_tables, seq_lens, out, partial, weights),
         *(q.stride(0), block_tables.stride(0), splits),
         *(scale * LOG2_E, window, kv_heads, group, size, page),
         *(max(LEAST_ROWS, triton.next_power_of_2(group)), columns, min(tiling.keys, page), splits > 1),
@@ -168,6 +171,6 @@ def decode_attention(
 
 
 def choose_splits(count: int, kv_heads: int, processors: int, longest: int, tile: int) -> int:
-    """Pieces such that there are enough blocks of threads, of no less than a tile each."""
+    """Return the number of pieces that yields enough thread blocks, with at least a tile in each."""
     wanted = BLOCKS_PER_PROCESSOR * processors // (count * kv_heads)
     return max(1, min(MOST_SPLITS, wanted, -(-longest // tile)))

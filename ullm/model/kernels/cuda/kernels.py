@@ -1,8 +1,8 @@
-"""The kernels, in Triton, which comes with PyTorch for CUDA; importing this module needs it.
+"""Fused operations of a decoder layer, in Triton, which comes with PyTorch for CUDA.
 
-One decode step of few rows is a matter of how many kernels are launched: each takes some two microseconds of
-the GPU, whatever it does. PyTorch takes some twenty per layer for what these three do. They compute in
-float32 and round once; `ullm.model.layers.layer_ops.TorchStep` says what.
+The time of a decode step with few rows depends on the number of kernels: each takes some two microseconds of
+the GPU, however little it does. PyTorch needs some twenty per layer for what these three compute. They
+compute in float32 and round once; `ullm.model.layers.layer_ops.TorchStep` is the reference.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 SILU_BLOCK = 1024
 WARP_COLUMNS = 512
-"""Columns of a row that a warp takes."""
+"""Columns of a row per warp."""
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _add_norm(
     x, delta, weight, out, EPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     ADD: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per row."""
+    """Add and normalise; one program per row."""
     columns = tl.arange(0, BLOCK)
     inside = columns < SIZE
     at = tl.program_id(0).to(tl.int64) * SIZE + columns
@@ -39,7 +39,7 @@ def _add_norm(
 
 @triton.jit
 def _silu_and_mul(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> None:
-    """One program per row and `BLOCK` columns."""
+    """Compute ``silu(gate) * up``; one program per row and `BLOCK` columns."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
@@ -56,7 +56,7 @@ def _rotate_and_store(
     q_weight, k_weight, EPS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per token and head: of queries first, then of keys, then of values."""
+    """Normalise, rotate and store; one program per token and head: queries first, then keys, then values."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     index = tl.arange(0, BLOCK)
@@ -92,7 +92,7 @@ def _rotate_and_store(
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Add ``delta`` to ``x [T, size]`` in place; returns its norm."""
+    """Add ``delta`` to ``x [T, size]`` in place; return its norm."""
     out, size = torch.empty_like(x), x.shape[1]
     block = triton.next_power_of_2(size)
     warps = min(16, max(1, block // WARP_COLUMNS))
@@ -102,7 +102,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Ten
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of ``[T, gate and up side by side]``."""
+    """Return ``silu(gate) * up`` of ``[T, gate and up side by side]``."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     _silu_and_mul[(rows, triton.cdiv(size, SILU_BLOCK))](gate_up, out, size, SILU_BLOCK, num_warps=4)
@@ -118,15 +118,16 @@ def rotate_and_store(
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
 ) -> Tensor:
-    """Normalise and rotate queries and keys, and store keys and values; returns the queries.
+    """Normalise and rotate queries and keys, store keys and values, and return the queries.
 
     Args:
         qkv: ``[T, (query heads + 2 * KV heads) * head_dim]``.
         pool: ``[keys or values, blocks, block size, KV heads, head_dim]``, contiguous.
-        slots: ``[T]`` int64, where each token's KV goes.
+        slots: ``[T]`` int64, the slot of each token's KV.
         positions: ``[T]`` int64.
         tables: cosines and sines of `ullm.model.layers.rope.rope_cache`.
         norms: weights of the norms of queries and keys; None: no norms.
+        eps: epsilon of the norms.
 
     Returns:
         ``[T, query heads, head_dim]``.

@@ -1,4 +1,4 @@
-"""`LayerOps` by Triton kernels, which are only trusted where they agree with PyTorch on this machine."""
+"""`LayerOps` on Triton kernels, which are used only if they agree with PyTorch on this machine."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ullm.model.attention.batch import Batch
 from ullm.model.kernels.cuda.check import disagreements
 from ullm.model.layers.layer_ops import AttentionModule, StepOps, TorchOps, TorchStep
 from ullm.model.layers.linear import RMSNorm
-from ullm.model.sampling.choose import Choose, Filter
+from ullm.model.sampling.choose import ChooseTokens, SamplingFilter
 
 log = get_logger("ullm.kernels")
 
 
 class PagedAttend(Protocol):
-    """`ullm.model.attention.varlen.VarlenStep`: attention whose pool others may write."""
+    """The part of `ullm.model.attention.varlen.VarlenStep` that fused kernels use."""
 
     slot_mapping: Tensor
 
     def pool(self, layer: int) -> Tensor:
-        """``[keys or values, blocks, block size, KV heads, head_dim]``."""
+        """Return a layer's pool, ``[keys or values, blocks, block size, KV heads, head_dim]``."""
 
     def attend(self, layer: int, q: Tensor, scale: float, sliding_window: int | None) -> Tensor:
-        """Attend to keys and values that are in the pool already."""
+        """Compute attention over keys and values that are already in the pool."""
 
 
-class Fused(Protocol):
-    """`ullm.model.kernels.cuda.kernels`."""
+class FusedKernels(Protocol):
+    """The functions of `ullm.model.kernels.cuda.kernels`."""
 
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
@@ -43,17 +43,17 @@ class FusedOps(TorchOps):
 
     Args:
         cos, sin: see `TorchOps`.
-        kernels: of the layers.
-        choose_kernel: see `ullm.model.sampling.choose.choose_tokens`.
+        kernels: the layers' kernels.
+        choose_kernel: chooses tokens; see `ullm.model.sampling.choose.choose_tokens`.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, kernels: Fused, choose_kernel: Choose) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor, kernels: FusedKernels, choose_kernel: ChooseTokens) -> None:
         super().__init__(cos, sin)
         self.kernels, self._choose = kernels, choose_kernel
 
-    def choose(self, logits: Tensor, filters: Sequence[Filter], draws: Sequence[float]) -> Tensor:
+    def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `LayerOps`."""
-        return self._choose(logits, filters, draws)
+        return self._choose(logits, filters, uniforms)
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
@@ -88,24 +88,24 @@ class FusedStep(TorchStep):
 
 
 def choose_ops(cos: Tensor, sin: Tensor, module: AttentionModule, hidden: int, inner: int) -> TorchOps:
-    """Fused kernels where they can be compiled and agree with PyTorch's, else PyTorch's.
+    """Return fused operations if they can be compiled and agree with PyTorch's, else PyTorch's.
 
     Args:
-        cos, sin: in the model's numbers, on its device.
+        cos, sin: rotary tables in the model's dtype, on its device.
         module: the attention of one layer.
-        hidden, inner: columns of the residual stream and of the MLP, on this rank.
+        hidden, inner: number of columns of the residual stream and of the MLP, on this rank.
     """
     plain = TorchOps(cos, sin)
     try:
-        kernels = cast(Fused, import_module("ullm.model.kernels.cuda.kernels"))
-        choose = cast(Choose, import_module("ullm.model.kernels.cuda.choose").choose_tokens)
+        kernels = cast(FusedKernels, import_module("ullm.model.kernels.cuda.kernels"))
+        choose = cast(ChooseTokens, import_module("ullm.model.kernels.cuda.choose").choose_tokens)
         fused = FusedOps(cos, sin, kernels, choose)
-        found = disagreements(fused, plain, module, hidden, inner)
+        differences = disagreements(fused, plain, module, hidden, inner)
     except Exception as error:  # no Triton, no C compiler, or whatever its compiler raises
         log.warning("layers are computed without fused kernels", reason=_first_line(error))
         return plain
-    if found:
-        log.warning("fused kernels disagree with PyTorch and are not used", where=found)
+    if differences:
+        log.warning("fused kernels disagree with PyTorch and are not used", where=differences)
         return plain
     return fused
 

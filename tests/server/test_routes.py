@@ -1,0 +1,126 @@
+"""The table of routes and the table of fields: complete, and what others derive from them is right."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from fake_engine import FakeEngine, serving
+
+from ullm.server.api import fields, schemas
+from ullm.server.api.fields import CHAT_FIELDS, COMPLETION_FIELDS, FIELDS, Effect, FieldRule
+from ullm.server.api.route import Access, Route
+from ullm.server.routes.table import ADMIN_ROUTES, ROUTES, access_of, reference_rows, reference_table
+from ullm.testing.server import ADMIN_PATHS
+
+OPENAI_CHAT = (
+    "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens "
+    "messages metadata modalities model n parallel_tool_calls prediction presence_penalty prompt_cache_key "
+    "prompt_cache_retention reasoning_effort response_format safety_identifier seed service_tier stop store "
+    "stream stream_options temperature tool_choice tools top_logprobs top_p user verbosity web_search_options"
+)
+OPENAI_COMPLETIONS = (
+    "best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty prompt seed stop "
+    "stream stream_options suffix temperature top_p user"
+)
+REFUSED = {
+    "tool_choice": "required",
+    "response_format": {"type": "json_object"},
+    "best_of": 3,
+    "suffix": "x",
+}
+
+
+@pytest.mark.parametrize("schema", FIELDS, ids=lambda schema: schema.__name__)
+def test_the_fields_of_a_schema_have_a_rule(schema: type[schemas.GenerationRequest]) -> None:
+    rules = {rule.name: rule for rule in FIELDS[schema]}
+    assert len(rules) == len(FIELDS[schema]), "each field once"
+    known = {name for name, rule in rules.items() if rule.effect is not Effect.IGNORED}
+    assert known == set(schema.__struct_fields__)
+    for rule in rules.values():
+        assert rule.note or rule.effect is not Effect.REFUSED, "a refusal says what is taken"
+
+
+@pytest.mark.parametrize(
+    ("rules", "names"), [(CHAT_FIELDS, OPENAI_CHAT), (COMPLETION_FIELDS, OPENAI_COMPLETIONS)]
+)
+def test_the_fields_of_openai_have_a_rule(rules: tuple[FieldRule, ...], names: str) -> None:
+    assert {rule.name for rule in rules if rule.is_openai} == set(names.split())
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("path", "body", "rules"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}, CHAT_FIELDS),
+        ("/v1/completions", {"prompt": "hi"}, COMPLETION_FIELDS),
+    ],
+)
+async def test_fields_do_what_their_rules_say(
+    client: httpx.AsyncClient, path: str, body: dict[str, object], rules: tuple[FieldRule, ...]
+) -> None:
+    for rule in rules:
+        if rule.effect is Effect.REFUSED:
+            answer = await client.post(path, json={**body, rule.name: REFUSED[rule.name]})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == rule.name
+        elif rule.effect is Effect.IGNORED:
+            answer = await client.post(path, json={**body, rule.name: {"any": "value"}})
+            assert answer.status_code == 200
+
+
+# --- what derives from the table of routes -------------------------------------------------------
+
+
+def test_a_path_has_one_access() -> None:
+    for route in ROUTES:
+        assert {each.access for each in ROUTES if each.path == route.path} == {route.access}
+        assert access_of(route.path) is route.access
+
+
+@pytest.mark.parametrize(
+    ("path", "access"),
+    [
+        ("/live", Access.OPEN),
+        ("/openapi.json", Access.OPEN),
+        ("/v1/models/some/model", Access.KEY),
+        ("/nothing", Access.KEY),
+        ("/live/", Access.KEY),
+        ("/sleep", Access.ADMIN),
+        ("/admin", Access.ADMIN),
+        ("/admin/nothing", Access.ADMIN),
+        ("/administrator", Access.KEY),
+    ],
+)
+def test_the_access_of_a_path(path: str, access: Access) -> None:
+    assert access_of(path) is access
+
+
+def test_the_admin_listener_has_no_route_for_clients() -> None:
+    assert {route.access for route in ADMIN_ROUTES} == {Access.OPEN, Access.ADMIN}
+    assert [route for route in ROUTES if route.access is Access.ADMIN and route not in ADMIN_ROUTES] == []
+
+
+def test_test_servers_know_the_admin_paths() -> None:
+    """`ullm.testing` cannot import the server."""
+    for route in ROUTES:
+        assert route.path.startswith(ADMIN_PATHS) == (route.access is Access.ADMIN), route.path
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+async def test_keys_are_asked_for_as_the_table_says(route: Route) -> None:
+    async with serving(FakeEngine(), api_key="a", admin_key="b") as url, httpx.AsyncClient() as client:
+        for key, access in (("", None), ("a", Access.KEY), ("b", Access.ADMIN)):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            answer = await client.request(route.method, url + route.path, headers=headers)
+            assert (answer.status_code != 401) == (route.access in (Access.OPEN, access))
+
+
+def test_the_reference_has_a_row_per_route() -> None:
+    rows = list(reference_rows())
+    assert len(rows) == len(ROUTES)
+    chat = next(row for row in rows if row.path == "/v1/chat/completions")
+    assert (chat.method, chat.access) == ("POST", "API key")
+    assert "messages" in chat.fields
+    assert reference_table().count("\n") == len(ROUTES) + 2
+    assert fields.FIELDS.keys() <= {route.request for route in ROUTES}

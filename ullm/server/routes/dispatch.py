@@ -1,0 +1,50 @@
+"""From the table of routes to the app: decode the request, call the handler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+from quart import Response
+from quart_trio import QuartTrio
+
+from ullm.server.api import requests
+from ullm.server.api.errors import as_request_error
+from ullm.server.api.route import Handler, Needs, Route
+from ullm.server.api.types import EngineInterface
+from ullm.server.routes.service import Service
+
+
+def install(app: QuartTrio, service: Service) -> None:
+    """Add the service's routes to ``app``."""
+    for route in service.routes:
+        rule = route.path.replace("{", "<path:").replace("}", ">")
+        endpoint = f"{route.method} {route.path}".replace(".", "_")  # a dot would name a blueprint
+        app.add_url_rule(rule, endpoint, _view(route, service), methods=[route.method])
+
+
+def _view(route: Route, service: Service) -> Handler:
+    read = None if route.request is None else requests.json_reader(route.request, optional=route.optional)
+
+    async def view(**parameters: str) -> Response:
+        arguments: list[Any] = [service]
+        _check_needs(route.needs, service.engine)
+        if read is not None:
+            body = await read()
+            arguments.append(requests.with_query(body) if route.in_query else body)
+        try:
+            return await route.handler(*arguments, **parameters)
+        except BaseExceptionGroup as error:
+            if error.subgroup(trio.Cancelled) is not None:
+                raise
+            raise as_request_error(error) from error
+
+    return view
+
+
+def _check_needs(needs: Needs, engine: EngineInterface) -> None:
+    """Refuse a request that the engine would not take, before its body is read and tokenized."""
+    if needs is Needs.ADMISSION:
+        engine.check_admission()
+    elif needs is Needs.MODEL:
+        requests.loaded(engine)
