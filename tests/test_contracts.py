@@ -68,7 +68,8 @@ LAYERS: dict[str, frozenset[str]] = {
     "bench": frozenset({"errors", "config", "sampling", "engine", "client"}),
     "testing": _ENGINE | {"engine", "client"},
     "chaos": frozenset({"errors", "client", "bench", "testing"}),
-    "cli": _BASE | {"supervision", "hub", "engine", "server", "client", "bench", "testing", "chaos"},
+    "cli": _BASE
+    | {"supervision", "hub", "engine", "server", "hosting", "client", "bench", "testing", "chaos"},
     "entrypoints": frozenset({"cli"}),
     "__main__": frozenset({"cli"}),
     "": frozenset({"config", "sampling", "engine", "llm"}),

@@ -268,7 +268,8 @@ async def test_two_engines_live_in_one_process(model: Path) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(one, first)
             nursery.start_soon(one, second)
-    assert results[0] == results[1]
+    texts = ["".join(output.token_str for output in outputs) for outputs in results]
+    assert texts[0] == texts[1] != ""  # how many tokens come together may differ
 
 
 @pytest.mark.process

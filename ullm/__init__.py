@@ -1,7 +1,7 @@
 """ullm: an LLM inference engine and OpenAI-compatible server in which everything is supervised.
 
-Nothing is imported here, so that an entry point is soon reached: `LLM`, `open_engine` and the rest load when
-they are first used.
+Nothing is imported here, so that entry points are reached quickly: `LLM`, `open_engine` and the rest load on
+first use.
 """
 
 from __future__ import annotations

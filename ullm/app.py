@@ -1,4 +1,4 @@
-"""``hypercorn ullm.app:app``: the ASGI application; see `ullm.hosting.asgi`."""
+"""The ASGI application for ``hypercorn ullm.app:app``; see `ullm.hosting.asgi`."""
 
 from ullm.hosting.asgi import App, app, open_from_env
 

@@ -1,7 +1,7 @@
 """`LLM`: an engine for programs on asyncio, on trio, or on no event loop at all.
 
-The engine runs on a trio loop in a thread of its own, so it works the same under each of them, can be
-built before a loop runs, and survives the death of the loop that uses it.
+The engine runs on a trio loop in a thread of its own. So it works the same way under each of them, can be
+built before a loop runs, and survives the end of the loop that uses it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class GenerateOutput(msgspec.Struct, frozen=True):
-    """What is new in one choice since its last output.
+    """New text and tokens of one choice since its last output.
 
     Args:
         token_str: new text; may be empty while a character is incomplete.
@@ -50,7 +50,7 @@ class GenerateOutput(msgspec.Struct, frozen=True):
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """A whole answer of `LLM.generate_sync`: one choice of one prompt."""
+    """One choice of one prompt, complete, as `LLM.generate_sync` returns it."""
 
     text: str
     token_ids: list[int]
@@ -64,13 +64,14 @@ class LLM:
     Building it starts the engine and returns at once. `generate` waits until it is ready.
 
     Args:
-        model: hub id, local folder, .gguf file, or an `EngineConfig` that says everything; the default
-            is a small model that is fetched from a package index.
-        max_bs: most sequences that run at once.
-        context_len: most tokens of prompt and output together; never more than the model's own limit.
-        use_threading: run the worker as a thread of this process; saves a process, and cannot be
-            killed should it hang.
-        options: further fields of `EngineConfig`.
+        model: hub id, local folder, .gguf file, or an `EngineConfig`, which replaces all other arguments;
+            the default is a small model that is fetched from a package index.
+        max_bs: maximum number of sequences that run at once; 0: 64 on a CPU, 256 on a GPU.
+        context_len: maximum number of tokens of prompt and output together, up to the model's own limit;
+            None: the model's own limit.
+        use_threading: run the worker as a thread of this process; saves a process, but a thread that hangs
+            cannot be killed.
+        options: further fields of `EngineConfig`, where the other arguments are documented, too.
 
     Raises:
         ConfigError: an option that cannot work.
@@ -79,13 +80,13 @@ class LLM:
     def __init__(
         self,
         model: str | EngineConfig = DEFAULT_MODEL,
-        gpu_memory_utilization: float = 0.9,
+        gpu_memory_utilization: float = EngineConfig.gpu_memory_utilization,
         max_bs: int = 50,
-        tp_size: int = 1,
-        pp_size: int = 1,
-        nccl_port: int = 29500,
-        device_ids: Sequence[int] | None = None,
-        enforce_eager: bool = False,
+        tp_size: int = EngineConfig.tp_size,
+        pp_size: int = EngineConfig.pp_size,
+        nccl_port: int = EngineConfig.nccl_port,
+        device_ids: Sequence[int] | None = EngineConfig.device_ids,
+        enforce_eager: bool = EngineConfig.enforce_eager,
         context_len: int | None = 2048,
         use_threading: bool = False,
         **options: Any,
@@ -126,11 +127,11 @@ class LLM:
     def generate(
         self, prompts: Prompt, params: SamplingParams | None = None, sequence_id: str | None = None
     ) -> TokenStream:
-        """Generate; iterate over the result with ``async for``. Dropping the result aborts.
+        """Start to generate; iterate over the result with ``async for``. Dropping the result aborts.
 
         Args:
             prompts: text, token ids, or chat messages.
-            sequence_id: a name for `abort`.
+            sequence_id: the name to pass to `abort`.
         """
         return TokenStream(self, prompts, params or SamplingParams(), sequence_id)
 
@@ -146,8 +147,8 @@ class LLM:
             For each prompt, in order, its ``n`` choices.
 
         Raises:
-            RequestError: a prompt or parameter that cannot be used.
-            ValueError: not as many parameters as prompts.
+            RequestError: a prompt or a parameter is invalid.
+            ValueError: there are not as many parameters as prompts.
         """
         batch: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
         if params is None or isinstance(params, SamplingParams):
@@ -163,11 +164,11 @@ class LLM:
         self._thread.post(self._host.abort, sequence_id)
 
     async def tokenize(self, text: str) -> list[int]:
-        """Text to token ids."""
+        """Return the token ids of a text."""
         return await self._thread.call_async(self._host.encode, text)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Token ids to text."""
+        """Return the text of token ids."""
         return await self._thread.call_async(self._host.decode, list(token_ids))
 
     # --- sleeping and reloading ----------------------------------------------------------------------
@@ -177,29 +178,29 @@ class LLM:
         return await self._thread.call_async(self._host.sleep, level, mode)
 
     async def wake(self) -> SleepHealth:
-        """Be awake; returns when requests run again."""
+        """Wake the engine; return when requests run again."""
         return await self._thread.call_async(self._host.wake)
 
     async def reload(self, model: str | None = None, revision: str | None = None) -> ReloadReport:
-        """New workers take over, while requests go on; see `Engine.reload`."""
+        """Load the model again in new workers, while requests go on; see `Engine.reload`."""
         return await self._thread.call_async(self._host.reload, model, revision)
 
     async def health(self) -> Health:
-        """What an HTTP server's ``/health`` would say."""
+        """Return what an HTTP server would answer to ``/health``."""
         return await self._thread.call_async(self._host.health)
 
     # --- stopping --------------------------------------------------------------------------------------
 
-    def shutdown(self, timeout: float | None = None) -> Shutdown:
+    def shutdown(self, timeout: float | None = None) -> PendingShutdown:
         """Stop in order: drain for ``timeout`` seconds, abort the rest, stop the workers.
 
-        Without a running event loop it blocks until all is gone. Inside one it returns at once,
-        because the loop's own readers must go on for the drain; await the result to wait for the end.
-        A second call does no harm.
+        Outside of an event loop it blocks until the engine is gone. Inside one it returns at once, because
+        the readers in that loop must go on for the drain; await the result to wait for the end. A second
+        call does no harm.
         """
         if self._thread.alive:
             self._thread.post(self._host.request_shutdown, timeout)
-        ending = Shutdown(self._thread, self._host)
+        ending = PendingShutdown(self._thread, self._host)
         if not _in_event_loop():
             ending.wait()
         return ending
@@ -218,15 +219,15 @@ class LLM:
         await self.shutdown()
 
 
-class Shutdown:
-    """A stop under way: await it in asyncio or trio, or call `wait`. The result is the report."""
+class PendingShutdown:
+    """A stop in progress: await it in asyncio or trio, or call `wait`. The result is the report."""
 
     def __init__(self, thread: TrioThread, host: _Host) -> None:
         self._thread = thread
         self._host = host
 
     def wait(self) -> ShutdownReport | None:
-        """Block until all is gone; the report is None if the engine never started."""
+        """Block until the engine is gone; return the report, or None if it never started."""
         if self._thread.alive:
             self._thread.call(self._host.ended.wait)
         self._thread.stop()
@@ -243,7 +244,7 @@ class Shutdown:
 
 
 class TokenStream:
-    """What `LLM.generate` returns: an async iterator of `GenerateOutput`, under asyncio and trio."""
+    """An async iterator of `GenerateOutput`, under asyncio and trio; returned by `LLM.generate`."""
 
     def __init__(self, llm: LLM, prompt: Prompt, params: SamplingParams, sequence_id: str | None) -> None:
         self._llm = llm  # lives as long as somebody iterates
@@ -259,7 +260,7 @@ class TokenStream:
         return await self._stream.__anext__()
 
     async def aclose(self) -> None:
-        """Abort, if it has not ended, and wait until it has."""
+        """Abort the request, unless it has ended, and wait for its end."""
         await self._stream.aclose()
 
 
@@ -276,7 +277,7 @@ class _Host:
         self.report: ShutdownReport | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[_Host]) -> None:
-        """Keep the engine until it stops. What goes wrong is told to those who use it."""
+        """Keep the engine open until it stops; callers get the error if it fails."""
         task_status.started(self)
         try:
             with self._scope:
@@ -291,7 +292,7 @@ class _Host:
             self.ended.set()
 
     async def wait_ready(self) -> Engine:
-        """The running engine."""
+        """Wait until the engine runs, and return it."""
         await self._ready.wait()
         if self._error is not None:
             raise self._error
@@ -302,7 +303,7 @@ class _Host:
     async def open_stream(
         self, prompt: Prompt, params: SamplingParams, sequence_id: str | None
     ) -> AsyncIterator[AsyncIterator[GenerateOutput]]:
-        """The outputs of one request."""
+        """Open an iterator of the outputs of one request."""
         engine = await self.wait_ready()
         ready_prompt = await _encode(engine, prompt)
         async with engine.generate(ready_prompt, params, request_id=sequence_id) as generation:
@@ -311,7 +312,7 @@ class _Host:
     async def generate_all(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
-        """The whole answers to all prompts."""
+        """Return the complete answers to all prompts."""
         results: list[list[Completion]] = [[] for _ in prompts]
         engine = await self.wait_ready()
         try:
@@ -323,13 +324,13 @@ class _Host:
         return results
 
     async def encode(self, text: str) -> list[int]:
-        """Text to token ids."""
+        """Return the token ids of a text."""
         engine = await self.wait_ready()
         assert engine.tokenizer is not None, "a running engine has a tokenizer"
         return await engine.tokenizer.encode(text)
 
     async def decode(self, token_ids: list[int]) -> str:
-        """Token ids to text."""
+        """Return the text of token ids."""
         engine = await self.wait_ready()
         assert engine.tokenizer is not None, "a running engine has a tokenizer"
         return engine.tokenizer.decode(token_ids)
@@ -351,12 +352,12 @@ class _Host:
         return (await self.wait_ready()).health()
 
     def abort(self, request_id: str) -> None:
-        """End a request, if it is there."""
+        """End a request, if there is one of that name."""
         if self._engine is not None:
             self._engine.abort(request_id)
 
     def request_shutdown(self, timeout: float | None = None) -> None:
-        """Begin to stop, from whatever state."""
+        """Begin to stop, in any state."""
         if self._engine is not None:
             self._engine.request_shutdown(timeout)
         else:
@@ -411,7 +412,7 @@ def _in_event_loop() -> bool:
 
 
 def _stop_now(thread: TrioThread, host: _Host) -> None:
-    """The object is gone, or the interpreter ends: nobody waits for answers any more."""
+    """Stop at once: the object is gone, or the interpreter ends, so nobody waits for answers."""
     if thread.alive:
         thread.post(host.request_shutdown, 0.0)
-        Shutdown(thread, host).wait()
+        PendingShutdown(thread, host).wait()

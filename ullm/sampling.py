@@ -1,4 +1,4 @@
-"""Sampling parameters: what one request asks of the sampler."""
+"""Sampling parameters of a request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ullm.errors import InvalidParameter
 
 MAX_LOGPROBS = 20
-"""Most alternatives reported per token; the limit of OpenAI's API for ``top_logprobs``."""
+"""Maximum number of alternatives reported per token, as in OpenAI's API for ``top_logprobs``."""
 MAX_N = 128
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63
@@ -17,35 +17,35 @@ MAX_SEED = 2**63
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """What one request asks of the sampler; immutable, checked when built.
+    """Sampling parameters of a request; immutable, validated when built.
 
     Args:
-        n: how many independent continuations; each has its own stream of random draws.
+        n: number of independent continuations; each has its own stream of random draws.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this.
-        top_k: keep this many most likely tokens; 0 or -1 keeps all.
+        top_k: keep this many of the most likely tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than this fraction of the most likely one's probability.
-        max_tokens: most tokens to generate, the prompt not counted; None: up to the context's end.
+        max_tokens: maximum number of generated tokens; None: up to the end of the model's context.
         max_new_tokens: another name for ``max_tokens``.
-        stop: a string or strings that end the text; not part of it.
-        ignore_eos: go on past the model's end-of-sequence tokens.
-        min_tokens: end-of-sequence and stop tokens are impossible before this many.
+        stop: a string or strings that end the text and are not part of it.
+        ignore_eos: continue past the model's end-of-sequence tokens.
+        min_tokens: number of generated tokens before which end-of-sequence and stop tokens are impossible.
         stop_token_ids: further token ids that end the text.
         include_stop_str_in_output: keep the stop string in the text.
-        repetition_penalty: above 1, tokens of the prompt and the output are less likely (CTRL,
+        repetition_penalty: above 1, tokens of the prompt and the output become less likely (CTRL,
             arXiv:1909.05858, section 4.1).
         presence_penalty: subtracted once from the logit of each token already generated.
         frequency_penalty: subtracted once per occurrence in the output.
-        logit_bias: token id → what is added to its logit, -100 to 100.
-        seed: draws are a pure function of (seed, index of the token); None: a fresh seed.
-        logprobs: report each token's log probability and this many alternatives (0: only its own).
+        logit_bias: token id → value added to its logit, -100 to 100.
+        seed: a draw is a pure function of (seed, index of the token); None: a random seed.
+        logprobs: report each token's log probability and this many alternatives; 0: only the token's own.
         prompt_logprobs: the same for the tokens of the prompt.
-        skip_special_tokens: leave special tokens out of the text.
+        skip_special_tokens: omit special tokens from the text.
         timeout: seconds after which the request ends with ``finish_reason="timeout"``.
-        priority: lower runs first; equals in order of arrival.
+        priority: requests with a lower value run first; equal ones in order of arrival.
 
     Raises:
-        InvalidParameter: a value out of range; names the field.
+        InvalidParameter: a value is out of range; names the field.
     """
 
     n: int = 1
@@ -79,7 +79,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken each time."""
+        """Whether the most likely token is chosen each time."""
         return self.temperature == 0
 
     @property

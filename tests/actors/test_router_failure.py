@@ -21,7 +21,7 @@ from ullm.scheduling.sequence import TokenEvent
 def record(router: Router, crashes: int = 0) -> RequestRecord:
     number = router.arrival()
     params = SamplingParams(seed=0)
-    result = RequestRecord(number, f"r{number}", [1], params, 9, number, lambda: None)
+    result = RequestRecord(number, f"r{number}", [1], params, 9, number, lambda time: None)
     result.crashes = crashes
     return result
 

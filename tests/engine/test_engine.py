@@ -499,7 +499,7 @@ async def test_states_only_go_forward_and_children_stop_in_reverse(clock: MockCl
         "replica0",
         "tokenizer",
     ]
-    assert [state for state, _ in engine._state.history] == [
+    assert [state for state, _ in engine._life.cell.history] == [
         EngineState.STARTING,
         EngineState.RUNNING,
         EngineState.DRAINING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -240,21 +241,38 @@ async def test_a_request_does_not_wake_it_where_that_is_off(clock: MockClock, op
         assert len(tokens_of(await collect(engine))) == 10
 
 
-@pytest.mark.parametrize("wake_on_request", [True, False])
 async def test_a_request_admitted_while_it_falls_asleep_is_served(
-    clock: MockClock, opened: Open, expected: list[int], wake_on_request: bool
+    clock: MockClock, opened: Open, expected: list[int]
 ) -> None:
     running, late = Running(), Running()
-    async with opened(wake_on_request=wake_on_request) as (engine, _), trio.open_nursery() as nursery:
+    async with opened() as (engine, _), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
-        late_generation = engine.generate(PROMPT, GREEDY)  # admitted here, submitted when it is entered
+        late_generation = engine.generate(PROMPT, GREEDY)
         nursery.start_soon(engine.sleep, 1, "wait")
         await wait_all_tasks_blocked()
         async with late_generation as generation:
             late.outputs = [output async for output in generation]
         assert running.done.is_set()
     assert tokens_of(late.outputs) == tokens_of(running.outputs) == expected
+
+
+async def test_a_request_is_admitted_when_it_is_entered(
+    clock: MockClock, opened: Open, expected: list[int]
+) -> None:
+    running = Running()
+    async with opened(wake_on_request=False) as (engine, _), trio.open_nursery() as nursery:
+        nursery.start_soon(running.run, engine)
+        await trio.sleep(2.5 * STEP)
+        early_enough, too_late = (engine.generate(PROMPT, GREEDY) for _ in range(2))
+        async with early_enough as generation:
+            nursery.start_soon(engine.sleep, 1, "wait")
+            await wait_all_tasks_blocked()
+            with pytest.raises(EngineSleeping):
+                await too_late.__aenter__()
+            assert tokens_of([output async for output in generation]) == expected
+        assert running.done.is_set()
+        await engine.wake()
 
 
 async def test_a_wake_calls_off_a_sleep_that_waits(
@@ -499,6 +517,52 @@ async def test_another_model_keeps_the_served_name(
         assert said(workers[2], Start)[0].model_path == str(other)
 
 
+async def test_new_requests_get_the_new_models_chat_template_and_end_of_sequence_tokens(
+    clock: MockClock, opened: Open, expected: list[int], tmp_path: Path
+) -> None:
+    other = write_scripted_model(tmp_path / "other", eos_after=4, eos_token_id=5)
+    (other / "chat_template.jinja").write_text("NEW {{ bos_token }}{{ messages[0]['content'] }}")
+    tokenizer_config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(tokenizer_config | {"bos_token": "<|im_start|>"}))
+    hello = [{"role": "user", "content": "Hello"}]
+    running = Running()
+    async with (
+        opened(find_model=lambda config: local_model(Path(config.model))) as (engine, _),
+        trio.open_nursery() as nursery,
+    ):
+        assert (await engine.tokenizer.render_chat(hello)).startswith("<|im_start|>user")
+        nursery.start_soon(running.run, engine)
+        await trio.sleep(2.5 * STEP)
+        await engine.reload(model=str(other))
+        assert await engine.tokenizer.render_chat(hello) == "NEW <|im_start|>Hello"
+        ids = await engine.tokenizer.encode_chat(hello)
+        assert engine.tokenizer.decode(ids, skip_special_tokens=False) == "NEW <|im_start|>Hello"
+        assert engine.info.eos_token_ids == (5,)
+        outputs = await collect(engine)
+        assert outputs[-1].finish_reason == "stop"
+        assert len(tokens_of(outputs)) < len(expected)
+        # The tokenizer's actor may be restarted; it must not go back to the first model's files.
+        await trio.to_thread.run_sync(engine.tokenizer.load)
+        assert await engine.tokenizer.render_chat(hello) == "NEW <|im_start|>Hello"
+    assert tokens_of(running.outputs) == expected  # in flight, it keeps what it began with
+
+
+async def test_a_new_chat_template_that_cannot_be_read_changes_nothing(
+    clock: MockClock, opened: Open, expected: list[int], tmp_path: Path
+) -> None:
+    other = write_scripted_model(tmp_path / "other")
+    (other / "chat_template.jinja").write_text("NEW")
+    (other / "tokenizer_config.json").write_text("{ not JSON")
+    hello = [{"role": "user", "content": "Hello"}]
+    async with opened(find_model=lambda config: local_model(Path(config.model))) as (engine, workers):
+        before = await engine.tokenizer.render_chat(hello)
+        with pytest.raises(ReloadFailed, match=r"tokenizer_config.json: not readable as JSON"):
+            await engine.reload(model=str(other))
+        assert len(workers) == 1
+        assert await engine.tokenizer.render_chat(hello) == before
+        assert tokens_of(await collect(engine)) == expected
+
+
 async def test_a_reload_wakes_a_sleeper(clock: MockClock, opened: Open, expected: list[int]) -> None:
     async with opened() as (engine, _):
         await engine.sleep(2)
@@ -511,7 +575,7 @@ async def test_a_reload_wakes_a_sleeper(clock: MockClock, opened: Open, expected
 async def test_where_memory_holds_one_the_old_workers_sleep_meanwhile(
     clock: MockClock, opened: Open, expected: list[int], monkeypatch: pytest.MonkeyPatch, comes_up: bool
 ) -> None:
-    monkeypatch.setattr("ullm.engine.lifecycle.Lifecycle._needs_swap", lambda self: True)
+    monkeypatch.setattr("ullm.engine.reload.Reloader._needs_swap", lambda self: True)
     failing = FakeBehaviour(load_error=OutOfMemory("cuda:0: out of memory"))
     behaviour = FakeBehaviour(step_seconds=STEP, load_seconds=5.0)
     running, seen = Running(), iter(range(100))

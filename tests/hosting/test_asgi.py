@@ -109,7 +109,7 @@ def running_on(server: Server) -> str:
 def stream(url: str, on_first: Callable[[], object], **body: Any) -> list[Any]:
     """The events of a streamed completion; calls ``on_first`` when it has begun."""
     events: list[Any] = []
-    asked = {"prompt": "hello", "stream": True, "ignore_eos": True, **body}
+    asked = {"prompt": "hello", "stream": True, "ignore_eos": True, "temperature": 0, **body}
     with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=30) as response:
         assert response.status_code == 200
         for line in response.iter_lines():
@@ -379,4 +379,4 @@ def test_pieces_that_piled_up_are_joined() -> None:
     start = {"type": "http.response.start", "status": 200, "headers": []}
     pieces = [{"type": "http.response.body", "body": bytes([65 + n]), "more_body": n < 2} for n in range(3)]
     joined = {"type": "http.response.body", "body": b"ABC", "more_body": False}
-    assert ullm.app._joined([start, *pieces]) == [start, joined]
+    assert ullm.hosting.asgi._joined([start, *pieces]) == [start, joined]

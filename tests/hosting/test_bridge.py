@@ -303,7 +303,7 @@ def test_one_wake_up_for_all_that_is_ready(thread: TrioThread) -> None:
             wake_ups += 1
             return original(*args, **kwargs)
 
-        streams[0]._target()._schedule = counting
+        streams[0]._current_loop()._schedule = counting
         thread.post(gate.set)
         assert await asyncio.gather(*waits) == [1] * 200
         return wake_ups

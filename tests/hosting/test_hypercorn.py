@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import inspect
 import logging
 import os
 import signal
@@ -100,6 +102,19 @@ async def test_a_hypercorn_that_cannot_be_made_to_drain(
         with DrainFirst("stand_in", Drain(), trio.sleep_forever, trio_either, lambda: None):
             assert signal.getsignal(signal.SIGTERM) is before
     assert "--graceful-timeout" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["hypercorn.trio.run", "hypercorn.asyncio.run"])
+def test_the_installed_hypercorn_has_the_private_name_that_is_replaced(name: str) -> None:
+    """If this fails after an upgrade, `ullm.hosting.hypercorn` has to be adapted to the new release."""
+    module = importlib.import_module(name)
+    function = getattr(module, "raise_shutdown", None)
+    assert inspect.iscoroutinefunction(function), f"{name} has no coroutine function raise_shutdown"
+    assert len(inspect.signature(function).parameters) == 1, "it takes the trigger to wait for"
+    assert "raise_shutdown" in module.worker_serve.__code__.co_names, (
+        "worker_serve looks it up when it is called"
+    )
+    assert "raise ShutdownError" in inspect.getsource(function), "it ends the server by an exception"
 
 
 async def test_another_server_is_left_alone() -> None:

@@ -45,8 +45,7 @@ async def read(
     engine: Engine, pace: Callable[[], float] | None, params: SamplingParams = TEN
 ) -> list[tuple[float, Output]]:
     """Each output with its time, the first one's being 1."""
-    async with engine.generate(PROMPT, params) as generation:
-        generation.pace = pace
+    async with engine.generate(PROMPT, params, pace=pace) as generation:
         outputs = [(trio.current_time(), output) async for output in generation]
         return [(1 + at - outputs[0][0], output) for at, output in outputs]
 

@@ -24,6 +24,7 @@ from ullm.config import GIB, EngineConfig
 from ullm.errors import WorkerLost
 from ullm.logs import get_logger
 from ullm.machine import available_memory
+from ullm.protocol import stop_budget
 from ullm.protocol.messages import Failed, Prepare, Prepared
 from ullm.supervision import cleanup_scope, exponential_backoff
 
@@ -41,8 +42,6 @@ MEMORY_SECONDS = 30.0
 """Interval between checks of the memory while there is too little."""
 PREPARE_SECONDS = 300.0
 """How long a spare may take to prepare before it counts as hung."""
-STOP_SECONDS = 0.4
-"""How long a spare gets to end by itself; it has nothing to finish."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +212,8 @@ class StandbyPool:
                     await self._hold(spare, Prepare(target.config, kind.spec.rank, target.model_path))
                 finally:
                     if spare.prepared and not spare.taken:  # otherwise there is nothing to stop in order
-                        with cleanup_scope(STOP_SECONDS):
-                            await transport.stop(STOP_SECONDS)
+                        with cleanup_scope(stop_budget.SPARE_WORKER):
+                            await transport.stop(stop_budget.SPARE_WORKER)
         except Exception as error:  # the loss of a spare must not disturb workers in use
             self._count_loss(kind, spare, error)
         finally:

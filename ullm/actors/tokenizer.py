@@ -117,6 +117,16 @@ class TokenizerActor:
         self.vocab_size = len(vocabulary)
         self._longest_token = max(map(len, vocabulary))
 
+    def take_over(self, other: TokenizerActor) -> None:
+        """Serve another model's files from now on, which ``other`` has loaded.
+
+        What is being encoded or decoded already goes on with the files that it began with.
+        """
+        self._model = other._model
+        self._template = other._template
+        self._backend, self._bytes, self._special = other._backend, other._bytes, other._special
+        self.vocab_size, self._longest_token = other.vocab_size, other._longest_token
+
     # --- encoding ---
 
     async def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:

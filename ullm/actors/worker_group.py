@@ -2,7 +2,7 @@
 
 The ranks must start at the same time, because they meet in a rendezvous, and none is of use without the
 others. So they are tasks of one nursery: the first one to be lost ends them all, and the group's supervisor
-starts a new incarnation, with a higher epoch.
+starts a new incarnation, with a higher number.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ullm.actors.worker_rank import WorkerRank
 from ullm.config import EngineConfig
 from ullm.errors import WorkerLost, first_cause
 from ullm.logs import get_logger
+from ullm.protocol import stop_budget
 from ullm.protocol.messages import (
     Asleep,
     Awake,
@@ -38,12 +39,6 @@ from ullm.supervision.actor import cleanup_scope
 log = get_logger("ullm.group")
 
 
-REPORT_SHARE = 0.95
-"""Share of the time for stopping that the ranks get: their reports must arrive before it is over."""
-
-STARTING_GRACE = 1.0
-"""Seconds that a rank gets to end by itself while it is not ready yet."""
-
 RENDEZVOUS_ROUNDS = 16
 """Incarnations of a group after which its rendezvous port is used again."""
 
@@ -61,11 +56,12 @@ class WorkerGroup:
     def __init__(self, replica: int, slot: int, config: EngineConfig, open_transport: OpenTransport) -> None:
         self.replica = replica
         self.slot = slot
-        self.epoch = 0
-        self.restarts = -1
+        self.incarnation = 0
         self.model_path = ""
         self.info: ModelInfo | None = None
         self.stop_reports: list[StopReport] = []
+        self._starts = 0
+        self._requested_starts = 1
         self._config = config
         self._open_transport = open_transport
         self._ranks: list[WorkerRank] = []
@@ -138,6 +134,25 @@ class WorkerGroup:
         """Drop results until a scheduler attaches."""
         self._deliver = None
 
+    # --- for the fleet -----------------------------------------------------------------------------
+
+    @property
+    def restarts(self) -> int:
+        """Starts after a loss; those that were requested do not count."""
+        return max(0, self._starts - self._requested_starts)
+
+    def expect_start(self) -> None:
+        """Note that the next start is requested: it follows a stop, not a loss."""
+        self._requested_starts += 1
+
+    def load_from(self, model_path: str) -> None:
+        """Have the ranks load the model from there when they are started the next time."""
+        self.model_path = model_path
+
+    def continue_after(self, other: WorkerGroup) -> None:
+        """Count incarnations on from those of another group in the same slot; see `rendezvous_port`."""
+        self.incarnation = max(self.incarnation, other.incarnation)
+
     def kill(self) -> None:
         """Kill every rank now."""
         for rank in self._ranks:
@@ -172,8 +187,8 @@ class WorkerGroup:
             ModelError, ConfigError: the model cannot be loaded; trying again would not help.
             WorkerLost: a rank died, hung, or failed.
         """
-        self.epoch += 1
-        self.restarts += 1
+        self.incarnation += 1
+        self._starts += 1
         self._known.clear()
         self._ready = False
         self._round_trip = None
@@ -213,7 +228,7 @@ class WorkerGroup:
         rank, config = self._ranks[index], self._config
         start = Start(config, self._spec(index).rank, self.model_path)
         ready = await rank.start(start, config.start_timeout)
-        log.info("worker ready", worker=rank.transport.name, epoch=self.epoch, **ready.timings)
+        log.info("worker ready", worker=rank.transport.name, incarnation=self.incarnation, **ready.timings)
         infos.append(ready.info)
 
     async def _send_canaries(self) -> None:
@@ -246,9 +261,9 @@ class WorkerGroup:
 
     async def _stop_ranks(self) -> None:
         with cleanup_scope() as scope:
-            budget = REPORT_SHARE * max(0.0, scope.deadline - trio.current_time())
+            budget = stop_budget.RANK_SHARE * max(0.0, scope.deadline - trio.current_time())
             if not self._ready:  # there is nothing to finish
-                budget = min(budget, STARTING_GRACE)
+                budget = min(budget, stop_budget.STARTING_WORKER)
             reports: list[StopReport] = []
             async with trio.open_nursery() as nursery:
                 for rank in self._ranks:
@@ -265,20 +280,20 @@ class WorkerGroup:
             replica=self.replica,
             rank=rank,
             world_size=config.world_size,
-            epoch=self.epoch,
-            rendezvous=f"127.0.0.1:{rendezvous_port(config, self.slot, self.epoch)}",
+            epoch=self.incarnation,
+            rendezvous=f"127.0.0.1:{rendezvous_port(config, self.slot, self.incarnation)}",
             device_index=None if config.device == "cpu" else devices[first + rank],
         )
         return WorkerSpec(rank_spec, config.runner, config.cpu_threads)
 
 
-def rendezvous_port(config: EngineConfig, slot: int, epoch: int) -> int:
+def rendezvous_port(config: EngineConfig, slot: int, incarnation: int) -> int:
     """Return the port where the ranks of one incarnation meet.
 
     It differs from those of other slots and of the incarnations just before, because a rank must not meet
     what is left of them. All are in ``nccl_port … nccl_port + RENDEZVOUS_ROUNDS * replicas - 1``.
     """
-    return config.nccl_port + slot + config.replicas * ((epoch - 1) % RENDEZVOUS_ROUNDS)
+    return config.nccl_port + slot + config.replicas * ((incarnation - 1) % RENDEZVOUS_ROUNDS)
 
 
 async def _stop_rank(transport: Transport, budget: float, reports: list[StopReport]) -> None:

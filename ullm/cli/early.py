@@ -1,7 +1,7 @@
-"""Signals that come while the program still imports what it needs, and has started nothing yet.
+"""Handlers for signals that come while the program still imports its modules and has started nothing.
 
-The imports take half a second, in which Python's own effects would hold: death without a word, a traceback
-amid an import, and for a server the end by a hangup. Only what is loaded anyway is imported here.
+The imports take half a second. Python's own handlers would end the process in silence or with a traceback
+in the middle of an import, and a hangup would end a server. This module imports only what is cheap.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from ullm.protocol.exit_codes import EXIT_SIGNAL_BASE
+
 _STOPS = ("SIGTERM", "SIGINT", "SIGBREAK")
-_FORCED = 128
 _STDERR = 2
 
 Handler = Callable[[int, FrameType | None], object]
 
 
 def answer_signals(arguments: Sequence[str]) -> None:
-    """Have an early signal answered as the command would answer it, if it ran already.
+    """Handle early signals as the command will handle them once it runs.
 
-    A server ends in order, with status 0, and takes no notice of a hangup: it is about to load its model.
-    Any other command ends with 128 + the signal's number. What is ignored, as under ``nohup``, stays so.
+    A server ends in order, with status 0, and ignores a hangup: it is about to load its model. Any other
+    command ends with 128 + the signal's number. A signal that is ignored, as under ``nohup``, stays ignored.
     """
     serves = list(arguments[:1]) == ["serve"]
     _handle(_STOPS, _stop_server if serves else _stop_command)
@@ -34,7 +35,7 @@ def answer_signals(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def python_handlers_after() -> Iterator[None]:
-    """Afterwards Python's own handlers hold again, for commands that have none of their own."""
+    """Restore Python's own handlers afterwards, for commands that install none."""
     try:
         yield
     finally:
@@ -54,19 +55,19 @@ def _handle(names: Sequence[str], handler: Handler) -> None:
 def _stop_server(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
     os.write(_STDERR, f"stopped by {name} before anything was started\n".encode())
-    os._exit(0)  # an exception amid an import would come out anywhere, or nowhere
+    os._exit(0)  # an exception in the middle of an import might surface anywhere, or nowhere
 
 
 def _stop_command(number: int, frame: FrameType | None) -> None:
-    os._exit(_FORCED + number)
+    os._exit(EXIT_SIGNAL_BASE + number)
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """Unlike SIG_IGN, this is not inherited by other programs."""
+    """Ignore the signal. Unlike SIG_IGN, a handler is not inherited by other programs."""
 
 
 def main() -> int:
-    """The command line, with early signals answered; the exit status."""
+    """Run the command line, with early signals handled; return the exit status."""
     answer_signals(sys.argv[1:])
     with python_handlers_after():
         from ullm.cli.app import main as run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,13 +12,8 @@ from cyclopts import App, CycloptsError, UnknownOptionError
 
 from ullm.errors import EngineDead, UllmError, UsageError
 from ullm.logs import flush
-
-FAILED = 1
-USAGE = 2
-ENGINE_FAILED = 70
-INTERRUPTED = 130
-LOG_SECONDS = 0.5
-"""Seconds that the log gets to be written before the last line."""
+from ullm.protocol import stop_budget
+from ullm.protocol.exit_codes import EXIT_FAILED, EXIT_SIGNAL_BASE, EXIT_START_FAILED, EXIT_USAGE
 
 
 def run_command_line(
@@ -33,9 +29,9 @@ def run_command_line(
         sys.stdout.flush()
     except UnknownOptionError as error:
         advice = hint(str(error.token.keyword or error.token.value))
-        return _complain(advice or " ".join(str(error).split()), USAGE)
+        return _complain(advice or " ".join(str(error).split()), EXIT_USAGE)
     except CycloptsError as error:
-        return _complain(" ".join(str(error).split()), USAGE)
+        return _complain(" ".join(str(error).split()), EXIT_USAGE)
     except BaseException as error:
         return _failed(error, debug=_wants_debug(arguments))
     return int(status or 0)
@@ -47,13 +43,13 @@ def _failed(error: BaseException, *, debug: bool) -> int:
 
     match root_cause(error):
         case KeyboardInterrupt():
-            return INTERRUPTED
+            return EXIT_SIGNAL_BASE + signal.SIGINT
         case BrokenPipeError():
             # The reader of our output has closed it; Python must not complain about that at exit, too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return FAILED
+            return EXIT_START_FAILED
         case OSError() as cause if cause.errno is not None:
-            return _complain(f"{cause.filename or 'stdout'}: {cause.strerror}", FAILED)
+            return _complain(f"{cause.filename or 'stdout'}: {cause.strerror}", EXIT_START_FAILED)
         case (UllmError() | SupervisionError()) as cause:
             if debug:
                 traceback.print_exception(error)
@@ -63,12 +59,12 @@ def _failed(error: BaseException, *, debug: bool) -> int:
 
 def _status(cause: Exception) -> int:
     if isinstance(cause, UsageError):
-        return USAGE
-    return ENGINE_FAILED if isinstance(cause, EngineDead) else FAILED
+        return EXIT_USAGE
+    return EXIT_FAILED if isinstance(cause, EngineDead) else EXIT_START_FAILED
 
 
 def _complain(line: str, status: int) -> int:
-    flush(LOG_SECONDS)  # earlier log lines come first
+    flush(stop_budget.LOG_FLUSH)  # earlier log lines come first
     sys.stderr.write(f"error: {line}\n")
     return status
 

@@ -9,11 +9,9 @@ from typing import Any, TypeVar
 import trio
 
 from ullm.errors import StartCancelled
+from ullm.protocol.exit_codes import EXIT_SIGNAL_BASE
 
 T = TypeVar("T")
-
-FORCED = 128
-"""Added to a signal's number for the exit status, as shells do."""
 
 
 def run_to_end(work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
@@ -67,4 +65,4 @@ async def cancel_on_signal(work: Callable[[], Awaitable[int]], fatal: Callable[[
             if not stopped_by:
                 raise
         nursery.cancel_scope.cancel()
-    return FORCED + stopped_by if stopped_by else status
+    return EXIT_SIGNAL_BASE + stopped_by if stopped_by else status

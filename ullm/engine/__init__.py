@@ -3,7 +3,8 @@
 Imports the actors, supervision, hub and what is below them; no model code, nothing of HTTP.
 """
 
-from ullm.engine.engine import Engine, find_local_model, open_engine
+from ullm.engine.current_model import find_local_model
+from ullm.engine.engine import Engine, open_engine
 from ullm.engine.shutdown_report import ShutdownReport
 from ullm.engine.state import EngineState
 

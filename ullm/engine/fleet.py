@@ -1,4 +1,4 @@
-"""The replicas of an engine: how they start, pause, stop, and are replaced."""
+"""The replicas of an engine: how they start, pause and stop, and what becomes of one that fails."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ from ullm.actors.standby_pool import StandbyPool, StandbyStatistics
 from ullm.actors.transports import OpenTransport
 from ullm.config import EngineConfig
 from ullm.engine.replica import Replica
-from ullm.engine.status import ReplicaHealth
 from ullm.errors import StartFailed, WorkerLost, first_cause
 from ullm.faults import FaultInjector
 from ullm.logs import get_logger
 from ullm.machine import resident_memory
+from ullm.protocol import stop_budget
 from ullm.supervision import ChildSpec, Kind, Restart, Supervisor
 
 log = get_logger("ullm.engine.fleet")
 
 STDERR_LINES = 5
-"""Of a lost worker's last words in the log."""
+"""Lines of a lost worker's stderr that go to the log."""
 
 
 class Fleet:
-    """See the module.
+    """Every change of an engine's replicas, of all at once or of one; hence some more than 20 short methods.
 
     Args:
-        transport: how to start workers.
+        config: how many replicas, and what they are first started with.
+        transport: starts workers.
         on_failure: called with the cause when the last replica is given up.
-        faults: what shall go wrong.
-        standby: where ``transport`` takes spare workers from; None: it has none.
+        faults: faults to inject.
+        standby: where ``transport`` takes spare workers from, if it does.
+
+    Attributes:
+        replicas: one for each slot.
+        former_restarts: worker restarts of replicas that were retired.
     """
 
     def __init__(
@@ -45,8 +50,6 @@ class Fleet:
         faults: FaultInjector,
         standby: StandbyPool | None = None,
     ) -> None:
-        self.config = config
-        self.replicas: list[Replica] = []
         self.former_restarts = 0
         self._router = router
         self._transport = transport
@@ -55,50 +58,33 @@ class Fleet:
         self._standby = standby
         self._root: Supervisor | None = None
         self._made = 0
-        self.replicas = [self._make(slot, config) for slot in range(config.replicas)]
+        self.replicas = [self.make(slot, config) for slot in range(config.replicas)]
 
-    def _make(self, slot: int, config: EngineConfig) -> Replica:
+    def make(self, slot: int, config: EngineConfig) -> Replica:
+        """Make a replica, which neither runs yet nor is one of `replicas`."""
         self._made += 1
         return Replica(self._made - 1, slot, config, self._router, self._transport, self._faults)
 
-    # --- starting and stopping --------------------------------------------------------------------------
+    # --- the whole fleet --------------------------------------------------------------------------------
 
     def specs(self, model_path: str) -> list[ChildSpec]:
-        """The children that the engine starts with."""
+        """Return the children that the engine starts with; see `supervised_by`."""
         for replica in self.replicas:
-            replica.group.model_path = model_path
-        spares = [] if self._standby is None else [ChildSpec("standby", self._standby.run, shutdown=2.0)]
+            replica.group.load_from(model_path)
+        spares = []
+        if self._standby is not None:
+            spares = [ChildSpec("standby", self._standby.run, shutdown=stop_budget.STANDBY_POOL)]
         return [*spares, *(self._spec(replica) for replica in self.replicas)]
 
     def supervised_by(self, root: Supervisor) -> None:
-        """The supervisor that `specs` were given to."""
+        """Note the supervisor that `specs` are given to."""
         self._root = root
 
     async def wait_up(self) -> None:
-        """Wait until all replicas take requests, but those that were given up."""
-        while not all(self._is_settled(replica) for replica in self.replicas):
+        """Wait until all replicas take requests, except those that were given up."""
+        while not all(map(self._is_settled, self.replicas)):
             await self._router.wait_changed()
-        self._prepare_spares()
-
-    def _prepare_spares(self) -> None:
-        """Those who serve are up: now it is time for those who may take their places."""
-        replica = next((replica for replica in self.replicas if replica.group.info is not None), None)
-        if self._standby is None or replica is None or replica.group.info is None:
-            return
-        need = replica.group.info.weight_bytes if replica.group.info.device == "cpu" else 0
-        self._standby.prepare(replica.config, replica.group.model_path, need)
-
-    def spares(self) -> StandbyStatistics:
-        """Of the standby workers."""
-        return StandbyStatistics() if self._standby is None else self._standby.statistics()
-
-    async def _drop_spares(self) -> None:
-        """What they hold is to be given back, too."""
-        if self._standby is not None:
-            await self._standby.pause()
-
-    def _is_settled(self, replica: Replica) -> bool:
-        return replica.failure is not None or replica.index in self._router.replicas_up
+        self.prepare_spares()
 
     async def start_all(self) -> None:
         """Start replicas that were stopped; return when they take requests.
@@ -107,7 +93,7 @@ class Fleet:
             StartFailed: one could not be started.
         """
         for replica in self.replicas:
-            replica.group.restarts -= 1  # this one was asked for
+            replica.group.expect_start()
             replica.scheduler.resume()  # it may have been paused before
             await self._start_persistently(replica)
         await self.wait_up()
@@ -119,25 +105,13 @@ class Fleet:
             Bytes of memory that their processes had, as far as the system tells.
         """
         await self._drop_spares()
-        had = sum(resident_memory(pid) for replica in self.replicas for pid in replica.group.pids)
+        resident = sum(resident_memory(pid) for replica in self.replicas for pid in replica.group.pids)
         for replica in self.replicas:
-            await self._stop(replica)
-        return had
-
-    @property
-    def given_up(self) -> bool:
-        """Whether no replica is left."""
-        return all(replica.failure is not None for replica in self.replicas)
-
-    def kill(self) -> None:
-        """End all workers now."""
-        for replica in self.replicas:
-            replica.group.kill()
-
-    # --- resting --------------------------------------------------------------------------------------------
+            await self.stop(replica)
+        return resident
 
     async def pause(self, level: int) -> int:
-        """Have all schedulers pause and, from level 1, their workers sleep.
+        """Pause all schedulers and, from level 1, put their workers to sleep.
 
         Returns:
             Bytes given back.
@@ -155,79 +129,74 @@ class Fleet:
             replica.scheduler.resume()
         await self.wait_up()
 
-    # --- replacing ------------------------------------------------------------------------------------------
+    def kill(self) -> None:
+        """End all workers now."""
+        for replica in self.replicas:
+            replica.group.kill()
 
-    async def replace(self, config: EngineConfig, model_path: str, *, swap: bool, patience: float) -> int:
-        """Start new replicas, one after the other, each before the one in its place is stopped.
+    @property
+    def given_up(self) -> bool:
+        """Whether no replica is left."""
+        return all(replica.failure is not None for replica in self.replicas)
 
-        Args:
-            swap: the memory does not hold both: the old one sleeps while the new one starts. Its requests
-                wait, and go on with the new one.
-            patience: seconds for requests to end on the old replica before they are moved.
+    @property
+    def restarts(self) -> int:
+        """Restarts of worker groups since the engine's start."""
+        return self.former_restarts + sum(replica.group.restarts for replica in self.replicas)
 
-        Returns:
-            Requests that were moved.
+    # --- standby workers ----------------------------------------------------------------------------------
 
-        Raises:
-            StartFailed: the new one did not come up; the old one serves on.
-        """
-        moved = 0
-        for place, old in enumerate(self.replicas):
-            new = self._make(old.slot, config)
-            new.group.model_path = model_path
-            new.group.epoch = old.group.epoch
-            await self._start_beside(old, new, swap=swap)
-            self.replicas[place] = new
-            moved += await self._retire(old, patience)
-        self.config = config
-        self._prepare_spares()
-        return moved
+    def prepare_spares(self) -> None:
+        """Prepare standby workers for the present model: the workers that serve are up."""
+        replica = next((replica for replica in self.replicas if replica.group.info is not None), None)
+        if self._standby is None or replica is None or replica.group.info is None:
+            return
+        need = replica.group.info.weight_bytes if replica.group.info.device == "cpu" else 0
+        self._standby.prepare(replica.config, replica.group.model_path, need)
 
-    async def _start_beside(self, old: Replica, new: Replica, *, swap: bool) -> None:
-        if swap:
-            await old.scheduler.pause(1).reached.wait()
-        try:
-            await self._start(new)
-            while not self._is_settled(new):
-                await self._router.wait_changed()
-        except StartFailed:
-            old.group.epoch = max(old.group.epoch, new.group.epoch)
-            if swap:
-                old.scheduler.resume()
-            raise
+    def spares(self) -> StandbyStatistics:
+        """Return the counts of standby workers."""
+        return StandbyStatistics() if self._standby is None else self._standby.statistics()
 
-    async def _retire(self, old: Replica, patience: float) -> int:
-        self._router.retire(old.index)
-        with trio.move_on_after(patience):
-            while self._router.load(old.index):
-                await self._router.wait_changed()
-        moved = self._router.load(old.index)
-        if old.failure is None:
-            await old.scheduler.pause(0).reached.wait()  # the step in flight ends, or is known to hang
-        await self._stop(old)
-        self.former_restarts += max(0, old.group.restarts)
-        return moved
+    async def _drop_spares(self) -> None:
+        """End standby workers, so that their memory is given back, too."""
+        if self._standby is not None:
+            await self._standby.pause()
 
     # --- one replica ----------------------------------------------------------------------------------------
 
-    async def _start(self, replica: Replica) -> None:
+    async def start(self, replica: Replica) -> None:
+        """Start a replica; return when its scheduler has started.
+
+        Raises:
+            StartFailed: it could not be started.
+        """
         assert self._root is not None, "the tree is started before replicas are"
         await self._root.start_child(self._spec(replica))
 
-    async def _start_persistently(self, replica: Replica) -> None:
-        """As `_start`, and again, as often as those in service would be: memory may be short for a moment."""
-        for left in reversed(range(self.config.max_restarts + 1)):
-            try:
-                return await self._start(replica)
-            except StartFailed as error:
-                if not left:
-                    raise
-                log.warning("start failed; once more", replica=replica.index, cause=str(first_cause(error)))
+    async def wait_settled(self, replica: Replica) -> None:
+        """Wait until a replica takes requests, or has been given up."""
+        while not self._is_settled(replica):
+            await self._router.wait_changed()
 
-    async def _stop(self, replica: Replica) -> None:
+    def _is_settled(self, replica: Replica) -> bool:
+        return replica.failure is not None or replica.index in self._router.replicas_up
+
+    async def stop(self, replica: Replica) -> None:
+        """Stop a replica in order."""
         assert self._root is not None, "the tree is started before replicas are"
         if replica.failure is None:
             await self._root.terminate_child(f"replica{replica.index}")
+
+    async def _start_persistently(self, replica: Replica) -> None:
+        """`start`, tried as often as a replica in service is restarted: memory may be short for a moment."""
+        for left in reversed(range(replica.config.max_restarts + 1)):
+            try:
+                return await self.start(replica)
+            except StartFailed as error:
+                if not left:
+                    raise
+                log.warning("start failed, retrying", replica=replica.index, cause=str(first_cause(error)))
 
     def _spec(self, replica: Replica) -> ChildSpec:
         spec = replica.spec()
@@ -242,55 +211,29 @@ class Fleet:
     async def _run(
         self, replica: Replica, supervise: Callable[..., Any], *, task_status: trio.TaskStatus[Any]
     ) -> None:
-        """A replica that failed beyond its limits stays down; with the last one, the engine ends."""
-        status = _Noted(task_status)
+        """Run a replica; one that fails beyond its limits stays down, and the last one ends the engine."""
+        status = _StartedOnce(task_status)
         try:
             await supervise(task_status=status)
         except Exception as error:
             if not status.started_once:
                 raise
-            replica.failure = error
-            replica.scheduler.give_up()
+            replica.give_up(error)
             self._router.announce_change()
             _log_failure(replica, first_cause(error))
             if self.given_up:
                 self._on_failure(first_cause(error))
 
-    # --- what is inside -------------------------------------------------------------------------------------
-
-    def health(self, *, starting: bool, sleep: str) -> list[ReplicaHealth]:
-        """Of each replica.
-
-        Args:
-            starting: the engine has not been up yet.
-            sleep: state of the engine's sleep.
-        """
-        return [replica.health(self._state(replica, starting, sleep)) for replica in self.replicas]
-
-    def _state(self, replica: Replica, starting: bool, sleep: str) -> str:
-        if replica.failure is not None:
-            return "failed"
-        if sleep != "awake":
-            return sleep
-        if replica.index in self._router.replicas_up:
-            return "up"
-        return "starting" if starting else "restarting"
-
-    @property
-    def restarts(self) -> int:
-        """Of worker groups, since the engine's start."""
-        return self.former_restarts + sum(max(0, replica.group.restarts) for replica in self.replicas)
-
 
 def _log_failure(replica: Replica, cause: BaseException) -> None:
-    """The root cause, once, with the last that was heard of a worker."""
+    """Log the root cause, once, with the end of the lost worker's stderr."""
     tail = cause.stderr_tail[-STDERR_LINES:] if isinstance(cause, WorkerLost) else ()
-    last_words = {"stderr": " | ".join(tail)} if tail else {}
-    log.error("replica failed for good", replica=replica.index, cause=str(cause), **last_words)
+    stderr = {"stderr": " | ".join(tail)} if tail else {}
+    log.error("replica failed for good", replica=replica.index, cause=str(cause), **stderr)
 
 
-class _Noted:
-    """A task status that remembers whether it was told."""
+class _StartedOnce:
+    """A task status that remembers whether ``started`` was called."""
 
     def __init__(self, status: trio.TaskStatus[Any]) -> None:
         self._status = status

@@ -1,4 +1,4 @@
-"""A request as its reader sees it: text and tokens as they come, for each of its choices."""
+"""A request as its reader sees it: text and tokens of each of its choices, as they come."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Self
 
 import trio
 
-from ullm.engine.output import Choice, Output
+from ullm.engine.output import ChoiceReader, Output
+from ullm.engine.readers import WakeUpCall
 from ullm.errors import InvalidParameter, PromptTooLong
-from ullm.protocol.messages import ModelInfo, TokenLogprobs
+from ullm.protocol.messages import TokenLogprobs
 from ullm.sampling import MAX_SEED, SamplingParams
 from ullm.scheduling.request import RequestRecord
 from ullm.tokenization.detokenizer import TextAssembler
@@ -21,31 +22,8 @@ from ullm.tokenization.detokenizer import TextAssembler
 if TYPE_CHECKING:
     from ullm.actors.router import Router
     from ullm.actors.tokenizer import TokenizerActor
-
-
-class Readers:
-    """Counts the generations that are entered and not yet left: who must still get something."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._none = trio.Event()
-
-    def enter(self) -> None:
-        """One more."""
-        if not self._count:
-            self._none = trio.Event()
-        self._count += 1
-
-    def leave(self) -> None:
-        """One less."""
-        self._count -= 1
-        if not self._count:
-            self._none.set()
-
-    async def wait_none(self) -> None:
-        """Wait until there are none."""
-        while self._count:
-            await self._none.wait()
+    from ullm.engine.admission import Admission
+    from ullm.engine.current_model import CurrentModel
 
 
 class Generation:
@@ -56,73 +34,69 @@ class Generation:
 
     Args:
         prompt: text, or token ids.
+        pace: called after outputs were read; returns the seconds for which further tokens are held back,
+            to be read together. The end of a choice is never held back, nor are tokens that a stop string
+            may be in. None: every token is read at once.
 
     Attributes:
-        pace: if set, called after outputs were read: seconds for which further tokens wait, to be read
-            together. What ends a choice never waits, nor do tokens that a stop string may be in.
+        prompt_token_ids: the prompt, once entered.
+        pace: as given; may be set until the first output is read.
 
     Raises:
         InvalidParameter: on entering, for token ids outside the vocabulary, or an empty prompt.
         PromptTooLong: on entering.
-        QueueFull: on entering.
+        EngineNotReady, EngineDraining, EngineSleeping, EngineDead: on entering, if the engine takes no
+            requests now.
+        QueueFull, TooManyTokens: on entering, if it has no room now.
         RequestPoisoned, EngineDead: while iterating.
     """
 
     def __init__(
         self,
+        admission: Admission,
         router: Router,
-        readers: Readers,
-        tokenizer: TokenizerActor,
-        info: ModelInfo,
+        current: CurrentModel,
         prompt: Sequence[int] | str,
         params: SamplingParams,
         request_id: str,
+        pace: Callable[[], float] | None = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
         self.prompt_token_ids: list[int] = []
-        self.pace: Callable[[], float] | None = None
+        self.pace = pace
+        self._admission = admission
         self._router = router
-        self._readers = readers
-        self._tokenizer = tokenizer
-        self._info = info
+        self._current = current
         self._prompt = prompt
-        self._choices: list[Choice] = []
+        self._choices: list[ChoiceReader] = []
         self._turn = 0
-        self._wake: trio.Event | None = None
-        self._held_until = 0.0
+        self._wake_up = WakeUpCall()
         self._held_at_most = math.inf
         self._deadline = math.inf
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
-        """One per prompt token once the first output is there, if asked for; the first has none."""
-        found = self._choices[0].record.prompt_logprobs if self._choices else None
-        return None if self.params.prompt_logprobs is None else [None, *(found or [])]
+        """One per prompt token once the first output has come, if requested; the first token has none."""
+        logprobs = self._choices[0].record.prompt_logprobs if self._choices else None
+        return None if self.params.prompt_logprobs is None else [None, *(logprobs or [])]
 
     async def __aenter__(self) -> Self:
         if self.params.timeout is not None:
             self._deadline = trio.current_time() + self.params.timeout
+        _, tokenizer = self._current.loaded()
         prompt = self._prompt
-        self.prompt_token_ids = (
-            await self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        )
-        self._check_tokens()
-        max_total = self._max_total()
-        self._router.check_room(self.params.n, self.params.n * max_total)
-        self._readers.enter()
-        first_seed = secrets.randbelow(MAX_SEED) if self.params.seed is None else self.params.seed
-        for index in range(self.params.n):
-            self._choices.append(self._submit(index, max_total, choice_seed(first_seed, index)))
+        self.prompt_token_ids = await tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        choices = self._make_choices()  # of the model that is current now, after the encoding
+        self._admission.admit([choice.record for choice in choices])
+        self._choices = choices
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
-        self._readers.leave()
-        for choice in self._choices:
-            choice.record.notify = _nobody_reads  # or it would take a collection of garbage to free them
+        self._admission.leave()
 
     def abort(self) -> None:
         """End the request with what it has; its last outputs say ``finish_reason="abort"``."""
@@ -138,10 +112,10 @@ class Generation:
         return output
 
     async def next(self, deadline: float) -> Output | None:
-        """The next output, or None if none comes before ``deadline``, in trio's time.
+        """Return the next output, or None if none comes before ``deadline``, in trio's time.
 
         Raises:
-            StopAsyncIteration: there will be none.
+            StopAsyncIteration: there are no more.
             RequestPoisoned, EngineDead: as the iteration does.
         """
         if not self._choices:
@@ -157,8 +131,8 @@ class Generation:
             if await self._wait(deadline) and trio.current_time() >= deadline:
                 return None
 
-    def _changed(self) -> Choice | None:
-        """A choice that has something to read now; they take turns."""
+    def _changed(self) -> ChoiceReader | None:
+        """Return a choice that has something to read now, taking turns; None if there is none."""
         count = len(self._choices)
         for number in range(self._turn, self._turn + count):
             choice = self._choices[number % count]
@@ -168,10 +142,11 @@ class Generation:
         return None
 
     def _held(self) -> bool:
-        """Whether tokens still wait for others."""
-        return self._held_until > 0.0 and trio.current_time() < self._held_until
+        """Whether tokens are held back until there are more."""
+        held_until = self._wake_up.quiet_until
+        return held_until > 0.0 and trio.current_time() < held_until
 
-    def _advance(self, choice: Choice) -> Output | None:
+    def _advance(self, choice: ChoiceReader) -> Output | None:
         if choice.record.error is not None:
             choice.finished = True
             raise choice.record.error
@@ -181,24 +156,17 @@ class Generation:
         return output
 
     def _hold(self) -> None:
-        """What comes from now on waits a while, unless something else can be read already."""
+        """Hold back further tokens for a while, unless there is something else to read already."""
         if self.pace is None or self.params.stop_strings or self._changed() is not None:
             return
         seconds = self.pace()
         if seconds > 0:
             now = trio.current_time()
-            self._held_until, self._held_at_most = now + seconds, now + 2 * seconds
-            for choice in self._choices:
-                choice.record.quiet_until = self._held_until
+            self._wake_up.quiet_until, self._held_at_most = now + seconds, now + 2 * seconds
 
     async def _wait(self, deadline: float) -> bool:
-        """Wait for something to read; whether a time was over first, the reader's or the request's."""
-        self._wake = wake = trio.Event()
-        until = min(deadline, self._deadline, self._held_at_most)
-        with trio.CancelScope(deadline=until) as waiting:
-            await wake.wait()
-        self._wake = None
-        if not waiting.cancelled_caught:
+        """Wait for something to read; return whether a deadline came first, the reader's or the request's."""
+        if await self._wake_up.wait(min(deadline, self._deadline, self._held_at_most)):
             return False
         now = trio.current_time()
         if now >= self._held_at_most:  # no further token has come since
@@ -209,11 +177,19 @@ class Generation:
                 self._router.finish(choice.record.seq_id, "timeout")
         return True
 
-    def _submit(self, index: int, max_total: int, seed: int) -> Choice:
-        first = index == 0
-        params = replace(
-            self.params, n=1, seed=seed, prompt_logprobs=self.params.prompt_logprobs if first else None
-        )
+    def _make_choices(self) -> list[ChoiceReader]:
+        info, tokenizer = self._current.loaded()
+        self._check_tokens(info.vocab_size)
+        max_total = self._max_total(info.context_len)
+        first_seed = secrets.randbelow(MAX_SEED) if self.params.seed is None else self.params.seed
+        return [
+            self._make_choice(index, max_total, choice_seed(first_seed, index), tokenizer)
+            for index in range(self.params.n)
+        ]
+
+    def _make_choice(self, index: int, max_total: int, seed: int, tokenizer: TokenizerActor) -> ChoiceReader:
+        prompt_logprobs = self.params.prompt_logprobs if index == 0 else None
+        params = replace(self.params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
         arrival = self._router.arrival()
         record = RequestRecord(
             seq_id=arrival,
@@ -222,9 +198,9 @@ class Generation:
             params=params,
             max_total=max_total,
             arrival=arrival,
-            notify=self._notify,
+            notify=self._wake_up.notify,
         )
-        decoder = self._tokenizer.detokenizer(
+        decoder = tokenizer.detokenizer(
             prompt_token_ids=self.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
         )
         text = TextAssembler(
@@ -233,15 +209,9 @@ class Generation:
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
         )
-        self._router.submit(record)
-        return Choice(index, record, text)
+        return ChoiceReader(index, record, text)
 
-    def _notify(self) -> None:
-        if self._wake is not None:
-            self._wake.set()
-
-    def _check_tokens(self) -> None:
-        vocab_size = self._info.vocab_size
+    def _check_tokens(self, vocab_size: int) -> None:
         if not self.prompt_token_ids:
             raise InvalidParameter("the prompt is empty; it must have at least one token", "prompt")
         for name, token_ids in (
@@ -255,9 +225,13 @@ class Generation:
                         f"{name}: token id {token_id} is not in the model's vocabulary of {vocab_size}", name
                     )
 
-    def _max_total(self) -> int:
-        """Tokens of prompt and output at which each choice ends."""
-        limit, length = self._info.context_len, len(self.prompt_token_ids)
+    def _max_total(self, limit: int) -> int:
+        """Return the tokens of prompt and output together at which each choice ends.
+
+        Args:
+            limit: the model's context length.
+        """
+        length = len(self.prompt_token_ids)
         if length >= limit:
             raise PromptTooLong(length, limit)
         if self.params.max_tokens is None:
@@ -271,12 +245,8 @@ class Generation:
         return length + self.params.max_tokens
 
 
-def _nobody_reads() -> None:
-    """The reader of a record has left."""
-
-
 def choice_seed(seed: int, index: int) -> int:
-    """The seed of choice ``index`` of ``n``; choice 0 has the request's own.
+    """Return the seed of choice ``index``; choice 0 has the request's own.
 
     Spread by the golden ratio (Knuth, TAOCP 3, 6.4) so that neighbouring requests' choices differ.
     """

@@ -1,4 +1,4 @@
-"""One choice of a request, as text: what is new in it since it was last looked at."""
+"""The choices of a request as text: what a reader has not read of them yet."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ullm.tokenization.detokenizer import TextAssembler
 
 
 class Output(msgspec.Struct, frozen=True, gc=False):
-    """What is new in one choice since its last output.
+    """New text and tokens of one choice since its last output.
 
     Args:
         index: which of the ``n`` choices.
-        text: safe to show; may be empty while a character or a possible stop string is incomplete.
-        logprobs: one per token of ``token_ids``, if asked for.
+        text: final, so it may be shown; empty while a character or a possible stop string is incomplete.
+        logprobs: one per token of ``token_ids``, if requested.
         finish_reason: ``stop``, ``length``, ``abort`` or ``timeout`` in the last output of the choice.
         stop_reason: the stop string or stop token that ended it; None for an end-of-sequence token.
-        num_generated_tokens: of this choice, so far.
+        num_generated_tokens: tokens of this choice so far.
         num_cached_tokens: prompt tokens that were not computed because their KV was in the prefix cache.
     """
 
@@ -33,8 +33,8 @@ class Output(msgspec.Struct, frozen=True, gc=False):
     num_cached_tokens: int = 0
 
 
-class Choice:
-    """One choice: its record, its text, and how far its reader has come."""
+class ChoiceReader:
+    """Reads one choice: its record, its text, and how much of it has been read."""
 
     def __init__(self, index: int, record: RequestRecord, text: TextAssembler) -> None:
         self.index = index
@@ -45,11 +45,11 @@ class Choice:
 
     @property
     def has_news(self) -> bool:
-        """Whether `next` has something, or the choice has failed."""
+        """Whether there is something to read, or the choice has failed."""
         return not self.finished and (self.record.done or len(self.record.token_ids) > self.read)
 
     def next(self) -> tuple[Output | None, str | None]:
-        """What is new, if anything, and the stop string that ended it, if one did."""
+        """Return what is new, if anything, and the stop string that ended the choice, if one did."""
         record = self.record
         new = record.token_ids[self.read :]
         if not new and not record.done:
@@ -67,7 +67,7 @@ class Choice:
         return self._output(text, new, logprobs, stop), stop
 
     def _shown(self, new: list[int]) -> list[int]:
-        """The tokens that make text: the one that stops the sequence is not part of it."""
+        """Return the tokens that make text: the one that stops the sequence is not part of it."""
         params = self.record.params
         stopped = self.record.finish_reason == "stop" and not params.include_stop_str_in_output
         return new[:-1] if stopped and new else new

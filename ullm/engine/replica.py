@@ -9,21 +9,20 @@ from ullm.actors.worker_group import WorkerGroup
 from ullm.config import EngineConfig
 from ullm.engine.status import ReplicaHealth
 from ullm.faults import FaultInjector
+from ullm.protocol import stop_budget
 from ullm.supervision import ChildSpec, Restart, Strategy, supervisor_child
-
-TEARDOWN_RESERVE = 3.0
-"""Seconds of the shutdown timeout kept for ending requests and stopping children in order."""
 
 
 class Replica:
     """The actors of one replica.
 
     Args:
-        index: unique in the engine's life; a replica that replaces another one has a new index.
-        slot: which of the engine's places it takes, with its devices and ports.
+        index: unique in the engine's life; a replica that takes the place of another one has a new index.
+        slot: its place among the engine's replicas, with devices and ports of its own.
+        config: as its workers are started with; a reload makes new replicas, and leaves this one as it is.
 
     Attributes:
-        failure: why it was given up for good.
+        failure: why it was given up for good; None while it was not.
     """
 
     def __init__(
@@ -43,15 +42,15 @@ class Replica:
         self.failure: BaseException | None = None
 
     def spec(self) -> ChildSpec:
-        """A scheduler is of no use without its workers, so their loss ends it too."""
+        """Return the child to supervise: a scheduler is of no use without its workers, and ends with them."""
         config = self.config
-        # Their own budgets are wide: the engine's one deadline is what binds.
-        budget = max(config.shutdown_timeout, TEARDOWN_RESERVE)
+        # The budget is wide: what binds is the one deadline of the engine's stop.
+        budget = stop_budget.engine_seconds(config.shutdown_timeout)
         return supervisor_child(
             f"replica{self.index}",
             [
                 ChildSpec("workers", self.group.run, shutdown=budget, kill=self.group.kill),
-                ChildSpec("scheduler", self.scheduler.run, shutdown=1.0),
+                ChildSpec("scheduler", self.scheduler.run, shutdown=stop_budget.SCHEDULER),
             ],
             strategy=Strategy.REST_FOR_ONE,
             intensity=config.max_restarts,
@@ -59,9 +58,17 @@ class Replica:
             restart=Restart.TEMPORARY,
         )
 
+    def give_up(self, cause: BaseException) -> None:
+        """Note that it failed beyond its limits, and will not run again."""
+        self.failure = cause
+        self.scheduler.give_up()
+
     def health(self, state: str) -> ReplicaHealth:
-        """Where it is in its life."""
-        age, seconds = self.group.round_trip() or (None, None)
-        return ReplicaHealth(
-            self.index, state == "up", self.group.epoch, self.group.pids, state, age, seconds
-        )
+        """Return what the probes show of it.
+
+        Args:
+            state: see `ReplicaHealth`.
+        """
+        group = self.group
+        age, seconds = group.round_trip() or (None, None)
+        return ReplicaHealth(self.index, state == "up", group.incarnation, group.pids, state, age, seconds)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
-from ullm.supervision import ChildReport, forced_exit_code
-from ullm.supervision.shutdown import EXIT_ABANDONED
-
-EXIT_OK: Final = 0
-EXIT_START_FAILED: Final = 1
-EXIT_FAILED: Final = 70
+from ullm.protocol.exit_codes import (
+    EXIT_ABANDONED,
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_SIGNAL_BASE,
+    EXIT_START_FAILED,
+)
+from ullm.supervision import ChildReport
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ShutdownReport:
     def exit_code(self) -> int:
         """0 in order, 1 could not start, 70 failed, 71 left something behind, 128+N forced by signal N."""
         if self.forced_by is not None:
-            return forced_exit_code(self.forced_by)
+            return EXIT_SIGNAL_BASE + self.forced_by
         if not self.started:
             return EXIT_START_FAILED
         if self.failure is not None:

@@ -1,4 +1,4 @@
-"""What an engine says of itself: values for probes, metrics and tests."""
+"""Values that an engine shows of itself to probes, metrics and tests."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import msgspec
 
 
 class ReplicaHealth(msgspec.Struct, frozen=True):
-    """One replica.
+    """The health of one replica.
 
     Args:
         up: whether it takes requests.
         epoch: incarnation of its worker group; 1 is the first.
         state: ``starting``, ``up``, ``restarting``, ``asleep``, ``waking`` or ``failed``.
-        round_trip_age: seconds since an answer last came through the step loop: a step's while it is busy,
-            a canary's while it is idle; None before the first, and asleep.
-        round_trip_seconds: how long that one took.
+        round_trip_age: seconds since the last answer came through the step loop, a step's result or, from
+            idle workers, the answer to a ping; None before the first, and asleep.
+        round_trip_seconds: duration of that round trip.
     """
 
     replica: int
@@ -27,13 +27,13 @@ class ReplicaHealth(msgspec.Struct, frozen=True):
 
 
 class SleepHealth(msgspec.Struct, frozen=True):
-    """Sleep and registration, which are two things.
+    """Whether the engine sleeps, and whether it takes requests.
 
     Args:
         state: ``awake``, ``falling_asleep``, ``asleep`` or ``waking``.
         level: 0 to 3; None while awake.
-        registered: requests are taken: always while awake, and asleep if they wake the engine.
-        seconds: since the last change of ``state``.
+        registered: whether requests are taken: always while awake, and asleep if they wake the engine.
+        seconds: time since the last change of ``state``.
     """
 
     state: str = "awake"
@@ -43,12 +43,12 @@ class SleepHealth(msgspec.Struct, frozen=True):
 
 
 class ReloadReport(msgspec.Struct, frozen=True):
-    """What a reload did.
+    """The result of a reload.
 
     Args:
-        model: path of what the workers have loaded now.
-        seconds: how long it took, the end of the old workers included.
-        resumed: requests that were moved to the new workers before they had finished on the old ones.
+        model: path of the model that the workers have loaded now.
+        seconds: duration, including the end of the old workers.
+        resumed: number of requests that were moved to the new workers before they had finished.
     """
 
     model: str
@@ -59,14 +59,14 @@ class ReloadReport(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """What the probes answer.
+    """The health of an engine, as probes report it.
 
     Args:
         state: ``starting``, ``running``, ``restarting`` (no replica is up), ``sleeping``, ``draining``,
             ``aborting``, ``stopping``, ``stopped`` or ``failed``.
-        live: the process is worth keeping.
-        ready: requests are taken now.
-        detail: why not ready; empty if it is.
+        live: whether the process is worth keeping.
+        ready: whether requests are taken now.
+        detail: the reason why the engine is not ready; empty if it is.
     """
 
     state: str
@@ -78,25 +78,25 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class EngineStatistics(msgspec.Struct, frozen=True):
-    """What is inside, and counts since the start; over all replicas.
+    """Present sizes, and counts since the start, over all replicas.
 
     Args:
         running: sequences in the workers' batches.
-        waiting: sequences admitted and not yet running.
-        requests_total: finish reason → ended choices; ``error`` for failed ones.
+        waiting: sequences admitted but not yet running.
+        requests_total: finish reason → finished choices; ``error`` for failed ones.
         tokens_resubmitted_total: tokens computed again after a loss of workers.
-        sleeps_total: sleep level → times that the engine fell asleep so deeply.
-        wakes_total: times that it woke up.
-        last_sleep_seconds, last_wake_seconds: how long the last change took; None before the first.
-        bytes_given_back: by the current sleep; 0 while awake.
-        reloads_total: ``succeeded`` and ``failed`` → times.
+        sleeps_total: sleep level → number of times that the engine fell asleep at it.
+        wakes_total: number of times that it woke up.
+        last_sleep_seconds, last_wake_seconds: duration of the last change; None before the first.
+        bytes_given_back: memory given back by the current sleep; 0 while awake.
+        reloads_total: ``succeeded`` and ``failed`` → number of reloads.
         admitted_tokens: prompt and possible output tokens of live requests.
-        draft_tokens_total: tokens guessed by speculative decoding.
-        accepted_tokens_total: of those, the right ones: steps saved.
-        steps_total: planned for the present workers since they started.
-        standby_prepared, standby_preparing: spare worker processes that could take over now, and soon.
-        standby_taken_total: spares that went into service.
-        standby_lost_total: spares that died.
+        draft_tokens_total: tokens proposed by speculative decoding.
+        accepted_tokens_total: draft tokens that were accepted.
+        steps_total: steps scheduled for the present workers since they started.
+        standby_prepared, standby_preparing: standby workers that could take over now, and soon.
+        standby_taken_total: standby workers that went into service.
+        standby_lost_total: standby workers that died.
     """
 
     running: int

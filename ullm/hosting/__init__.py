@@ -1,4 +1,4 @@
-"""Ways to run an engine inside other programs: ASGI servers, asyncio, threads.
+"""Hosts: processes that run an engine, whether `ullm serve`, an ASGI server, or a program on another loop.
 
-Imports server, engine and what is below them.
+Imports server, engine and what is below them; `bridge` imports only errors.
 """

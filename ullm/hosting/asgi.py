@@ -1,8 +1,8 @@
 """``hypercorn ullm.app:app``: the engine and its API inside any ASGI server, on asyncio or on trio.
 
-Configured by ``ULLM_*`` variables. The engine starts with the server's lifespan, so importing this
+Configured by ``ULLM_*`` variables. The engine starts with the server's lifespan; importing this module
 starts nothing. Under a trio server everything runs in that server's loop; under an asyncio server the
-engine and the app run in a trio loop of their own, in a thread, and messages are carried over.
+engine and the app run in a trio loop of their own, in a thread, and messages are carried between the loops.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ import trio
 
 from ullm.config import EngineConfig, ServerConfig, from_env
 from ullm.errors import EngineDead, EngineNotReady, RequestError
-from ullm.hosting.bridge import Job, TrioThread
+from ullm.hosting.bridge import BackgroundTask, TrioThread
+from ullm.hosting.hypercorn import DrainFirst, asyncio_either, survive_hangups, trio_either
 from ullm.logs import configure, get_logger
 from ullm.machine import collect_rarely
+from ullm.protocol import stop_budget
 
 if TYPE_CHECKING:
     from ullm.engine import Engine
-    from ullm.supervision.signals import Watchdog
+    from ullm.hosting.engine_host import EngineHost
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 OpenEngine: TypeAlias = Callable[[], "AbstractAsyncContextManager[tuple[Engine, ServerConfig]]"]
 
-STOP_MARGIN = 5.0
-"""Seconds past the shutdown timeout after which a process that still hangs is ended by force."""
-
 
 @asynccontextmanager
 async def open_from_env() -> AsyncIterator[tuple[Engine, ServerConfig]]:
-    """The engine and the server as ``ULLM_*`` variables describe them."""
+    """Open an engine as ``ULLM_*`` variables configure it, and return the server's configuration with it."""
     from ullm.engine import open_engine
 
     config, server_config = from_env(EngineConfig), from_env(ServerConfig)
@@ -47,51 +46,48 @@ async def open_from_env() -> AsyncIterator[tuple[Engine, ServerConfig]]:
 
 
 @dataclass
-class Hosted:
+class HostedApp:
     """A running engine and the app around it, in a trio loop.
 
     Args:
         stop: set to leave the engine's block.
-        stop_server: asks the server to stop; from any thread.
+        stop_server: makes the server stop; may be called from any thread.
     """
 
-    engine: Engine
+    host: EngineHost
     server_config: ServerConfig
-    watchdog: Watchdog
     stop: trio.Event = field(default_factory=trio.Event)
     stop_server: Callable[[], object] = bool
 
     def __post_init__(self) -> None:
         from ullm.server import create_app
 
-        self.app: Any = create_app(self.engine, self.server_config, shutdown=self.shutdown)
+        self.app: Any = create_app(self.host.engine, self.server_config, shutdown=self.shutdown)
 
     def shutdown(self, timeout: float | None) -> None:
-        """What ``POST /admin/shutdown`` does."""
-        seconds = self.engine.config.shutdown_timeout if timeout is None else timeout
-        self.watchdog.arm(seconds + STOP_MARGIN)
-        self.engine.request_shutdown(timeout, by="admin")
+        """Stop the engine and the server, as ``POST /admin/shutdown`` requests it."""
+        self.host.request_stop(timeout)
         self.stop_server()
+
+    async def drain(self) -> None:
+        """Let admitted requests run to their ends, within the shutdown timeout, and stop the engine."""
+        await self.host.stop()
 
     @asynccontextmanager
     async def admin_listener(self) -> AsyncIterator[None]:
-        """Serve the admin endpoints on a listener of their own, if one is asked for."""
+        """Serve the admin endpoints on a listener of their own, if there is to be one."""
         if self.server_config.admin_listen is None:
             yield
             return
         from ullm.server import file_remover, open_admin_socket, serve_admin
         from ullm.supervision import ChildSpec, open_supervisor
 
+        engine, config = self.host.engine, self.server_config
         with open_admin_socket(self.server_config.admin_listen) as sock:
-            self.watchdog.cleanup = file_remover(sock)
-            serve = partial(serve_admin, self.engine, self.server_config, sock=sock, shutdown=self.shutdown)
+            self.host.watchdog.cleanup = file_remover(sock)
+            serve = partial(serve_admin, engine, config, sock=sock, shutdown=self.shutdown)
             async with open_supervisor("admin", [ChildSpec("admin", serve)], intensity=3, period=60):
                 yield
-
-    async def drain(self) -> None:
-        """Let what was admitted run to its end, within the shutdown timeout; then be gone soon."""
-        self.watchdog.arm(self.engine.config.shutdown_timeout + STOP_MARGIN)
-        await self.engine.shutdown()
 
 
 class App:
@@ -103,15 +99,13 @@ class App:
 
     def __init__(self, open_engine: OpenEngine = open_from_env) -> None:
         self._open_engine = open_engine
-        self._hosted: Hosted | None = None
+        self._hosted: HostedApp | None = None
         self._thread: TrioThread | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve one connection or lifespan, in whichever loop this is called."""
         native = trio.lowlevel.in_trio_task()
         if scope["type"] == "lifespan":
-            from ullm.hosting.hypercorn import survive_hangups
-
             survive_hangups()
             await (self._trio_lifespan if native else self._asyncio_lifespan)(receive, send)
         elif self._hosted is None:
@@ -121,14 +115,14 @@ class App:
         else:
             await self._carry(self._hosted, scope, receive, send)
 
-    async def _host(self, *, task_status: trio.TaskStatus[Hosted]) -> None:
-        """Keep the engine open until the lifespan ends. If it fails meanwhile, the probes tell."""
-        from ullm.supervision.signals import Watchdog
+    async def _host(self, *, task_status: trio.TaskStatus[HostedApp]) -> None:
+        """Keep the engine open until the lifespan ends. If it fails meanwhile, the probes report it."""
+        from ullm.hosting.engine_host import EngineHost
 
-        hosted: Hosted | None = None
+        hosted: HostedApp | None = None
         try:
             async with self._open_engine() as (engine, server_config):
-                candidate = Hosted(engine, server_config, Watchdog())
+                candidate = HostedApp(EngineHost(engine), server_config)
                 async with candidate.admin_listener():
                     hosted = candidate
                     task_status.started(hosted)
@@ -145,7 +139,7 @@ class App:
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             try:
-                hosted: Hosted = await nursery.start(self._host)
+                hosted: HostedApp = await nursery.start(self._host)
             except Exception as error:
                 failure = error
             else:
@@ -156,9 +150,7 @@ class App:
                     hosted.stop.set()
         await self._end(failure, send)
 
-    def _draining_in_trio(self, hosted: Hosted) -> AbstractContextManager[object]:
-        from ullm.hosting.hypercorn import DrainFirst, trio_either
-
+    def _draining_in_trio(self, hosted: HostedApp) -> AbstractContextManager[object]:
         signalled = trio.Event()
         token = trio.lowlevel.current_trio_token()
         drain_first = DrainFirst(
@@ -167,13 +159,13 @@ class App:
             signalled.wait,
             trio_either,
             partial(token.run_sync_soon, signalled.set, idempotent=True),
-            partial(token.run_sync_soon, hosted.engine.request_reload, idempotent=True),
+            partial(token.run_sync_soon, hosted.host.engine.request_reload, idempotent=True),
         )
         hosted.stop_server = drain_first.stop_server
         return drain_first
 
     async def _end(self, failure: Exception | None, send: Send) -> None:
-        """All of the engine is gone: now the server may hear of it, because it ends this task then."""
+        """Tell the server, which then ends this task: all of the engine is gone."""
         self._hosted = self._thread = None
         if failure is None:
             await send({"type": "lifespan.shutdown.complete"})
@@ -189,29 +181,27 @@ class App:
         thread = self._thread = TrioThread().start()
         try:
             try:
-                job = await thread.start_task_async(self._host)
+                task = await thread.start_task_async(self._host)
             except Exception as error:
                 failure = error
             else:
-                self._hosted = job.value
-                with self._draining_in_asyncio(thread, job.value):
+                self._hosted = task.value
+                with self._draining_in_asyncio(thread, task.value):
                     await send({"type": "lifespan.startup.complete"})
                     await receive()
-                    await self._leave(thread, job)
+                    await self._leave(thread, task)
         finally:
-            thread.stop(timeout=0)  # also where this task is cancelled
-        await thread.stop_async(STOP_MARGIN)
+            thread.stop(timeout=0)  # also when this task is cancelled
+        await thread.stop_async(stop_budget.WATCHDOG_MARGIN)
         await self._end(failure, send)
 
-    async def _leave(self, thread: TrioThread, job: Job) -> None:
+    async def _leave(self, thread: TrioThread, task: BackgroundTask) -> None:
         with suppress(EngineDead):  # the thread has died; there is nothing left to stop
-            thread.post(job.value.stop.set)
-            await job.wait_async()
+            thread.post(task.value.stop.set)
+            await task.wait_async()
 
-    def _draining_in_asyncio(self, thread: TrioThread, hosted: Hosted) -> AbstractContextManager[object]:
+    def _draining_in_asyncio(self, thread: TrioThread, hosted: HostedApp) -> AbstractContextManager[object]:
         import asyncio
-
-        from ullm.hosting.hypercorn import DrainFirst, asyncio_either
 
         async def drain() -> None:
             with suppress(EngineDead):
@@ -222,7 +212,7 @@ class App:
 
         def reload() -> None:
             with suppress(EngineDead):
-                thread.post(hosted.engine.request_reload)
+                thread.post(hosted.host.engine.request_reload)
 
         signalled = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -237,7 +227,7 @@ class App:
         hosted.stop_server = drain_first.stop_server
         return drain_first
 
-    async def _carry(self, hosted: Hosted, scope: Message, receive: Receive, send: Send) -> None:
+    async def _carry(self, hosted: HostedApp, scope: Message, receive: Receive, send: Send) -> None:
         """Run the app in the trio thread, and carry its messages there and back."""
         import asyncio
 
@@ -271,7 +261,7 @@ class App:
 
 
 def _joined(batch: list[Message]) -> list[Message]:
-    """Adjacent pieces of a body as one message: what has piled up costs one write."""
+    """Join adjacent pieces of a body into one message, so that what has piled up costs one write."""
     joined: list[Message] = []
     for message in batch:
         last = joined[-1] if joined else None
@@ -284,7 +274,7 @@ def _joined(batch: list[Message]) -> list[Message]:
 
 
 async def _refuse(scope: Message, send: Send, error: RequestError) -> None:
-    """Answer without an engine: 503 with OpenAI's body, or a closed websocket."""
+    """Answer where there is no engine: 503 with OpenAI's body, or a closed websocket."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1013})
         return

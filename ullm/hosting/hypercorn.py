@@ -1,13 +1,14 @@
-"""Living under Hypercorn's own command: drain before it stops, although it does not ask.
+"""Running under Hypercorn's own command: drain before it stops, although it does not wait for that.
 
-Hypercorn's command cancels what runs ``graceful_timeout`` seconds (3 by default) after a stop was asked
-for, and only then tells the application. Its servers wait for that request in a function that they look
-up when they start to serve, ``raise_shutdown``. `DrainFirst` puts one there that drains first. This is a
-private name: where it is missing, a warning says what that means, and everything else still works.
+``graceful_timeout`` seconds (3 by default) after a request to stop, Hypercorn's command cancels everything
+that runs, and only then tells the application. Its servers wait for the request in a function that they
+look up when they start to serve, ``raise_shutdown``. `DrainFirst` replaces it by one that drains first. It
+is a private name, and the only one that ``ullm.app`` depends on: where it is missing, a warning says what
+that means, and everything else still works. `tests/hosting/test_hypercorn.py` fails when a release moves it.
 
-A process of Hypercorn's also has no handler for SIGTERM, which therefore kills it on the spot when a
-whole process group is signalled, so one is installed. Hypercorn's parent sends SIGTERM more than once,
-so further ones mean nothing.
+A worker process of Hypercorn has no handler for SIGTERM, which would kill it on the spot when a whole
+process group gets the signal; `DrainFirst` installs one. Hypercorn's parent sends SIGTERM more than once,
+so further ones are ignored.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ullm.supervision.signals import STOP_SIGNALS
 log = get_logger("ullm.hosting.hypercorn")
 
 _NAME = "raise_shutdown"
+"""The private function of Hypercorn's that is replaced."""
 Trigger = Callable[[], Awaitable[Any]]
 
 
@@ -37,12 +39,12 @@ class DrainFirst:
 
     Args:
         module: the server's module, ``hypercorn.trio.run`` or ``hypercorn.asyncio.run``.
-        drain: ends when everything admitted has ended; awaited in the server's own loop.
-        wait_signalled: waits, in that loop, for `signalled`.
+        drain: returns when every admitted request has ended; awaited in the server's own loop.
+        wait_signalled: waits, in that loop, until `signalled` was called.
         wait_either: waits, in that loop, until one of two awaitables has finished.
         signalled: called in a signal handler, and by `stop_server`.
-        reload: called in the handler of SIGHUP. What Hypercorn's own parent does at SIGHUP is another
-            thing: it stops its workers, which drain, and starts new ones.
+        reload: called in the handler of SIGHUP. Hypercorn's own parent answers SIGHUP differently: it stops
+            its workers, which drain, and starts new ones.
     """
 
     def __init__(
@@ -69,8 +71,8 @@ class DrainFirst:
         self._original = getattr(self._module, _NAME, None)
         if self._original is None:
             log.warning(
-                "this Hypercorn cannot be made to drain: requests are cut off --graceful-timeout "
-                "seconds after a stop is asked for; use `ullm serve`, or set it higher"
+                "this release of Hypercorn cannot be made to drain: requests are cut off --graceful-timeout "
+                "seconds after a request to stop; use `ullm serve`, or set it higher"
             )
             return self
         setattr(self._module, _NAME, self._raise_shutdown)
@@ -87,9 +89,9 @@ class DrainFirst:
             signal.signal(number, handler)
 
     def stop_server(self) -> None:
-        """Stop Hypercorn as a signal does; from any thread.
+        """Stop Hypercorn as a signal does; may be called from any thread.
 
-        Its parent would replace a worker that ends by itself, so it is the parent that is asked.
+        Hypercorn's parent would replace a worker that ends by itself, so the parent gets the signal.
         """
         parent = multiprocessing.parent_process()
         if self._original is not None and parent is not None and parent.pid is not None:
@@ -97,7 +99,7 @@ class DrainFirst:
         self._signalled()
 
     async def _raise_shutdown(self, trigger: Trigger) -> None:
-        """Hypercorn's own function waits for ``trigger`` and raises; this one drains in between."""
+        """Wait for ``trigger`` and raise, as Hypercorn's own function does, but drain in between."""
         await self._wait_either(trigger, self._wait_signalled)
         await self._drain()
         await self._original(_at_once)
@@ -118,7 +120,7 @@ class DrainFirst:
 
 
 def survive_hangups() -> None:
-    """In a process of Hypercorn's, until `DrainFirst` answers them: the model is being loaded already."""
+    """Ignore SIGHUP in a worker process of Hypercorn until `DrainFirst` handles it: the model is loading."""
     if multiprocessing.parent_process() is None or "hypercorn" not in sys.modules:
         return
     in_main = threading.current_thread() is threading.main_thread()
@@ -127,11 +129,11 @@ def survive_hangups() -> None:
 
 
 def _no_reload(number: int, frame: FrameType | None) -> None:
-    """Unlike SIG_IGN, this is not inherited by other programs."""
+    """Ignore the signal. Unlike SIG_IGN, a handler is not inherited by other programs."""
 
 
 async def _at_once() -> None:
-    """The trigger has fired."""
+    """Stand in for a trigger that has fired already."""
 
 
 async def trio_either(first: Trigger, second: Trigger) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -30,8 +31,7 @@ class RequestRecord:
         params: with ``seed`` set and ``n`` 1.
         max_total: tokens of prompt and output together at which it ends.
         arrival: its place among all requests; of equal priority, the lower one runs first.
-        notify: called after changes, for the reader.
-        quiet_until: new tokens do not call ``notify`` before this time; the end always does.
+        notify: wakes the reader; called after each change with its time, and with infinity at the end.
         crashes: worker losses while it was in a step, since it last made some progress.
         resumed_at: tokens that it had when it was last assigned to a replica.
         replica: the replica that runs it; None while it waits for one.
@@ -43,7 +43,7 @@ class RequestRecord:
     params: SamplingParams
     max_total: int
     arrival: int
-    notify: Callable[[], None]
+    notify: Callable[[float], None]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
@@ -54,7 +54,6 @@ class RequestRecord:
     replica: int | None = None
     crashes: int = 0
     resumed_at: int = 0
-    quiet_until: float = 0.0
 
     @property
     def done(self) -> bool:
@@ -92,8 +91,7 @@ class RequestRecord:
             self.num_cached_tokens = event.num_cached_tokens
         if event.finish_reason is not None:
             self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
-        if now >= self.quiet_until or event.finish_reason is not None:
-            self.notify()
+        self.notify(now if event.finish_reason is None else math.inf)
         if self.crashes and len(self.token_ids) >= self.resumed_at + CLEARED_AFTER:
             self.crashes = 0
         return len(new)
@@ -101,9 +99,9 @@ class RequestRecord:
     def finish(self, reason: FinishReason) -> None:
         """End it with the tokens that it has."""
         self.finish_reason = reason
-        self.notify()
+        self.notify(math.inf)
 
     def fail(self, error: Exception) -> None:
         """End it with an error."""
         self.error = error
-        self.notify()
+        self.notify(math.inf)

@@ -12,6 +12,7 @@ import trio
 
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError, PortTaken
+from ullm.protocol import stop_budget
 from ullm.server.api.types import EngineInterface
 from ullm.server.app import create_app
 from ullm.server.http.descriptors import connection_limit
@@ -21,10 +22,6 @@ from ullm.supervision.actor import current_lifetime
 
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
-FLUSH = 5.0
-"""Seconds for running handlers to finish when nobody has set a stop deadline."""
-CUT_RESERVE = 0.5
-"""Seconds before the stop deadline at which connections are cut, so that everything has ended in time."""
 
 
 def bind(server_config: ServerConfig) -> socket.socket:
@@ -160,14 +157,14 @@ async def _finish(sockets: Sequence[socket.socket], listener: Listener, ended: t
 
 @contextmanager
 def _until_shortly_before_the_stop_deadline() -> Iterator[None]:
-    with trio.CancelScope(shield=True, deadline=trio.current_time() + FLUSH) as scope:
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + stop_budget.HANDLER_FLUSH) as scope:
         lifetime = current_lifetime()
         if lifetime is None:
             yield
             return
 
         def follow(deadline: float) -> None:
-            scope.deadline = min(scope.deadline, deadline - CUT_RESERVE)
+            scope.deadline = min(scope.deadline, deadline - stop_budget.CONNECTION_CUT_RESERVE)
 
         with lifetime.followed_by(follow):
             yield

@@ -18,6 +18,7 @@ from ullm.actors.transports.base import OpenTransport, StopReport, Transport, Wo
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.faults import Fault, FaultInjector
 from ullm.faults.injector import FaultSite
+from ullm.protocol import stop_budget
 from ullm.protocol.frames import encode
 from ullm.protocol.messages import (
     FromWorker,
@@ -31,9 +32,6 @@ from ullm.protocol.messages import (
     ToWorker,
     Wake,
 )
-
-STOP_SHARE = 0.1
-"""Share of the budget for stopping that injecting faults may take."""
 
 NO_MSGPACK = b"\xc1"
 """The only byte that msgpack never uses."""
@@ -128,7 +126,7 @@ class FaultyTransport:
         """Stop the worker, after the faults of ``worker.stop``."""
         began = trio.current_time()
         if self._injector.armed and self.alive():
-            with trio.move_on_after(STOP_SHARE * budget):
+            with trio.move_on_after(stop_budget.FAULT_SHARE * budget):
                 await self._misbehave("worker.stop")
         return await self._inner.stop(max(0.0, began + budget - trio.current_time()))
 

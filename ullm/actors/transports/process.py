@@ -20,6 +20,7 @@ from ullm.actors.transports.spawn import lifeline, spawn
 from ullm.actors.transports.stderr import StderrForwarder
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.logs import get_logger
+from ullm.protocol import stop_budget
 from ullm.protocol.frames import FrameReader, encode
 from ullm.protocol.messages import FromWorker, Ready, Stop, Stopped, ToWorker
 
@@ -27,12 +28,6 @@ OUTBOX = 64
 """Frames that may queue for the pipe before senders wait."""
 
 READ_BYTES = 1 << 16
-
-EXIT_SECONDS = 1.0
-"""How long a worker may take to end after closing its pipe, and the kernel to reap a killed one."""
-
-STARTING_SECONDS = 1.0
-"""Budget for stopping a worker that is not ready, and may be in the middle of loading."""
 
 log = get_logger(__name__)
 
@@ -127,25 +122,25 @@ class ProcessTransport:
     async def stop(self, budget: float) -> StopReport:
         """Send `Stop`, after three quarters of the budget SIGTERM, and near its end SIGKILL.
 
-        A worker that is not ready has nothing to finish, and gets at most `STARTING_SECONDS`.
+        A worker that is not ready has nothing to finish, and gets at most `stop_budget.STARTING_WORKER`.
         """
         began = trio.current_time()
         if not self.alive():
             return self._report("stopped" if self._stopped else "lost", began)
         if not self._ready:
-            budget = min(budget, STARTING_SECONDS)
-        with trio.move_on_at(began + 0.75 * budget):
-            await self._send_if_alive(Stop(0.75 * budget))
+            budget = min(budget, stop_budget.STARTING_WORKER)
+        with trio.move_on_at(began + stop_budget.SIGTERM_SHARE * budget):
+            await self._send_if_alive(Stop(stop_budget.SIGTERM_SHARE * budget))
             await self._drain()
         if self.alive() and os.name == "posix":
             log.warning("worker does not stop: SIGTERM", worker=self.name)
             self._process.terminate()
-            with trio.move_on_at(began + 0.95 * budget):
+            with trio.move_on_at(began + stop_budget.SIGKILL_SHARE * budget):
                 await self._drain()
         if self.alive():
             log.warning("worker does not stop: SIGKILL", worker=self.name)
             self.kill()
-            await self._wait_gone(EXIT_SECONDS)
+            await self._wait_gone(stop_budget.PROCESS_EXIT)
         return self._report("stopped" if self._stopped else "killed", began)
 
     async def write_frames(self) -> None:
@@ -162,7 +157,7 @@ class ProcessTransport:
         with trio.CancelScope(shield=True):
             if self.alive():
                 self.kill()
-            await self._wait_gone(EXIT_SECONDS)
+            await self._wait_gone(stop_budget.PROCESS_EXIT)
             for stream in (self._stdin, self._stdout):
                 await stream.aclose()
             await self.stderr.close()
@@ -215,7 +210,7 @@ class ProcessTransport:
                     self._backlog.append(await self._read_message())
 
     async def _lost(self) -> WorkerLost:
-        if not await self._wait_gone(EXIT_SECONDS):
+        if not await self._wait_gone(stop_budget.PROCESS_EXIT):
             self._cause = self._cause or "closed its pipe without ending"
             self.kill()
         await self.stderr.wait_ended()

@@ -21,13 +21,11 @@ import trio
 from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
 from ullm.errors import WorkerLost
 from ullm.logs import get_logger
+from ullm.protocol import stop_budget
 from ullm.protocol.messages import FromWorker, Progress, Start, Stop, Stopped, ToWorker
 from ullm.worker.loop import IMPORT_BUDGET, Inbox, failed, load_runner, run_worker
 
 ray: Any = importlib.import_module("ray")
-
-LEAVE_SECONDS = 1.0
-"""How long leaving the context waits for Ray to report that a killed actor is gone."""
 
 log = get_logger(__name__)
 
@@ -137,8 +135,8 @@ class RayTransport:
         began = trio.current_time()
         was_alive = self.alive()
         if was_alive:
-            self._actor.put.remote(Stop(0.9 * budget))
-            with trio.move_on_after(0.9 * budget):
+            self._actor.put.remote(Stop(stop_budget.RAY_KILL_SHARE * budget))
+            with trio.move_on_after(stop_budget.RAY_KILL_SHARE * budget):
                 await self._ended.wait()
             if not self._ended.is_set():
                 self.kill()
@@ -150,7 +148,7 @@ class RayTransport:
         """Kill the actor: even one that ended in order keeps its process until then."""
         self._killed = True
         ray.kill(self._actor, no_restart=True)
-        with trio.move_on_after(LEAVE_SECONDS, shield=True):
+        with trio.move_on_after(stop_budget.RAY_LEAVE, shield=True):
             await self._ended.wait()
 
     def _pump(self) -> None:

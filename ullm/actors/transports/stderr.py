@@ -10,9 +10,7 @@ import trio
 
 from ullm.actors.transports.base import STDERR_TAIL_LINES, Transport
 from ullm.logs import get_logger
-
-STDERR_SECONDS = 0.2
-"""How long to wait for the end of stderr, for the error's tail; a grandchild may hold it open."""
+from ullm.protocol import stop_budget
 
 LINE_BYTES = 8192
 """Longer lines are split."""
@@ -59,12 +57,12 @@ class StderrForwarder:
             self._ended.set()
 
     async def wait_ended(self) -> None:
-        """Wait until the end of stderr, but at most `STDERR_SECONDS`."""
-        with trio.move_on_after(STDERR_SECONDS):
+        """Wait until the end of stderr, but at most `stop_budget.STDERR_TAIL`."""
+        with trio.move_on_after(stop_budget.STDERR_TAIL):
             await self._ended.wait()
 
     async def close(self) -> None:
-        """Close the stream once its end has been read, or `STDERR_SECONDS` are over."""
+        """Close the stream once its end has been read, or `stop_budget.STDERR_TAIL` are over."""
         await self.wait_ended()
         await self._stream.aclose()
 

@@ -18,19 +18,11 @@ import trio
 from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
 from ullm.errors import WorkerLost
 from ullm.logs import get_logger
+from ullm.protocol import stop_budget
 from ullm.protocol.messages import FromWorker, Progress, Stop, Stopped, ToWorker
 from ullm.protocol.runner import Runner
 from ullm.worker.loop import IMPORT_BUDGET, Ended, Inbox, Terminated, failed, load_runner, run_worker
 from ullm.worker.misbehavior import Crashed, as_thread
-
-LEAVE_SECONDS = 0.5
-"""How long leaving the context waits for a thread that was told to stop."""
-
-REPORT_SECONDS = 0.05
-"""Part of the budget that is reserved for reporting a thread that is abandoned."""
-
-GIVEN_UP_SECONDS = 0.1
-"""How long a thread that was given up may take to end before it is reported as abandoned."""
 
 log = get_logger(__name__)
 
@@ -109,14 +101,14 @@ class ThreadTransport:
     async def stop(self, budget: float) -> StopReport:
         """Send `Stop` and wait for the end; then abandon a thread that still runs.
 
-        One that was killed before is known to hang, and gets only `GIVEN_UP_SECONDS`.
+        One that was killed before is known to hang, and gets only `stop_budget.THREAD_GIVEN_UP`.
         """
         began = trio.current_time()
         if not self._ended.is_set():
-            patience = GIVEN_UP_SECONDS if self._killed else math.inf
+            patience = stop_budget.THREAD_GIVEN_UP if self._killed else math.inf
             self._stopping = True
             self._inbox.put(Stop(budget))
-            with trio.move_on_after(max(0.0, min(patience, budget - REPORT_SECONDS))):
+            with trio.move_on_after(max(0.0, min(patience, budget - stop_budget.THREAD_REPORT))):
                 await self._ended.wait()
         if not self._ended.is_set():
             self.kill()
@@ -130,10 +122,10 @@ class ThreadTransport:
         self.kill()
         if self._abandoned:
             return  # `stop` has waited for it
-        with trio.move_on_after(LEAVE_SECONDS, shield=True):
+        with trio.move_on_after(stop_budget.THREAD_LEAVE, shield=True):
             await self._ended.wait()
         if self._ended.is_set():
-            self._thread.join(LEAVE_SECONDS)  # it only has to return
+            self._thread.join(stop_budget.THREAD_LEAVE)  # it only has to return
 
     def _report(self, outcome: str, began: float) -> StopReport:
         timings = self._stopped.timings if self._stopped else {}

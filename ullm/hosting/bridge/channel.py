@@ -1,4 +1,4 @@
-"""What carries results from a trio thread to consumers in other loops; see `ullm.hosting.bridge`."""
+"""Channels that carry results from a trio thread to consumers in other loops; see `ullm.hosting.bridge`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import trio
 
 T = TypeVar("T")
 CAPACITY = 256
-"""Items a channel buffers before its producer waits for the consumer."""
+"""Items that a channel buffers before its producer waits for the consumer."""
 
 
 class Settable(Protocol):
     """A trio or asyncio event."""
 
     def set(self) -> object:
-        """Wake who waits for it."""
+        """Wake everybody who waits for it."""
 
 
 class Channel(Generic[T]):
-    """Between one task in a trio thread and its consumer: items, then the end.
+    """Items from one task in a trio thread to its consumer, and then the end.
 
     Args:
-        post: runs a function in the trio thread, soon; does nothing once that has stopped.
+        post: has a function run in the trio thread, soon; does nothing once the thread has stopped.
     """
 
     def __init__(self, post: Callable[[Callable[[], object]], None]) -> None:
@@ -63,7 +63,7 @@ class Channel(Generic[T]):
         self._notify(due)
 
     def finish(self, error: BaseException | None) -> None:
-        """Nothing more will come; only the first call counts."""
+        """Note the end, with the error that was raised, if any; only the first call counts."""
         with self._lock:
             if self._ended:
                 return
@@ -79,17 +79,17 @@ class Channel(Generic[T]):
     # --- called by the consumer ---
 
     def cancel(self) -> None:
-        """Cancel the task. Takes no lock, because a garbage collection may call it anywhere."""
+        """Cancel the task. Takes no lock, because garbage collection may call this anywhere."""
         if not self._ended:
             self._post(self.scope.cancel)
 
     @property
     def ready(self) -> bool:
-        """Whether `take` has something, or the end is reached."""
+        """Whether `take` would return something, or the end is reached."""
         return bool(self._items) or self._ended
 
     def take(self) -> list[T]:
-        """Everything that is there."""
+        """Return all items that have arrived, and remove them."""
         with self._lock:
             items = list(self._items)
             self._items.clear()
@@ -99,26 +99,26 @@ class Channel(Generic[T]):
         return items
 
     def check(self) -> None:
-        """Raise what the task raised."""
+        """Raise the task's error, if it ended with one."""
         if self._error is not None:
             raise self._error
 
     def result(self) -> T:
-        """The only item, or what the task raised."""
+        """Return the only item, or raise the task's error."""
         self.check()
         return self.take()[0]
 
     def block(self, *, until_end: bool, timeout: float | None = None) -> bool:
-        """Block the calling thread until an item, or the end, is there; False after ``timeout`` seconds."""
+        """Block until there is an item, or the end; return False after ``timeout`` seconds."""
         latch = threading.Event()
         if self._arm(latch.set, until_end):
             return latch.wait(timeout)
         return True
 
-    async def wait(self, target: Target, *, until_end: bool) -> None:
-        """Wait, in ``target``'s loop, until an item, or the end, is there."""
-        event = target.event()
-        if self._arm(partial(target.post, event, self.cancel), until_end):
+    async def wait(self, consumer: ConsumerLoop, *, until_end: bool) -> None:
+        """Wait in the consumer's loop until there is an item, or the end."""
+        event = consumer.event()
+        if self._arm(partial(consumer.post, event, self.cancel), until_end):
             await event.wait()
 
     def _arm(self, wake: Callable[[], None], until_end: bool) -> bool:
@@ -129,16 +129,16 @@ class Channel(Generic[T]):
             return True
 
 
-class Target:
-    """A loop that consumers wait in; collects their wake-ups, so that many of them cost one.
+class ConsumerLoop:
+    """The event loop of consumers; collects their wake-ups, so that many of them cost one.
 
     Args:
-        schedule: runs a function in that loop, soon; raises RuntimeError when it is gone.
+        schedule: has a function run in that loop, soon; raises RuntimeError when the loop is gone.
         flush_soon: has `flush` called at the end of the trio loop's current turn.
     """
 
     def __init__(
-        self, schedule: Callable[[Callable[[], None]], object], flush_soon: Callable[[Target], None]
+        self, schedule: Callable[[Callable[[], None]], object], flush_soon: Callable[[ConsumerLoop], None]
     ) -> None:
         self._schedule = schedule
         self._flush_soon = flush_soon
@@ -147,15 +147,15 @@ class Target:
         self._scheduled = False
 
     def event(self) -> Any:
-        """An event of the loop's own kind."""
+        """Make an event of the loop's own kind."""
         raise NotImplementedError
 
     def shield(self) -> AbstractContextManager[object]:
-        """Inside, waiting goes on although the caller was cancelled."""
+        """Open a scope in which waiting goes on although the caller was cancelled."""
         raise NotImplementedError
 
     def post(self, event: Settable, on_lost: Callable[[], None]) -> None:
-        """Have ``event`` set in the loop; ``on_lost`` is called instead when that loop is gone."""
+        """Have ``event`` set in the loop; call ``on_lost`` instead when the loop is gone."""
         with self._lock:
             self._pending.append((event, on_lost))
             first = len(self._pending) == 1
@@ -163,7 +163,7 @@ class Target:
             self._flush_soon(self)
 
     def flush(self) -> None:
-        """Wake the loop, unless it has been woken and has not got round to it."""
+        """Wake the loop, unless a wake-up is on its way already."""
         with self._lock:
             if self._scheduled or not self._pending:
                 return
@@ -188,10 +188,10 @@ class Target:
         return pending
 
 
-class AsyncioTarget(Target):
+class AsyncioLoop(ConsumerLoop):
     """A running asyncio loop."""
 
-    def __init__(self, loop: Any, flush_soon: Callable[[Target], None]) -> None:
+    def __init__(self, loop: Any, flush_soon: Callable[[ConsumerLoop], None]) -> None:
         super().__init__(loop.call_soon_threadsafe, flush_soon)
 
     def event(self) -> Any:
@@ -203,10 +203,10 @@ class AsyncioTarget(Target):
         return contextlib.nullcontext()  # asyncio delivers a cancellation once
 
 
-class TrioTarget(Target):
+class TrioLoop(ConsumerLoop):
     """Another trio loop, by its token."""
 
-    def __init__(self, token: Any, flush_soon: Callable[[Target], None]) -> None:
+    def __init__(self, token: Any, flush_soon: Callable[[ConsumerLoop], None]) -> None:
         super().__init__(token.run_sync_soon, flush_soon)
 
     def event(self) -> Any:

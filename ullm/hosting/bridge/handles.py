@@ -1,4 +1,4 @@
-"""What callers in other loops hold: a background task, a stream of items."""
+"""Handles for callers in other loops: a background task, a stream of items."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-from ullm.hosting.bridge.channel import Channel, Target
+from ullm.hosting.bridge.channel import Channel, ConsumerLoop
 
 T = TypeVar("T")
 
 
-class Job:
-    """A background task of a `TrioThread`; dropping the object does not end the task.
+class BackgroundTask:
+    """A background task in a `TrioThread`; dropping the object does not end the task.
 
     Attributes:
-        value: what the task passed to ``task_status.started()``.
+        value: the argument of the task's ``task_status.started()``.
     """
 
     value: Any
 
-    def __init__(self, target: Callable[[], Target], channel: Channel[Any]) -> None:
-        self._target = target
+    def __init__(self, current_loop: Callable[[], ConsumerLoop], channel: Channel[Any]) -> None:
+        self._current_loop = current_loop
         self.channel = channel
 
     def cancel(self) -> None:
@@ -29,37 +29,37 @@ class Job:
         self.channel.cancel()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until the task has ended; False after ``timeout`` seconds. Raises what the task raised."""
+        """Block until the task has ended, and raise its error; return False after ``timeout`` seconds."""
         if not self.channel.block(until_end=True, timeout=timeout):
             return False
         self.channel.check()
         return True
 
     async def wait_async(self) -> None:
-        """Wait until the task has ended. Raises what the task raised."""
-        await self.channel.wait(self._target(), until_end=True)
+        """Wait until the task has ended, and raise its error."""
+        await self.channel.wait(self._current_loop(), until_end=True)
         self.channel.check()
 
-    def take_started(self) -> Job:
-        """Set `value`, or raise what kept the task from starting."""
-        taken = self.channel.take()
-        if not taken:
+    def take_started(self) -> BackgroundTask:
+        """Set `value`, or raise the error that kept the task from starting."""
+        values = self.channel.take()
+        if not values:
             self.channel.check()
             raise RuntimeError("the task ended without calling task_status.started()")
-        self.value = taken[0]
+        self.value = values[0]
         return self
 
 
 class Stream(Generic[T]):
-    """What a task in a `TrioThread` yields, for one consumer in asyncio, in trio, or in no loop.
+    """The items that a task in a `TrioThread` yields, for one consumer in asyncio, in trio, or in no loop.
 
-    ``async for item in stream`` or ``for item in stream``. Raises what the task raised, after everything that
-    it yielded before, and `EngineDead` when the loop stops. The task is cancelled when the stream is closed,
-    when a wait for an item is cancelled, or when nobody refers to the stream any more.
+    Iterate with ``async for`` or ``for``. After the last item the task's error is raised, if there was one,
+    and `EngineDead` when the loop stops. The task is cancelled when the stream is closed, when a wait for an
+    item is cancelled, or when nobody refers to the stream any more.
     """
 
-    def __init__(self, target: Callable[[], Target], channel: Channel[T]) -> None:
-        self._target = target
+    def __init__(self, current_loop: Callable[[], ConsumerLoop], channel: Channel[T]) -> None:
+        self._current_loop = current_loop
         self._channel = channel
         self._ready: deque[T] = deque()
 
@@ -77,7 +77,7 @@ class Stream(Generic[T]):
         return self._ready.popleft()
 
     async def next_batch(self) -> list[T]:
-        """Wait for at least one item and return all that are there; empty at the end."""
+        """Wait for at least one item and return all that have arrived; return an empty list at the end."""
         batch = list(self._ready) or await self._take_async()
         self._ready.clear()
         return batch
@@ -104,9 +104,9 @@ class Stream(Generic[T]):
     async def aclose(self) -> None:
         """Cancel the task and wait until it has ended."""
         self._channel.cancel()
-        target = self._target()
-        with target.shield():
-            await self._channel.wait(target, until_end=True)
+        loop = self._current_loop()
+        with loop.shield():
+            await self._channel.wait(loop, until_end=True)
 
     async def __aenter__(self) -> Stream[T]:
         return self
@@ -123,11 +123,11 @@ class Stream(Generic[T]):
     async def _take_async(self) -> list[T]:
         if not self._channel.ready:
             try:
-                await self._channel.wait(self._target(), until_end=False)
+                await self._channel.wait(self._current_loop(), until_end=False)
             except BaseException:
                 self._channel.cancel()
                 raise
-        return self._taken()
+        return self._items()
 
     def _take(self) -> list[T]:
         try:
@@ -135,9 +135,9 @@ class Stream(Generic[T]):
         except BaseException:
             self._channel.cancel()
             raise
-        return self._taken()
+        return self._items()
 
-    def _taken(self) -> list[T]:
+    def _items(self) -> list[T]:
         items = self._channel.take()
         if not items:
             self._channel.check()

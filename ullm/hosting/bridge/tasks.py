@@ -1,4 +1,4 @@
-"""What runs in the trio thread for each kind of call; each fills a channel."""
+"""The function that runs in the trio thread for each kind of call; each fills a channel."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ T = TypeVar("T")
 
 
 def without_cancelled(error: BaseException) -> BaseException:
-    """An error as another loop may see it: without this loop's own cancellations."""
+    """Return the error as another loop may see it: without this loop's own cancellations."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     return error.split(trio.Cancelled)[1] or EngineDead("the engine was stopped")
 
 
 async def call(async_fn: Callable[..., Awaitable[T]], args: tuple[Any, ...], channel: Channel[T]) -> None:
-    """One result."""
+    """Put the result of ``async_fn(*args)``."""
     channel.put(await async_fn(*args))
 
 
 async def push(
     async_fn: Callable[[Callable[[T], Awaitable[None]]], Awaitable[object]], channel: Channel[T]
 ) -> None:
-    """What it sends."""
+    """Put everything that ``async_fn`` sends."""
     await async_fn(channel.send)
 
 
 async def iterate(
     open_stream: Callable[[], AbstractAsyncContextManager[AsyncIterable[T]]], channel: Channel[T]
 ) -> None:
-    """What it yields."""
+    """Put everything that the stream yields."""
     async with open_stream() as items:
         async for item in items:
             await channel.send(item)
@@ -53,5 +53,5 @@ class _TaskStatus:
 async def start(
     async_fn: Callable[..., Awaitable[object]], args: tuple[Any, ...], channel: Channel[Any]
 ) -> None:
-    """What it passes to ``task_status.started()``."""
+    """Run a task, and put the value with which it calls ``task_status.started()``."""
     await async_fn(*args, task_status=_TaskStatus(channel))

@@ -1,4 +1,4 @@
-"""The trio loop in a background thread."""
+"""A trio loop in a background thread."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import trio
 
 from ullm.errors import EngineDead
 from ullm.hosting.bridge import tasks
-from ullm.hosting.bridge.channel import AsyncioTarget, Channel, Target, TrioTarget
-from ullm.hosting.bridge.handles import Job, Stream
+from ullm.hosting.bridge.channel import AsyncioLoop, Channel, ConsumerLoop, TrioLoop
+from ullm.hosting.bridge.handles import BackgroundTask, Stream
 
 T = TypeVar("T")
 
 
 def in_trio() -> bool:
-    """Whether the caller awaits as trio does. With trio-asyncio both kinds of tasks run in one thread."""
+    """Return whether the calling task is trio's; with trio-asyncio one thread runs tasks of both kinds."""
     try:
         return sniffio.current_async_library() == "trio"
     except sniffio.AsyncLibraryNotFoundError:
@@ -32,15 +32,16 @@ def in_trio() -> bool:
 class TrioThread:
     """A trio loop in a daemon thread.
 
-    Work that is running when the thread stops is cancelled; its callers, and everyone who calls later, get
-    `EngineDead` at once.
+    Work that is running when the thread stops is cancelled; its callers, and all later ones, get `EngineDead`
+    at once. It has more than 20 methods because every kind of call exists for callers that block and for
+    callers that await.
     """
 
     def __init__(self, name: str = "ullm-trio") -> None:
         self._lock = threading.Lock()
         self._channels: set[Channel[Any]] = set()
-        self._dirty: list[Target] = []
-        self._targets: weakref.WeakValueDictionary[int, Target] = weakref.WeakValueDictionary()
+        self._dirty: list[ConsumerLoop] = []
+        self._loops: weakref.WeakValueDictionary[int, ConsumerLoop] = weakref.WeakValueDictionary()
         self._token: trio.lowlevel.TrioToken | None = None
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
@@ -76,7 +77,7 @@ class TrioThread:
         """Run ``async_fn(*args)`` in the loop and block until it returns.
 
         Args:
-            timeout: seconds; afterwards, and on KeyboardInterrupt, the work is cancelled, not waited for.
+            timeout: seconds; then, and on KeyboardInterrupt, the work is cancelled without waiting for it.
 
         Raises:
             EngineDead: the loop has stopped, before or meanwhile.
@@ -93,78 +94,80 @@ class TrioThread:
         return result
 
     async def call_async(self, async_fn: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """The same for a caller in asyncio or in another trio loop.
+        """Run ``async_fn(*args)`` in the loop for a caller in asyncio or in another trio loop.
 
-        Cancelling the caller cancels ``async_fn``, and waits until it has ended.
+        Cancelling the caller cancels ``async_fn`` and waits until it has ended.
 
         Raises:
             EngineDead: the loop has stopped, before or meanwhile.
         """
-        target = self._target()
+        loop = self._current_loop()
         channel = self._submit(partial(tasks.call, async_fn, args))
         try:
-            await channel.wait(target, until_end=True)
+            await channel.wait(loop, until_end=True)
         except BaseException:
             channel.cancel()
-            with target.shield():
-                await channel.wait(target, until_end=True)
+            with loop.shield():
+                await channel.wait(loop, until_end=True)
             raise
         result: T = channel.result()
         return result
 
-    def start_task(self, async_fn: Callable[..., Awaitable[object]], *args: Any) -> Job:
+    def start_task(self, async_fn: Callable[..., Awaitable[object]], *args: Any) -> BackgroundTask:
         """Run ``async_fn(*args, task_status=…)`` in the background; block until it has called ``started()``.
 
         Raises:
             EngineDead: the loop has stopped.
             Exception: whatever ``async_fn`` raised before it was started.
         """
-        job = self._job(async_fn, args)
+        task = self._start_task(async_fn, args)
         try:
-            job.channel.block(until_end=False)
+            task.channel.block(until_end=False)
         except BaseException:
-            job.cancel()
+            task.cancel()
             raise
-        return job.take_started()
+        return task.take_started()
 
-    async def start_task_async(self, async_fn: Callable[..., Awaitable[object]], *args: Any) -> Job:
-        """The same for a caller in asyncio or in another trio loop; cancelling it cancels the task."""
-        target = self._target()
-        job = self._job(async_fn, args)
+    async def start_task_async(
+        self, async_fn: Callable[..., Awaitable[object]], *args: Any
+    ) -> BackgroundTask:
+        """`start_task` for a caller in asyncio or in another trio loop; cancelling it cancels the task."""
+        loop = self._current_loop()
+        task = self._start_task(async_fn, args)
         try:
-            await job.channel.wait(target, until_end=False)
+            await task.channel.wait(loop, until_end=False)
         except BaseException:
-            job.cancel()
-            with target.shield():
-                await job.channel.wait(target, until_end=True)
+            task.cancel()
+            with loop.shield():
+                await task.channel.wait(loop, until_end=True)
             raise
-        return job.take_started()
+        return task.take_started()
 
     def stream(self, open_stream: Callable[[], AbstractAsyncContextManager[AsyncIterable[T]]]) -> Stream[T]:
-        """Iterate, from any loop or none, over what ``async with open_stream() as items`` yields in this one.
+        """Return an iterator, for any loop or none, over the items of ``async with open_stream() as items``.
 
         ``open_stream`` is called in the loop's thread, at once.
 
         Raises:
             EngineDead: the loop has stopped.
         """
-        return Stream(self._target, self._submit(partial(tasks.iterate, open_stream)))
+        return Stream(self._current_loop, self._submit(partial(tasks.iterate, open_stream)))
 
     def pipe(self, async_fn: Callable[[Callable[[T], Awaitable[None]]], Awaitable[object]]) -> Stream[T]:
-        """Run ``async_fn(send)`` in the loop, and iterate, from any loop or none, over what it sends.
+        """Run ``async_fn(send)`` in the loop; return an iterator, for any loop or none, over what it sends.
 
         ``send`` waits while the consumer is far behind.
 
         Raises:
             EngineDead: the loop has stopped.
         """
-        return Stream(self._target, self._submit(partial(tasks.push, async_fn)))
+        return Stream(self._current_loop, self._submit(partial(tasks.push, async_fn)))
 
     def stop(self, timeout: float | None = None) -> bool:
         """Cancel everything in the loop and wait for its end; idempotent, from any thread but its own.
 
         Returns:
-            Whether it has ended; False when something in it has ignored its cancellation for ``timeout``
+            True if it has ended; False if something in it has ignored its cancellation for ``timeout``
             seconds. The thread is a daemon and does not keep the process alive.
         """
         self._post_if_alive(self._scope.cancel)
@@ -173,7 +176,7 @@ class TrioThread:
         return not self._thread.is_alive()
 
     async def stop_async(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109  # as `stop`
-        """The same for a caller in asyncio or in another trio loop."""
+        """`stop` for a caller in asyncio or in another trio loop."""
         if in_trio():
             return await trio.to_thread.run_sync(self.stop, timeout, abandon_on_cancel=True)
         import asyncio
@@ -184,7 +187,7 @@ class TrioThread:
         cause = "it was stopped"
         try:
             trio.run(self._serve, instruments=[_EndOfTurn(self._flush)])
-        except BaseException as error:  # the thread's last act is to tell its callers
+        except BaseException as error:  # the callers get it, below
             cause = repr(error)
         finally:
             with self._lock:
@@ -249,36 +252,39 @@ class TrioThread:
         with self._lock:
             self._channels.discard(channel)
 
-    def _job(self, async_fn: Callable[..., Awaitable[object]], args: tuple[Any, ...]) -> Job:
-        return Job(self._target, self._submit(partial(tasks.start, async_fn, args)))
+    def _start_task(
+        self, async_fn: Callable[..., Awaitable[object]], args: tuple[Any, ...]
+    ) -> BackgroundTask:
+        return BackgroundTask(self._current_loop, self._submit(partial(tasks.start, async_fn, args)))
 
-    def _flush_soon(self, target: Target) -> None:
+    def _flush_soon(self, loop: ConsumerLoop) -> None:
         if self._dead is None:
-            self._dirty.append(target)
+            self._dirty.append(loop)
         else:
-            target.flush()
+            loop.flush()
 
     def _flush(self) -> None:
         while self._dirty:
             self._dirty.pop().flush()
 
-    def _target(self) -> Target:
+    def _current_loop(self) -> ConsumerLoop:
+        """Return the loop that the caller runs in."""
         if in_trio():
             loop: Any = trio.lowlevel.current_trio_token()
-            kind: type[Target] = TrioTarget
+            kind: type[ConsumerLoop] = TrioLoop
         else:
             import asyncio
 
-            loop, kind = asyncio.get_running_loop(), AsyncioTarget
+            loop, kind = asyncio.get_running_loop(), AsyncioLoop
         with self._lock:
-            target = self._targets.get(id(loop))
-            if target is None:
-                target = self._targets[id(loop)] = kind(loop, self._flush_soon)
-            return target
+            consumer = self._loops.get(id(loop))
+            if consumer is None:
+                consumer = self._loops[id(loop)] = kind(loop, self._flush_soon)
+            return consumer
 
 
 class _EndOfTurn(trio.abc.Instrument):
-    """Wakes other loops once per turn of this one, however many streams got something in it."""
+    """Wakes other loops once per turn of this one, however many streams got items in that turn."""
 
     def __init__(self, flush: Callable[[], None]) -> None:
         self._flush = flush

@@ -1,0 +1,196 @@
+"""Reloading: new replicas take the places of the old ones, and their model becomes the current one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import trio
+
+from ullm.actors.router import Router
+from ullm.actors.tokenizer import TokenizerActor
+from ullm.config import EngineConfig
+from ullm.engine.current_model import CurrentModel, FindModel
+from ullm.engine.fleet import Fleet
+from ullm.engine.replica import Replica
+from ullm.engine.status import ReloadReport
+from ullm.errors import (
+    ActorLost,
+    InvalidParameter,
+    ReloadFailed,
+    StartFailed,
+    SupervisionError,
+    UllmError,
+    first_cause,
+)
+from ullm.faults import FaultInjector
+from ullm.hub import LocalModel
+from ullm.logs import get_logger
+
+log = get_logger("ullm.engine.reload")
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A model that may become the current one; its files have been read."""
+
+    config: EngineConfig
+    local: LocalModel
+    tokenizer: TokenizerActor
+
+
+class Reloader:
+    """See the module.
+
+    Args:
+        faults: faults to inject at the point ``engine.reload``.
+
+    Attributes:
+        counts: ``succeeded`` and ``failed`` → reloads.
+    """
+
+    def __init__(
+        self,
+        current: CurrentModel,
+        router: Router,
+        fleet: Fleet,
+        find_model: FindModel,
+        faults: FaultInjector,
+    ) -> None:
+        self.counts = {"succeeded": 0, "failed": 0}
+        self._current = current
+        self._router = router
+        self._fleet = fleet
+        self._find_model = find_model
+        self._faults = faults
+
+    def check(self, model: str | None, revision: str | None) -> None:
+        """Return if a reload of this model makes sense.
+
+        Raises:
+            InvalidParameter: a local path has no revisions.
+        """
+        if revision is not None and os.path.exists(model or self._current.config.model):
+            raise InvalidParameter("revision is for models of a hub; this one is a local path", "revision")
+
+    async def reload(self, model: str | None, revision: str | None, began: float) -> ReloadReport:
+        """Replace all workers by new ones that have loaded the model again, while requests go on.
+
+        From its end on, new requests get all of the new model: weights, chat template, end-of-sequence
+        tokens.
+
+        Args:
+            began: when the reload was begun, in trio's time.
+
+        Raises:
+            ReloadFailed: the new workers did not come up, and the old ones serve on.
+        """
+        try:
+            await self._faults.at("engine.reload")
+            candidate = await self._locate(model, revision)
+            log.info("reloading", model=str(candidate.local.path))
+            moved = await self._replace_all(candidate)
+        except ActorLost:  # the engine stops meanwhile
+            raise
+        except (UllmError, SupervisionError) as error:
+            self.counts["failed"] += 1
+            cause = first_cause(error)
+            log.error("reload failed; the old workers serve on", cause=str(cause))
+            raise ReloadFailed(f"the new workers did not come up, the old ones serve on: {cause}") from error
+        self.counts["succeeded"] += 1
+        seconds = trio.current_time() - began
+        path = str(candidate.local.path)
+        log.info("reloaded", model=path, seconds=round(seconds, 3), moved=moved)
+        indices = [replica.index for replica in self._fleet.replicas]
+        return ReloadReport(path, candidate.config.revision, indices, seconds, moved)
+
+    async def _locate(self, model: str | None, revision: str | None) -> _Candidate:
+        """Find the new model and read its files, except for the weights.
+
+        Raises:
+            ReloadFailed: its tokens are not those of the current model.
+            UllmError: it is nowhere, or a file is broken.
+        """
+        current = self._current
+        assert current.local is not None, "a running engine knows its model's files"
+        config = replace(
+            current.config,
+            model=model or current.config.model,
+            revision=revision or (None if model else current.config.revision),
+            served_model_name=current.config.model_name,
+        )
+        local = await trio.to_thread.run_sync(self._find_model, config)
+        digests = [await trio.to_thread.run_sync(_tokenizer_digest, each) for each in (current.local, local)]
+        if digests[0] != digests[1]:
+            raise ReloadFailed(f"{local.path} has another tokenizer; requests in flight could not go on")
+        tokenizer = TokenizerActor(local)
+        await trio.to_thread.run_sync(tokenizer.load)
+        return _Candidate(config, local, tokenizer)
+
+    async def _replace_all(self, candidate: _Candidate) -> int:
+        """Replace the replicas one by one, each new one before the old one is stopped.
+
+        Returns:
+            Requests that were moved from old replicas to new ones.
+
+        Raises:
+            StartFailed: a new one did not come up; the old one in its place serves on.
+        """
+        fleet, moved = self._fleet, 0
+        swap = self._needs_swap()
+        for place, old in enumerate(fleet.replicas):
+            new = fleet.make(old.slot, candidate.config)
+            new.group.load_from(str(candidate.local.path))
+            new.group.continue_after(old.group)
+            await self._start_beside(old, new, swap=swap)
+            fleet.replicas[place] = new
+            moved += await self._retire(old)
+        info = fleet.replicas[0].group.info
+        self._current.replace(candidate.config, candidate.local, candidate.tokenizer, info)
+        fleet.prepare_spares()
+        return moved
+
+    async def _start_beside(self, old: Replica, new: Replica, *, swap: bool) -> None:
+        """Start ``new`` while ``old`` serves on.
+
+        Args:
+            swap: memory does not hold both, so the old workers sleep meanwhile; their requests wait, and go
+                on with the new ones.
+        """
+        if swap:
+            await old.scheduler.pause(1).reached.wait()
+        try:
+            await self._fleet.start(new)
+            await self._fleet.wait_settled(new)
+        except StartFailed:
+            old.group.continue_after(new.group)
+            if swap:
+                old.scheduler.resume()
+            raise
+
+    async def _retire(self, old: Replica) -> int:
+        """Stop a replica when its requests have ended, or time is up; return how many had not ended."""
+        self._router.retire(old.index)
+        with trio.move_on_after(self._current.config.shutdown_timeout):
+            while self._router.load(old.index):
+                await self._router.wait_changed()
+        moved = self._router.load(old.index)
+        if old.failure is None:
+            await old.scheduler.pause(0).reached.wait()  # the step in flight ends, or is known to hang
+        await self._fleet.stop(old)
+        self._fleet.former_restarts += old.group.restarts
+        return moved
+
+    def _needs_swap(self) -> bool:
+        """Whether memory cannot hold old and new workers at once: a GPU is filled with KV by design."""
+        infos = [replica.group.info for replica in self._fleet.replicas]
+        return any(info is not None and info.device.startswith("cuda") for info in infos)
+
+
+def _tokenizer_digest(local: LocalModel) -> str:
+    """Return the digest of the file that maps text to tokens; a GGUF file is its own."""
+    path = Path(local.tokenizer_path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    return hashlib.blake2b(file.read_bytes()).hexdigest()
