@@ -88,7 +88,7 @@ def shared() -> Iterator[None]:
         (child, "child process"),
         (zombie, "child process"),
         (listening, "listening socket 127.0.0.1:"),
-        (open_file, "1 more file descriptors: "),
+        (open_file, "file descriptor"),
         (temporary, "temporary file"),
         (shared, "shared memory psm_"),
     ],
