@@ -18,7 +18,7 @@ from ullm.testing.leaks import LeakCheck
 
 
 def pytest_configure() -> None:
-    """Undo what a shell's background jobs and nohup ignore, or all that the tests start would ignore it too."""
+    """Undo what background jobs and nohup ignore, or all that the tests start would ignore it, too."""
     for number, default in ((signal.SIGINT, signal.default_int_handler), *_HANGUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, default)
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave all that is imported by now out of every further garbage collection, which takes 0.3 s with it."""
+    """Leave what is imported by now out of garbage collections, which would take 0.3 s each."""
     gc.collect()
     gc.freeze()
 

@@ -6,17 +6,18 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
-from harness import SCRIPTED, Server, Stream, eventually, is_gone, texts
+
+from tests.support.server import SCRIPTED, Serve, Server, is_gone
+from tests.support.streams import Stream, texts
+from tests.support.waiting import SECONDS, eventually
 
 pytestmark = pytest.mark.process
-
-Serve = Callable[..., Server]
 
 
 class Load:
@@ -36,7 +37,7 @@ class Load:
     def wait_for(self, more: int) -> None:
         """Until so many more requests have ended."""
         wanted = len(self.ended) + more
-        eventually(lambda: len(self.ended) >= wanted, seconds=30)
+        eventually(lambda: len(self.ended) >= wanted, SECONDS)
 
     def stop(self) -> None:
         """Wait for the last ones."""
@@ -56,7 +57,7 @@ def load(server: Server) -> Iterator[Load]:
     finally:
         running.stop()
     texts(running.ended)
-    assert len({(stream._body["prompt"][0], stream.text) for stream in running.ended}) == 6
+    assert len({(stream.prompt[0], stream.text) for stream in running.ended}) == 6
 
 
 def has_reloaded(server: Server, times: int) -> bool:
@@ -64,11 +65,17 @@ def has_reloaded(server: Server, times: int) -> bool:
 
 
 def pids(server: Server) -> set[int]:
-    return {pid for replica in server.get("/health").json()["replicas"] for pid in replica["worker_pids"]}
+    return {pid for replica in server.replicas() for pid in replica["worker_pids"]}
 
 
-@pytest.mark.parametrize("how", ["admin", "SIGHUP"])
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(
+    ("replicas", "how"),
+    [
+        (1, "SIGHUP"),
+        (2, "admin"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(1, "admin"), (2, "SIGHUP")]),
+    ],
+)
 def test_under_load_no_request_fails(serve: Serve, scripted_model: Path, how: str, replicas: int) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--replicas", str(replicas))
     first, workers = pids(server), server.workers()
@@ -115,7 +122,13 @@ def test_the_old_workers_serve_on_if_the_new_ones_do_not_come_up(
     assert server.metric('ullm_reloads_total{outcome="failed"}') == 3
 
 
-@pytest.mark.parametrize("plan", ["worker.start:crash", "worker.start:oom", "engine.reload:raise"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "worker.start:crash",
+        *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("worker.start:oom", "engine.reload:raise")),
+    ],
+)
 def test_new_workers_that_fail_change_nothing(serve: Serve, scripted_model: Path, plan: str) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--standby-workers", "0")
     first = pids(server)

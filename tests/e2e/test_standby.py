@@ -5,25 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from harness import SCRIPTED, Server, eventually, is_gone, streams, texts
+
+from tests.support.server import SCRIPTED, Serve, Server, is_gone
+from tests.support.streams import streams, texts
+from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.process,
     pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX"),
 ]
 
-Serve = Callable[..., Server]
 TOKENS = 200
 
 
 def serving(server: Server) -> set[int]:
     """Process ids of the workers in service."""
-    return {pid for replica in server.get("/health").json()["replicas"] for pid in replica["worker_pids"]}
+    return {pid for replica in server.replicas() for pid in replica["worker_pids"]}
 
 
 def spares(server: Server) -> list[psutil.Process]:
@@ -67,6 +68,7 @@ def test_a_killed_spare_is_replaced_and_nobody_notices(serve: Serve, scripted_mo
     assert "was killed by SIGKILL" in server.hear("standby worker lost .*")
 
 
+@pytest.mark.timing
 def test_a_killed_server_leaves_no_spare(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug")
     spare = prepared(server)
@@ -75,6 +77,7 @@ def test_a_killed_server_leaves_no_spare(serve: Serve, scripted_model: Path) -> 
     eventually(lambda: is_gone(spare), seconds=1)
 
 
+@pytest.mark.timing
 def test_a_stop_ends_spares_in_order(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug")
     prepared(server)
@@ -85,6 +88,7 @@ def test_a_stop_ends_spares_in_order(serve: Serve, scripted_model: Path) -> None
     assert "standby worker lost" not in server.errors()
 
 
+@pytest.mark.timing
 def test_a_stop_does_not_wait_for_a_spare_that_is_being_prepared(serve: Serve, scripted_model: Path) -> None:
     runner = ("--load-format", "dummy", "--runner", "slow_to_prepare:Runner")
     path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}

@@ -96,7 +96,7 @@ class Worker:
         return said
 
 
-@pytest.mark.parametrize("cpu_kernels", [True, False])
+@pytest.mark.parametrize("cpu_kernels", [False, pytest.param(True, marks=pytest.mark.slow)])
 async def test_resident_memory_falls_and_comes_back(real_model: Path, cpu_kernels: bool) -> None:
     config = EngineConfig(device="cpu", cpu_kernels=cpu_kernels)
     async with open_process(WorkerSpec(RankSpec(), config.runner)) as transport:

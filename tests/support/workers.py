@@ -19,7 +19,9 @@ import pytest
 PER_CORE, MOST = 2, 8
 """Workers: so many for each core, and not more in all."""
 
-REAL_MODEL = re.compile(r"^tests/(?:e2e/test_(?:openai|parity|readme|real_model|worker_memory)|model/test_perplexity)\.py")
+REAL_MODEL = re.compile(
+    r"^tests/(?:e2e/test_(?:openai|parity|readme|real_model|worker_memory)|model/test_perplexity)\.py"
+)
 """Files whose tests need the real model."""
 
 
