@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,12 @@ from ullm.testing.leaks import LeakCheck
 
 
 def pytest_configure() -> None:
-    """Undo what background jobs and nohup ignore, or all that the tests start would ignore it, too."""
+    """Prepare what all that the tests start inherits.
+
+    PyTorch's threads are not to spin while they wait: that takes the cores from whatever else runs, and
+    multiplies what a step takes. What background jobs and nohup ignore is not to be ignored.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for number, default in ((signal.SIGINT, signal.default_int_handler), *_HANGUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, default)

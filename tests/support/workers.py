@@ -19,9 +19,7 @@ import pytest
 PER_CORE, MOST = 2, 8
 """Workers: so many for each core, and not more in all."""
 
-REAL_MODEL = re.compile(
-    r"^tests/(?:e2e/test_(?:openai|parity|readme|real_model|worker_memory)|model/test_perplexity)\.py"
-)
+REAL_MODEL = re.compile(r"/test_(?:openai|parity|perplexity|readme|real_model|worker_memory)\.py$")
 """Files whose tests need the real model."""
 
 
@@ -55,7 +53,7 @@ def make_scheduler(config: pytest.Config, log: Any) -> Any:
 def group(nodeid: str) -> str:
     """Return the name of the group that a test belongs to."""
     file = nodeid.partition("::")[0]
-    return "real_model" if REAL_MODEL.match(file) else file
+    return "real_model" if REAL_MODEL.search(file) else file
 
 
 def sort(items: list[pytest.Item]) -> None:
