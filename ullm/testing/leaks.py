@@ -20,6 +20,7 @@ SECONDS = 10.0
 SHARED_MEMORY = Path("/dev/shm")
 
 _POLL = 0.01
+_SEGMENT = "shared memory"
 _PATIENCE = 0.05
 """Seconds after which garbage is collected, which takes longer than most processes take to end."""
 _NAMES_OF_SEGMENTS = ("psm_", "sem.", "torch_", "gloo", "nccl")
@@ -67,10 +68,10 @@ class LeakCheck:
 
     def leaks(self) -> list[str]:
         """Return one line for each thing that is left; empty if there is none."""
-        if not self._look():
+        if not (left := self._look()):
             return []
         gc.collect()  # what hangs in a cycle of garbage is not left: it is only not collected yet
-        return self._look()
+        return self._look_again(left)
 
     def check(self, seconds: float = SECONDS) -> None:
         """Wait until nothing is left.
@@ -80,16 +81,20 @@ class LeakCheck:
         """
         began = time.monotonic()
         collected = False
-        while self._look():
+        left = self._look()
+        while left:
             waited = time.monotonic() - began
-            if waited > seconds:
-                if left := self.leaks():
-                    raise AssertionError("left behind: " + "; ".join(left))
-                return
-            if waited > _PATIENCE and not collected:
+            if collected and waited > seconds:
+                raise AssertionError("left behind: " + "; ".join(left))
+            if not collected and waited > min(seconds, _PATIENCE):
                 gc.collect()
                 collected = True
             time.sleep(_POLL)
+            left = self._look_again(left)
+
+    def _look_again(self, before: list[str]) -> list[str]:
+        """Look, without segments that were not there before: other programs' come and go."""
+        return [line for line in self._look() if line in before or not line.startswith(_SEGMENT)]
 
     def _look(self) -> list[str]:
         processes = self._processes()
@@ -97,7 +102,7 @@ class LeakCheck:
         new = [pid for pid in processes if pid not in known and not self._is_below_known(pid)]
         left = [f"child process {pid} {processes[pid]}" for pid in new]
         left += [
-            f"shared memory {name}"
+            f"{_SEGMENT} {name}"
             for name in sorted(_shared_memory() - self._shared)
             if _is_own(name, {os.getpid(), *processes})
         ]
