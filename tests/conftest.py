@@ -15,6 +15,10 @@ from typing import Any
 import pytest
 
 from tests.support import workers
+from tests.support.engine import clock as clock
+from tests.support.engine import model as model
+from tests.support.engine import opened as opened
+from tests.support.engine import script as script
 from ullm.testing.leaks import LeakCheck
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.server import SCRIPTED, Serve
+from tests.support.server import SCRIPTED, Serve, Server, starting_servers
 from tests.support.streams import Stream, streams, texts
 from tests.support.waiting import eventually
 
@@ -20,7 +21,6 @@ GONE_SECONDS = 2.0
 """Seconds that a stop takes at most while the server starts."""
 
 
-@pytest.mark.timing
 def test_the_admin_listener_answers_while_the_model_loads(serve: Serve, scripted_model: Path) -> None:
     environ = {"ULLM_SCRIPTED_LOAD_SECONDS": "60"}
     server = serve("--model", str(scripted_model), *SCRIPTED, environ=environ, wait=False)
@@ -56,8 +56,14 @@ def test_a_later_shutdown_makes_it_sooner(serve: Serve, scripted_model: Path) ->
     assert server.wait(20) == 0, "sooner than the first shutdown would have ended"
 
 
-def test_a_hangup_reloads_and_stops_nothing(serve: Serve, scripted_model: Path) -> None:
-    server = serve("--model", str(scripted_model), *SCRIPTED)
+@pytest.fixture(scope="module")
+def server(scripted_model: Path) -> Iterator[Server]:
+    """A server for tests that do not stop it."""
+    with starting_servers() as start:
+        yield start("--model", str(scripted_model), *SCRIPTED)
+
+
+def test_a_hangup_reloads_and_stops_nothing(server: Server) -> None:
     undisturbed = texts(streams(server, 4, 300))
     running = streams(server, 4, 300)
     first = server.worker().pid
@@ -77,8 +83,8 @@ def test_a_hangup_under_nohup_does_nothing(serve: Serve, scripted_model: Path) -
     assert server.metric('ullm_reloads_total{outcome="succeeded"}') == 0
 
 
-def test_faults_are_armed_in_a_running_server(serve: Serve, scripted_model: Path) -> None:
-    server = serve("--model", str(scripted_model), *SCRIPTED)
+def test_faults_are_armed_in_a_running_server(server: Server) -> None:
+    restarts = server.metric("ullm_worker_restarts_total")
     refused = server.admin("POST", "/admin/faults", {"plan": "worker.step:explode"})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "plan"
@@ -88,4 +94,4 @@ def test_faults_are_armed_in_a_running_server(serve: Serve, scripted_model: Path
     (fired,) = server.admin("GET", "/admin/faults").json()["fired"]
     assert (fired["point"], fired["action"]) == ("worker.step", "crash")
     assert server.admin("DELETE", "/admin/faults").json()["armed"] == []
-    assert server.metric("ullm_worker_restarts_total") == 1
+    assert server.metric("ullm_worker_restarts_total") == restarts + 1

@@ -111,7 +111,6 @@ def test_it_sleeps_and_wakes(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.timing
 def test_a_killed_program_leaves_no_worker(run: Callable[..., Server], kind: str) -> None:
     program = run(kind, tokens=ENDLESS)
     workers = program.workers()

@@ -147,7 +147,6 @@ def test_clients_that_leave_free_their_blocks(host: Host) -> None:
     assert server.metric("ullm_num_requests_running") == 0
 
 
-@pytest.mark.timing
 def test_killed_it_leaves_no_worker(host: Host) -> None:
     server = host()
     streams(server, 2, 3000)

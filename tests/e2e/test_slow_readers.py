@@ -117,7 +117,6 @@ def test_memory_stays_bounded(serve: Serve, scripted_model: Path) -> None:
 
 
 @pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.timing
 def test_a_stop_does_not_wait_for_who_does_not_read(
     serve: Serve, scripted_model: Path, transport: tuple[str, str], signals: int
 ) -> None:

@@ -68,7 +68,6 @@ def test_a_killed_spare_is_replaced_and_nobody_notices(serve: Serve, scripted_mo
     assert "was killed by SIGKILL" in server.hear("standby worker lost .*")
 
 
-@pytest.mark.timing
 def test_a_killed_server_leaves_no_spare(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug")
     spare = prepared(server)
@@ -77,7 +76,6 @@ def test_a_killed_server_leaves_no_spare(serve: Serve, scripted_model: Path) -> 
     eventually(lambda: is_gone(spare), seconds=1)
 
 
-@pytest.mark.timing
 def test_a_stop_ends_spares_in_order(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug")
     prepared(server)
@@ -88,7 +86,6 @@ def test_a_stop_ends_spares_in_order(serve: Serve, scripted_model: Path) -> None
     assert "standby worker lost" not in server.errors()
 
 
-@pytest.mark.timing
 def test_a_stop_does_not_wait_for_a_spare_that_is_being_prepared(serve: Serve, scripted_model: Path) -> None:
     runner = ("--load-format", "dummy", "--runner", "slow_to_prepare:Runner")
     path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}

@@ -63,7 +63,6 @@ def test_an_administrator_asks_for_the_stop(serve: Serve, scripted_model: Path) 
     assert "by admin: 2 drained" in server.errors().splitlines()[-1]
 
 
-@pytest.mark.timing
 def test_the_deadline_aborts_with_tokens_usage_and_done(
     serve: Serve, scripted_model: Path, transport: tuple[str, str]
 ) -> None:
@@ -84,7 +83,6 @@ def test_the_deadline_aborts_with_tokens_usage_and_done(
     assert "0 drained, 4 aborted, 0 killed" in server.errors().splitlines()[-1]
 
 
-@pytest.mark.timing
 def test_no_drain_at_all(serve: Serve, scripted_model: Path, transport: tuple[str, str]) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, *transport, "--shutdown-timeout", "0")
     (stream,) = streams(server, 1, ENDLESS)
@@ -160,7 +158,6 @@ def test_a_thread_that_ignores_its_budget_is_abandoned(serve: Serve, scripted_mo
     assert "0 killed, 1 abandoned" in server.hear("engine stopped.*")
 
 
-@pytest.mark.timing
 def test_a_killed_server_leaves_no_worker(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--replicas", "2", "--standby-workers", "1")
     running = streams(server, 2, ENDLESS)
@@ -173,7 +170,6 @@ def test_a_killed_server_leaves_no_worker(serve: Serve, scripted_model: Path) ->
         assert stream.join().error is not None
 
 
-@pytest.mark.timing
 def test_a_suspended_worker_of_a_killed_server_is_gone_too(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED)
     worker = server.worker()

@@ -20,7 +20,6 @@ GONE_SECONDS = 2.0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.timing
 def test_while_loading(serve: Serve, scripted_model: Path, number: int) -> None:
     server = serve(
         *("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug"),
@@ -32,7 +31,6 @@ def test_while_loading(serve: Serve, scripted_model: Path, number: int) -> None:
     assert server.wait(GONE_SECONDS) == 0
 
 
-@pytest.mark.timing
 def test_a_thread_that_loads_cannot_hold_the_process(serve: Serve, scripted_model: Path) -> None:
     """Nobody can interrupt it; it is left behind."""
     load = {"ULLM_SCRIPTED_LOAD_SECONDS": "60"}
@@ -45,7 +43,6 @@ def test_a_thread_that_loads_cannot_hold_the_process(serve: Serve, scripted_mode
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("moment", ["spawned", pytest.param("loading", marks=pytest.mark.slow)])
-@pytest.mark.timing
 def test_while_the_real_model_loads(serve: Serve, real_model: Path, moment: str) -> None:
     server = serve("--log-level", "debug", wait=False)
     if moment == "spawned":
@@ -58,7 +55,6 @@ def test_while_the_real_model_loads(serve: Serve, real_model: Path, moment: str)
     assert time.monotonic() - began < GONE_SECONDS
 
 
-@pytest.mark.timing
 def test_probes_answer_while_it_loads(serve: Serve, scripted_model: Path) -> None:
     options = {"environ": {"ULLM_SCRIPTED_LOAD_SECONDS": "60"}, "wait": False}
     server = serve("--model", str(scripted_model), *SCRIPTED, **options)
@@ -90,7 +86,6 @@ def test_while_asleep(serve: Serve, scripted_model: Path, transport: tuple[str, 
 @pytest.mark.parametrize(
     "level", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
 )
-@pytest.mark.timing
 def test_while_asleep_without_work(serve: Serve, scripted_model: Path, level: int) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED)
     server.admin("POST", "/sleep", {"level": level})
@@ -146,7 +141,6 @@ def test_while_reloading(serve: Serve, scripted_model: Path) -> None:
 
 
 @pytest.mark.parametrize("level", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.timing
 def test_a_budget_used_up_asleep(serve: Serve, scripted_model: Path, level: int) -> None:
     """A worker that takes too long to wake up does not hold up the stop."""
     wake = {"ULLM_SCRIPTED_WAKE_SECONDS": "60"}
@@ -164,7 +158,6 @@ def test_a_budget_used_up_asleep(serve: Serve, scripted_model: Path, level: int)
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.timing
 def test_a_server_killed_while_asleep_leaves_nothing(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED)
     server.admin("POST", "/sleep", {"level": 1})
@@ -174,7 +167,6 @@ def test_a_server_killed_while_asleep_leaves_nothing(serve: Serve, scripted_mode
     eventually(lambda: all(map(is_gone, workers)), seconds=1)
 
 
-@pytest.mark.timing
 def test_a_server_killed_while_loading_leaves_nothing(serve: Serve, scripted_model: Path) -> None:
     load = {"ULLM_SCRIPTED_LOAD_SECONDS": "60"}
     server = serve("--model", str(scripted_model), *SCRIPTED, environ=load, wait=False)
