@@ -54,7 +54,7 @@ def real_server(real_model: Path) -> Iterator[Server]:
     PyTorch computes for it: on a CPU without AVX-512 that is several times as fast as the C++ kernels.
     """
     with starting_servers() as start:
-        yield start("--dtype", "float32", "--no-cpu-kernels")
+        yield start("--dtype", "float32", "--no-cpu-kernels", "--standby-workers", "0")
 
 
 @pytest.fixture(scope="session")
