@@ -178,21 +178,85 @@ def test_the_core_imports_neither_trio_nor_threads() -> None:
     assert found == []
 
 
+CONTAINERS = {"list", "dict", "set", "bytearray", "deque", "defaultdict", "OrderedDict", "Counter", "array"}
+CONTAINERS |= {
+    "WeakSet",
+    "WeakKeyDictionary",
+    "WeakValueDictionary",
+    "local",
+    "Queue",
+    "SimpleQueue",
+    "count",
+}
+CHANGES = {"append", "extend", "insert", "remove", "pop", "popitem", "clear", "add", "discard", "update"}
+CHANGES |= {"setdefault", "sort", "reverse", "appendleft", "popleft", "extendleft"}
+
+
+def mutable_globals(tree: ast.Module) -> Iterator[str]:
+    """Yield the module's names that hold state: containers that are made to be filled, or are changed.
+
+    A dict with content is a table, as long as nothing in the module changes it.
+    """
+    tables = set()
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+        match node.value:
+            case ast.Dict(keys=[_, *_]):
+                tables.add(name)
+            case ast.List() | ast.Set() | ast.Dict() | ast.ListComp() | ast.SetComp() if name != "__all__":
+                yield name
+            case ast.Call(func=ast.Name(id=called) | ast.Attribute(attr=called)) if called in CONTAINERS:
+                yield name
+    yield from tables & {ast.unparse(changed) for changed in changed_things(tree)}
+    yield from (name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names)
+
+
+def changed_things(tree: ast.Module) -> Iterator[ast.expr]:
+    """Yield what is assigned into, deleted from, or changed by a method."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(value=value, ctx=ast.Store() | ast.Del()):
+                yield value
+            case ast.AugAssign(target=target):
+                yield target
+            case ast.Call(func=ast.Attribute(value=value, attr=method)) if method in CHANGES:
+                yield value
+
+
 def test_modules_have_no_mutable_globals() -> None:
-    found = []
-    for name, path in modules():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            value = getattr(node, "value", None)
-            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(value, ast.List | ast.Set):
-                target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-                if target != "__all__":
-                    found.append(f"{name}:{node.lineno} {target}")
-        found += [
-            f"{name}:{node.lineno} global"
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Global)
-        ]
-    assert found == []
+    assert [
+        f"{name}: {each}"
+        for name, path in modules()
+        for each in mutable_globals(ast.parse(path.read_text(encoding="utf-8")))
+    ] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = []",
+        "x: dict[str, int] = {}",
+        "x = {1}",
+        "x = dict()",
+        "x = list(y)",
+        "x = set()",
+        "x = defaultdict(int)",
+        "x = collections.deque()",
+        "x = [n for n in y]",
+        "x = {1: 2}\ndef f():\n    x[3] = 4",
+        "x = {1: 2}\ndef f():\n    x.update(y)",
+        "def f():\n    global x\n    x = 2",
+    ],
+)
+def test_a_mutable_global_would_be_found(source: str) -> None:
+    assert list(mutable_globals(ast.parse(source))) == ["x"]
+
+
+@pytest.mark.parametrize("source", ["x = (1, 2)", "x = frozenset({1})", "x = {1: 2}\ny = x[1]", "x = f()"])
+def test_constants_are_no_mutable_globals(source: str) -> None:
+    assert list(mutable_globals(ast.parse(source))) == []
 
 
 def in_a_fresh_python(code: str) -> str:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import trio
-from conftest import servers_looked_after
-from harness import SCRIPTED, Server, Stream, eventually, streams, texts
 
+from tests.support.server import SCRIPTED, Serve, Server, starting_servers
+from tests.support.streams import Stream, streams, texts
+from tests.support.waiting import eventually
 from ullm.client.http import Connection, Endpoint
 
 pytestmark = pytest.mark.process
 
-Serve = Callable[..., Server]
 STEP_SECONDS = 0.25
 
 
@@ -32,12 +31,13 @@ def is_idle(server: Server) -> bool:
 def slow_server(scripted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Its steps are long enough to be told apart from outside."""
     environ = {"ULLM_SCRIPTED_STEP_SECONDS": str(STEP_SECONDS)}
-    with servers_looked_after() as start:
+    with starting_servers() as start:
         yield start("--model", str(scripted_model), *SCRIPTED, environ=environ)
 
 
-@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("chat", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.timing
 def test_blocks_are_free_within_a_step_of_a_disconnect(slow_server: Server, stream: bool, chat: bool) -> None:
     where = "chat/completions" if chat else "completions"
     asked: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
@@ -130,6 +130,7 @@ def test_a_burst_beyond_the_queue_is_refused_and_forgotten(serve: Serve, scripte
     texts(streams(server, 4, 20))
 
 
+@pytest.mark.timing
 def test_a_refusal_takes_milliseconds_and_says_when_to_come_back(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--max-bs", "1", "--max-queue", "1")
     running = streams(server, 1, 300)
@@ -208,10 +209,10 @@ def test_abort_at_the_final_step(scripted_server: Server) -> None:
     """Leaving just as the last token comes: whichever is first, nothing stays behind."""
 
     def ask(number: int) -> None:
-        found = Stream(scripted_server, 20)
-        threading.Event().wait(0.08 + 0.004 * (number % 10))
-        found.leave()
-        found.join()
+        stream = Stream(scripted_server, 20)
+        eventually(lambda: stream.chunks >= 11 + number % 10 or stream.ended.is_set())
+        stream.leave()
+        stream.join()
 
     threads = [threading.Thread(target=ask, args=[number]) for number in range(30)]
     for thread in threads:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import SCRIPTED
+
+from tests.support.server import SCRIPTED
 
 pytestmark = pytest.mark.process
 
@@ -75,7 +76,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.mark.parametrize("pause_at", IMPORTS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("command", [SERVE, OLD_SERVE])
+@pytest.mark.parametrize("command", [SERVE, pytest.param(OLD_SERVE, marks=pytest.mark.slow)])
 def test_a_server_ends_in_order(
     start: Start, command: list[str], number: signal.Signals, pause_at: str
 ) -> None:

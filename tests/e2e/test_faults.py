@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import SCRIPTED, Server, Stream, eventually, is_gone, streams, texts
 from misbehaving import POISON
 
+from tests.support.server import SCRIPTED, Serve, Server, is_gone
+from tests.support.streams import Stream, streams, texts, wait_begun
+from tests.support.waiting import eventually
 from ullm.model.kernels.cpu.build import find_compiler
 
 pytestmark = pytest.mark.process
-
-Serve = Callable[..., Server]
 
 
 TOKENS = 120
@@ -53,7 +53,9 @@ def has_broken(server: Server) -> int:
     return len(server.admin("GET", "/admin/faults").json()["fired"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSEGV, marks=pytest.mark.slow), signal.SIGSTOP]
+)
 def test_streams_go_on_where_they_were(
     serve: Serve, scripted_model: Path, undisturbed: list[str], number: int
 ) -> None:
@@ -67,7 +69,17 @@ def test_streams_go_on_where_they_were(
     server.wait_state("running")
 
 
-@pytest.mark.parametrize("action", ["crash", "raise", "oom", "exit", "hang", "stop"])
+@pytest.mark.parametrize(
+    "action",
+    [
+        "crash",
+        "raise",
+        pytest.param("oom", marks=pytest.mark.slow),
+        pytest.param("exit", marks=pytest.mark.slow),
+        "hang",
+        pytest.param("stop", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_that_goes_wrong_costs_a_pause(server: Server, undisturbed: list[str], action: str) -> None:
     if action in ("hang", "stop") and not server.workers():
         pytest.skip("threads cannot be stopped; those that hang have a test of their own")
@@ -209,6 +221,7 @@ def test_an_actor_that_always_fails_ends_the_server(serve: Serve, scripted_model
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_real_model_says_the_same_after_a_kill(serve: Serve, real_model: Path, dtype: str) -> None:
     if dtype == "bfloat16" and find_compiler() is None:
@@ -218,8 +231,7 @@ def test_the_real_model_says_the_same_after_a_kill(serve: Serve, real_model: Pat
 
     def run(fault: Callable[[], None]) -> list[str]:
         running = [Stream(server, 48, prompt) for prompt in prompts]
-        for stream in running:
-            assert stream.begun.wait(30)
+        wait_begun(running)
         fault()
         return texts(running)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from harness import SCRIPTED, Server, eventually, streams, texts
+
+from tests.support.server import SCRIPTED, Serve, Server
+from tests.support.streams import streams, texts
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform == "win32", reason="has no ulimit")]
 
-Serve = Callable[..., Server]
 DESCRIPTORS = 96
 CLIENTS = 200
 

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import Server, Stream, eventually, is_gone, streams, texts
+
+from tests.support.server import Serve, Server, is_gone
+from tests.support.streams import Stream, streams, texts
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.process
 
-Serve = Callable[..., Server]
 Host = Callable[..., Server]
 
 
-@pytest.fixture(params=["asyncio", "trio"])
+@pytest.fixture(params=["asyncio", pytest.param("trio", marks=pytest.mark.slow)])
 def host(request: pytest.FixtureRequest, serve: Serve, scripted_model: Path) -> Host:
     """Starts Hypercorn with either worker class; options are ``ULLM_*`` variables."""
 
@@ -45,7 +47,7 @@ def host(request: pytest.FixtureRequest, serve: Serve, scripted_model: Path) -> 
     return start
 
 
-@pytest.mark.parametrize("how", ["process", "thread"])
+@pytest.mark.parametrize("how", ["process", pytest.param("thread", marks=pytest.mark.slow)])
 def test_a_stop_drains(host: Host, how: str) -> None:
     server = host(transport=how)
     running = [*streams(server, 4, 200), Stream(server, 200, stream=False)]
@@ -63,7 +65,7 @@ def test_a_stop_drains(host: Host, how: str) -> None:
     assert "0 aborted, 0 killed, 0 abandoned" in server.errors()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_the_whole_group_drains_too(host: Host, number: int) -> None:
     """As a terminal's Ctrl-C or a service manager sends it; further ones do not hurry."""
     server = host()

@@ -9,8 +9,8 @@ import msgspec
 import psutil
 import pytest
 import trio
-from harness import SCRIPTED, Server
 
+from tests.support.server import SCRIPTED, Server
 from ullm.client.http import Connection, Endpoint
 from ullm.testing import write_scripted_model
 
@@ -43,7 +43,7 @@ def run_all(server: Server) -> dict[int, str]:
 
     async def main() -> None:
         endpoint = Endpoint.parse(server.url)
-        with trio.fail_after(60):
+        with trio.fail_after(120):
             async with trio.open_nursery() as nursery:
                 for number in range(STREAMS):
                     nursery.start_soon(read_stream, endpoint, number, texts)

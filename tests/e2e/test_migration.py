@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from harness import SCRIPTED, Server, Stream, eventually, texts
+
+from tests.support.server import SCRIPTED, Serve, Server
+from tests.support.streams import Stream, texts
+from tests.support.waiting import SECONDS, eventually
 
 pytestmark = pytest.mark.process
 
-Serve = Callable[..., Server]
 WAYS = [(chat, stream) for chat in (False, True) for stream in (False, True)]
 TOKENS = 150
 LONGEST_GAP = 6.0
@@ -23,7 +24,7 @@ def ask_all_ways(server: Server, tokens: int = TOKENS) -> list[Stream]:
     """One request of each kind, all of them under way."""
     found = [Stream(server, tokens, chat=chat, stream=stream) for chat, stream in WAYS]
     for asked, (_, stream) in zip(found, WAYS, strict=True):
-        assert not stream or asked.begun.wait(10)
+        assert not stream or asked.begun.wait(SECONDS)
     eventually(lambda: server.metric("ullm_num_requests_running") == len(WAYS))
     return found
 
@@ -56,6 +57,7 @@ def test_all_kinds_of_requests_go_on(
     assert server.metric("ullm_worker_restarts_total") == (number == signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_three_losses_in_a_row(serve: Serve, scripted_model: Path, undisturbed: list[str]) -> None:
     """As many as are allowed, each when all run again; the texts are the same to the last token."""
     server = serve("--model", str(scripted_model), *SCRIPTED, "--max-restarts", "3")

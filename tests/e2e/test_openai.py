@@ -8,8 +8,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from conftest import servers_looked_after
-from harness import Server
+
+from tests.support.server import SCRIPTED, Serve, Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.process]
 
@@ -17,15 +17,9 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 MODEL = "SmolLM2-135M-Instruct"
 
 
-@pytest.fixture(scope="module")
-def server(real_model: Path) -> Iterator[Server]:
-    with servers_looked_after() as start:
-        yield start("--api-key", "secret", "--dtype", "float32")
-
-
 @pytest.fixture
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:
+def client(real_server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{real_server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -48,13 +42,13 @@ def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 8
 
 
-def test_the_async_client_runs_many_at_once(server: Server) -> None:
+def test_the_async_client_runs_many_at_once(real_server: Server) -> None:
     async def main() -> list[str | None]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="secret") as client:
+        async with openai.AsyncOpenAI(base_url=f"{real_server.url}/v1", api_key="none") as client:
             answers = await asyncio.gather(
                 *(
                     client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0)
-                    for _ in range(12)
+                    for _ in range(8)
                 )
             )
             return [answer.choices[0].message.content for answer in answers]
@@ -112,7 +106,7 @@ def test_logprobs_and_echo(client: openai.OpenAI) -> None:
     assert all(value is not None and value <= 0 for value in logprobs.token_logprobs[1:])
 
 
-def test_errors_are_openai_errors(client: openai.OpenAI, server: Server) -> None:
+def test_errors_are_openai_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.chat.completions.create(model="gpt-4", messages=QUESTION)
     with pytest.raises(openai.BadRequestError) as caught:
@@ -120,9 +114,17 @@ def test_errors_are_openai_errors(client: openai.OpenAI, server: Server) -> None
     assert caught.value.param == "temperature"
     with pytest.raises(openai.BadRequestError, match="8192"):
         client.completions.create(model=MODEL, prompt="word " * 9000, max_tokens=1)
-    stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
-    with stranger, pytest.raises(openai.AuthenticationError):
-        stranger.models.list()
+
+
+def test_only_who_has_the_key_is_served(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--api-key", "secret")
+    clients = [
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) for key in ("secret", "wrong")
+    ]
+    with clients[0] as friend, clients[1] as stranger:
+        assert len(list(friend.models.list())) == 1
+        with pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:

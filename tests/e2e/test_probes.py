@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import SCRIPTED, Server, eventually, streams, texts
+
+from tests.support.server import SCRIPTED, Serve, Server
+from tests.support.streams import streams, texts
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.process
 
-Serve = Callable[..., Server]
-
 
 def replica(server: Server) -> dict[str, Any]:
-    found: dict[str, Any] = server.get("/health").json()["replicas"][0]
+    found: dict[str, Any] = server.replicas()[0]
     return found
 
 
@@ -29,6 +29,7 @@ GOOD = {"/live": 200, "/ready": 200, "/health": 200}
 NOT_READY = {"/live": 200, "/ready": 503, "/health": 503}
 
 
+@pytest.mark.timing
 def test_an_idle_server_asks_its_workers_by_itself(
     serve: Serve, scripted_model: Path, transport: tuple[str, str]
 ) -> None:
@@ -36,10 +37,11 @@ def test_an_idle_server_asks_its_workers_by_itself(
     eventually(lambda: replica(server)["round_trip_age"] is not None)
     ages = [replica(server)["round_trip_age"] for _ in range(50)]
     assert max(ages) < 2
-    eventually(lambda: replica(server)["round_trip_age"] < 0.1, seconds=5)
+    eventually(lambda: replica(server)["round_trip_age"] < 0.1)
     assert probes(server) == GOOD
 
 
+@pytest.mark.timing
 def test_a_busy_server_has_fresh_round_trips(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--health-interval", "100")
     running = streams(server, 4, 200)

@@ -6,12 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import servers_looked_after
-from harness import Server
+
+from tests.support.server import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.process]
 
@@ -22,14 +21,8 @@ SHELL = [text for language, text in BLOCKS if language == "bash"]
 ADDRESS = "http://127.0.0.1:8000"
 
 
-@pytest.fixture(scope="module")
-def server(real_model: Path) -> Iterator[Server]:
-    with servers_looked_after() as start:
-        yield start()
-
-
 def run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,8 +43,8 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_python(server: Server, number: int) -> None:
-    says = run(sys.executable, "-W", "error", "-c", PYTHON[number].replace(ADDRESS, server.url))
+def test_python(real_server: Server, number: int) -> None:
+    says = run(sys.executable, "-W", "error", "-c", PYTHON[number].replace(ADDRESS, real_server.url))
     assert says.strip()
     if "capital of France" in PYTHON[number]:
         assert "Paris" in says, says
@@ -59,8 +52,8 @@ def test_python(server: Server, number: int) -> None:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize("number", range(len(SHELL)))
-def test_shell(server: Server, number: int) -> None:
-    says = run("bash", "-c", SHELL[number].replace(ADDRESS, server.url))
+def test_shell(real_server: Server, number: int) -> None:
+    says = run("bash", "-c", SHELL[number].replace(ADDRESS, real_server.url))
     assert '"content":" Paris"' in says
     assert says.rstrip().endswith("data: [DONE]")
 

@@ -6,17 +6,18 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
-from harness import SCRIPTED, Server, Stream, eventually, is_gone, texts
+
+from tests.support.server import SCRIPTED, Serve, Server, is_gone, starting_servers
+from tests.support.streams import Stream, texts
+from tests.support.waiting import SECONDS, eventually
 
 pytestmark = pytest.mark.process
-
-Serve = Callable[..., Server]
 
 
 class Load:
@@ -36,7 +37,7 @@ class Load:
     def wait_for(self, more: int) -> None:
         """Until so many more requests have ended."""
         wanted = len(self.ended) + more
-        eventually(lambda: len(self.ended) >= wanted, seconds=30)
+        eventually(lambda: len(self.ended) >= wanted, SECONDS)
 
     def stop(self) -> None:
         """Wait for the last ones."""
@@ -56,19 +57,36 @@ def load(server: Server) -> Iterator[Load]:
     finally:
         running.stop()
     texts(running.ended)
-    assert len({(stream._body["prompt"][0], stream.text) for stream in running.ended}) == 6
+    assert len({(stream.prompt[0], stream.text) for stream in running.ended}) == 6
 
 
-def has_reloaded(server: Server, times: int) -> bool:
-    return server.metric('ullm_reloads_total{outcome="succeeded"}') == times
+def reloads(server: Server, outcome: str = "succeeded") -> float:
+    return server.metric(f'ullm_reloads_total{{outcome="{outcome}"}}')
+
+
+def has_reloaded(server: Server, times: float) -> bool:
+    return reloads(server) == times
 
 
 def pids(server: Server) -> set[int]:
-    return {pid for replica in server.get("/health").json()["replicas"] for pid in replica["worker_pids"]}
+    return {pid for replica in server.replicas() for pid in replica["worker_pids"]}
 
 
-@pytest.mark.parametrize("how", ["admin", "SIGHUP"])
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.fixture(scope="module")
+def server(scripted_model: Path) -> Iterator[Server]:
+    """A server that all reloads leave as it was."""
+    with starting_servers() as start:
+        yield start("--model", str(scripted_model), *SCRIPTED, "--standby-workers", "0")
+
+
+@pytest.mark.parametrize(
+    ("replicas", "how"),
+    [
+        (1, "SIGHUP"),
+        (2, "admin"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(1, "admin"), (2, "SIGHUP")]),
+    ],
+)
 def test_under_load_no_request_fails(serve: Serve, scripted_model: Path, how: str, replicas: int) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--replicas", str(replicas))
     first, workers = pids(server), server.workers()
@@ -93,13 +111,12 @@ def test_threads_are_replaced_too(serve: Serve, scripted_model: Path) -> None:
 
 
 def test_the_old_workers_serve_on_if_the_new_ones_do_not_come_up(
-    serve: Serve, scripted_model: Path, tmp_path: Path
+    server: Server, scripted_model: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(scripted_model, broken)
     (broken / "config.json").write_text("{")
-    server = serve("--model", str(scripted_model), *SCRIPTED)
-    first = pids(server)
+    first, failed = pids(server), reloads(server, "failed")
     with load(server):
         refused = server.admin("POST", "/admin/reload", {"model": str(broken)})
         assert (refused.status_code, refused.json()["error"]["code"]) == (500, "reload_failed")
@@ -112,12 +129,17 @@ def test_the_old_workers_serve_on_if_the_new_ones_do_not_come_up(
         assert endless.json()["error"]["code"] == "reload_failed"
         assert "config.json: is a named pipe" in endless.json()["error"]["message"]
     assert pids(server) == first
-    assert server.metric('ullm_reloads_total{outcome="failed"}') == 3
+    assert reloads(server, "failed") == failed + 3
 
 
-@pytest.mark.parametrize("plan", ["worker.start:crash", "worker.start:oom", "engine.reload:raise"])
-def test_new_workers_that_fail_change_nothing(serve: Serve, scripted_model: Path, plan: str) -> None:
-    server = serve("--model", str(scripted_model), *SCRIPTED, "--standby-workers", "0")
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "worker.start:crash",
+        *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("worker.start:oom", "engine.reload:raise")),
+    ],
+)
+def test_new_workers_that_fail_change_nothing(server: Server, plan: str) -> None:
     first = pids(server)
     with load(server):
         server.admin("POST", "/admin/faults", {"plan": plan})
@@ -143,8 +165,7 @@ def test_a_model_that_was_broken_on_disk_is_noticed_at_sighup(
         server.hear("reloaded")
 
 
-def test_asleep_it_wakes_for_it(serve: Serve, scripted_model: Path) -> None:
-    server = serve("--model", str(scripted_model), *SCRIPTED)
+def test_asleep_it_wakes_for_it(server: Server) -> None:
     server.admin("POST", "/sleep", {"level": 2})
     assert server.admin("POST", "/admin/reload").status_code == 200
     assert server.state() == "running"

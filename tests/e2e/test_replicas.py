@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import SCRIPTED, Server, Stream, eventually, streams, texts
+
+from tests.support.server import SCRIPTED, Serve
+from tests.support.streams import Stream, streams, texts
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.process
 
-Serve = Callable[..., Server]
 TOKENS = 200
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_the_other_replica_takes_over(serve: Serve, scripted_model: Path, number: int) -> None:
     slow_start = {"ULLM_SCRIPTED_LOAD_SECONDS": "1"}
     options = ("--replicas", "2", "--step-timeout", "1", "--standby-workers", "0")
@@ -23,12 +24,12 @@ def test_the_other_replica_takes_over(serve: Serve, scripted_model: Path, number
     undisturbed = texts(streams(server, 8, TOKENS))
     running = streams(server, 8, TOKENS)
     server.worker(0).send_signal(number)
-    eventually(lambda: not server.get("/health").json()["replicas"][0]["up"])
+    eventually(lambda: not server.replicas()[0]["up"])
     assert server.get("/ready").status_code == 200
     assert server.state() == "running"
     assert texts(running) == undisturbed
-    assert server.get("/health").json()["replicas"][1]["epoch"] == 1
-    eventually(lambda: server.get("/health").json()["replicas"][0]["up"])
+    assert server.replicas()[1]["epoch"] == 1
+    eventually(lambda: server.replicas()[0]["up"])
 
 
 def test_the_engine_lives_as_long_as_one_replica(serve: Serve, scripted_model: Path) -> None:
@@ -37,7 +38,7 @@ def test_the_engine_lives_as_long_as_one_replica(serve: Serve, scripted_model: P
     running = streams(server, 6, TOKENS)
     server.worker(0).kill()
     assert texts(running) == undisturbed
-    eventually(lambda: server.get("/health").json()["replicas"][0]["state"] == "failed")
+    eventually(lambda: server.replicas()[0]["state"] == "failed")
     assert server.get("/ready").status_code == 200
     (stream,) = streams(server, 1, 3000)
     server.worker(1).kill()
@@ -45,6 +46,7 @@ def test_the_engine_lives_as_long_as_one_replica(serve: Serve, scripted_model: P
     assert server.wait() == 70
 
 
+@pytest.mark.slow
 def test_all_replicas_lost_at_once(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--replicas", "3")
     undisturbed = texts(streams(server, 9, TOKENS))

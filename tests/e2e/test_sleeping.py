@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from harness import SCRIPTED, Server, Stream, eventually, is_gone, streams, texts
+
+from tests.support.server import SCRIPTED, Serve, Server, is_gone
+from tests.support.streams import Stream, streams, texts
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.process
 
-Serve = Callable[..., Server]
 LEVELS = [0, 1, 2, 3]
+SOME_LEVELS = [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
 
 
 def sleep_state(server: Server) -> str:
@@ -73,7 +76,7 @@ def test_at_the_deepest_level_there_is_no_worker_process(serve: Serve, scripted_
     texts(streams(server, 2, 20))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", SOME_LEVELS)
 def test_requests_wake_it_and_are_served(server: Server, level: int) -> None:
     before = texts(streams(server, 4, 50))
     server.admin("POST", "/sleep", {"level": level})
@@ -81,7 +84,7 @@ def test_requests_wake_it_and_are_served(server: Server, level: int) -> None:
     assert sleep_state(server) == "awake"
 
 
-@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("level", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_without_wake_on_request_it_says_when_to_come_back(
     serve: Serve, scripted_model: Path, level: int
 ) -> None:
@@ -99,7 +102,7 @@ def test_without_wake_on_request_it_says_when_to_come_back(
     assert server.complete(max_tokens=5).status_code == 200
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", SOME_LEVELS)
 def test_mode_wait_lets_requests_end_first(server: Server, level: int) -> None:
     running = streams(server, 3, 100)
     asking = Asking(server, f"/sleep?level={level}&mode=wait")
@@ -108,7 +111,7 @@ def test_mode_wait_lets_requests_end_first(server: Server, level: int) -> None:
     assert asking.answer().json()["level"] == level
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", SOME_LEVELS)
 def test_mode_abort_ends_them_with_what_they_have(server: Server, level: int) -> None:
     running = [*streams(server, 3, 3000), Stream(server, 3000, stream=False)]
     eventually(lambda: server.metric("ullm_num_requests_running") == 4)
@@ -120,7 +123,7 @@ def test_mode_abort_ends_them_with_what_they_have(server: Server, level: int) ->
     assert all(stream.text for stream in running[:3])
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", SOME_LEVELS)
 def test_mode_keep_goes_on_after_the_wake(server: Server, level: int) -> None:
     undisturbed = texts(streams(server, 3, 100))
     running = streams(server, 3, 100)
@@ -182,7 +185,7 @@ def test_a_late_request_waits_for_the_sleep_and_wakes_it(serve: Serve, scripted_
     assert server.metric("ullm_wakes_total") == 1
 
 
-@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("level", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_it_falls_asleep_when_it_is_idle(
     serve: Serve, scripted_model: Path, transport: tuple[str, str], level: int
 ) -> None:
@@ -193,12 +196,12 @@ def test_it_falls_asleep_when_it_is_idle(
         assert sleep_state(server) == "awake"
         texts([stream])
         ended = time.monotonic()
-        eventually(lambda: sleep_state(server) == "asleep", seconds=2)
+        eventually(lambda: sleep_state(server) == "asleep", seconds=20)
         assert time.monotonic() - ended > 0.3
         assert server.get("/is_sleeping").json()["level"] == level
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", SOME_LEVELS)
 def test_a_worker_killed_asleep_is_replaced_by_one_that_sleeps(server: Server, level: int) -> None:
     undisturbed = texts(streams(server, 2, 50))
     running = streams(server, 2, 50)

@@ -5,25 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from harness import SCRIPTED, Server, eventually, is_gone, streams, texts
+
+from tests.support.server import SCRIPTED, Serve, Server, is_gone
+from tests.support.streams import streams, texts
+from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.process,
     pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX"),
 ]
 
-Serve = Callable[..., Server]
 TOKENS = 200
 
 
 def serving(server: Server) -> set[int]:
     """Process ids of the workers in service."""
-    return {pid for replica in server.get("/health").json()["replicas"] for pid in replica["worker_pids"]}
+    return {pid for replica in server.replicas() for pid in replica["worker_pids"]}
 
 
 def spares(server: Server) -> list[psutil.Process]:

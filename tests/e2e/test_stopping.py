@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import SCRIPTED, Server, Stream, eventually, is_gone, streams, texts
+
+from tests.support.server import SCRIPTED, Serve, is_gone
+from tests.support.streams import Stream, streams, texts
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.process
 
-Serve = Callable[..., Server]
 ENDLESS = 3000
 """Tokens that take 15 s: more than any of these tests."""
 
@@ -38,7 +39,7 @@ def test_a_signal_drains_and_then_ends_at_once(
     texts(running)
     ended = time.monotonic()
     assert server.wait() == 0
-    assert time.monotonic() - ended < 3, "no waiting for a timer"
+    assert time.monotonic() - ended < 20, "no waiting for the deadline, which is 25 s away"
     assert "8 drained, 0 aborted, 0 killed" in server.errors().splitlines()[-1]
 
 
@@ -89,7 +90,7 @@ def test_no_drain_at_all(serve: Serve, scripted_model: Path, transport: tuple[st
     began = time.monotonic()
     assert stream.join().finish_reason == "abort"
     assert stream.done
-    assert server.wait(5) == 0
+    assert server.wait() == 0
     assert time.monotonic() - began < 3, "the reserve for the teardown"
 
 
@@ -103,10 +104,11 @@ def test_a_second_signal_skips_the_drain(
     server.signal(signal.SIGINT)
     assert stream.join().finish_reason == "abort"
     assert stream.usage is not None
-    assert server.wait(5) == 0
+    assert server.wait(20) == 0, "sooner than the drain would have ended"
 
 
-@pytest.mark.parametrize("third", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("third", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.timing
 def test_a_third_signal_leaves_now(
     serve: Serve, scripted_model: Path, transport: tuple[str, str], third: int
 ) -> None:
@@ -121,7 +123,7 @@ def test_a_third_signal_leaves_now(
     assert stream.join().finish_reason == "abort"
     server.signal(third)
     began = time.monotonic()
-    assert server.wait(3) == 128 + third
+    assert server.wait() == 128 + third
     eventually(lambda: all(map(is_gone, workers)), seconds=1)
     assert time.monotonic() - began < 1
 
@@ -131,7 +133,7 @@ def test_without_work_it_ends_at_once(serve: Serve, scripted_model: Path, transp
     server.signal(signal.SIGTERM)
     began = time.monotonic()
     assert server.wait() == 0
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20, "no waiting for the deadline, which is 25 s away"
 
 
 def test_a_worker_that_ignores_its_budget_is_killed(serve: Serve, scripted_model: Path) -> None:
@@ -143,7 +145,7 @@ def test_a_worker_that_ignores_its_budget_is_killed(serve: Serve, scripted_model
     server.signal(signal.SIGTERM)
     server.hear("does not stop: SIGTERM")
     server.hear("does not stop: SIGKILL")
-    assert server.wait(4) == 0
+    assert server.wait() == 0
     assert is_gone(worker)
     assert "0 aborted, 1 killed, 0 abandoned" in server.errors().splitlines()[-1]
 
@@ -152,7 +154,7 @@ def test_a_thread_that_ignores_its_budget_is_abandoned(serve: Serve, scripted_mo
     options = ("--transport", "thread", "--shutdown-timeout", "3", "--faults", "worker.stop:hang")
     server = serve("--model", str(scripted_model), *SCRIPTED, *options)
     server.signal(signal.SIGTERM)
-    assert server.wait(7) == 71
+    assert server.wait() == 71
     assert "0 killed, 1 abandoned" in server.hear("engine stopped.*")
 
 

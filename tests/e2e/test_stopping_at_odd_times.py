@@ -5,27 +5,28 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
-from harness import SCRIPTED, Server, Stream, eventually, is_gone, streams, texts
+
+from tests.support.server import SCRIPTED, Serve, is_gone
+from tests.support.streams import Stream, streams, texts
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.process
 
-Serve = Callable[..., Server]
 GONE_SECONDS = 2.0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_while_loading(serve: Serve, scripted_model: Path, number: int) -> None:
     server = serve(
-        "--model", str(scripted_model), *SCRIPTED, environ={"ULLM_SCRIPTED_LOAD_SECONDS": "60"}, wait=False
+        *("--model", str(scripted_model), *SCRIPTED, "--log-level", "debug"),
+        environ={"ULLM_SCRIPTED_LOAD_SECONDS": "60"},
+        wait=False,
     )
-    eventually(lambda: server.workers())
-    time_of_import = 0.2  # a worker that has not been told to load yet is stopped in another way
-    threading.Event().wait(time_of_import)
+    server.hear("worker starting.*load")
     server.signal(number)
     assert server.wait(GONE_SECONDS) == 0
 
@@ -41,7 +42,7 @@ def test_a_thread_that_loads_cannot_hold_the_process(serve: Serve, scripted_mode
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("moment", ["spawned", "loading"])
+@pytest.mark.parametrize("moment", ["spawned", pytest.param("loading", marks=pytest.mark.slow)])
 def test_while_the_real_model_loads(serve: Serve, real_model: Path, moment: str) -> None:
     server = serve("--log-level", "debug", wait=False)
     if moment == "spawned":
@@ -50,7 +51,7 @@ def test_while_the_real_model_loads(serve: Serve, real_model: Path, moment: str)
         server.hear("worker starting.*load")
     server.signal(signal.SIGTERM)
     began = time.monotonic()
-    assert server.wait(10) == 0
+    assert server.wait() == 0
     assert time.monotonic() - began < GONE_SECONDS
 
 
@@ -67,7 +68,9 @@ def test_probes_answer_while_it_loads(serve: Serve, scripted_model: Path) -> Non
     assert server.wait(GONE_SECONDS) == 0
 
 
-@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "level", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_while_asleep(serve: Serve, scripted_model: Path, transport: tuple[str, str], level: int) -> None:
     """What was kept for the time after the sleep is admitted: it runs to its end."""
     server = serve("--model", str(scripted_model), *SCRIPTED, *transport)
@@ -80,7 +83,9 @@ def test_while_asleep(serve: Serve, scripted_model: Path, transport: tuple[str, 
     assert "2 drained, 0 aborted, 0 killed, 0 abandoned" in server.errors().splitlines()[-1]
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize(
+    "level", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_while_asleep_without_work(serve: Serve, scripted_model: Path, level: int) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED)
     server.admin("POST", "/sleep", {"level": level})
@@ -135,7 +140,7 @@ def test_while_reloading(serve: Serve, scripted_model: Path) -> None:
     assert "3 drained, 0 aborted" in server.errors().splitlines()[-1]
 
 
-@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("level", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_budget_used_up_asleep(serve: Serve, scripted_model: Path, level: int) -> None:
     """A worker that takes too long to wake up does not hold up the stop."""
     wake = {"ULLM_SCRIPTED_WAKE_SECONDS": "60"}

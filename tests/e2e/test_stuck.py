@@ -7,17 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
-from harness import SCRIPTED, Server
-from reading import Stream
+
+from tests.support.server import SCRIPTED, Serve, Server
+from tests.support.streams import Stream
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")]
-
-Serve = Callable[..., Server]
 
 
 def stuck(serve: Serve, model: Path) -> Server:

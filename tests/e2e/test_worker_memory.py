@@ -42,7 +42,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="what is resident is counted as on Linux"),
 ]
 PARAMS = SamplingParams(temperature=0, logprobs=1, ignore_eos=True)
-SEQUENCES, PROMPT_TOKENS, NEW_TOKENS = 3, 512, 4
+SEQUENCES, PROMPT_TOKENS, NEW_TOKENS = 3, 256, 4
 PROMISED = 0.8
 """Part of the weights and of the KV cache that must be given back."""
 SLACK = 8 << 20
@@ -65,7 +65,7 @@ class Worker:
     async def ask(self, message: ToWorker, kind: type[FromWorker]) -> Any:
         """The answer, after any signs of life."""
         await self._transport.send(message)
-        with trio.fail_after(120):
+        with trio.fail_after(240):
             while not isinstance(answer := await self._transport.receive(), kind):
                 if isinstance(answer, Failed):
                     raise WorkerLost("worker", answer.traceback)
@@ -96,9 +96,10 @@ class Worker:
         return said
 
 
-@pytest.mark.parametrize("cpu_kernels", [True, False])
+@pytest.mark.parametrize("cpu_kernels", [False, pytest.param(True, marks=pytest.mark.slow)])
 async def test_resident_memory_falls_and_comes_back(real_model: Path, cpu_kernels: bool) -> None:
-    config = EngineConfig(device="cpu", cpu_kernels=cpu_kernels)
+    dtype: Any = "bfloat16" if cpu_kernels else "float32"  # PyTorch is slow with bfloat16 on many CPUs
+    config = EngineConfig(device="cpu", dtype=dtype, cpu_kernels=cpu_kernels)
     async with open_process(WorkerSpec(RankSpec(), config.runner)) as transport:
         worker = Worker(transport)
         info = (await worker.ask(Start(config, RankSpec(), str(real_model)), Ready)).info

@@ -75,7 +75,7 @@ async def served(app: Held) -> AsyncIterator[tuple[Listener, Connect]]:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         for _ in iter(holds, True):
             await trio.sleep(0.005)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ullm.testing.leaks import LeakCheck, import_psutil, temporary_folder
+from ullm.testing.leaks import SHARED_MEMORY, LeakCheck, import_psutil, temporary_folder
 
 pytestmark = pytest.mark.process
 
@@ -38,6 +38,46 @@ def child() -> Iterator[None]:
         yield
     finally:
         process.communicate(b"\n")
+
+
+SEGMENT = """
+import mmap, os, sys
+name = f"psm_{os.getpid()}"
+with open(f"/dev/shm/{name}", "w+b") as file:
+    file.truncate(64)
+    mapped = mmap.mmap(file.fileno(), 64)
+print(name, flush=True)
+sys.stdin.readline()
+os.unlink(f"/dev/shm/{name}")
+"""
+"""A program with a segment of shared memory, named as Python names them."""
+
+
+@contextmanager
+def child_with_segment() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-c", SEGMENT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+
+
+@contextmanager
+def neighbour(program: str) -> Iterator[None]:
+    """Run a program that is no descendant of this process, and wait for its first line."""
+    start = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]])"
+    command = [sys.executable, "-c", start, program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.wait()
+        yield
+        process.stdin.close()
+        assert process.stdout.read() == "", "until it has ended"
+
+
+def segments(check: LeakCheck) -> list[str]:
+    return [line for line in check.leaks() if line.startswith("shared memory")]
 
 
 @contextmanager
@@ -88,7 +128,7 @@ def shared() -> Iterator[None]:
         (child, "child process"),
         (zombie, "child process"),
         (listening, "listening socket 127.0.0.1:"),
-        (open_file, "1 more file descriptors: "),
+        (open_file, "file descriptor"),
         (temporary, "temporary file"),
         (shared, "shared memory psm_"),
     ],
@@ -99,6 +139,44 @@ def test_what_is_left_is_named(check: LeakCheck, leak: object, said: str) -> Non
         with pytest.raises(AssertionError, match="left behind: ") as caught:
             check.check(seconds=0.05)
     assert said in str(caught.value)
+
+
+def test_garbage_in_a_cycle_is_not_left(check: LeakCheck) -> None:
+    cycle = [socket.create_server(("127.0.0.1", 0))]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    assert len(check.leaks()) == 2, "a listening socket and its descriptor"
+    del cycle
+    with pytest.warns(ResourceWarning):
+        check.check()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names what Linux knows")
+def test_a_descriptor_in_the_place_of_another_is_found() -> None:
+    with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as other:
+        check = LeakCheck()
+        os.dup2(other.fileno(), file.fileno())
+        assert len(check.leaks()) == 1
+
+
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="has no folder of shared memory")
+def test_other_programs_files_and_segments_are_their_own(check: LeakCheck) -> None:
+    """A file that has nothing to do with segments, and a segment that another process has mapped."""
+    foreign = SHARED_MEMORY / f"foreign-{os.getpid()}"
+    foreign.write_bytes(b"x")
+    try:
+        with neighbour(SEGMENT):
+            assert segments(check) == []
+    finally:
+        foreign.unlink()
+
+
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="has no folder of shared memory")
+def test_what_a_killed_process_leaves_is_found(check: LeakCheck) -> None:
+    with child_with_segment() as (process, name):
+        process.kill()
+        process.wait()
+        assert segments(check) == [f"shared memory {name}"]
+        (SHARED_MEMORY / name).unlink()
 
 
 def test_temporary_files_go_to_the_folder_and_then_where_they_went(tmp_path: Path) -> None:

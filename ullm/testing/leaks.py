@@ -14,16 +14,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psutil import Process
 
-SECONDS = 2.0
-"""How long whatever is on its way out may take: the kernel and reapers are not at once."""
+SECONDS = 10.0
+"""How long whatever is on its way out may take; waited for only where something is left."""
 
 SHARED_MEMORY = Path("/dev/shm")
 
 _POLL = 0.01
+_SEGMENT = "shared memory"
+_PATIENCE = 0.05
+"""Seconds after which garbage is collected, which takes longer than most processes take to end."""
+_NAMES_OF_SEGMENTS = ("psm_", "sem.", "torch_", "gloo", "nccl")
+"""How names begin that Python and torch give to segments."""
+_DESCRIPTORS = (Path("/proc/self/fd"), Path("/dev/fd"))
 
 
 def import_psutil() -> Any:
-    """The library psutil.
+    """Return the library psutil.
 
     Raises:
         RuntimeError: it is not installed.
@@ -36,7 +42,11 @@ def import_psutil() -> Any:
 
 
 class LeakCheck:
-    """Remembers how this process is, and tells later what is there that was not.
+    """Remembers what this process has, and finds later what it has beyond that.
+
+    Looks only at what is this process's own: its descendants, its descriptors, segments of shared memory
+    that one of them maps or that were made with names of Python's or torch's and are mapped by nobody.
+    Other programs, and other workers of pytest-xdist, may do beside it what they like.
 
     Args:
         folder: where temporary files go, see `temporary_folder`; must be empty at the end.
@@ -49,52 +59,74 @@ class LeakCheck:
         psutil = import_psutil()
         self._folder = folder
         self._self: Process = psutil.Process()
-        gc.collect()
         self._children = set(self._processes())
         self._shared = _shared_memory()
         self._listening = set(self._sockets())
-        self._descriptors = self._count_descriptors()
+        self._descriptors = _descriptors()
 
     def leaks(self) -> list[str]:
-        """One line for each thing that is left; empty if there is none."""
-        gc.collect()
-        processes = self._processes()
-        known = self._children | self._trackers()
-        new = [pid for pid in processes if pid not in known and not self._is_below_known(pid)]
-        found = [f"child process {pid} {processes[pid]}" for pid in new]
-        own = {os.getpid(), *processes}
-        found += [
-            f"shared memory {name}"
-            for name in sorted(_shared_memory() - self._shared)
-            if not _holders(name) - own
-        ]
-        found += [f"listening socket {text}" for text in sorted(set(self._sockets()) - self._listening)]
-        found += [f"temporary file {path}" for path in sorted(self._temporary())]
-        more = self._count_descriptors() - self._descriptors - len(self._trackers() - self._children)
-        return found + ([f"{more} more file descriptors: {self._describe_descriptors()}"] if more > 0 else [])
+        """Return one line for each thing that is left; empty if there is none."""
+        if not (left := self._look()):
+            return []
+        gc.collect()  # what hangs in a cycle of garbage is not left: it is only not collected yet
+        return self._look_again(left)
 
     def check(self, seconds: float = SECONDS) -> None:
         """Wait until nothing is left.
 
         Raises:
-            AssertionError: something is, after so many seconds; says what.
+            AssertionError: something still is after `seconds` seconds; names it.
         """
-        deadline = time.monotonic() + seconds
-        while found := self.leaks():
-            if time.monotonic() > deadline:
-                raise AssertionError("left behind: " + "; ".join(found))
+        began = time.monotonic()
+        collected = False
+        left = self._look()
+        while left:
+            waited = time.monotonic() - began
+            if collected and waited > seconds:
+                raise AssertionError("left behind: " + "; ".join(left))
+            if not collected and waited > min(seconds, _PATIENCE):
+                gc.collect()
+                collected = True
             time.sleep(_POLL)
+            left = self._look_again(left)
+
+    def _look_again(self, before: list[str]) -> list[str]:
+        """Look, without segments that were not there before: other programs' come and go."""
+        return [line for line in self._look() if line in before or not line.startswith(_SEGMENT)]
+
+    def _look(self) -> list[str]:
+        processes = self._processes()
+        known = self._children | self._trackers()
+        new = [pid for pid in processes if pid not in known and not self._is_below_known(pid)]
+        left = [f"child process {pid} {processes[pid]}" for pid in new]
+        left += [
+            f"{_SEGMENT} {name}"
+            for name in sorted(_shared_memory() - self._shared)
+            if _is_own(name, {os.getpid(), *processes})
+        ]
+        left += [f"listening socket {text}" for text in sorted(set(self._sockets()) - self._listening)]
+        left += [f"temporary file {path}" for path in sorted(self._temporary())]
+        return left + self._new_descriptors(len(self._trackers() - self._children))
+
+    def _new_descriptors(self, expected: int) -> list[str]:
+        """Descriptors that were not there before, but for `expected` pipes to a resource tracker."""
+        now = _descriptors()
+        new = sorted(number for number in now if self._descriptors.get(number) != now[number])
+        if expected:
+            pipes = [number for number in new if now[number].startswith("pipe:")][:expected]
+            new = [number for number in new if number not in pipes]
+        return [f"file descriptor {number} → {now[number]}" for number in new]
 
     def _processes(self) -> dict[int, str]:
         psutil = import_psutil()
-        found = {}
+        names = {}
         for process in self._self.children(recursive=True):
             with suppress(psutil.NoSuchProcess):  # it has ended since
-                found[process.pid] = process.name()
-        return found
+                names[process.pid] = process.name()
+        return names
 
     def _is_below_known(self, pid: int) -> bool:
-        """Whether a process that was there before has started it: what that one does is its own matter."""
+        """Return whether a process that was there before has started it: that one answers for it."""
         psutil = import_psutil()
         try:
             return any(parent.pid in self._children for parent in psutil.Process(pid).parents())
@@ -104,12 +136,12 @@ class LeakCheck:
     def _trackers(self) -> set[int]:
         """Python's own help for shared memory: one process, and one pipe to it, until Python ends."""
         psutil = import_psutil()
-        found = set()
+        trackers = set()
         for process in self._self.children():
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 if any("multiprocessing.resource_tracker" in part for part in process.cmdline()):
-                    found.add(process.pid)
-        return found
+                    trackers.add(process.pid)
+        return trackers
 
     def _sockets(self) -> list[str]:
         connections = self._self.net_connections(kind="inet")
@@ -117,16 +149,6 @@ class LeakCheck:
 
     def _temporary(self) -> list[str]:
         return [str(path) for path in self._folder.iterdir()] if self._folder is not None else []
-
-    def _count_descriptors(self) -> int:
-        count: int = self._self.num_fds() if os.name == "posix" else self._self.num_handles()
-        return count
-
-    def _describe_descriptors(self) -> str:
-        """The newest ones, as far as the system names them."""
-        folder = Path("/proc/self/fd")
-        names = [(int(entry.name), _target(entry)) for entry in folder.iterdir()] if folder.is_dir() else []
-        return ", ".join(f"{number} → {target}" for number, target in sorted(names)[-10:])
 
 
 @contextmanager
@@ -150,8 +172,19 @@ def _shared_memory() -> set[str]:
     return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
 
 
+def _is_own(name: str, processes: set[int]) -> bool:
+    """Return whether a segment is these processes', or may be what one of them left when it was killed."""
+    if holders := _holders(name):
+        return bool(holders & processes)
+    try:
+        uid = (SHARED_MEMORY / name).stat().st_uid
+    except FileNotFoundError:  # it has been removed since
+        return False
+    return name.startswith(_NAMES_OF_SEGMENTS) and uid == os.getuid()
+
+
 def _holders(name: str) -> set[int]:
-    """Processes that have mapped a segment: those of other users of the machine are not our leaks."""
+    """Return the processes that have mapped a segment."""
     path = str(SHARED_MEMORY / name)
     return {int(file.parent.name) for file in Path("/proc").glob("[0-9]*/maps") if path in _maps(file)}
 
@@ -159,12 +192,24 @@ def _holders(name: str) -> set[int]:
 def _maps(file: Path) -> str:
     try:
         return file.read_text("utf-8", "replace")
-    except OSError:  # gone meanwhile, or somebody else's
+    except OSError:  # gone meanwhile, or another user's
         return ""
 
 
+def _descriptors() -> dict[int, str]:
+    """Return this process's open descriptors, and what each stands for as far as the system tells."""
+    folder = next((path for path in _DESCRIPTORS if path.is_dir()), None)
+    if folder is None:  # Windows: only their number is known
+        return dict.fromkeys(range(import_psutil().Process().num_handles()), "handle")
+    found = {int(name): _target(folder / name) for name in os.listdir(folder)}
+    return {number: target for number, target in found.items() if target}
+
+
 def _target(entry: Path) -> str:
+    """Return what a descriptor stands for; empty for the one that was open to list them."""
     try:
         return os.readlink(entry)
+    except FileNotFoundError:
+        return ""
     except OSError:
         return "?"

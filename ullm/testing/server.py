@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,12 +28,18 @@ if TYPE_CHECKING:
 SCRIPTED = ("--load-format", "dummy", "--runner", "ullm.testing:ScriptedRunner")
 """Options that serve a model from `write_scripted_model`."""
 
+READY = r"^ready: (\S+)/v1"
+"""What the server writes when it serves, and in it its address."""
+
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 ANSWER_SECONDS = 60.0
 ADMIN_SECONDS = 10.0
 ADMIN_PATHS = ("/admin", "/sleep", "/wake")
 """How the paths of admin routes begin; a test compares them with the server's table of routes."""
+HEAR_SECONDS = 60.0
+READER_SECONDS = 10.0
+"""Seconds after the server's end in which what it has written is read."""
 
 
 class ServerFailed(AssertionError):
@@ -48,11 +55,14 @@ class ServerProcess:
         wait: until it is ready.
         log: file for its stderr.
         admin: serve the admin endpoints on a unix socket, for `request`.
+        command: what to run instead of ``ullm serve --port 0``.
+        ready: pattern of a line, on stdout or stderr, that says that it serves; its group is the address.
+        new_session: in a session and process group of its own.
 
     Attributes:
         url: such as ``http://127.0.0.1:40123``; empty until it is ready.
-        said: what it wrote to stdout so far.
-        faults: what shall go wrong in it; needs ``admin``.
+        output: what it wrote to stdout so far.
+        faults: faults to inject; needs ``admin``.
 
     Raises:
         ServerFailed: it ended before it was ready, or is not within `START_SECONDS`.
@@ -65,22 +75,31 @@ class ServerProcess:
         wait: bool = True,
         log: Path,
         admin: bool = False,
+        command: Sequence[str] | None = None,
+        ready: str = READY,
+        new_session: bool = False,
     ) -> None:
         self.log = log
-        self.url = self.said = ""
+        self.url = self.output = self._errors = ""
         self.faults = ServerFaults(self)
         self._admin_folder = tempfile.TemporaryDirectory(prefix="ullm-") if admin else None
-        with log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "ullm", "serve", "--port", "0", *self._admin_options(), *arguments],
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=os.environ | dict(environ),
-                text=True,
-            )
-        self._ready = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        own = [sys.executable, "-m", "ullm", "serve", "--port", "0"]
+        self.process = subprocess.Popen(
+            [*(command or own), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | self._admin_options() | dict(environ),
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=new_session,
+        )
+        self._ready = re.compile(ready)
+        self._is_ready = self._has_ended = False
+        self._heard = threading.Condition()
+        reads = (self._read_output, self._read_errors)
+        self._readers = [threading.Thread(target=read, daemon=True) for read in reads]
+        for reader in self._readers:
+            reader.start()
         if wait:
             try:
                 self.wait_ready()
@@ -97,31 +116,49 @@ class ServerProcess:
     # --- life --------------------------------------------------------------------------------------
 
     def wait_ready(self) -> None:
-        """Wait for the ready line.
+        """Wait until it serves.
 
         Raises:
-            ServerFailed: it does not come.
+            ServerFailed: it has ended, or does not serve within `START_SECONDS`.
         """
-        if not self._ready.wait(START_SECONDS):
+        with self._heard:
+            in_time = self._heard.wait_for(lambda: self._is_ready or self._has_ended, START_SECONDS)
+        if not in_time:
             raise ServerFailed(f"not ready after {START_SECONDS:g} s\n{self.errors()}")
-        if not self.url:
+        if not self._is_ready:
             raise ServerFailed(f"ended before it was ready\n{self.errors()}")
 
     def errors(self) -> str:
-        """What it wrote to stderr."""
-        return self.log.read_text("utf-8", "replace")
+        """Return what it has written to stderr."""
+        return self._errors
+
+    def hear(self, pattern: str, seconds: float = HEAR_SECONDS) -> str:
+        """Wait until what it has written to stderr contains a pattern, and return what matches.
+
+        Raises:
+            ServerFailed: it has ended without, or does not write it within `seconds` seconds.
+        """
+        with self._heard:
+            self._heard.wait_for(lambda: re.search(pattern, self._errors) or self._has_ended, seconds)
+        match = re.search(pattern, self._errors)
+        if match is None:
+            raise ServerFailed(f"has not written {pattern!r}\n{self.errors()}")
+        return match[0]
 
     def signal(self, number: int) -> None:
         """Send a signal to the server only."""
         self.process.send_signal(number)
 
     def wait(self, timeout: float = STOP_SECONDS) -> int:
-        """The exit status.
+        """Wait for its end, and return the exit status.
 
         Raises:
             subprocess.TimeoutExpired: it still runs after ``timeout`` seconds.
         """
-        return self.process.wait(timeout)
+        status = self.process.wait(timeout)
+        for reader in self._readers:
+            reader.join(READER_SECONDS)
+        return status
 
     def close(self) -> int:
         """Stop it in order, if it still runs, and return its exit status; kill it if it does not stop."""
@@ -130,45 +167,43 @@ class ServerProcess:
                 self.signal(signal.SIGTERM)
             return self.wait()
         finally:
-            self.process.kill()
-            self.process.wait()
-            self._reader.join()
-            if self.process.stdout is not None:
-                self.process.stdout.close()
+            self._kill()
+            for pipe in self._pipes:
+                pipe.close()
             if self._admin_folder is not None:
                 self._admin_folder.cleanup()
 
     # --- processes ---------------------------------------------------------------------------------
 
     def children(self) -> list[Process]:
-        """All processes below the server. Needs psutil."""
-        found: list[Process] = import_psutil().Process(self.process.pid).children(recursive=True)
-        return found
+        """Return all processes below the server. Needs psutil."""
+        below: list[Process] = import_psutil().Process(self.process.pid).children(recursive=True)
+        return below
 
     def workers(self) -> list[Process]:
-        """Its worker processes. Needs psutil."""
+        """Return its worker processes, in service or standing by. Needs psutil."""
         gone = import_psutil().NoSuchProcess
-        found = []
+        workers = []
         for process in self.children():
             with suppress(gone):
                 if "ullm.worker.main" in process.cmdline():
-                    found.append(process)
-        return found
+                    workers.append(process)
+        return workers
 
     # --- requests ----------------------------------------------------------------------------------
 
     def request(
         self, method: str, path: str, body: object = None, *, headers: Mapping[str, str] = {}
     ) -> tuple[int, Any]:
-        """One request, and its answer's status and JSON (text where it is none).
+        """Send one request, and return its answer's status and JSON (text where it is none).
 
         Goes to the admin socket for paths under ``/admin``, ``/sleep`` and ``/wake`` where there is one.
         """
         connection = self._connect(path)
         try:
-            sent = None if body is None else json.dumps(body)
-            named = {"Content-Type": "application/json", **headers} if sent is not None else dict(headers)
-            connection.request(method, path, sent, named)
+            content = None if body is None else json.dumps(body)
+            named = {"Content-Type": "application/json", **headers} if content is not None else dict(headers)
+            connection.request(method, path, content, named)
             answer = connection.getresponse()
             return answer.status, _content(answer.read())
         finally:
@@ -180,8 +215,8 @@ class ServerProcess:
     def _admin_socket(self) -> str | None:
         return None if self._admin_folder is None else f"{self._admin_folder.name}/admin"
 
-    def _admin_options(self) -> Sequence[str]:
-        return ("--admin-listen", f"unix:{self._admin_socket}") if self._admin_socket else ()
+    def _admin_options(self) -> dict[str, str]:
+        return {"ULLM_ADMIN_LISTEN": f"unix:{self._admin_socket}"} if self._admin_socket else {}
 
     def _connect(self, path: str) -> http.client.HTTPConnection:
         if self._admin_socket is not None and path.startswith(ADMIN_PATHS):
@@ -189,18 +224,41 @@ class ServerProcess:
         host, _, port = self.url.removeprefix("http://").rpartition(":")
         return http.client.HTTPConnection(host, int(port), timeout=ANSWER_SECONDS)
 
-    def _read(self) -> None:
+    @property
+    def _pipes(self) -> list[IO[str]]:
         assert self.process.stdout is not None, "it is a pipe"
-        for line in self.process.stdout:
-            self.said += line
-            if line.startswith("ready: "):
-                self.url = line.split()[1].removesuffix("/v1")
-                self._ready.set()
-        self._ready.set()
+        assert self.process.stderr is not None, "it is a pipe"
+        return [self.process.stdout, self.process.stderr]
+
+    def _read_output(self) -> None:
+        for line in self._pipes[0]:
+            self._take(line, output=line)
+
+    def _read_errors(self) -> None:
+        with self.log.open("w", encoding="utf-8") as log:
+            for line in self._pipes[1]:
+                log.write(line)
+                log.flush()
+                self._take(line, errors=line)
+        with self._heard:
+            self._has_ended = True
+            self._heard.notify_all()
+
+    def _take(self, line: str, output: str = "", errors: str = "") -> None:
+        with self._heard:
+            self.output += output
+            self._errors += errors
+            if match := self._ready.search(line):
+                self.url, self._is_ready = match[1], True
+            self._heard.notify_all()
+
+    def _kill(self) -> None:
+        self.process.kill()
+        self.wait()
 
 
 class ServerFaults:
-    """A server's fault injector, over its admin endpoints; used as a `FaultInjector` is."""
+    """A server's fault injector, reached over its admin endpoints; used like a `FaultInjector`."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._server = server
@@ -219,7 +277,7 @@ class ServerFaults:
         return self._request("DELETE")
 
     def describe(self) -> FaultReport:
-        """All that is armed, and all that has happened; of a server that has ended, what was last known."""
+        """Return what is armed and what has fired; for a server that has ended, what was last known."""
         if self._server.process.poll() is None:
             self._last = self._request("GET")
         return self._last
@@ -239,7 +297,7 @@ class UnixConnection(http.client.HTTPConnection):
         self._path = path
 
     def connect(self) -> None:
-        """Called by the first request."""
+        """Connect; the first request does."""
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)

@@ -259,6 +259,7 @@ async def test_rounds_rotate_and_go_on_after_a_failure(scripted: Path, tiny: Pat
 
 @pytest.mark.slow
 @pytest.mark.process
+@pytest.mark.slow
 def test_ullm_beside_transformers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

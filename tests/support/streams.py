@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from tests.support.waiting import SECONDS
+
 if TYPE_CHECKING:
-    from harness import Server
+    from tests.support.server import Server
 
 
 class Stream:
@@ -44,14 +46,14 @@ class Stream:
         self.chunks = 0
         self.begun = threading.Event()
         self.ended = threading.Event()
-        prompt = prompt or [300, 301]
-        asked = {"messages": [{"role": "user", "content": str(prompt)}]} if chat else {"prompt": prompt}
+        self.prompt = prompt = prompt or [300, 301]
+        content = {"messages": [{"role": "user", "content": str(prompt)}]} if chat else {"prompt": prompt}
         options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-        self._body = {
+        self.body = {
             "max_tokens": max_tokens,
             "temperature": 0,
             "ignore_eos": True,
-            **asked,
+            **content,
             **options,
             **body,
         }
@@ -62,7 +64,7 @@ class Stream:
 
     def _run(self) -> None:
         try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=60, verify=False) as response:
+            with httpx.stream("POST", self._url, json=self.body, timeout=SECONDS, verify=False) as response:
                 self.status = response.status_code
                 self._read(response)
         except httpx.HTTPError as error:
@@ -88,8 +90,8 @@ class Stream:
         self.failure = chunk.get("error") or self.failure
         self.usage = chunk.get("usage") or self.usage
         for choice in chunk.get("choices", ()):
-            said = choice.get("delta") or choice.get("message")
-            self.text += said.get("content") or "" if said is not None else choice.get("text", "")
+            message = choice.get("delta") or choice.get("message")
+            self.text += message.get("content") or "" if message is not None else choice.get("text", "")
             self.finish_reason = choice["finish_reason"] or self.finish_reason
             if self.text:
                 self.chunks += 1
@@ -99,7 +101,7 @@ class Stream:
         """Hang up at the next event."""
         self._leaving = True
 
-    def join(self, timeout: float = 60) -> Stream:
+    def join(self, timeout: float = 2 * SECONDS) -> Stream:
         """Wait for its end."""
         assert self.ended.wait(timeout), "the stream has no end"
         self._thread.join()
@@ -107,20 +109,24 @@ class Stream:
 
 
 def streams(server: Server, count: int, max_tokens: int) -> list[Stream]:
-    """Streams that have all begun."""
-    found = [Stream(server, max_tokens, [300 + number]) for number in range(count)]
-    for stream in found:
-        assert stream.begun.wait(30)
-    return found
+    """Start streams, and wait until all of them have begun."""
+    return wait_begun([Stream(server, max_tokens, [300 + number]) for number in range(count)])
 
 
-def texts(found: Sequence[Stream]) -> list[str]:
-    """What complete streams have said; fails if one of them is not complete."""
-    for stream in found:
+def wait_begun(running: list[Stream]) -> list[Stream]:
+    """Wait until all of these have their first token, and return them."""
+    for stream in running:
+        assert stream.begun.wait(SECONDS), "no first token"
+    return running
+
+
+def texts(running: Sequence[Stream]) -> list[str]:
+    """Wait for streams to end, and return their texts; fail if one of them is not complete."""
+    for stream in running:
         stream.join()
         assert (stream.error, stream.failure, stream.status) == (None, None, 200)
         assert stream.finish_reason == "length"
         assert stream.usage is not None
-        assert stream.usage["completion_tokens"] == stream._body["max_tokens"]
-        assert stream.done == ("stream" in stream._body)
-    return [stream.text for stream in found]
+        assert stream.usage["completion_tokens"] == stream.body["max_tokens"]
+        assert stream.done == ("stream" in stream.body)
+    return [stream.text for stream in running]

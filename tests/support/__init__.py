@@ -1,0 +1,1 @@
+"""What tests of several folders use: servers, streams, engines, waiting, and the workers of pytest-xdist."""
