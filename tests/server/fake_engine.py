@@ -173,7 +173,12 @@ class FakeEngine:
         self.refuse = QueueFull(8, 8, retry_after=1.2)
 
     def generate(
-        self, prompt: Sequence[int] | str, params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt: Sequence[int] | str,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        pace: Callable[[], float] | None = None,
     ) -> FakeGeneration:
         assert not isinstance(prompt, str)
         if self.refuse_generation is not None:
@@ -265,7 +270,6 @@ class FakeGeneration:
         self.prompt_token_ids = prompt
         self.params = params
         self.request_id = request_id
-        self.pace: Callable[[], float] | None = None
         self._finished = False
 
     @property

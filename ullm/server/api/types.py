@@ -59,8 +59,6 @@ class TokenizerInterface(Protocol):
 class GenerationInterface(Protocol):
     """One admitted request; see `ullm.engine.generation.Generation`."""
 
-    pace: Callable[[], float] | None
-
     @property
     def prompt_token_ids(self) -> Sequence[int]:
         """The prompt, once entered."""
@@ -140,9 +138,18 @@ class EngineInterface(Protocol):
         """
 
     def generate(
-        self, prompt: Sequence[int] | str, params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt: Sequence[int] | str,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        pace: Callable[[], float] | None = None,
     ) -> GenerationInterface:
-        """Make a request, which is admitted when the result is entered."""
+        """Make a request, which is admitted when the result is entered.
+
+        Args:
+            pace: returns the seconds for which further tokens are held back after outputs were read.
+        """
 
     def health(self) -> Health:
         """Return the state, for probes."""

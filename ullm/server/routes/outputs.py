@@ -65,7 +65,7 @@ class Outputs:
         """Submit all prompts; leaving aborts what has not finished.
 
         Args:
-            pace: returns the seconds between two outputs; see `ullm.engine.generation.Generation.pace`.
+            pace: returns the seconds between two outputs; see `ullm.engine.generation.Generation`.
 
         Raises:
             RequestError: the engine does not take the request, as in `EngineInterface.generate`.
@@ -84,12 +84,10 @@ class Outputs:
         params = self._submission.params_from_now()
         # Made unique, because clients may use an X-Request-Id twice.
         name = f"{self._submission.request_id}-{secrets.token_hex(4)}"
-        generations = []
-        for index, prompt in enumerate(self._submission.prompts):
-            generation = self._engine.generate(prompt, params, request_id=f"{name}-{index}")
-            generation.pace = pace
-            generations.append(generation)
-        return generations
+        return [
+            self._engine.generate(prompt, params, request_id=f"{name}-{index}", pace=pace)
+            for index, prompt in enumerate(self._submission.prompts)
+        ]
 
     async def _enter(self, generation: GenerationInterface, stack: AsyncExitStack) -> GenerationInterface:
         try:
