@@ -1,4 +1,4 @@
-"""docs/behaviour.md names tests that exist, and leaves no promise and no ported case without one."""
+"""docs/explanation/behaviour.md names tests that exist, and leaves no promise and no ported case without one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "behaviour.md"
+PAGE = ROOT / "docs" / "explanation" / "behaviour.md"
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 PROMISES, PORTED = PAGE.read_text("utf-8").split("\n# Ported suites\n")
 RUNS_THE_PROGRAM = "process"
