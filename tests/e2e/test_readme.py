@@ -35,7 +35,7 @@ def run(*command: str) -> str:
 
 
 def test_there_are_snippets() -> None:
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 3
     assert len(SHELL) == 1
 
 
