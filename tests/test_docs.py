@@ -1,4 +1,4 @@
-"""The documentation is true where it can be checked: made parts, links, names of options, series and files."""
+"""The documentation is true where that can be checked: made parts, links, options, series, manifests."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ MIGRATION = DOCS / "how-to" / "migrating-from-vllm.md"
 FOREIGN_OPTIONS = frozenset(
     {"--check", "--help", "--json", "--no-install-recommends", "--unix-socket", "--index-url", "--quiet"}
     | {"--no-cache-dir", "--extra-index-url", "--create-home", "--uid", "--now", "--version"}
+    | {"--no-", "--use-threading"}
 )
 """Options of other programs, and those that every command has."""
 BENCHMARK = re.compile(r"tests\.benchmarks \w+[^\n]*(?:\\\n[^\n]*)*")

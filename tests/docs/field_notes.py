@@ -1,4 +1,4 @@
-"""What the fields of requests and answers mean, where neither a docstring nor a sampling parameter says it."""
+"""Meanings of fields of requests and answers, where neither a docstring nor a sampling parameter has them."""
 
 from __future__ import annotations
 

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import msgspec
+from ullm.server.routes.table import ROUTES
+
 from tests.docs.docstrings import markdown, parse, sentence, table
 from tests.docs.field_notes import CHAT_OF_OPENAI, COMPLETION_OF_OPENAI, NOTES, TREATMENT
 from ullm.engine import status
 from ullm.sampling import SamplingParams
 from ullm.server.api import responses, schemas
 from ullm.server.api.openapi import DESCRIPTIONS
-from ullm.server.routes.table import ROUTES
 
 Struct = type[msgspec.Struct]
 
@@ -123,7 +124,7 @@ def fields(schema: Struct) -> list[tuple[str, str, str]]:
 
 
 def meaning(schema: Struct, name: str) -> str:
-    """Return what a field means: from the notes, the schema's docstring, or that of the sampling parameters."""
+    """Return what a field means: from the notes, the schema's docstring or the sampling parameters."""
     sampling = parse(SamplingParams).entries["Args"] if "temperature" in schema.__struct_fields__ else {}
     text = (
         NOTES.get((schema.__name__, name))

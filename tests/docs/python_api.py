@@ -14,7 +14,6 @@ import ullm.engine.output
 import ullm.engine.status
 import ullm.llm
 import ullm.protocol.messages
-import ullm.supervision
 from tests.docs.docstrings import markdown, parse, sentence, table
 
 SUBJECTS: Mapping[str, tuple[Any, ...]] = {
@@ -33,7 +32,7 @@ SUBJECTS: Mapping[str, tuple[Any, ...]] = {
         ullm.engine.status.SleepHealth,
         ullm.engine.status.ReloadReport,
         ullm.engine.status.EngineStatistics,
-        ullm.supervision.ShutdownReport,
+        ullm.llm.ShutdownReport,
     ),
 }
 """Heading → what it shows. Configurations are in configuration.md, errors in errors.md."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 
-from tests.docs.docstrings import table
 from ullm.cli.vllm_flags import vllm_flags
+
+from tests.docs.docstrings import table
 
 _FLAG = re.compile(r"(?<![`\w])(--?[a-z][\w-]*(?: [0-9])?)")
 
 
 def same_flags() -> str:
-    """Return the flags that mean the same in both programs, as a sentence, and what differs in their values."""
+    """Return the flags that mean the same in both programs, and what differs in their values."""
     rows = [(flag, note) for flag, option, note in vllm_flags() if flag == option]
     notes = "".join(f"- `{flag}`: {note}\n" for flag, note in rows if note)
     return ", ".join(f"`{flag}`" for flag, _ in rows) + f".\n\n{notes}"
