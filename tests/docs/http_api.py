@@ -36,13 +36,13 @@ ANSWERS: tuple[Struct, ...] = (
     status.SleepHealth,
     status.ReloadReport,
     responses.Sleeping,
-    responses.Backend,
+    responses.BackendInfo,
     responses.Tokenized,
     responses.Detokenized,
     responses.Inference,
     responses.Stopping,
     responses.Tree,
-    responses.Child,
+    responses.TreeNode,
     responses.ErrorDetail,
 )
 """Answers whose fields are ullm's own; those of completions are OpenAI's."""

@@ -18,7 +18,7 @@ from tests.docs.docstrings import markdown, parse, sentence, table
 
 SUBJECTS: Mapping[str, tuple[Any, ...]] = {
     "Engines on trio": (ullm.open_engine, ullm.engine.Engine, ullm.engine.generation.Generation),
-    "LLM": (ullm.llm.LLM, ullm.llm.TokenStream, ullm.llm.Shutdown),
+    "LLM": (ullm.llm.LLM, ullm.llm.TokenStream, ullm.llm.PendingShutdown),
     "What requests ask and get": (
         ullm.SamplingParams,
         ullm.engine.output.Output,
