@@ -1,4 +1,4 @@
-"""docs/behaviour.md names tests that exist, and leaves no promise and no ported case without one."""
+"""The pages of promises and of ported suites name tests that exist, and leave no promise and no case without one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "behaviour.md"
+PROMISES = (ROOT / "docs" / "explanation" / "behaviour.md").read_text("utf-8")
+PORTED = (ROOT / "docs" / "explanation" / "ported-suites.md").read_text("utf-8")
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
-PROMISES, PORTED = PAGE.read_text("utf-8").split("\n# Ported suites\n")
 RUNS_THE_PROGRAM = "process"
 """The marker of tests that start real processes."""
 WITHOUT_COUNTERPART = frozenset(
@@ -28,11 +28,17 @@ WITHOUT_COUNTERPART = frozenset(
 """Cases of other suites about what does not exist here; the page says so. Everything else needs a test."""
 
 
+def promises() -> list[tuple[str, str]]:
+    """Heading and text of each promise."""
+    _, *sections = re.split(r"(?m)^### ", re.sub(r"(?m)^## .*$", "", PROMISES))
+    return [(heading, text) for heading, _, text in (section.partition("\n") for section in sections)]
+
+
 def rows(text: str) -> list[list[str]]:
     """Cells of all table rows; heads are those above a line of dashes, and left out."""
     lines = text.splitlines()
     cells = [line.strip("|").split("|") for line in lines if line.startswith("|")]
-    return [row for row in cells if row[0].strip() not in ("situation", "promise", "case", "---")]
+    return [row for row in cells if row[0].strip() not in ("case", "---")]
 
 
 @cache
@@ -52,17 +58,16 @@ def named_in(file: str) -> dict[str, bool]:
     }
 
 
-@pytest.mark.parametrize("file", sorted({file for file, _ in NAMED.findall(PAGE.read_text("utf-8"))}))
+@pytest.mark.parametrize("file", sorted({file for file, _ in NAMED.findall(PROMISES + PORTED)}))
 def test_every_test_that_is_named_exists(file: str) -> None:
     assert (ROOT / file).is_file()
-    named = {name for found, name in NAMED.findall(PAGE.read_text("utf-8")) if found == file}
+    named = {name for found, name in NAMED.findall(PROMISES + PORTED) if found == file}
     assert not named - set(named_in(file))
 
 
-@pytest.mark.parametrize("row", rows(PROMISES), ids=lambda row: str(row[0]).strip()[:40])
-def test_every_promise_is_tested_in_the_real_program(row: list[str]) -> None:
-    found = NAMED.findall(row[-1])
-    assert any(named_in(file)[name] for file, name in found)
+@pytest.mark.parametrize("text", [pytest.param(text, id=heading[:40]) for heading, text in promises()])
+def test_every_promise_is_tested_in_the_real_program(text: str) -> None:
+    assert any(named_in(file)[name] for file, name in NAMED.findall(text))
 
 
 @pytest.mark.parametrize("row", rows(PORTED), ids=lambda row: str(row[0]).strip()[:40])
@@ -81,12 +86,13 @@ def test_every_case_without_a_counterpart_is_on_the_page() -> None:
 def test_all_suites_are_there() -> None:
     heads = re.findall(r"(?m)^## (.*)$", PROMISES + PORTED)
     assert {"Stopping", "Failing", "Sleeping", "vLLM", "Dynamo", "Erlang/OTP supervisor_SUITE"} <= set(heads)
+    assert len(promises()) > 60
     assert len(rows(PORTED)) > 90
 
 
 def test_every_end_to_end_test_of_these_is_named() -> None:
     """A test of the real program's behaviour that no row names has no promise to hold it to."""
-    named = {name for _, name in NAMED.findall(PAGE.read_text("utf-8"))}
+    named = {name for _, name in NAMED.findall(PROMISES + PORTED)}
     files = """stopping stopping_at_odd_times faults clients sleeping reloading migration probes replicas
         hosted embedded real_model startup_errors""".split()
     written = {name for file in files for name in named_in(f"tests/e2e/test_{file}.py")}

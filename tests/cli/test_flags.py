@@ -93,8 +93,8 @@ def test_defaults_of_a_command_are_shown() -> None:
 
 
 def test_the_configuration_page_is_up_to_date() -> None:
-    page = Path(__file__).parents[2] / "docs" / "configuration.md"
-    made_by = "python -m ullm.cli.options_doc docs/configuration.md"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "configuration.md"
+    made_by = "python -m ullm.cli.options_doc docs/reference/configuration.md"
     assert page.read_text(encoding="utf-8") == configdoc.page(), f"run {made_by}"
 
 

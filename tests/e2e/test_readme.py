@@ -28,11 +28,11 @@ def run(*command: str) -> str:
 
 
 def test_there_are_snippets() -> None:
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 3
     assert len(SHELL) == 1
 
 
-@pytest.mark.parametrize("page", sorted([README, *(README.parent / "docs").glob("*.md")]))
+@pytest.mark.parametrize("page", sorted([README, *(README.parent / "docs").rglob("*.md")]))
 def test_files_that_are_named_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     named = re.findall(r"`((?:tests|ullm)/[\w/.]+)`", text) + re.findall(r"\]\(([\w/.]+\.md)\)", text)

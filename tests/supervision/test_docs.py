@@ -1,4 +1,4 @@
-"""docs/supervision.md is true, and the library stands alone."""
+"""docs/explanation/supervision.md is true, and the library stands alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import ullm.supervision
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ullm" / "supervision"
-PAGE = (ROOT / "docs" / "supervision.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "explanation" / "supervision.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", PAGE, re.DOTALL)
 
 BLOCK = textwrap.dedent(

@@ -15,7 +15,7 @@ from ullm.faults.plan import Fault
 from ullm.testing import __all__ as testing_names
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "fault-injection.md").read_text("utf-8")
+PAGE = (ROOT / "docs" / "how-to" / "fault-injection.md").read_text("utf-8")
 INSTALLED = any(
     entry.value == "ullm.testing.plugin" for entry in importlib.metadata.entry_points(group="pytest11")
 )

@@ -1,0 +1,154 @@
+"""Routes and fields of the HTTP API, for docs/reference/http-api.md."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import msgspec
+from ullm.server.routes.table import ROUTES
+
+from tests.docs.docstrings import markdown, parse, sentence, table
+from tests.docs.field_notes import CHAT_OF_OPENAI, COMPLETION_OF_OPENAI, NOTES, TREATMENT
+from ullm.engine import status
+from ullm.sampling import SamplingParams
+from ullm.server.api import responses, schemas
+from ullm.server.api.openapi import DESCRIPTIONS
+
+Struct = type[msgspec.Struct]
+
+OTHER_SCHEMAS: Mapping[str, Struct] = {
+    "POST /tokenize": schemas.TokenizeRequest,
+    "POST /detokenize": schemas.DetokenizeRequest,
+    "POST /inference": schemas.InferenceRequest,
+    "POST /sleep": schemas.SleepRequest,
+    "POST /admin/shutdown": schemas.ShutdownRequest,
+    "POST /admin/reload": schemas.ReloadRequest,
+    "POST /admin/faults": schemas.FaultsRequest,
+}
+ANSWERS: tuple[Struct, ...] = (
+    responses.Usage,
+    responses.Liveness,
+    status.Health,
+    status.ReplicaHealth,
+    status.SleepHealth,
+    status.ReloadReport,
+    responses.Sleeping,
+    responses.BackendInfo,
+    responses.Tokenized,
+    responses.Detokenized,
+    responses.Inference,
+    responses.Stopping,
+    responses.Tree,
+    responses.TreeNode,
+    responses.ErrorDetail,
+)
+"""Answers whose fields are ullm's own; those of completions are OpenAI's."""
+
+
+def route_table() -> str:
+    """Return a row per route."""
+    return table(
+        ["method", "path", "who may call it", "what it does", "errors"],
+        [
+            [
+                route.method,
+                f"`{route.path}`",
+                route.access.value,
+                markdown(route.summary),
+                ", ".join(map(str, _statuses(route))),
+            ]
+            for route in ROUTES
+        ],
+    )
+
+
+def _statuses(route: Any) -> Iterable[int]:
+    return (503,) if route.verdict else route.error_statuses(secured=True)
+
+
+def status_table() -> str:
+    """Return a row per HTTP status: what it means."""
+    return table(["status", "meaning"], [[str(code), markdown(text)] for code, text in DESCRIPTIONS.items()])
+
+
+def chat_fields() -> str:
+    """Return the fields of a chat completion, and OpenAI's that are not among them."""
+    return _request_table(schemas.ChatCompletionRequest, CHAT_OF_OPENAI)
+
+
+def completion_fields() -> str:
+    """Return the fields of a completion, and OpenAI's that are not among them."""
+    return _request_table(schemas.CompletionRequest, COMPLETION_OF_OPENAI)
+
+
+def _request_table(schema: Struct, of_openai: frozenset[str]) -> str:
+    rows = [
+        [f"`{name}`", kind, "OpenAI" if name in of_openai else "ullm", treatment(schema, name), text]
+        for name, kind, text in fields(schema)
+    ]
+    others = ", ".join(f"`{name}`" for name in sorted(of_openai - set(schema.__struct_fields__)))
+    heads = ["field", "type", "from", "treatment", "meaning"]
+    return table(heads, rows) + (f"\nOf OpenAI's fields without effect: {others}.\n" if others else "")
+
+
+def treatment(schema: Struct, name: str) -> str:
+    """Return what happens to a field."""
+    return TREATMENT.get((schema.__name__, name), "honoured")
+
+
+def other_fields() -> str:
+    """Return the fields of the other requests, a table per route."""
+    return "\n".join(
+        f"### `{route}`\n\n"
+        + table(["field", "type", "meaning"], [[f"`{n}`", k, m] for n, k, m in fields(schema)])
+        for route, schema in OTHER_SCHEMAS.items()
+    )
+
+
+def answers() -> str:
+    """Return the fields of ullm's own answers, a table per schema."""
+    return "\n".join(
+        f"### {schema.__name__}\n\n{markdown(parse(schema).summary)}\n\n"
+        + table(["field", "type", "meaning"], [[f"`{n}`", k, m] for n, k, m in fields(schema)])
+        for schema in ANSWERS
+    )
+
+
+def fields(schema: Struct) -> list[tuple[str, str, str]]:
+    """Return name, type and meaning of each field."""
+    hints = typing.get_type_hints(schema, include_extras=True)
+    return [(name, type_text(hints[name]), meaning(schema, name)) for name in schema.__struct_fields__]
+
+
+def meaning(schema: Struct, name: str) -> str:
+    """Return what a field means: from the notes, the schema's docstring or the sampling parameters."""
+    sampling = parse(SamplingParams).entries["Args"] if "temperature" in schema.__struct_fields__ else {}
+    text = (
+        NOTES.get((schema.__name__, name))
+        or parse(schema).entries.get("Args", {}).get(name)
+        or NOTES.get(("", name))
+        or sampling.get(name, "")
+    )
+    return sentence(markdown(text)).replace("None", "null")
+
+
+def type_text(hint: Any) -> str:
+    """Return a type as JSON has it; optional fields do not say so, since null always means the default."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return type_text(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        kinds = [type_text(each) for each in arguments if each not in (type(None), msgspec.UnsetType)]
+        return " or ".join(dict.fromkeys(kinds))
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is list:
+        return f"list of {type_text(arguments[0])}"
+    if origin is dict or hint is dict:
+        return "object"
+    if hint in ANSWERS:
+        return f"[{hint.__name__}](#{hint.__name__.lower()})"
+    return {int: "integer", float: "number", str: "text", bool: "true or false"}.get(hint, "object")
