@@ -1,4 +1,4 @@
-"""The pages of promises and of ported suites name tests that exist, and leave no promise and no case without one."""
+"""The pages of promises and ported suites name tests that exist; no promise and no case lacks one."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import msgspec
-from ullm.server.routes.table import ROUTES
 
 from tests.docs.docstrings import markdown, parse, sentence, table
 from tests.docs.field_notes import CHAT_OF_OPENAI, COMPLETION_OF_OPENAI, NOTES, TREATMENT
@@ -16,6 +15,7 @@ from ullm.engine import status
 from ullm.sampling import SamplingParams
 from ullm.server.api import responses, schemas
 from ullm.server.api.openapi import DESCRIPTIONS
+from ullm.server.routes.table import ROUTES
 
 Struct = type[msgspec.Struct]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from ullm.cli.vllm_flags import vllm_flags
-
 from tests.docs.docstrings import table
+from ullm.cli.vllm_flags import vllm_flags
 
 _FLAG = re.compile(r"(?<![`\w])(--?[a-z][\w-]*(?: [0-9])?)")
 

@@ -35,7 +35,7 @@ COMMAND_LINE = "command-line.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Made by `python -m ullm.cli.options_doc docs/reference/configuration.md`; edit the fields in ullm/config.py. -->
+<!-- Made by `python -m ullm.cli.options_doc FILE`; edit the fields in ullm/config.py. -->
 
 Every option below is at once a flag of the command line (`--max-bs 32`), an environment variable
 (`ULLM_MAX_BS=32`) and a field of a frozen dataclass (`EngineConfig(max_bs=32)`). A flag wins over a
