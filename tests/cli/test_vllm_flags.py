@@ -75,5 +75,9 @@ def test_flags_without_effect_cannot_be_turned_off(
 
 
 def test_every_flag_is_listed_once() -> None:
-    flags = [flag for flag, _, _ in vllm_flags()]
-    assert len(flags) == len(set(flags))
+    rows = {flag: (option, note) for flag, option, note in vllm_flags()}
+    assert len(rows) == len(list(vllm_flags()))
+    assert rows["--max-model-len"] == ("--context-len", "")
+    assert rows["--port"] == ("--port", "")
+    assert rows["--disable-log-requests"][1].startswith("Accepted, without effect: ")
+    assert rows["--swap-space"][1].startswith("Refused: ")
