@@ -1,6 +1,6 @@
 """``python -m ullm.cli.options_doc [PATH]``: docs/reference/configuration.md, from the fields it documents.
 
-Without a PATH the page goes to stdout. A test compares the page in the repository with what this module makes.
+Without a PATH the page goes to stdout. A test compares the page in the repository with this module's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ullm.sampling import SamplingParams
 INTRODUCTION = """\
 # Configuration
 
-<!-- Made by `python -m ullm.cli.options_doc FILE`; edit the fields in ullm/config.py. -->
+<!-- Made by `python -m ullm.cli.options_doc docs/reference/configuration.md` from ullm/config.py. -->
 
 Every option below is at once a flag of the command line (`--max-bs 32`), an environment variable
 (`ULLM_MAX_BS=32`) and a field of a frozen dataclass (`EngineConfig(max_bs=32)`). A flag wins over a
