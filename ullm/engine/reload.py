@@ -119,7 +119,7 @@ class Reloader:
             current.config,
             model=model or current.config.model,
             revision=revision or (None if model else current.config.revision),
-            served_model_name=current.config.model_name,
+            served_model_name=current.config.model_names,
         )
         local = await trio.to_thread.run_sync(self._find_model, config)
         digests = [await trio.to_thread.run_sync(_tokenizer_digest, each) for each in (current.local, local)]
