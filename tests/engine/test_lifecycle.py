@@ -563,6 +563,18 @@ async def test_a_new_chat_template_that_cannot_be_read_changes_nothing(
         assert tokens_of(await collect(engine)) == expected
 
 
+def of_config(config: EngineConfig) -> LocalModel:
+    return local_model(Path(config.model))
+
+
+async def test_another_model_keeps_all_served_names(clock: MockClock, opened: Open, tmp_path: Path) -> None:
+    other = write_scripted_model(tmp_path / "other")
+    names = ("first", "second")
+    async with opened(lambda spec: FakeBehaviour(), of_config, served_model_name=names) as (engine, _):
+        await engine.reload(model=str(other))
+        assert engine.config.model_names == names
+
+
 async def test_a_reload_wakes_a_sleeper(clock: MockClock, opened: Open, expected: list[int]) -> None:
     async with opened() as (engine, _):
         await engine.sleep(2)

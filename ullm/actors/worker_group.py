@@ -46,6 +46,8 @@ RENDEZVOUS_ROUNDS = 16
 class WorkerGroup:
     """Starts the ranks of one replica, feeds them steps, and notices when one dies or hangs.
 
+    It has more than 20 methods because scheduler, fleet and supervisor each have their own interface to it.
+
     Args:
         replica: index of the replica.
         slot: its place in the engine, which determines its devices and ports.

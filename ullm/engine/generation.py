@@ -40,7 +40,6 @@ class Generation:
 
     Attributes:
         prompt_token_ids: the prompt, once entered.
-        pace: as given; may be set until the first output is read.
 
     Raises:
         InvalidParameter: on entering, for token ids outside the vocabulary, or an empty prompt.
@@ -64,7 +63,7 @@ class Generation:
         self.request_id = request_id
         self.params = params
         self.prompt_token_ids: list[int] = []
-        self.pace = pace
+        self._pace = pace
         self._admission = admission
         self._router = router
         self._current = current
@@ -157,9 +156,9 @@ class Generation:
 
     def _hold(self) -> None:
         """Hold back further tokens for a while, unless there is something else to read already."""
-        if self.pace is None or self.params.stop_strings or self._changed() is not None:
+        if self._pace is None or self.params.stop_strings or self._changed() is not None:
             return
-        seconds = self.pace()
+        seconds = self._pace()
         if seconds > 0:
             now = trio.current_time()
             self._wake_up.quiet_until, self._held_at_most = now + seconds, now + 2 * seconds
