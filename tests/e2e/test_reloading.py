@@ -35,7 +35,7 @@ class Load:
             self.ended.append(Stream(self._server, 60, [300 + number], stream=number % 2 == 0).join())
 
     def wait_for(self, more: int) -> None:
-        """Until so many more requests have ended."""
+        """Wait until ``more`` further requests have ended."""
         wanted = len(self.ended) + more
         eventually(lambda: len(self.ended) >= wanted, SECONDS)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,72 +10,25 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from ullm.config import EngineConfig
-from ullm.engine import Engine, open_engine
-from ullm.engine.output import Output
+from tests.support.engine import STEP, Open, collect, tokens_of
 from ullm.engine.status import EngineStatistics
 from ullm.protocol.messages import Step
 from ullm.sampling import SamplingParams
 from ullm.testing import (
-    FakeBehaviour,
     FakeWorkers,
     ScriptedSettings,
-    local_model,
     scripted_tokens,
     write_scripted_model,
 )
 
-STEP = 1.0
 COUNT = 60
 PROMPTS = [[300 + number, 5, 6] for number in range(4)]
 ASKED = [SamplingParams(temperature=number % 2, seed=number, max_tokens=COUNT) for number in range(4)]
 
 
-@pytest.fixture
-def clock(autojump_clock: MockClock) -> MockClock:
-    # Tokenizer and model resolution hop through threads, which the clock takes for idleness.
-    autojump_clock.autojump_threshold = 0.02
-    return autojump_clock
-
-
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scripted_model(tmp_path_factory.mktemp("repetitive"), repeat=6)
-
-
-@pytest.fixture
-def script(model: Path) -> ScriptedSettings:
-    return ScriptedSettings.read(str(model))
-
-
-Open = Callable[..., Any]
-
-
-@pytest.fixture
-def opened(model: Path) -> Open:
-    """Opens an engine on fake workers: ``async with opened(option=…) as (engine, workers)``."""
-
-    @asynccontextmanager
-    async def open_it(**options: Any) -> AsyncIterator[tuple[Engine, FakeWorkers]]:
-        workers = FakeWorkers(behaviour=FakeBehaviour(step_seconds=STEP))
-        config = EngineConfig(
-            runner="ullm.testing:ScriptedRunner", model=str(model), **{"speculate": 6} | options
-        )
-        async with open_engine(
-            config, transport=workers.open, find_model=lambda config: local_model(model)
-        ) as engine:
-            yield engine, workers
-
-    return open_it
-
-
-async def collect(engine: Engine, prompt: list[int], params: SamplingParams) -> list[Output]:
-    async with engine.generate(prompt, params) as generation:
-        return [output async for output in generation]
-
-
-def tokens_of(outputs: list[Output]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
 
 
 async def serve(
@@ -88,7 +40,7 @@ async def serve(
     async def one(number: int) -> None:
         results[number] = tokens_of(await collect(engine, PROMPTS[number], ASKED[number]))
 
-    async with opened(**options) as (engine, workers):
+    async with opened(**{"speculate": 6} | options) as (engine, workers):
         async with trio.open_nursery() as nursery:
             for number in range(4):
                 nursery.start_soon(one, number)
@@ -139,7 +91,7 @@ async def test_too_few_blocks_for_all(clock: MockClock, opened: Open, script: Sc
 
 async def test_stop_strings_end_the_text_within_a_draft(clock: MockClock, opened: Open) -> None:
     params = SamplingParams(temperature=0, max_tokens=COUNT)
-    async with opened() as (engine, _):
+    async with opened(speculate=6) as (engine, _):
         outputs = await collect(engine, PROMPTS[0], params)
         text = "".join(output.text for output in outputs)
         assert max(len(output.token_ids) for output in outputs) > 1
@@ -154,7 +106,7 @@ async def test_stop_strings_end_the_text_within_a_draft(clock: MockClock, opened
 
 
 async def test_leaving_between_drafts_frees_the_blocks(clock: MockClock, opened: Open) -> None:
-    async with opened() as (engine, _):
+    async with opened(speculate=6) as (engine, _):
         async with engine.generate(PROMPTS[0], ASKED[0]) as generation:
             async for output in generation:
                 if len(output.token_ids) > 1:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ullm.sampling import SamplingParams
     from ullm.testing import FakeWorkers, ScriptedSettings
 
-    Open = Callable[..., AbstractAsyncContextManager[tuple[Engine, FakeWorkers]]]
+Open = Callable[..., "AbstractAsyncContextManager[tuple[Engine, FakeWorkers]]"]
+"""What the fixture `opened` is."""
 
 STEP = 1.0
 """Virtual seconds that a step takes, unless a test has it otherwise."""

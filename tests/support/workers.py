@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 PER_CORE, MOST = 2, 8
-"""Workers: so many for each core, and not more in all."""
+"""Workers for each core, and most in all."""
 
 REAL_MODEL = re.compile(r"/test_(?:openai|parity|perplexity|readme|real_model|worker_memory)\.py$")
 """Files whose tests need the real model."""

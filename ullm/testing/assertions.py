@@ -85,7 +85,7 @@ def _around(tokens: list[int], at: int) -> list[int]:
 
 
 def _what(expected: list[int], got: list[int], at: int) -> str:
-    """A name for the difference; what comes after it tells whether tokens were left out or repeated."""
+    """Name the difference; the text after it shows whether tokens were left out or repeated."""
     rest, came = expected[at:], got[at:]
     if not came:
         return f"{len(rest)} tokens are missing"

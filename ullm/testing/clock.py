@@ -16,7 +16,7 @@ clock takes for idleness."""
 
 
 def virtual_clock(threshold: float = THREAD_SECONDS) -> MockClock:
-    """A clock that jumps to the next deadline as soon as nothing else is left to do.
+    """Return a clock that jumps to the next deadline as soon as nothing else is left to do.
 
     Args:
         threshold: real seconds of idleness before it does; 0 where no threads are used.
@@ -25,5 +25,5 @@ def virtual_clock(threshold: float = THREAD_SECONDS) -> MockClock:
 
 
 def run_virtually(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-    """`trio.run` on a virtual clock, for tests that no plugin of trio's runs."""
+    """Call `trio.run` on a virtual clock, for tests that are not run by a trio plugin."""
     return trio.run(function, *arguments, clock=virtual_clock())

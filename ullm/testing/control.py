@@ -19,11 +19,11 @@ class Injector(Protocol):
         """Disarm everything."""
 
     def describe(self) -> FaultReport:
-        """What is armed, and what has happened."""
+        """Return what is armed, and what has fired."""
 
 
 class FaultControl:
-    """See the fixture ``ullm_faults``."""
+    """Faults of one test, armed in all its engines and servers; see the fixture ``ullm_faults``."""
 
     def __init__(self) -> None:
         self._plan = FaultPlan()
@@ -32,11 +32,11 @@ class FaultControl:
 
     @property
     def history(self) -> list[FiredFault]:
-        """What has happened, in all of them; of servers that have ended, what was last known."""
+        """Faults that have fired, in all of them; for servers that have ended, those last known."""
         return self._fired + [fired for injector in self._injectors for fired in injector.describe().fired]
 
     def arm(self, plan: str) -> None:
-        """Add a plan. What is open counts hits from now on, what is opened later from its start.
+        """Add a plan. Engines that are open count hits from now on, later ones from their start.
 
         Raises:
             ConfigError: it cannot be read.
@@ -46,13 +46,13 @@ class FaultControl:
             injector.arm(plan)
 
     def clear(self) -> None:
-        """Nothing goes wrong from now on."""
+        """Disarm all faults."""
         self._plan = FaultPlan()
         for injector in self._injectors:
             injector.clear()
 
     def plan_with(self, other: str) -> str:
-        """What to open something with: the test's plan, and another."""
+        """Return the test's plan and another one, for an engine or server that is being opened."""
         return str(FaultPlan.parse(other) + self._plan)
 
     @contextmanager

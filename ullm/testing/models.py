@@ -144,7 +144,7 @@ def write_tiny_model(
 
 
 def local_model(folder: Path | str, *, name: str = "tiny") -> LocalModel:
-    """What `ullm.hub.resolve` would say of a folder."""
+    """Return what `ullm.hub.resolve` would return for a folder."""
     from ullm.hub import LocalModel
 
     folder = Path(folder)

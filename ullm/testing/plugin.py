@@ -30,7 +30,7 @@ STEP_SECONDS = "0.005"
 
 @pytest.fixture(scope="session")
 def ullm_scripted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that follows a script: starts at once, without torch; its tokens are known beforehand."""
+    """Write a model that follows a script: it starts at once, without torch; its tokens are predictable."""
     from ullm.testing.models import write_scripted_model
 
     return write_scripted_model(tmp_path_factory.mktemp("ullm-scripted"))
@@ -38,7 +38,7 @@ def ullm_scripted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ullm_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real Llama of two layers with random weights."""
+    """Write a real Llama of two layers with random weights."""
     from ullm.testing.models import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("ullm-tiny"))
@@ -46,7 +46,7 @@ def ullm_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ullm_clock() -> MockClock:
-    """A virtual clock. pytest-trio runs the test on it if the test itself asks for this fixture."""
+    """Return a virtual clock. pytest-trio runs the test on it if the test itself asks for this fixture."""
     from ullm.testing.clock import virtual_clock
 
     return virtual_clock()
@@ -54,7 +54,7 @@ def ullm_clock() -> MockClock:
 
 @pytest.fixture
 def ullm_no_leaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LeakCheck]:
-    """After the test no process, shared memory, temporary file, socket or descriptor may be left of it.
+    """Fail a test that leaves a process, shared memory, a temporary file, a socket or a descriptor behind.
 
     Needs psutil. Ask for it first, so that it looks last.
     """
@@ -69,7 +69,7 @@ def ullm_no_leaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LeakChec
 
 @pytest.fixture
 def ullm_faults() -> FaultControl:
-    """The faults of this test: ``ullm_faults.arm("worker.step:crash@nth=3")``.
+    """Return the faults of this test: ``ullm_faults.arm("worker.step:crash@nth=3")``.
 
     Armed in every engine and server that the test's factories have opened, and will open.
     """
@@ -80,7 +80,7 @@ def ullm_faults() -> FaultControl:
 
 @pytest.fixture
 def ullm_engine(ullm_scripted_model: Path, ullm_faults: FaultControl) -> OpenEngine:
-    """Opens engines with workers in memory: ``async with ullm_engine(step_seconds=1.0) as engine``.
+    """Open engines with workers in memory: ``async with ullm_engine(step_seconds=1.0) as engine``.
 
     Args of what it returns: as `ullm.testing.open_scripted_engine`, the model aside.
     """
@@ -102,7 +102,7 @@ def ullm_engine(ullm_scripted_model: Path, ullm_faults: FaultControl) -> OpenEng
 def ullm_server(
     ullm_no_leaks: LeakCheck, ullm_scripted_model: Path, ullm_faults: FaultControl, tmp_path: Path
 ) -> Iterator[OpenServer]:
-    """Starts real servers: ``server = ullm_server("--max-bs", "8")``; stops them, and looks for leaks.
+    """Start real servers: ``server = ullm_server("--max-bs", "8")``; stop them, and look for leaks.
 
     Args of what it returns: options of ``ullm serve``, and ``model``, a folder or name, instead of the
     scripted model; ``environ`` and ``wait`` as in `ullm.testing.ServerProcess`.

@@ -38,7 +38,7 @@ class ScriptViolation(AssertionError):
 def scripted_tokens(
     prompt: Sequence[int], params: SamplingParams, count: int, settings: ScriptedSettings | None = None
 ) -> list[int]:
-    """What `ScriptedRunner` generates after ``prompt``: at most ``count`` tokens, the last may be EOS."""
+    """Return at most ``count`` tokens that `ScriptedRunner` generates; the last one may be EOS."""
     settings = settings or ScriptedSettings()
     state = _EMPTY
     for token in prompt:
@@ -72,7 +72,7 @@ def _draw(
 
 @dataclass
 class _Sequence:
-    """What the worker knows of one sequence. ``hashes[p]`` stands for tokens 0 … p."""
+    """One sequence, as the worker knows it. ``hashes[p]`` stands for tokens 0 … p."""
 
     num_prompt_tokens: int
     params: SamplingParams
@@ -100,7 +100,7 @@ class ScriptedRunner:
         self._info: ModelInfo | None = None
 
     def prepare(self, prepare: Prepare, progress: Callable[[Progress], None]) -> None:
-        """See `Runner.prepare`: there is nothing to prepare."""
+        """Do nothing: there is nothing to prepare."""
 
     def load(self, start: Start, progress: Callable[[Progress], None]) -> ModelInfo:
         """Pretend to load."""
@@ -265,7 +265,7 @@ class ScriptedRunner:
         return Sampled(row.seq_id, found, logprobs, prompt_logprobs)
 
     def _draw_all(self, row: ScheduledSequence, sequence: _Sequence) -> list[int]:
-        """The next token, and one more for each right guess."""
+        """Return the next token, and one more for each right guess."""
         found: list[int] = []
         for guess in [*row.draft, None]:
             token = _draw(
@@ -293,7 +293,7 @@ class ScriptedStep:
         self._done_at = done_at
 
     def done(self) -> bool:
-        """Whether its time is over."""
+        """Return whether its time is over."""
         return time.perf_counter() >= self._done_at
 
     def wait(self) -> None:
@@ -301,13 +301,13 @@ class ScriptedStep:
         time.sleep(max(0.0, self._done_at - time.perf_counter()))
 
     def result(self) -> StepResult:
-        """What was sampled."""
+        """Return what was sampled."""
         self.wait()
         return StepResult(self._step_id, self._sampled, time.perf_counter() - self._began)
 
 
 def _logprobs(token: int, count: int) -> TokenLogprobs:
-    """The drawn token is the most likely one; its neighbours share the rest."""
+    """Make the sampled token the most likely one; its neighbours share the rest."""
     top = [(token, -0.5)] + [((token + 1 + i), -1.0 - i) for i in range(count - 1)]
     return TokenLogprobs(token, -0.5, 1, top[:count])
 

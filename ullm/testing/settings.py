@@ -26,7 +26,7 @@ class ScriptedSettings:
         first_token: generated ids are at or above it, so that special tokens are never drawn.
         eos_token_id: drawn only by ``eos_after``.
         eos_after: generated tokens after which the sequence ends; None: never by itself.
-        repeat: a token mostly equals the one so many before it, so that drafts of the scheduler are
+        repeat: a token mostly equals the one ``repeat`` places before it, so that drafts of the scheduler are
             right as often as in a text with repetitions; None: never, but for chance.
         context_len, num_blocks: of the model; the engine's configuration wins.
         load_seconds, wake_seconds, step_seconds, token_seconds: real time that is slept.
@@ -48,7 +48,7 @@ class ScriptedSettings:
 
     @staticmethod
     def read(model_path: str, environ: Mapping[str, str] = os.environ) -> ScriptedSettings:
-        """The settings for a model.
+        """Read the settings of a model.
 
         Raises:
             ModelFileBroken: config.json or a value in it cannot be read.
