@@ -92,34 +92,6 @@ def test_defaults_of_a_command_are_shown() -> None:
     assert options["top_p"].default == 1.0
 
 
-def test_the_configuration_page_is_up_to_date() -> None:
-    page = Path(__file__).parents[2] / "docs" / "reference" / "configuration.md"
-    made_by = "python -m ullm.cli.options_doc docs/reference/configuration.md"
-    assert page.read_text(encoding="utf-8") == configdoc.page(), f"run {made_by}"
-
-
-def test_the_command_line_page_has_every_command_and_option(tmp_path: Path) -> None:
-    path = tmp_path / "command-line.md"
-    configdoc.main([str(path)])
-    text = path.read_text(encoding="utf-8")
-    assert text == configdoc.command_line_page()
-    for name in ("serve", "chat", "generate", "bench serve", "bench engine", "chaos", "pull", "doctor"):
-        assert f"## ullm {name}\n" in text
-    section = text.partition("## ullm bench engine")[2].partition("## ")[0]
-    assert "| `--top-p` | `1.0` | " in section
-    assert "(configuration.md#kv-cache)" in section
-    assert "(configuration.md#sampling)" not in section
-    assert "--disable-log-requests" not in text
-
-
-def test_options_of_vllm_in_the_docs() -> None:
-    table = configdoc.vllm_table()
-    assert "| `--max-model-len` | `--context-len` |  |\n" in table
-    assert "| `--port` | `--port` |  |\n" in table
-    assert "| `--disable-log-requests` | – | Accepted, without effect: " in table
-    assert "| `--swap-space` | – | Refused: " in table
-
-
 def test_the_configuration_page_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configdoc.main([str(tmp_path / "page.md")])
     configdoc.main([])
