@@ -146,6 +146,16 @@ def test_nothing_installs_the_other_project() -> None:
     assert [name(file) for file in files if wrong.search(file.read_text("utf-8"))] == []
 
 
+def test_pages_that_the_code_names_exist() -> None:
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    named = {
+        (name(file), page)
+        for file in files
+        for page in re.findall(r"(?<![\w/])docs/[\w/-]+\.md", file.read_text("utf-8"))
+    }
+    assert {(file, page) for file, page in named if not (ROOT / page).exists()} == set()
+
+
 def test_manifests_can_be_read() -> None:
     for page in PAGES:
         for language, block in FENCE.findall(page.read_text("utf-8")):
