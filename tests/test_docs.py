@@ -12,6 +12,7 @@ import yaml
 from tests.docs import command_line, errors, http_api, metrics
 from tests.docs.pages import DOCS, ROOT, made_pages, pages
 from ullm.cli.flags import engine_options, sampling_options, server_options
+from ullm.protocol import exit_codes
 from ullm.server.api import schemas
 
 PACKAGE = ROOT / "ullm"
@@ -184,6 +185,13 @@ def test_the_pod_leaves_time_to_stop() -> None:
 def block_of(page: Path, language: str) -> str:
     """Return the first block of a language in a page."""
     return next(text for kind, text in FENCE.findall(page.read_text("utf-8")) if kind == language)
+
+
+def test_every_exit_code_is_explained() -> None:
+    page = (DOCS / "reference" / "exit-status.md").read_text("utf-8")
+    codes = {value for constant, value in vars(exit_codes).items() if constant.startswith("EXIT_")}
+    shown = set(re.findall(r"(?m)^\| (\d+)", page))
+    assert shown == {str(code) for code in codes}
 
 
 def test_the_glossary_is_in_order() -> None:
