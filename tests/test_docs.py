@@ -12,7 +12,7 @@ import yaml
 from tests.docs import command_line, errors, http_api, metrics
 from tests.docs.pages import DOCS, ROOT, made_pages, pages
 from ullm.cli.flags import engine_options, sampling_options, server_options
-from ullm.server.api import schemas
+from ullm.protocol import exit_codes
 
 PACKAGE = ROOT / "ullm"
 PAGES = pages()
@@ -103,11 +103,9 @@ def test_series_exist(page: Path) -> None:
 
 
 def test_every_field_is_explained() -> None:
-    structs = (schemas.ChatCompletionRequest, schemas.CompletionRequest)
-    structs += (*http_api.OTHER_SCHEMAS.values(), *http_api.ANSWERS)
     missing = [
         f"{struct.__name__}.{field}"
-        for struct in structs
+        for struct in (*http_api.OTHER_SCHEMAS.values(), *http_api.ANSWERS)
         for field, _, meaning in http_api.fields(struct)
         if not meaning
     ]
@@ -115,11 +113,10 @@ def test_every_field_is_explained() -> None:
 
 
 def test_notes_are_about_fields_that_exist() -> None:
-    structs = (schemas.ChatCompletionRequest, schemas.CompletionRequest)
-    structs += (*http_api.OTHER_SCHEMAS.values(), *http_api.ANSWERS)
+    structs = (*http_api.OTHER_SCHEMAS.values(), *http_api.ANSWERS)
     fields = {(struct.__name__, field) for struct in structs for field in struct.__struct_fields__}
     fields |= {("", field) for _, field in fields}
-    assert {*http_api.NOTES, *http_api.TREATMENT} - fields == set()
+    assert set(http_api.NOTES) - fields == set()
 
 
 def test_every_error_has_a_cause_and_a_remedy() -> None:
@@ -144,6 +141,16 @@ def test_nothing_installs_the_other_project() -> None:
     wrong = re.compile(r"pip install (?:-\S+ )*'?ullm(?:\[|'|\s|$)|\bullm\[")
     files = [*PAGES, *PACKAGE.rglob("*.py")]
     assert [name(file) for file in files if wrong.search(file.read_text("utf-8"))] == []
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    named = {
+        (name(file), page)
+        for file in files
+        for page in re.findall(r"(?<![\w/])docs/[\w/-]+\.md", file.read_text("utf-8"))
+    }
+    assert {(file, page) for file, page in named if not (ROOT / page).exists()} == set()
 
 
 def test_manifests_can_be_read() -> None:
@@ -174,6 +181,13 @@ def test_the_pod_leaves_time_to_stop() -> None:
 def block_of(page: Path, language: str) -> str:
     """Return the first block of a language in a page."""
     return next(text for kind, text in FENCE.findall(page.read_text("utf-8")) if kind == language)
+
+
+def test_every_exit_code_is_explained() -> None:
+    page = (DOCS / "reference" / "exit-status.md").read_text("utf-8")
+    codes = {value for constant, value in vars(exit_codes).items() if constant.startswith("EXIT_")}
+    shown = set(re.findall(r"(?m)^\| (\d+)", page))
+    assert shown == {str(code) for code in codes}
 
 
 def test_the_glossary_is_in_order() -> None:

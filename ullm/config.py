@@ -2,7 +2,7 @@
 
 An `EngineConfig` *is* each of its concerns, so it reads flat (``config.block_size``) while a
 component declares only what it needs (``def __init__(self, config: CacheConfig)``). Command line
-flags, ``ULLM_*`` variables and docs/configuration.md are derived from the fields and from the
+flags, ``ULLM_*`` variables and docs/reference/configuration.md are derived from the fields and from the
 ``help`` of their metadata.
 """
 
@@ -215,7 +215,7 @@ class SupervisionConfig:
         "allows, else 0.",
     )
     faults: str = option(
-        "", "Plan of faults to inject, for staging; see docs/fault-injection.md. Default: none."
+        "", "Plan of faults to inject, for staging; see docs/how-to/fault-injection.md. Default: none."
     )
 
 

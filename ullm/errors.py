@@ -415,7 +415,7 @@ class FaultInjected(UllmError):
     """A fault plan asked for this error.
 
     Raised by: the fault points, if ``--faults`` or ``POST /admin/faults`` armed them.
-    Remedy: clear the faults; see docs/fault-injection.md.
+    Remedy: clear the faults; see docs/how-to/fault-injection.md.
     """
 
     def __init__(self, where: str) -> None:

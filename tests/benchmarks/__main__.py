@@ -18,7 +18,8 @@ from ullm.cli.exit_status import run_command_line
 
 app = App(
     name="python -m tests.benchmarks",
-    help="Measure ullm for docs/performance.md and docs/reliability.md. Needs psutil; plots need matplotlib.",
+    help="Measure ullm for the pages on performance and reliability in docs/explanation. Needs psutil; plots "
+    "need matplotlib.",
     version_flags=[],
     result_action="return_value",
     default_parameter=Parameter(allow_repeating=True),

@@ -1,7 +1,7 @@
 """``python -m tests.benchmarks events``: what clients of a server get when it is stopped or disturbed.
 
 Each event has a server of its own, with a few streams in flight. Nothing is judged here: the outcomes are put
-side by side, and docs/reliability.md says what they mean.
+side by side, and docs/explanation/reliability.md says what they mean.
 """
 
 from __future__ import annotations

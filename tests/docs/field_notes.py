@@ -9,11 +9,6 @@ Place = tuple[str, str]
 
 NOTES: Mapping[Place, str] = {
     ("", "model"): "The served name, as in `/v1/models`; may be left out. Another name is answered with 404",
-    ("", "stream"): "Answer with server-sent events, ended by `[DONE]`",
-    ("", "stream_options"): "`include_usage: true` ends a stream with an event that has the usage; "
-    "needs `stream`",
-    ("", "logprobs"): "Report the log probability of each token and this many alternatives, 0 to 20",
-    ("", "stop"): "A text or up to 16 texts that end the answer; not part of it",
     ("", "timeout"): "Seconds from the arrival of the request after which it ends with what it has and "
     '`finish_reason: "timeout"`; the header `X-Request-Timeout` means the same',
     ("", "add_special_tokens"): "Add the tokenizer's special tokens to a text; default: true",
@@ -24,19 +19,6 @@ NOTES: Mapping[Place, str] = {
     ("", "tools"): "Functions that the chat template describes to the model; calls are not parsed out of "
     "its answer",
     ("", "skip_special_tokens"): "Leave special tokens out of the text; default: true",
-    ("CompletionRequest", "best_of"): "May be given if it equals `n`",
-    ("CompletionRequest", "suffix"): "May be given if it is empty",
-    ("CompletionRequest", "max_tokens"): "Maximum number of tokens to generate; default: 16. 0 together with "
-    "`echo` scores the prompt alone",
-    ("CompletionRequest", "echo"): "Begin the text with the prompt",
-    ("ChatCompletionRequest", "logprobs"): "Report the log probability of each token",
-    ("ChatCompletionRequest", "top_logprobs"): "This many alternatives per token, 0 to 20; needs `logprobs`",
-    (
-        "ChatCompletionRequest",
-        "max_tokens",
-    ): "Maximum number of tokens to generate; default: up to the end of the context",
-    ("ChatCompletionRequest", "response_format"): "May be given if its type is `text`",
-    ("ChatCompletionRequest", "tool_choice"): "`auto`, or `none`, which keeps the tools from the template",
     ("TokenizeRequest", "prompt"): "A text; either this or `messages`",
     ("TokenizeRequest", "messages"): "A conversation; either this or `prompt`",
     ("TokenizeRequest", "return_token_strs"): "Also return each token as text",
@@ -90,27 +72,3 @@ NOTES: Mapping[Place, str] = {
     ("ErrorDetail", "type"): "The kind of error, as OpenAI names it",
     ("ErrorDetail", "code"): "The error itself, for programs; see [errors](errors.md)",
 }
-
-TREATMENT: Mapping[Place, str] = {
-    ("CompletionRequest", "suffix"): "refused",
-    ("CompletionRequest", "best_of"): "refused unless it equals `n`",
-    ("ChatCompletionRequest", "response_format"): "refused unless `text`",
-    ("ChatCompletionRequest", "tool_choice"): "refused unless `auto` or `none`",
-    ("ChatCompletionRequest", "tools"): "for the template only",
-    ("ChatCompletionRequest", "messages"): "honoured; parts that are not text are refused",
-}
-"""What happens to fields that are not simply honoured."""
-
-_SHARED = frozenset(
-    {"model", "n", "temperature", "top_p", "max_tokens", "stop", "presence_penalty", "frequency_penalty"}
-    | {"logit_bias", "seed", "logprobs", "stream", "stream_options", "user"}
-)
-CHAT_OF_OPENAI = _SHARED | {
-    *("messages", "tools", "tool_choice", "max_completion_tokens", "top_logprobs", "response_format"),
-    *("audio", "function_call", "functions", "metadata", "modalities", "parallel_tool_calls", "prediction"),
-    *("prompt_cache_key", "reasoning_effort", "safety_identifier", "service_tier", "store", "verbosity"),
-    "web_search_options",
-}
-"""Fields of OpenAI's chat completions."""
-COMPLETION_OF_OPENAI = _SHARED | {"prompt", "best_of", "echo", "suffix"}
-"""Fields of OpenAI's completions."""

@@ -39,7 +39,7 @@ def layer_table() -> str:
 
 
 def _shown(layer: str) -> str:
-    return layer or "ullm/__init__"
+    return layer or "ullm/__init__.py"
 
 
 def _collapsed(allowed: frozenset[str]) -> list[str]:

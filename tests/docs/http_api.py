@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import msgspec
 
 from tests.docs.docstrings import markdown, parse, sentence, table
-from tests.docs.field_notes import CHAT_OF_OPENAI, COMPLETION_OF_OPENAI, NOTES, TREATMENT
+from tests.docs.field_notes import NOTES
 from ullm.engine import status
 from ullm.sampling import SamplingParams
 from ullm.server.api import responses, schemas
+from ullm.server.api.fields import FIELDS, FieldRule
 from ullm.server.api.openapi import DESCRIPTIONS
 from ullm.server.routes.table import ROUTES
 
@@ -75,28 +76,24 @@ def status_table() -> str:
 
 
 def chat_fields() -> str:
-    """Return the fields of a chat completion, and OpenAI's that are not among them."""
-    return _request_table(schemas.ChatCompletionRequest, CHAT_OF_OPENAI)
+    """Return the fields of a chat completion, with those that only OpenAI's API has."""
+    return _request_table(schemas.ChatCompletionRequest)
 
 
 def completion_fields() -> str:
-    """Return the fields of a completion, and OpenAI's that are not among them."""
-    return _request_table(schemas.CompletionRequest, COMPLETION_OF_OPENAI)
+    """Return the fields of a completion, with those that only OpenAI's API has."""
+    return _request_table(schemas.CompletionRequest)
 
 
-def _request_table(schema: Struct, of_openai: frozenset[str]) -> str:
-    rows = [
-        [f"`{name}`", kind, "OpenAI" if name in of_openai else "ullm", treatment(schema, name), text]
-        for name, kind, text in fields(schema)
-    ]
-    others = ", ".join(f"`{name}`" for name in sorted(of_openai - set(schema.__struct_fields__)))
-    heads = ["field", "type", "from", "treatment", "meaning"]
-    return table(heads, rows) + (f"\nOf OpenAI's fields without effect: {others}.\n" if others else "")
+def _request_table(schema: Struct) -> str:
+    known = {name: (kind, text) for name, kind, text in fields(schema)}
+    rows = [_rule_row(rule, *known.get(rule.name, ("any", ""))) for rule in FIELDS[schema]]
+    return table(["field", "type", "from", "effect", "meaning"], rows)
 
 
-def treatment(schema: Struct, name: str) -> str:
-    """Return what happens to a field."""
-    return TREATMENT.get((schema.__name__, name), "honoured")
+def _rule_row(rule: FieldRule, kind: str, text: str) -> list[str]:
+    origin = "OpenAI" if rule.is_openai else "ullm"
+    return [f"`{rule.name}`", kind, origin, rule.effect.value, sentence(markdown(rule.note)) or text]
 
 
 def other_fields() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,9 +17,11 @@ import ullm.llm
 import ullm.protocol.messages
 from tests.docs.docstrings import markdown, parse, sentence, table
 
+PENDING_SHUTDOWN = typing.get_type_hints(ullm.llm.LLM.shutdown)["return"]
+
 SUBJECTS: Mapping[str, tuple[Any, ...]] = {
     "Engines on trio": (ullm.open_engine, ullm.engine.Engine, ullm.engine.generation.Generation),
-    "LLM": (ullm.llm.LLM, ullm.llm.TokenStream, ullm.llm.PendingShutdown),
+    "LLM": (ullm.llm.LLM, ullm.llm.TokenStream, PENDING_SHUTDOWN),
     "What requests ask and get": (
         ullm.SamplingParams,
         ullm.engine.output.Output,

@@ -1,4 +1,4 @@
-"""``hypercorn ullm.app:app``: the tables' rows as far as that command allows; see docs/hosting.md."""
+"""``hypercorn ullm.app:app``: the tables' rows as far as that command allows; see docs/how-to/hosting.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seconds of a stop add up to what docs/behaviour.md promises."""
+"""The seconds of a stop add up to what docs/explanation/behaviour.md promises."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_watchdog_comes_after_everything_that_could_be_late(timeout: float) 
     if timeout >= budget.TEARDOWN_RESERVE:
         assert overrun < budget.WATCHDOG_MARGIN
     assert budget.engine_seconds(timeout) < budget.watchdog_seconds(timeout)
-    assert budget.watchdog_seconds(timeout) == timeout + 5.0, "as docs/behaviour.md promises"
+    assert budget.watchdog_seconds(timeout) == timeout + 5.0, "as docs/explanation/behaviour.md promises"
 
 
 def test_what_children_have_is_more_than_what_they_spend_inside() -> None:

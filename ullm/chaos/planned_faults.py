@@ -1,4 +1,4 @@
-"""Faults of the server's own fault injection, armed while it runs; docs/fault-injection.md has the plans."""
+"""Faults of the server's own injection, armed while it runs; docs/how-to/fault-injection.md has the plans."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Only what parses the command line is imported here; a command's own imports happen when it runs, so
 that ``ullm --help`` answers at once. Exit status: 0 done; 1 failed, one line on stderr says why; 2 the
-command line is wrong; 70, 71 and 128 + N as docs/configuration.md lists them.
+command line is wrong; 70, 71 and 128 + N as docs/reference/exit-status.md lists them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run a command line: one line on stderr for an error, and the exit statuses of docs/configuration.md."""
+"""Run a command line: one line on stderr for an error, and the statuses of docs/reference/exit-status.md."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""``python -m ullm.cli.options_doc [PATH]``: docs/reference/configuration.md, from the fields it documents.
+"""``python -m ullm.cli.options_doc [PATH]``: the page on the configuration, derived from what it documents.
 
-Without a PATH the page goes to stdout. A test compares the page in the repository with this module's.
+Without a PATH it goes to stdout. ``python -m tests.docs`` writes it together with the other reference pages,
+and a test compares.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ullm.sampling import SamplingParams
 INTRODUCTION = """\
 # Configuration
 
-<!-- Made by `python -m ullm.cli.options_doc docs/reference/configuration.md` from ullm/config.py. -->
+<!-- Made by `python -m tests.docs`; edit the fields in ullm/config.py. -->
 
 Every option below is at once a flag of the command line (`--max-bs 32`), an environment variable
 (`ULLM_MAX_BS=32`) and a field of a frozen dataclass (`EngineConfig(max_bs=32)`). A flag wins over a
@@ -34,7 +35,7 @@ variable, a variable over the default. An option that lists may be repeated and 
 separated by commas (`--device-ids 0,1`; `--stop` may only be repeated, because a stop string may contain a
 comma); of any other option given twice the last one counts. A switch is turned off by its `--no-` form, its
 variable by `false`. An empty variable counts as unset. A second name of a flag is vLLM's; see also
-`ullm.cli.vllm_flags`.
+[migrating from vLLM](../how-to/migrating-from-vllm.md#flags).
 
 `EngineConfig` has all options but those of the server, which are in `ServerConfig`. A value that
 cannot work, alone or beside another, is refused at once with one line that names the option.
@@ -70,14 +71,7 @@ Fields of a request and of `SamplingParams`; those marked with a flag are option
 
 ## Exit status
 
-| status | meaning |
-| --- | --- |
-| 0 | Done; also a server that was asked to stop and stopped in order, even if requests were aborted. |
-| 1 | It failed, or could not start; one line on stderr says why. |
-| 2 | The command line is wrong. |
-| 70 | The engine failed beyond its restart limits. |
-| 71 | Something had to be abandoned, or was left behind. |
-| 128 + N | Ended by signal N before it was done. |
+Every status is explained in [a page of its own](exit-status.md).
 """
 
 
@@ -133,7 +127,7 @@ def _escaped(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page to a path, or print it."""
+    """Write or print the page."""
     if arguments:
         Path(arguments[0]).write_text(page(), encoding="utf-8")
     else:

@@ -32,7 +32,7 @@ from ullm.supervision.signals import remember_signals
 
 
 def serve(config: EngineConfig, server: ServerConfig) -> int:
-    """Listen, load and serve until a signal ends it; return the exit status, see docs/configuration.md.
+    """Listen, load and serve until a signal ends it; return the status, see docs/reference/exit-status.md.
 
     Raises:
         PortTaken: before anything is loaded.

@@ -60,7 +60,7 @@ class Engine:
         find_model: replaces `find_local_model`; called in a thread.
 
     Attributes:
-        faults: arms faults and counts them; see docs/fault-injection.md.
+        faults: arms faults and counts them; see docs/how-to/fault-injection.md.
     """
 
     def __init__(

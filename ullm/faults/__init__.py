@@ -1,7 +1,7 @@
 """Fault injection: plans of faults, and the injector that counts hits and decides which faults happen.
 
 It decides on plain values; the points in actors and transports perform the faults. Imports errors, logs and
-protocol. A plan is text, as in ``ULLM_FAULTS``, or JSON; see docs/fault-injection.md::
+protocol. A plan is text, as in ``ULLM_FAULTS``, or JSON; see docs/how-to/fault-injection.md::
 
     worker.step:crash@nth=3; frame.from_worker:drop@probability=0.01,message=StepResult; seed=7
 

@@ -1,4 +1,4 @@
-"""Exit codes of ullm's processes, as docs/configuration.md lists them."""
+"""Exit codes of ullm's processes, as docs/reference/exit-status.md lists them."""
 
 from __future__ import annotations
 

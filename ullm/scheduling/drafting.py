@@ -20,7 +20,7 @@ WINDOW = 8192
 """How many of the latest tokens are searched."""
 STEP_COST = 12
 """Fixed time of a step, mostly for reading the weights, in units of the time that one more sequence adds.
-On a CPU 6.9 ms against 0.55 ms; see docs/performance.md."""
+On a CPU 6.9 ms against 0.55 ms; see docs/explanation/performance.md."""
 WAIT_COST = 2
 """Cost of not planning a step while the one before runs, in the same units: a draft needs the latest token.
 About 1 ms."""

@@ -1,7 +1,7 @@
 """Erlang/OTP's supervision on trio: start in order, restart by rule, stop in order by one deadline.
 
 A library of its own: it imports trio and the standard library and nothing else of ullm, not even its logs.
-docs/supervision.md shows it in a program that has nothing to do with language models.
+docs/explanation/supervision.md shows it in a program that has nothing to do with language models.
 """
 
 from ullm.supervision.actor import Mailbox, MailboxStatistics, Reply, ask, cleanup_scope

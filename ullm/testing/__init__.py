@@ -6,7 +6,7 @@
 
 with a folder from `write_scripted_model`. `write_tiny_model` writes a real model of a few thousand
 random weights. `FakeWorkers` are workers in memory that die and hang when a test says so. The pytest
-plugin `ullm.testing.plugin` makes fixtures of all that; docs/fault-injection.md shows how to use them.
+plugin `ullm.testing.plugin` makes fixtures of all that; docs/how-to/fault-injection.md shows how to use them.
 
 Names load when they are first used: pytest imports this package in every project that has ullm.
 """

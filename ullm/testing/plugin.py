@@ -1,4 +1,4 @@
-"""The pytest plugin: fixtures for tests in which things go wrong; see docs/fault-injection.md.
+"""The pytest plugin: fixtures for tests in which things go wrong; see docs/how-to/fault-injection.md.
 
 pytest imports this module in every project that has ullm installed, so nothing else is imported here
 until a fixture is used.

@@ -1,7 +1,7 @@
 """The faults that a worker carries out itself, each as close as possible to the real event.
 
 A process crashes, hangs or is suspended as a whole. A thread cannot do that to itself alone, so it does the
-nearest thing; see docs/fault-injection.md.
+nearest thing; see docs/how-to/fault-injection.md.
 """
 
 from __future__ import annotations

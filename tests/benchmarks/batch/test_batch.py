@@ -96,7 +96,7 @@ def test_the_roofline_of_a_batch_counts_every_read() -> None:
 
 
 def test_the_published_benchmark_on_an_h200() -> None:
-    """The bound that docs/performance.md derives: 4.3 TB/s allow about 40,000 tokens per second."""
+    """The bound of docs/explanation/gpu-design.md: 4.3 TB/s allow about 40,000 tokens per second."""
     config = SHAPES["qwen3-0.6b"]
     parameters = sum(int(numpy.prod(shape)) for shape in tensors_of(config).values())
     assert parameters == 596_049_920

@@ -204,6 +204,6 @@ class ReloadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class FaultsRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """``POST /admin/faults``: a plan as in docs/fault-injection.md."""
+    """``POST /admin/faults``: a plan as in docs/how-to/fault-injection.md."""
 
     plan: str

@@ -1,8 +1,8 @@
 """Compile the kernels for this CPU once and keep the library in the user's cache.
 
 Measured on two cores in bfloat16 with one row of SmolLM2: the calls between the matrix products take 2.6 ms
-less per step than in PyTorch, and the products 3.9 ms less; see docs/performance.md. Without a compiler, and
-on Windows, the model runs without the kernels.
+less per step than in PyTorch, and the products 3.9 ms less; see docs/explanation/performance.md. Without a
+compiler, and on Windows, the model runs without the kernels.
 """
 
 from __future__ import annotations
