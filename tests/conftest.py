@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -80,3 +81,13 @@ def nothing_left(request: pytest.FixtureRequest, turn: None) -> Iterator[None]:
     check = LeakCheck()
     yield
     check.check()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Undo what a test that runs a command in this process does to the logs of ullm."""
+    logger = logging.getLogger("ullm")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], level, logger.propagate = before
+    logger.setLevel(level)

@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from cyclopts import App
 
 from ullm import errors, supervision
-from ullm.cli import app
+from ullm.cli.exit_status import run_command_line
 from ullm.errors import EngineDead, ModelNotFound, SupervisionError, UllmError, one_line
 from ullm.supervision import InvalidSpec, RestartLimitReached, StartFailed
 
@@ -90,7 +91,13 @@ def test_a_command_ends_with_one_line_for_errors_of_either_base(
     capsys: pytest.CaptureFixture[str], error: Exception, status: int, wrapped: bool
 ) -> None:
     raised: BaseException = ExceptionGroup("of a nursery", [error]) if wrapped else error
-    assert app._failed(raised, debug=False) == status
+    app = App(result_action="return_value")
+
+    @app.default
+    def command() -> None:
+        raise raised
+
+    assert run_command_line(app, []) == status
     assert capsys.readouterr().err == f"error: {error}\n"
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from cyclopts import App, CycloptsError, UnknownOptionError
 
@@ -71,6 +72,6 @@ def _complain(line: str, status: int) -> int:
 
 def _wants_debug(arguments: Sequence[str]) -> bool:
     flag = "--log-level"
-    levels = [b for a, b in zip(arguments, [*arguments[1:], ""], strict=True) if a == flag]
+    levels = [b for a, b in pairwise([*arguments, ""]) if a == flag]
     levels += [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
     return (levels or [os.environ.get("ULLM_LOG_LEVEL", "")])[-1] == "debug"
