@@ -1,36 +1,18 @@
-"""``python -m tests.benchmarks NAME …``: one command line for all benchmarks."""
+"""``python -m tests.benchmarks NAME …``: run one benchmark."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from cyclopts import App, Parameter
-
-from tests.benchmarks.batch.batch_command import batch
-from tests.benchmarks.compare.compare_command import compare
-from tests.benchmarks.events import events
-from tests.benchmarks.front_end import front_end
-from tests.benchmarks.pauses import pauses
-from tests.benchmarks.soak.soak_command import soak
-from tests.benchmarks.startup import startup
-from ullm.cli.exit_status import run_command_line
-
-app = App(
-    name="python -m tests.benchmarks",
-    help="Measure ullm for the pages on performance and reliability in docs/explanation. Needs psutil; plots "
-    "need matplotlib.",
-    version_flags=[],
-    result_action="return_value",
-    default_parameter=Parameter(allow_repeating=True),
-)
-for command in (batch, compare, events, front_end, pauses, soak, startup):
-    app.command(command)
+from ullm.cli.early import answer_signals, python_handlers_after
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one benchmark; return the exit status."""
-    return run_command_line(app, sys.argv[1:] if arguments is None else arguments)
+def main() -> int:
+    """Run the command line, with early signals handled; return the exit status."""
+    answer_signals(())
+    with python_handlers_after():
+        from tests.benchmarks.command_line import main as run
+    return run()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.__main__ import main
+from tests.benchmarks.command_line import main
 
 
 @pytest.mark.parametrize("name", ["batch", "compare", "events", "front-end", "pauses", "soak", "startup"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.benchmarks.__main__ import main
+from tests.benchmarks.command_line import main
 from tests.benchmarks.crowd import StreamBroken, listen
 from tests.benchmarks.front_end import COLUMNS, CrowdLoad, check, run_front_end
 from ullm.errors import ServerUnreachable, UsageError

@@ -25,7 +25,8 @@ async def test_a_signal_ends_the_servers_too(tmp_path: Path, number: signal.Sign
             process = await nursery.start(run)
             servers: list[psutil.Process] = []
             while not servers:
-                servers = psutil.Process(process.pid).children(recursive=True)
+                children = psutil.Process(process.pid).children(recursive=True)
+                servers = [child for child in children if "serve" in child.cmdline()]
                 await trio.sleep(0.05)
             process.send_signal(number)
     assert process.returncode == 128 + number

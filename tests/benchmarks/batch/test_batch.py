@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.benchmarks.__main__ import main
+from tests.benchmarks.command_line import main
 from tests.benchmarks.batch import batch_rounds
 from tests.benchmarks.batch.batch_command import BatchPeers, choose, contenders
 from tests.benchmarks.batch.batch_load import BatchJob, BatchLoad, least_seconds, vocab_size
