@@ -222,12 +222,20 @@ async def stop_twice(scene: Scene) -> dict[str, Any]:
 
 async def kill_worker(scene: Scene) -> dict[str, Any]:
     """Send SIGKILL to the worker."""
-    return await _hurt(scene, signal.SIGKILL)
+    return await _hurt(scene, _posix_signal("SIGKILL"))
 
 
 async def suspend_worker(scene: Scene) -> dict[str, Any]:
     """Send SIGSTOP to the worker."""
-    return await _hurt(scene, signal.SIGSTOP)
+    return await _hurt(scene, _posix_signal("SIGSTOP"))
+
+
+def _posix_signal(name: str) -> signal.Signals:
+    """Return a signal by its name, which the system may not have."""
+    try:
+        return signal.Signals[name]
+    except KeyError:
+        raise UsageError(f"{name} is not a signal of this system; choose other events") from None
 
 
 async def _hurt(scene: Scene, number: signal.Signals) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class WorkerSignalFault:
         if not processes:
             return NOTHING
         process = world.source.choice(processes)
-        hang = self.crashes and self.number is signal.SIGSTOP
+        hang = self.crashes and self.number.name == "SIGSTOP"
         if self.crashes and not hang:
             world.note_crash()
         if not _send(process, self.number):
@@ -54,21 +55,27 @@ class WorkerSignalFault:
         return f"{self.number.name} to worker {process.pid}"
 
 
-KINDS: tuple[FaultKind, ...] = (
-    WorkerSignalFault("worker.kill", signal.SIGKILL, weight=3),
-    WorkerSignalFault("worker.segv", signal.SIGSEGV),
-    WorkerSignalFault("worker.term", signal.SIGTERM),
-    WorkerSignalFault("worker.stop", signal.SIGSTOP, serving=True),
-    WorkerSignalFault("worker.pause", signal.SIGSTOP, crashes=False, resume=0.4),
-    WorkerSignalFault("standby.kill", signal.SIGKILL, crashes=False, standby=True),
-    WorkerSignalFault("standby.stop", signal.SIGSTOP, crashes=False, standby=True, weight=0.5),
-)
-"""For POSIX only; Windows has no such signals."""
+def _kinds() -> tuple[FaultKind, ...]:
+    if sys.platform == "win32":  # which has no such signals
+        return ()
+    return (
+        WorkerSignalFault("worker.kill", signal.SIGKILL, weight=3),
+        WorkerSignalFault("worker.segv", signal.SIGSEGV),
+        WorkerSignalFault("worker.term", signal.SIGTERM),
+        WorkerSignalFault("worker.stop", signal.SIGSTOP, serving=True),
+        WorkerSignalFault("worker.pause", signal.SIGSTOP, crashes=False, resume=0.4),
+        WorkerSignalFault("standby.kill", signal.SIGKILL, crashes=False, standby=True),
+        WorkerSignalFault("standby.stop", signal.SIGSTOP, crashes=False, standby=True, weight=0.5),
+    )
+
+
+KINDS = _kinds()
 
 
 async def _resume(process: Any, seconds: float) -> None:
     await trio.sleep(seconds)
-    _send(process, signal.SIGCONT)
+    if sys.platform != "win32":
+        _send(process, signal.SIGCONT)
 
 
 def _send(process: Any, number: signal.Signals) -> bool:

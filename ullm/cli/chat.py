@@ -267,11 +267,14 @@ def read_line(prompt: str) -> str:
 @contextlib.contextmanager
 def _terminal_restored() -> Iterator[None]:
     # An abandoned input() leaves the terminal in readline's mode.
-    try:
-        import termios
+    if sys.platform == "win32":
+        yield
+        return
+    import termios
 
+    try:
         before = termios.tcgetattr(sys.stdin)
-    except (ImportError, OSError, ValueError, termios.error):
+    except (OSError, ValueError, termios.error):
         yield
         return
     try:

@@ -11,6 +11,7 @@ import ipaddress
 import os
 import socket
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -142,6 +143,8 @@ def _remove_stale_socket(where: str, path: str) -> None:
 
 
 def _is_alive(path: str) -> bool:
+    if sys.platform == "win32":
+        return False  # Python has no unix sockets there
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -180,7 +181,8 @@ def _is_own(name: str, processes: set[int]) -> bool:
         uid = (SHARED_MEMORY / name).stat().st_uid
     except FileNotFoundError:  # it has been removed since
         return False
-    return name.startswith(_NAMES_OF_SEGMENTS) and uid == os.getuid()
+    own = sys.platform != "win32" and uid == os.getuid()
+    return own and name.startswith(_NAMES_OF_SEGMENTS)
 
 
 def _holders(name: str) -> set[int]:

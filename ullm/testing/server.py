@@ -298,6 +298,8 @@ class UnixConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Connect; the first request does."""
+        if sys.platform == "win32":
+            raise OSError("Python has no unix sockets on Windows")
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)

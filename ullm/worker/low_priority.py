@@ -35,6 +35,8 @@ def import_at_low_priority(module: str) -> None:
 
 
 def _import(module: str) -> None:
+    if sys.platform == "win32":
+        raise AssertionError("only called on Linux")
     thread = threading.get_native_id()
     niceness = os.getpriority(os.PRIO_PROCESS, thread) + EXTRA_NICENESS
     os.setpriority(os.PRIO_PROCESS, thread, min(niceness, MAX_NICENESS))

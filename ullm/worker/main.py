@@ -161,6 +161,8 @@ def arm_lifeline(descriptor: int) -> None:
     PR_SET_PDEATHSIG would follow the *thread* that started the process, and trio starts processes from a
     thread that ends when it has been idle. The other end of the pipe belongs to the whole parent process.
     """
+    if sys.platform != "linux":
+        raise AssertionError("only Linux signals the end of a pipe")
     import fcntl
     import select
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.benchmarks.command_line import main
 from tests.benchmarks.batch import batch_rounds
 from tests.benchmarks.batch.batch_command import BatchPeers, choose, contenders
 from tests.benchmarks.batch.batch_load import BatchJob, BatchLoad, least_seconds, vocab_size
@@ -29,6 +28,7 @@ from tests.benchmarks.batch.batch_rounds import (
 )
 from tests.benchmarks.batch.contenders import Contender, engine_config, peer_contender, ullm_contender
 from tests.benchmarks.batch.shapes import SHAPES, tensors_of, write_shape
+from tests.benchmarks.command_line import main
 from tests.benchmarks.compare.hardware import Limits, ModelShape, model_shape
 from ullm.bench.workload import Length
 from ullm.errors import ConfigError, UsageError

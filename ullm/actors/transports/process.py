@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -115,7 +116,7 @@ class ProcessTransport:
         if not self.alive():
             return
         self._process.kill()
-        if os.name == "posix":
+        if sys.platform != "win32":
             with suppress(ProcessLookupError, PermissionError):  # the group is gone, or a zombie
                 os.killpg(self._process.pid, signal.SIGKILL)
 

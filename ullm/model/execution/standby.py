@@ -8,6 +8,7 @@ their files into the system's cache; the start creates the context on the GPU.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def prepare_model(prepare: Prepare) -> PreparedModel | None:
 
 def read_ahead(files: list[Path]) -> None:
     """Ask the system to read files into its cache, where it can."""
-    if not hasattr(os, "posix_fadvise"):
+    if sys.platform != "linux":
         return
     for path in files:
         with path.open("rb") as file:
