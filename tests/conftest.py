@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,8 +28,11 @@ def pytest_configure() -> None:
     """Prepare what all that the tests start inherits.
 
     PyTorch's threads are not to spin while they wait: that takes the cores from whatever else runs, and
-    multiplies what a step takes. What background jobs and nohup ignore is not to be ignored.
+    multiplies what a step takes. What background jobs and nohup ignore is not to be ignored. Compiled modules
+    are kept, or each of the servers that the tests start would compile the package again.
     """
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for number, default in ((signal.SIGINT, signal.default_int_handler), *_HANGUP):
         if signal.getsignal(number) is signal.SIG_IGN:
