@@ -17,6 +17,7 @@ pytestmark = pytest.mark.process
 
 HOSTS = Path(__file__).parent / "hosts.py"
 KINDS = ["engine", "llm-asyncio", "llm-trio"]
+SOME_KINDS = ["llm-asyncio", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("engine", "llm-trio"))]
 ENDLESS = 3000
 
 
@@ -86,7 +87,7 @@ def test_cancelling_the_scope_around_an_engine_is_an_orderly_stop(
     assert "by cancelled: 4 drained, 0 aborted, 0 killed" in program.output
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_a_lost_worker_costs_a_pause(
     run: Callable[..., Server], undisturbed: dict[int, list[str]], kind: str
 ) -> None:
@@ -99,7 +100,7 @@ def test_a_lost_worker_costs_a_pause(
 
 
 @pytest.mark.parametrize("transport", ["process", pytest.param("thread", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_it_sleeps_and_wakes(
     run: Callable[..., Server], undisturbed: dict[int, list[str]], kind: str, transport: str
 ) -> None:
@@ -110,7 +111,7 @@ def test_it_sleeps_and_wakes(
     assert ends(program) == undisturbed
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_a_killed_program_leaves_no_worker(run: Callable[..., Server], kind: str) -> None:
     program = run(kind, tokens=ENDLESS)
     workers = program.workers()

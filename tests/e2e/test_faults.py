@@ -105,7 +105,7 @@ def test_a_thread_that_hangs_is_left_behind(
     "plan",
     [
         "frame.from_worker:duplicate@message=StepResult,nth=20,times=20",
-        "frame.from_worker:delay@message=StepResult,nth=20,seconds=0.3",
+        pytest.param("frame.from_worker:delay@message=StepResult,nth=20,seconds=0.3", marks=pytest.mark.slow),
         "frame.from_worker:delay@message=StepResult,nth=20,seconds=3",
         "frame.from_worker:drop@message=StepResult,nth=20",
         "frame.to_worker:duplicate@message=Step,nth=20",
@@ -155,7 +155,7 @@ def test_a_stopped_worker_that_goes_on_is_not_heard(
     assert server.metric("ullm_worker_restarts_total") == 0
 
 
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_poisoned_request_fails_alone(
     serve: Serve, scripted_model: Path, undisturbed: list[str], stream: bool
 ) -> None:
@@ -208,7 +208,11 @@ def test_the_cause_names_the_child_its_end_and_its_last_words(serve: Serve, scri
 
 
 @pytest.mark.parametrize(
-    "plan", ["scheduler.step:raise@nth=20,times=always", "router.tokens:raise@times=always"]
+    "plan",
+    [
+        "scheduler.step:raise@nth=20,times=always",
+        pytest.param("router.tokens:raise@times=always", marks=pytest.mark.slow),
+    ],
 )
 def test_an_actor_that_always_fails_ends_the_server(serve: Serve, scripted_model: Path, plan: str) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--faults", plan)

@@ -52,15 +52,16 @@ def run_all(server: Server) -> dict[int, str]:
     return texts
 
 
+@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_five_hundred_streams_are_complete_and_memory_stays_flat(
-    serve: Callable[..., Server], tmp_path: Path
+    serve: Callable[..., Server], tmp_path: Path, rounds: int
 ) -> None:
     model = write_scripted_model(tmp_path / "model", step_seconds=0.002, num_blocks=4096)
     server = serve("--model", str(model), *SCRIPTED, "--max-bs", "512", "--max-num-batched-tokens", "2048")
     process = psutil.Process(server.process.pid)
     first = run_all(server)
     resident = process.memory_info().rss
-    for _ in range(3):
+    for _ in range(rounds):
         assert run_all(server) == first
     assert process.memory_info().rss - resident < 16 << 20
     with server.client() as client:

@@ -44,7 +44,7 @@ def undisturbed(scripted_server: Server) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_all_kinds_of_requests_go_on(
     serve: Serve, scripted_model: Path, undisturbed: list[str], number: int
 ) -> None:

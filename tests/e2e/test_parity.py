@@ -149,6 +149,7 @@ def test_all_prompts_at_once_give_what_transformers_gives(
         check(reference, prompt, output)
 
 
+@pytest.mark.slow
 def test_a_pool_too_small_for_all_changes_nothing(
     real_model: Path, prompts: list[list[int]], plentiful: tuple[list[list[int]], Any], sample: Sample
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_pool_too_small_for_all_changes_nothing(
     assert outputs == plentiful[0]
 
 
+@pytest.mark.slow
 def test_generate_itself_says_the_same(
     reference: Any, prompts: list[list[int]], plentiful: tuple[list[list[int]], Any], sample: Sample
 ) -> None:

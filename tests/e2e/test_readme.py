@@ -42,7 +42,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("number", range(len(PYTHON)))
+@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2))])
 def test_python(real_server: Server, number: int) -> None:
     says = run(sys.executable, "-W", "error", "-c", PYTHON[number].replace(ADDRESS, real_server.url))
     assert says.strip()

@@ -83,8 +83,10 @@ def server(scripted_model: Path) -> Iterator[Server]:
     ("replicas", "how"),
     [
         (1, "SIGHUP"),
-        (2, "admin"),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(1, "admin"), (2, "SIGHUP")]),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [(2, "admin"), (1, "admin"), (2, "SIGHUP")]
+        ),
     ],
 )
 def test_under_load_no_request_fails(serve: Serve, scripted_model: Path, how: str, replicas: int) -> None:

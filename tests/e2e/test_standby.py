@@ -107,13 +107,16 @@ def test_a_server_asleep_has_no_spares(serve: Serve, scripted_model: Path) -> No
     eventually(lambda: spares(server))
 
 
-@pytest.mark.parametrize("options", [("--standby-workers", "0"), ("--transport", "thread")])
+@pytest.mark.parametrize(
+    "options", [("--standby-workers", "0"), pytest.param(("--transport", "thread"), marks=pytest.mark.slow)]
+)
 def test_without_standby_workers(serve: Serve, scripted_model: Path, options: tuple[str, ...]) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, *options)
     texts(streams(server, 1, 2 * TOKENS))
     assert spares(server) == []
 
 
+@pytest.mark.slow
 def test_as_many_as_configured(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--standby-workers", "2")
     eventually(lambda: len(spares(server)) == 2)

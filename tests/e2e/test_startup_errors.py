@@ -65,9 +65,9 @@ DAMAGES = [
     (pipe("config.json"), ["config.json", "named pipe"]),
     (truncate, ["model.safetensors", "truncated"]),
     (lambda folder: change_config(folder, intermediate_size=256), ["model.safetensors", "mlp", "256", "128"]),
-    (lambda folder: change_config(folder, architectures=["FooForCausalLM"], model_type="foo"), ["foo"]),
 ]
 MORE_DAMAGES = [
+    (lambda folder: change_config(folder, architectures=["FooForCausalLM"], model_type="foo"), ["foo"]),
     (pipe("model.safetensors"), ["model.safetensors", "named pipe"]),
     (pipe("tokenizer.json"), ["tokenizer.json", "named pipe"]),
     (scramble, ["model.safetensors"]),

@@ -19,7 +19,7 @@ ENDLESS = 3000
 """Tokens that take 15 s: more than any of these tests."""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_drains_and_then_ends_at_once(
     serve: Serve, scripted_model: Path, transport: tuple[str, str], number: int
 ) -> None:

@@ -68,9 +68,7 @@ def test_probes_answer_while_it_loads(serve: Serve, scripted_model: Path) -> Non
     assert server.wait(GONE_SECONDS) == 0
 
 
-@pytest.mark.parametrize(
-    "level", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("level", [*(pytest.param(level, marks=pytest.mark.slow) for level in (0, 1, 2)), 3])
 def test_while_asleep(serve: Serve, scripted_model: Path, transport: tuple[str, str], level: int) -> None:
     """What was kept for the time after the sleep is admitted: it runs to its end."""
     server = serve("--model", str(scripted_model), *SCRIPTED, *transport)

@@ -37,6 +37,7 @@ from ullm.protocol.messages import (
 from ullm.sampling import SamplingParams
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.process,
     pytest.mark.e2e,
     pytest.mark.skipif(sys.platform != "linux", reason="what is resident is counted as on Linux"),
@@ -96,7 +97,7 @@ class Worker:
         return said
 
 
-@pytest.mark.parametrize("cpu_kernels", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cpu_kernels", [False, True])
 async def test_resident_memory_falls_and_comes_back(real_model: Path, cpu_kernels: bool) -> None:
     dtype: Any = "bfloat16" if cpu_kernels else "float32"  # PyTorch is slow with bfloat16 on many CPUs
     config = EngineConfig(device="cpu", dtype=dtype, cpu_kernels=cpu_kernels)

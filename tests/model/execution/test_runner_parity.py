@@ -115,7 +115,15 @@ def build(name: str, folder: Path) -> Any:
             return save_tiny(folder, name)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-windows", "qwen3", "gpt-neox", "gemma2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "qwen2-windows",
+        "gemma2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "qwen3", "gpt-neox")),
+    ],
+)
 def test_greedy_under_pressure_equals_transformers(name: str, tmp_path: Path) -> None:
     reference = build(name, tmp_path)
     params = SamplingParams(temperature=0, max_tokens=24)

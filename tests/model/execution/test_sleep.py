@@ -47,7 +47,10 @@ def speak(runner: ModelRunner) -> list[Sampled]:
     return found
 
 
-@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize(
+    "numbers",
+    ["bfloat16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float32", "bfloat16-torch"))],
+)
 def test_output_after_any_sleep_is_as_before(model: Path, numbers: str) -> None:
     runner = load_runner(model, **NUMBERS[numbers])
     expected = speak(runner)
