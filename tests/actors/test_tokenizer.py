@@ -178,7 +178,7 @@ async def test_work_in_hand_is_done_again_after_a_restart(folder, monkeypatch, n
         await trio.testing.wait_all_tasks_blocked()
         assert results == []
     await nursery.start(lambda task_status: one_life(second, task_status))
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         while not results:
             await trio.testing.wait_all_tasks_blocked()
     slow.go.set()

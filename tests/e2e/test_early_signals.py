@@ -82,7 +82,7 @@ def test_a_server_ends_in_order(
 ) -> None:
     server = start(*command, "--port", "0", pause_at=pause_at)
     server.send_signal(number)
-    said, errors = server.communicate(timeout=10)
+    said, errors = server.communicate(timeout=60)
     assert server.returncode == 0
     assert errors == f"stopped by {number.name} before anything was started\n"
     assert said == ""
@@ -94,7 +94,7 @@ def test_a_hangup_does_not_end_a_server(start: Start, pause_at: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         server = start(*SERVE, "--port", str(taken.getsockname()[1]), pause_at=pause_at)
         server.send_signal(signal.SIGHUP)
-        _, errors = server.communicate("go on\n", timeout=30)
+        _, errors = server.communicate("go on\n", timeout=60)
     assert server.returncode == 1
     assert "in use" in errors
 
@@ -103,7 +103,7 @@ def test_a_hangup_does_not_end_a_server(start: Start, pause_at: str) -> None:
 def test_other_commands_end_as_when_they_run(start: Start, number: signal.Signals) -> None:
     command = start("-m", "ullm", "generate", "hello", pause_at="cyclopts")
     command.send_signal(number)
-    _, errors = command.communicate(timeout=10)
+    _, errors = command.communicate(timeout=60)
     assert command.returncode == 128 + number
     assert errors == ""
 
@@ -121,7 +121,7 @@ def test_a_signal_before_the_event_loop_runs_is_remembered(
     admin = ("--admin-listen", f"unix:{tmp_path / 'admin'}")
     server = start(*SERVE, "--port", "0", "--model", str(scripted_model), *SCRIPTED, *admin, pause_at="")
     server.send_signal(number)
-    said, errors = server.communicate("go on\n", timeout=20)
+    said, errors = server.communicate("go on\n", timeout=60)
     assert server.returncode == 0, errors
     assert f"signal={number.name} count=1" in errors
     assert "ready" not in said

@@ -58,6 +58,6 @@ def test_a_log_that_nobody_reads_holds_up_nothing(scripted_model: Path, tmp_path
         url = process.stdout.readline().split()[1]
         for _ in range(100):  # some hundred bytes of log each
             body = {"prompt": [300], "max_tokens": 1}
-            assert httpx.post(f"{url}/completions", json=body, timeout=20).status_code == 200
+            assert httpx.post(f"{url}/completions", json=body, timeout=60).status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0

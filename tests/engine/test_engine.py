@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from tests.support.engine import PROMPT, STEP, Open, collect, tokens_of
 from ullm.actors.router import Router
 from ullm.actors.router_messages import Tokens
 from ullm.config import EngineConfig
-from ullm.engine import Engine, EngineState, open_engine
+from ullm.engine import Engine, EngineState
 from ullm.engine.output import Output
 from ullm.errors import (
     EngineDead,
@@ -37,59 +37,9 @@ from ullm.testing import (
     ScriptedSettings,
     local_model,
     scripted_tokens,
-    write_scripted_model,
 )
 
-STEP = 1.0
-PROMPT = [300, 301, 302]
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
-
-
-@pytest.fixture
-def clock(autojump_clock: MockClock) -> MockClock:
-    # Tokenizer and model resolution hop through threads, which the clock takes for idleness.
-    autojump_clock.autojump_threshold = 0.02
-    return autojump_clock
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scripted_model(tmp_path_factory.mktemp("scripted"))
-
-
-@pytest.fixture
-def script(model: Path) -> ScriptedSettings:
-    return ScriptedSettings.read(str(model))
-
-
-Open = Callable[..., Any]
-
-
-@pytest.fixture
-def opened(model: Path) -> Open:
-    """Opens an engine on fake workers: ``async with opened(behaviour, option=…) as (engine, workers)``."""
-
-    @asynccontextmanager
-    async def open_it(behaviour: Any = None, **options: Any) -> AsyncIterator[tuple[Engine, FakeWorkers]]:
-        workers = FakeWorkers(behaviour=behaviour or FakeBehaviour(step_seconds=STEP))
-        config = EngineConfig(runner="ullm.testing:ScriptedRunner", model=str(model), **options)
-        async with open_engine(
-            config, transport=workers.open, find_model=lambda config: local_model(model)
-        ) as engine:
-            yield engine, workers
-
-    return open_it
-
-
-async def collect(
-    engine: Engine, prompt: list[int] | str = PROMPT, params: SamplingParams = GREEDY
-) -> list[Output]:
-    async with engine.generate(prompt, params) as generation:
-        return [output async for output in generation]
-
-
-def tokens_of(outputs: list[Output], index: int = 0) -> list[int]:
-    return [token for output in outputs if output.index == index for token in output.token_ids]
 
 
 # --- generating --------------------------------------------------------------------------------------
@@ -567,7 +517,7 @@ async def test_the_first_children_are_up_while_the_model_is_fetched(model: Path)
         await trio.sleep_forever()
 
     def fetch(config: EngineConfig) -> LocalModel:
-        assert fetched.wait(20)
+        assert fetched.wait(60)
         return local_model(model)
 
     config = EngineConfig(runner="ullm.testing:ScriptedRunner", model=str(model))
@@ -583,7 +533,7 @@ async def test_the_first_children_are_up_while_the_model_is_fetched(model: Path)
         assert (engine.health().live, engine.health().state) == (True, "starting")
         assert [child.child_id for child in engine.children()] == ["http"]
         fetched.set()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not engine.health().ready:
                 await engine._router.wait_changed()
                 await wait_all_tasks_blocked()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from tests.support.engine import PROMPT, STEP, Open, collect, tokens_of
 from ullm.config import EngineConfig, SleepMode
-from ullm.engine import Engine, open_engine
+from ullm.engine import Engine
 from ullm.engine.output import Output
 from ullm.errors import (
     EngineBusy,
@@ -31,62 +30,19 @@ from ullm.sampling import SamplingParams
 from ullm.testing import (
     FakeBehaviour,
     FakeWorker,
-    FakeWorkers,
     ScriptedSettings,
     local_model,
     scripted_tokens,
     write_scripted_model,
 )
 
-STEP = 1.0
-PROMPT = [300, 301, 302]
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
 LEVELS = [0, 1, 2, 3]
 
 
 @pytest.fixture
-def clock(autojump_clock: MockClock) -> MockClock:
-    # Tokenizer and model resolution hop through threads, which the clock takes for idleness.
-    autojump_clock.autojump_threshold = 0.02
-    return autojump_clock
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scripted_model(tmp_path_factory.mktemp("scripted"))
-
-
-@pytest.fixture
 def expected(model: Path) -> list[int]:
     return scripted_tokens(PROMPT, GREEDY, 10, ScriptedSettings.read(str(model)))
-
-
-Opened = tuple[Engine, list[FakeWorker]]
-Open = Callable[..., Any]
-
-
-@pytest.fixture
-def opened(model: Path) -> Open:
-    @asynccontextmanager
-    async def open_it(
-        behaviour: Any = None, find_model: Callable[[EngineConfig], LocalModel] | None = None, **options: Any
-    ) -> AsyncIterator[Opened]:
-        workers = FakeWorkers(behaviour=behaviour or FakeBehaviour(step_seconds=STEP))
-        config = EngineConfig(runner="ullm.testing:ScriptedRunner", model=str(model), **options)
-        find_model = find_model or (lambda config: local_model(model))
-        async with open_engine(config, transport=workers.open, find_model=find_model) as engine:
-            yield engine, workers.started
-
-    return open_it
-
-
-async def collect(engine: Engine, prompt: list[int] | None = None) -> list[Output]:
-    async with engine.generate(prompt or PROMPT, GREEDY) as generation:
-        return [output async for output in generation]
-
-
-def tokens_of(outputs: list[Output]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
 
 
 class Running:
@@ -124,10 +80,12 @@ async def test_it_sleeps_wakes_and_says_the_same(
         assert (health.state, health.level) == ("awake", None)
         assert engine.health().state == "running"
         assert tokens_of(await collect(engine)) == tokens_of(before) == expected
-    assert [message.level for message in said(workers[0], Sleep)] == ([level] if level in (1, 2) else [])
-    assert len(said(workers[0], Wake)) == (1 if level in (1, 2) else 0)
-    assert len(workers) == (2 if level == 3 else 1)
-    assert len(said(workers[0], Stop)) == 1
+    assert [message.level for message in said(workers.started[0], Sleep)] == (
+        [level] if level in (1, 2) else []
+    )
+    assert len(said(workers.started[0], Wake)) == (1 if level in (1, 2) else 0)
+    assert len(workers.started) == (2 if level == 3 else 1)
+    assert len(said(workers.started[0], Stop)) == 1
     statistics = engine.statistics()
     assert (statistics.sleeps_total, statistics.wakes_total) == ({level: 1}, 1)
     assert statistics.worker_restarts_total == 0
@@ -139,7 +97,7 @@ async def test_sleeping_deeper_and_less_deep(clock: MockClock, opened: Open, exp
         assert levels == [0, 1, 1, 2, 2, 3, 3, 3]
         assert tokens_of(await collect(engine)) == expected  # and a request wakes it from there
         assert engine.health().sleep.state == "awake"
-    assert [message.level for message in said(workers[0], Sleep)] == [1, 2]
+    assert [message.level for message in said(workers.started[0], Sleep)] == [1, 2]
 
 
 async def test_waking_twice_and_an_engine_that_is_awake(clock: MockClock, opened: Open) -> None:
@@ -294,7 +252,7 @@ async def test_a_wake_calls_off_a_sleep_that_waits(
         assert engine.health().sleep.state == "falling_asleep"
         assert (await engine.wake()).state == "awake"
     assert errors
-    assert said(workers[0], Sleep) == []
+    assert said(workers.started[0], Sleep) == []
     assert tokens_of(running.outputs) == expected
 
 
@@ -325,7 +283,7 @@ async def test_it_sleeps_when_idle_and_wakes_on_request(
         assert tokens_of(await collect(engine)) == expected
         await trio.sleep(31)
         assert engine.health().sleep.state == "asleep"
-    assert len(said(workers[0], Sleep)) == 2
+    assert len(said(workers.started[0], Sleep)) == 2
 
 
 # --- faults and stops -----------------------------------------------------------------------------------
@@ -337,10 +295,10 @@ async def test_a_worker_that_dies_asleep_is_replaced_by_one_that_sleeps(
 ) -> None:
     async with opened() as (engine, workers):
         await engine.sleep(level)
-        workers[0].die("was killed by SIGKILL")
+        workers.started[0].die("was killed by SIGKILL")
         await trio.sleep(5)
         assert engine.health().sleep.state == "asleep"
-        assert [message.level for message in said(workers[1], Sleep)] == ([level] if level else [])
+        assert [message.level for message in said(workers.started[1], Sleep)] == ([level] if level else [])
         assert tokens_of(await collect(engine)) == expected
 
 
@@ -353,7 +311,7 @@ async def test_a_worker_that_dies_waking_up_costs_nothing(
     async with opened(lambda spec: behaviour.get(next(seen), FakeBehaviour())) as (engine, workers):
         await engine.sleep(level)
         assert tokens_of(await collect(engine)) == expected
-        assert len(workers) == 2
+        assert len(workers.started) == 2
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -364,7 +322,7 @@ async def test_a_stop_while_asleep_is_as_any_other(clock: MockClock, opened: Ope
         assert (report.exit_code, report.killed, report.abandoned) == (0, 0, 0)
         with pytest.raises(EngineDraining):
             await engine.wake()
-    assert len(said(workers[0], Stop)) == 1
+    assert len(said(workers.started[0], Stop)) == 1
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -446,7 +404,7 @@ async def test_a_reload_replaces_the_workers_and_loses_nothing(
         report = await engine.reload()
         assert running.done.is_set()  # on the old workers
         assert (report.replicas, report.resumed) == ([1], 0)
-        assert [worker.alive() for worker in workers] == [False, True]
+        assert [worker.alive() for worker in workers.started] == [False, True]
         assert engine.health().replicas[0].epoch == 2
         assert tokens_of(await collect(engine)) == expected
         statistics = engine.statistics()
@@ -483,7 +441,7 @@ async def test_a_reload_that_fails_changes_nothing(
         await trio.sleep(2.5 * STEP)
         with pytest.raises(ReloadFailed, match=r"old ones serve on: .*is truncated"):
             await engine.reload()
-        assert workers[0].alive()
+        assert workers.started[0].alive()
         assert tokens_of(await collect(engine)) == expected
         assert engine.health().ready
         await engine.reload()  # the third one comes up
@@ -500,7 +458,7 @@ async def test_a_model_with_another_tokenizer_is_refused(
     async with opened(find_model=lambda config: local_model(Path(config.model))) as (engine, workers):
         with pytest.raises(ReloadFailed, match="another tokenizer"):
             await engine.reload(model=str(other))
-        assert len(workers) == 1
+        assert len(workers.started) == 1
         assert engine.config.model == str(model)
 
 
@@ -511,10 +469,10 @@ async def test_another_model_keeps_the_served_name(
     async with opened(find_model=lambda config: local_model(Path(config.model))) as (engine, workers):
         report = await engine.reload(model=str(other))
         assert report.model == str(other)
-        assert said(workers[1], Start)[0].model_path == str(other)
+        assert said(workers.started[1], Start)[0].model_path == str(other)
         assert engine.config.model_name == engine.model_name == model.name
         await engine.reload()
-        assert said(workers[2], Start)[0].model_path == str(other)
+        assert said(workers.started[2], Start)[0].model_path == str(other)
 
 
 async def test_new_requests_get_the_new_models_chat_template_and_end_of_sequence_tokens(
@@ -558,7 +516,7 @@ async def test_a_new_chat_template_that_cannot_be_read_changes_nothing(
         before = await engine.tokenizer.render_chat(hello)
         with pytest.raises(ReloadFailed, match=r"tokenizer_config.json: not readable as JSON"):
             await engine.reload(model=str(other))
-        assert len(workers) == 1
+        assert len(workers.started) == 1
         assert await engine.tokenizer.render_chat(hello) == before
         assert tokens_of(await collect(engine)) == expected
 
@@ -603,8 +561,8 @@ async def test_where_memory_holds_one_the_old_workers_sleep_meanwhile(
             with pytest.raises(ReloadFailed, match="out of memory"):
                 await engine.reload()
         await running.done.wait()
-        assert [message.level for message in said(workers[0], Sleep)] == [1]
-        assert len(said(workers[0], Wake)) == (0 if comes_up else 1)
+        assert [message.level for message in said(workers.started[0], Sleep)] == [1]
+        assert len(said(workers.started[0], Wake)) == (0 if comes_up else 1)
         assert tokens_of(await collect(engine)) == expected
     assert tokens_of(running.outputs) == expected
 
@@ -618,7 +576,7 @@ async def test_a_reload_of_several_replicas_rolls(
             nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
         assert (await engine.reload()).replicas == [2, 3]
-        assert [worker.alive() for worker in workers] == [False, False, True, True]
+        assert [worker.alive() for worker in workers.started] == [False, False, True, True]
         for running in everyone:
             await running.done.wait()
             assert tokens_of(running.outputs) == expected
@@ -629,7 +587,7 @@ async def test_a_requested_reload_needs_nobody_to_wait(clock: MockClock, opened:
         engine.request_reload()
         engine.request_reload()
         await trio.sleep(5)
-        assert len(workers) == 3
+        assert len(workers.started) == 3
         assert engine.health().ready
 
 
@@ -654,7 +612,7 @@ async def test_a_stop_overtakes_a_reload(clock: MockClock, opened: Open) -> None
         report = await engine.shutdown()
         assert trio.current_time() - began < 6
         assert report.exit_code == 0
-    assert not any(worker.alive() for worker in workers)
+    assert not any(worker.alive() for worker in workers.started)
     assert len(errors) == 1
 
 
@@ -665,7 +623,7 @@ async def test_sleeping_deep_beside_a_worker_that_hangs_waits_for_its_watchdog_o
     async with opened(step_timeout=5.0) as (engine, workers), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
-        workers[0].hang()
+        workers.started[0].hang()
         began = trio.current_time()
         await engine.sleep(3, "keep")
         assert trio.current_time() - began < 6
@@ -682,7 +640,7 @@ async def test_memory_that_is_short_for_a_moment_does_not_end_a_wake(
     async with opened(lambda spec: short if next(seen) in (1, 2) else FakeBehaviour()) as (engine, workers):
         await engine.sleep(3)
         assert tokens_of(await collect(engine)) == expected
-        assert len(workers) == 4
+        assert len(workers.started) == 4
 
 
 async def test_an_abort_ends_what_an_earlier_sleep_waits_for(clock: MockClock, opened: Open) -> None:
@@ -711,4 +669,4 @@ async def test_a_revision_of_a_local_folder_makes_no_sense(clock: MockClock, ope
         with pytest.raises(InvalidParameter, match="local path") as caught:
             await engine.reload(revision="main")
         assert caught.value.param == "revision"
-        assert len(workers) == 1
+        assert len(workers.started) == 1

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import queue
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -24,6 +22,9 @@ import pytest
 import trio
 
 import ullm.app
+from tests.support.server import Server, starting_servers
+from tests.support.streams import Stream, texts, wait_begun
+from tests.support.waiting import eventually
 from ullm.config import EngineConfig, ServerConfig
 from ullm.engine import open_engine
 from ullm.errors import ModelNotFound
@@ -41,115 +42,42 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the real command --------------------------------------------------------------------------
 
 
-class Server:
-    """A running ``hypercorn`` command."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.log: list[str] = []
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self._lines.put(line)
-        self._lines.put(None)
-
-    def wait_for(self, pattern: str) -> str:
-        while (line := self._lines.get(timeout=30)) is not None:
-            self.log.append(line)
-            if found := re.search(pattern, line):
-                return found[1]
-        raise AssertionError("".join(self.log))
-
-    def end(self) -> int:
-        """The exit code, when it ends by itself."""
-        code = self.process.wait(30)
-        self._reader.join(10)
-        while (line := self._lines.get()) is not None:
-            self.log.append(line)
-        return code
+def start(worker: str, model: Path, *, wait: bool = True, **environ: str) -> dict[str, Any]:
+    """Return arguments of a `Server` that run Hypercorn."""
+    variables = {"ULLM_MODEL": str(model), "ULLM_RUNNER": "ullm.testing:ScriptedRunner", **environ}
+    command = [sys.executable, "-m", "hypercorn", "-k", worker, "-b", "127.0.0.1:0", "ullm.app:app"]
+    return {"command": command, "environ": variables, "ready": r"Running on (http://\S+)", "wait": wait}
 
 
 @contextmanager
-def hypercorn(worker: str, model: Path, *options: str, **environ: str) -> Iterator[Server]:
-    variables = {
-        **os.environ,
-        "ULLM_MODEL": str(model),
-        "ULLM_RUNNER": "ullm.testing:ScriptedRunner",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        **environ,
-    }
-    command = [sys.executable, "-m", "hypercorn", "-k", worker, "-b", "127.0.0.1:0", *options, "ullm.app:app"]
-    process = subprocess.Popen(
-        command, env=variables, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    server = Server(process)
-    try:
-        yield server
-    finally:
-        if process.poll() is None:  # in order, so that Hypercorn takes its semaphores with it
-            process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
-        server._reader.join(10)
-        assert process.stderr is not None
-        process.stderr.close()
+def hypercorn(worker: str, model: Path, **environ: str) -> Iterator[Server]:
+    with starting_servers() as serve:
+        yield serve(**start(worker, model, **environ))
 
 
-def running_on(server: Server) -> str:
-    return server.wait_for(r"Running on (http://\S+)")
-
-
-def stream(url: str, on_first: Callable[[], object], **body: Any) -> list[Any]:
-    """The events of a streamed completion; calls ``on_first`` when it has begun."""
-    events: list[Any] = []
-    asked = {"prompt": "hello", "stream": True, "ignore_eos": True, "temperature": 0, **body}
-    with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=30) as response:
-        assert response.status_code == 200
-        for line in response.iter_lines():
-            if not line:
-                continue
-            events.append(line.removeprefix("data: "))
-            if len(events) == 1:
-                on_first()
-    assert events[-1] == "[DONE]"
-    return [json.loads(event) for event in events[:-1]]
+def begun(server: Server, max_tokens: int) -> Stream:
+    (stream,) = wait_begun([Stream(server, max_tokens)])
+    return stream
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("worker", WORKERS)
 def test_it_serves_and_drains(worker: str, model: Path) -> None:
     """After SIGTERM the running stream ends normally, newcomers get 503, and nothing is left behind."""
-    late: list[httpx.Response] = []
     with hypercorn(worker, model) as server:
-        url = running_on(server)
-        pids = httpx.get(f"{url}/health").json()["replicas"][0]["worker_pids"]
+        pids = server.replicas()[0]["worker_pids"]
         assert all(psutil.pid_exists(pid) for pid in pids)
-
-        def stop_and_knock() -> None:
-            server.process.send_signal(signal.SIGTERM)
-            while httpx.get(f"{url}/ready").status_code == 200:
-                pass
-            late.append(httpx.post(f"{url}/v1/completions", json={"prompt": "hi"}))
-
-        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "hi", "max_tokens": 5})
-        assert answer.json()["usage"]["completion_tokens"] == 5
-        assert httpx.post(f"{url}/v1/completions", json={"prompt": 5}).status_code == 400
-        events = stream(url, stop_and_knock, max_tokens=150, stream_options={"include_usage": True})
-        assert events[-1]["usage"]["completion_tokens"] == 150
-        assert events[-2]["choices"][0]["finish_reason"] == "length"
-        assert late[0].status_code == 503
-        assert late[0].json()["error"]["code"] == "draining"
-        assert server.end() == 0
-    assert not any(psutil.pid_exists(pid) for pid in pids)
-    assert "1 drained, 0 aborted, 0 killed, 0 abandoned" in "".join(server.log)
+        assert server.complete(max_tokens=5).json()["usage"]["completion_tokens"] == 5
+        assert server.complete(prompt=5).status_code == 400
+        stream = begun(server, 150)
+        server.signal(signal.SIGTERM)
+        eventually(lambda: server.get("/ready").status_code == 503)
+        late = server.complete()
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+        texts([stream])
+        assert server.wait() == 0
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert "1 drained, 0 aborted, 0 killed, 0 abandoned" in server.errors()
 
 
 @pytest.mark.process
@@ -157,75 +85,65 @@ def test_it_serves_and_drains(worker: str, model: Path) -> None:
 def test_the_deadline_aborts_with_a_final_event(worker: str, model: Path) -> None:
     """The signal goes to the whole process group, as a terminal or an init system may send it."""
     with hypercorn(worker, model, ULLM_SHUTDOWN_TIMEOUT="3.3") as server:
-        url = running_on(server)
-        events = stream(url, lambda: os.killpg(server.process.pid, signal.SIGTERM), max_tokens=3000)
-        assert events[-1]["choices"][0]["finish_reason"] == "abort"
-        server.end()
-    assert "1 aborted" in "".join(server.log)
+        stream = begun(server, 3000)
+        os.killpg(server.process.pid, signal.SIGTERM)
+        assert stream.join().finish_reason == "abort"
+        assert stream.done
+        server.wait()
+        assert "1 aborted" in server.errors()
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("worker", WORKERS)
 def test_a_start_that_fails_is_one_line_and_not_a_server(worker: str, tmp_path: Path) -> None:
     """Hypercorn adds a traceback of its own, and ends with code 0 whatever happened."""
-    with hypercorn(worker, tmp_path / "missing") as server:
-        assert "missing: no such folder" in server.wait_for("(ullm.app .*)")
-        server.end()
-    assert "Lifespan failure in startup" in "".join(server.log)
+    server = Server(**start(worker, tmp_path / "missing", wait=False))
+    try:
+        server.hear(r"ullm\.app .*missing: no such folder")
+        server.wait()
+        assert "Lifespan failure in startup" in server.errors()
+        assert server.url == ""
+    finally:
+        server.close()
+        shutil.rmtree(server.folder)
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("worker", WORKERS)
 def test_a_disconnect_frees_the_request(worker: str, model: Path) -> None:
     with hypercorn(worker, model) as server:
-        url = running_on(server)
-        asked = {"prompt": "hello", "stream": True, "ignore_eos": True, "max_tokens": 4000}
-        with httpx.stream("POST", f"{url}/v1/completions", json=asked) as response:
-            lines = response.iter_lines()
-            next(lines)
-            assert _running(url) == 1
-        while _running(url):
-            pass
-        assert 'finish_reason="abort"} 1.0' in httpx.get(f"{url}/metrics").text
+        stream = begun(server, 4000)
+        assert server.metric("ullm_num_requests_running") == 1
+        stream.leave()
+        eventually(lambda: server.metric("ullm_num_requests_running") == 0)
+        assert 'finish_reason="abort"} 1.0' in server.get("/metrics").text
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("worker", WORKERS)
-def test_an_admin_shutdown_ends_the_command(worker: str, model: Path, tmp_path: Path) -> None:
+def test_an_admin_shutdown_ends_the_command(worker: str, model: Path) -> None:
     """Over the admin listener, which needs no key. Hypercorn's parent does not replace the worker."""
-    path = tmp_path / "admin.sock"
-    with hypercorn(worker, model, ULLM_ADMIN_LISTEN=f"unix:{path}") as server:
-        url = running_on(server)
-        assert httpx.post(f"{url}/admin/shutdown").status_code == 403
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as admin:
-            assert admin.get("/health").json()["state"] == "running"
-            events = stream(url, lambda: admin.post("/admin/shutdown"), max_tokens=100)
-        assert events[-1]["choices"][0]["finish_reason"] == "length"
-        assert server.end() == 0
-    assert "by admin: 1 drained" in "".join(server.log)
-    assert not path.exists()
+    with hypercorn(worker, model) as server:
+        assert httpx.post(f"{server.url}/admin/shutdown").status_code == 403
+        assert server.admin("GET", "/health").json()["state"] == "running"
+        stream = begun(server, 100)
+        server.admin("POST", "/admin/shutdown")
+        texts([stream])
+        assert server.wait() == 0
+        assert "by admin: 1 drained" in server.errors()
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("worker", WORKERS)
 def test_a_hangup_of_the_worker_reloads(worker: str, model: Path) -> None:
     with hypercorn(worker, model) as server:
-        url = running_on(server)
-        before = httpx.get(f"{url}/health").json()["replicas"][0]["worker_pids"]
+        before = server.replicas()[0]["worker_pids"]
         (child,) = {psutil.Process(pid).ppid() for pid in before}
-        events = stream(url, lambda: os.kill(child, signal.SIGHUP), max_tokens=200)
-        assert events[-1]["choices"][0]["finish_reason"] == "length"
-        deadline = time.monotonic() + 30
-        while httpx.get(f"{url}/health").json()["replicas"][0]["worker_pids"] == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert 'outcome="succeeded"} 1.0' in httpx.get(f"{url}/metrics").text
-
-
-def _running(url: str) -> float:
-    found = re.search(r"^ullm_num_requests_running (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
-    assert found is not None
-    return float(found[1])
+        stream = begun(server, 200)
+        os.kill(child, signal.SIGHUP)
+        texts([stream])
+        eventually(lambda: server.replicas()[0]["worker_pids"] != before)
+        assert 'outcome="succeeded"} 1.0' in server.get("/metrics").text
 
 
 # --- the callable ------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ullm.hosting.bridge import Stream, TrioThread
 def thread() -> Iterator[TrioThread]:
     thread = TrioThread().start()
     yield thread
-    assert thread.stop(timeout=5)
+    assert thread.stop(timeout=60)
 
 
 class Source:
@@ -98,7 +98,7 @@ def test_call_timeout_cancels_the_work(thread: TrioThread) -> None:
     sleeper = Sleeper()
     with pytest.raises(TimeoutError):
         thread.call(sleeper, timeout=0.01)
-    assert sleeper.cancelled.wait(5)
+    assert sleeper.cancelled.wait(60)
 
 
 def test_asyncio_cancellation_reaches_the_work_and_waits_for_it(thread: TrioThread) -> None:
@@ -148,7 +148,7 @@ def test_start_task_hands_out_the_started_value(thread: TrioThread) -> None:
     assert job.wait(timeout=0.01) is False
     job.cancel()
     with pytest.raises(EngineDead, match="cancelled"):
-        job.wait(timeout=5)
+        job.wait(timeout=60)
 
 
 def test_start_task_raises_what_failed_before_it_started(thread: TrioThread) -> None:
@@ -228,7 +228,7 @@ def test_dropping_a_stream_cancels_it_by_refcount(thread: TrioThread) -> None:
     try:
         for _ in thread.stream(source):
             break
-        assert source.ended.wait(5)
+        assert source.ended.wait(60)
     finally:
         gc.enable()
 
@@ -258,7 +258,7 @@ def test_cancelled_wait_cancels_the_stream(thread: TrioThread) -> None:
             await asyncio.wait_for(anext(keep[0]), 0.01)
 
     asyncio.run(main())
-    assert source.ended.wait(5)
+    assert source.ended.wait(60)
 
 
 def test_close_waits_for_the_end(thread: TrioThread) -> None:
@@ -336,7 +336,7 @@ def test_the_loop_outlives_a_dead_asyncio_loop(thread: TrioThread) -> None:
     loop.run_until_complete(asyncio.sleep(0.01))
     loop.close()
     thread.post(gate.set)
-    assert source.ended.wait(5)
+    assert source.ended.wait(60)
     assert thread.call(double, 2) == 4
     task._log_destroy_pending = False  # type: ignore[attr-defined]
 
@@ -355,7 +355,7 @@ def test_stop_fails_what_is_running_and_what_comes_later() -> None:
     assert next(stream) == 0
     job = thread.start_task(serve, "ready")
     assert thread.alive
-    assert thread.stop(timeout=5)
+    assert thread.stop(timeout=60)
     assert not thread.alive
     with pytest.raises(EngineDead):
         next(stream)
@@ -365,7 +365,7 @@ def test_stop_fails_what_is_running_and_what_comes_later() -> None:
         thread.call(double, 1)
     with pytest.raises(EngineDead):
         thread.stream(source)
-    assert thread.stop(timeout=5)
+    assert thread.stop(timeout=60)
 
 
 async def test_stop_from_trio_wakes_a_pending_call() -> None:
@@ -394,7 +394,7 @@ def test_stop_gives_up_on_what_ignores_its_cancellation() -> None:
     thread.start_task(stubborn)
     assert thread.stop(timeout=0.05) is False
     thread.post(release.set)
-    assert thread.stop(timeout=5) is True
+    assert thread.stop(timeout=60) is True
 
 
 def test_never_started() -> None:
@@ -418,8 +418,8 @@ def test_threads_race_with_the_end() -> None:
         callers = [threading.Thread(target=caller) for _ in range(4)]
         for each in callers:
             each.start()
-        assert thread.stop(timeout=5)
+        assert thread.stop(timeout=60)
         for each in callers:
-            each.join(5)
+            each.join(60)
             assert not each.is_alive()
         assert len(answers) == 400

@@ -69,7 +69,7 @@ async def served(app: Held) -> AsyncIterator[tuple[Listener, Connect]]:
             stream = await trio.open_tcp_stream("127.0.0.1", sock.getsockname()[1])
             return await stack.enter_async_context(stream)
 
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             yield listener, connect
         nursery.cancel_scope.cancel()
 

@@ -68,10 +68,10 @@ def url() -> Iterator[str]:
 
     thread = threading.Thread(target=trio.run, args=(main,))
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     yield addresses[0]
     stop[0]()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 

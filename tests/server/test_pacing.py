@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from ullm.config import EngineConfig
-from ullm.engine import Engine, open_engine
+from tests.support.engine import PROMPT, Open
+from ullm.engine import Engine
 from ullm.engine.output import Output
 from ullm.protocol.messages import Step
 from ullm.sampling import SamplingParams
 from ullm.server.http.pacing import EVENTS_PER_SECOND, UNPACED_STREAMS, Pacer, unhurried
-from ullm.testing import FakeBehaviour, FakeWorkers, local_model, write_scripted_model
+from ullm.testing import FakeBehaviour
 
-PROMPT = [300, 301, 302]
 TEN = SamplingParams(temperature=0, max_tokens=10)
-
-
-@pytest.fixture
-def clock(autojump_clock: MockClock) -> MockClock:
-    # Tokenizer and model resolution hop through threads, which the clock takes for idleness.
-    autojump_clock.autojump_threshold = 0.02
-    return autojump_clock
-
-
-@asynccontextmanager
-async def opened(folder: Path, behaviour: FakeBehaviour) -> AsyncIterator[Engine]:
-    model = write_scripted_model(folder / "model")
-    config = EngineConfig(runner="ullm.testing:ScriptedRunner", model=str(model))
-    workers = FakeWorkers(behaviour=behaviour)
-    async with open_engine(
-        config, transport=workers.open, find_model=lambda config: local_model(model)
-    ) as engine:
-        yield engine
 
 
 async def read(
@@ -66,9 +46,9 @@ def shape(outputs: list[tuple[float, Output]]) -> list[tuple[int, int]]:
     ],
 )
 async def test_the_first_and_the_last_token_never_wait(
-    clock: MockClock, tmp_path: Path, seconds: float, expected: list[tuple[int, int]]
+    clock: MockClock, opened: Open, seconds: float, expected: list[tuple[int, int]]
 ) -> None:
-    async with opened(tmp_path, FakeBehaviour(step_seconds=1)) as engine:
+    async with opened(FakeBehaviour(step_seconds=1)) as (engine, _):
         plain = await read(engine, None)
         paced = await read(engine, lambda: seconds)
     assert shape(paced) == expected
@@ -77,7 +57,7 @@ async def test_the_first_and_the_last_token_never_wait(
     assert paced[-1][1].num_generated_tokens == 10
 
 
-async def test_tokens_do_not_wait_for_ever_for_others(clock: MockClock, tmp_path: Path) -> None:
+async def test_tokens_do_not_wait_for_ever_for_others(clock: MockClock, opened: Open) -> None:
     """Tokens that are held back when a worker hangs are read after twice the pace."""
     steps = 0
 
@@ -86,14 +66,14 @@ async def test_tokens_do_not_wait_for_ever_for_others(clock: MockClock, tmp_path
         steps += isinstance(message, Step)
         return isinstance(message, Step) and steps == 4
 
-    async with opened(tmp_path, FakeBehaviour(step_seconds=1, hang_on=fourth_step)) as engine:
+    async with opened(FakeBehaviour(step_seconds=1, hang_on=fourth_step)) as (engine, _):
         paced = await read(engine, lambda: 2.5)
     assert shape(paced)[:2] == [(1, 1), (6, 1)]
 
 
-async def test_the_deadline_of_a_request_does_not_wait(clock: MockClock, tmp_path: Path) -> None:
+async def test_the_deadline_of_a_request_does_not_wait(clock: MockClock, opened: Open) -> None:
     params = SamplingParams(temperature=0, max_tokens=10, timeout=4.5)
-    async with opened(tmp_path, FakeBehaviour(step_seconds=1)) as engine:
+    async with opened(FakeBehaviour(step_seconds=1)) as (engine, _):
         (first, *_, last) = await read(engine, unhurried, params)
     assert first[1].num_generated_tokens == 1
     assert 1.5 < last[0] < 4.6
@@ -101,23 +81,23 @@ async def test_the_deadline_of_a_request_does_not_wait(clock: MockClock, tmp_pat
     assert last[1].num_generated_tokens > 1
 
 
-async def test_nothing_waits_where_a_stop_string_may_come(clock: MockClock, tmp_path: Path) -> None:
+async def test_nothing_waits_where_a_stop_string_may_come(clock: MockClock, opened: Open) -> None:
     """Otherwise tokens would be computed after the stop string."""
     params = SamplingParams(temperature=0, max_tokens=10, stop="not to be found")
-    async with opened(tmp_path, FakeBehaviour(step_seconds=1)) as engine:
+    async with opened(FakeBehaviour(step_seconds=1)) as (engine, _):
         assert len(await read(engine, unhurried, params)) == 10
 
 
-async def test_choices_are_read_together(clock: MockClock, tmp_path: Path) -> None:
+async def test_choices_are_read_together(clock: MockClock, opened: Open) -> None:
     params = SamplingParams(temperature=0, max_tokens=10, n=2)
-    async with opened(tmp_path, FakeBehaviour(step_seconds=1)) as engine:
+    async with opened(FakeBehaviour(step_seconds=1)) as (engine, _):
         paced = await read(engine, lambda: 2.5, params)
     assert {round(at) for at, _ in paced} == {1, 4, 7, 10}
     assert [sum(len(o.token_ids) for _, o in paced if o.index == index) for index in range(2)] == [10, 10]
 
 
-async def test_a_wait_ends_at_its_deadline(clock: MockClock, tmp_path: Path) -> None:
-    async with opened(tmp_path, FakeBehaviour(step_seconds=10)) as engine:
+async def test_a_wait_ends_at_its_deadline(clock: MockClock, opened: Open) -> None:
+    async with opened(FakeBehaviour(step_seconds=10)) as (engine, _):
         async with engine.generate(PROMPT, TEN) as generation:
             began = trio.current_time()
             assert await generation.next(began + 3) is None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Open = Callable[..., "AbstractAsyncContextManager[tuple[Engine, FakeWorkers]]"]
 """What the fixture `opened` is."""
 
+PROMPT = [300, 301, 302]
 STEP = 1.0
 """Virtual seconds that a step takes, unless a test has it otherwise."""
 
@@ -68,8 +69,14 @@ def opened(model: Path) -> Open:
     return open_it
 
 
-async def collect(engine: Engine, prompt: list[int] | str, params: SamplingParams) -> list[Output]:
-    """Generate, and return all outputs."""
+async def collect(
+    engine: Engine, prompt: list[int] | str | None = None, params: SamplingParams | None = None
+) -> list[Output]:
+    """Generate, and return all outputs; ten tokens without randomness, unless a test has it otherwise."""
+    from ullm.sampling import SamplingParams
+
+    prompt = PROMPT if prompt is None else prompt
+    params = params or SamplingParams(temperature=0, max_tokens=10)
     async with engine.generate(prompt, params) as generation:
         return [output async for output in generation]
 

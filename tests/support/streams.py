@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -77,7 +77,7 @@ class Stream:
         if not response.headers["content-type"].startswith("text/event-stream"):
             response.read()
             return self._take(response.json())
-        for line in response.iter_lines():
+        for line in _lines(response):
             if self._leaving:
                 return
             if line.startswith("data: "):
@@ -106,6 +106,14 @@ class Stream:
         assert self.ended.wait(timeout), "the stream has no end"
         self._thread.join()
         return self
+
+
+def _lines(response: httpx.Response) -> Iterator[str]:
+    """Yield lines as they come. Those of httpx end at U+2028 and the like, too, which JSON may contain."""
+    rest = b""
+    for data in response.iter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line.decode() for line in lines)
 
 
 def streams(server: Server, count: int, max_tokens: int) -> list[Stream]:

@@ -22,9 +22,12 @@ INSTALLED = any(
 PLUGIN = () if INSTALLED else ("-p", "ullm.testing.plugin")
 """An environment that was installed before there was the plugin does not know it."""
 
+UNUSED = ("-p", "no:schemathesis", "-p", "no:anyio", "-p", "no:xdist")
+"""Other plugins, which take seconds to import."""
+
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *PLUGIN, *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *UNUSED, *PLUGIN, *options]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
 
 

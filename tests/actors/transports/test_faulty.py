@@ -164,7 +164,7 @@ async def test_it_is_suspended(kind: str, talk: Messages) -> None:
     async with open_worker(talk.spec()) as worker:
         await talk.load(worker)
         await worker.send(talk.step())
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while not worker.suspended():  # the kernel tells nobody  # noqa: ASYNC110
                 await trio.sleep(0.01)
         assert worker.alive()

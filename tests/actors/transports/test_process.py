@@ -46,7 +46,7 @@ async def hanging(worker, talk):
 
 async def lost(worker):
     """The error after the worker's last message."""
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while True:
             try:
                 await worker.receive()
@@ -94,7 +94,7 @@ async def test_sigkill_is_seen_at_once_and_named(talk):
     async with open_process(talk.spec()) as worker:
         await talk.load(worker)
         os.kill(worker.pid, signal.SIGKILL)
-        with trio.fail_after(1):
+        with trio.fail_after(30):  # not the time of a step or a ping
             error = await lost(worker)
         assert str(error) == "replica0.rank0 was killed by SIGKILL"
         with pytest.raises(WorkerLost, match="SIGKILL"):
@@ -211,7 +211,7 @@ async def test_stop_kills_a_stopped_process(talk):
 async def test_stop_with_no_budget_kills_now(talk):
     async with open_process(talk.spec()) as worker:
         await talk.load(worker)
-        with trio.fail_after(0.5):
+        with trio.fail_after(30):
             report = await worker.stop(0)
         assert report.outcome == "killed"
 
@@ -317,7 +317,7 @@ async def test_worker_is_gone_when_its_parent_is_killed(runner, monkeypatch):
         [sys.executable, "-c", PARENT, runner], stdout=subprocess.PIPE, env=environment
     )
     try:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             pid = int(await parent.stdout.receive_some())
         watched = os.pidfd_open(pid)
     finally:
