@@ -31,13 +31,18 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(real_model: Path, dtype: str) -> Iterator[Server]:
-    """With float32 by PyTorch, with bfloat16 by the CPU's kernels, without which it depends on the batch."""
-    if dtype == "bfloat16" and find_compiler() is None:
+def server(real_server: Server, dtype: str) -> Iterator[Server]:
+    """With float32 by PyTorch, with bfloat16 by the CPU's kernels, without which it depends on the batch.
+
+    These tests leave a server as it was, so the one with float32 is that of the other tests.
+    """
+    if dtype == "float32":
+        yield real_server
+        return
+    if find_compiler() is None:
         pytest.skip("needs a C++ compiler")
-    kernels = "--cpu-kernels" if dtype == "bfloat16" else "--no-cpu-kernels"
     with starting_servers() as start:
-        yield start("--dtype", dtype, kernels, "--standby-workers", "0")
+        yield start("--dtype", dtype, "--cpu-kernels", "--standby-workers", "0")
 
 
 def ask(server: Server) -> list[Stream]:

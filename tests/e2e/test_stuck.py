@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.server import SCRIPTED, Serve, Server
 from tests.support.streams import Stream
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")]
 
@@ -25,13 +26,23 @@ def stuck(serve: Serve, model: Path) -> Server:
     )
     Stream(server, 100)
     server.hear("fault injected")
+    # Python answers a signal that comes just before a system call begins only when it returns.
+    eventually(lambda: not answers(server))
     return server
+
+
+def answers(server: Server) -> bool:
+    try:
+        httpx.get(f"{server.url}/live", timeout=1, verify=False)
+    except httpx.TimeoutException:
+        return False
+    return True
 
 
 def test_a_stuck_loop_is_left_at_the_deadline(serve: Serve, scripted_model: Path) -> None:
     server = stuck(serve, scripted_model)
     server.signal(signal.SIGTERM)
-    assert server.wait(10) == 71
+    assert server.wait() == 71
     assert "Threads that still run" in server.errors()
 
 
@@ -40,7 +51,7 @@ def test_a_stuck_loop_is_left_at_the_third_signal(serve: Serve, scripted_model: 
     for _ in range(3):
         server.signal(signal.SIGTERM)
         time.sleep(0.2)  # signals of one kind that come at once are one, and nothing tells that one has come
-    assert server.wait(5) in (143, 71)
+    assert server.wait() in (143, 71)
 
 
 def test_a_log_that_nobody_reads_holds_up_nothing(scripted_model: Path, tmp_path: Path) -> None:
@@ -60,4 +71,4 @@ def test_a_log_that_nobody_reads_holds_up_nothing(scripted_model: Path, tmp_path
             body = {"prompt": [300], "max_tokens": 1}
             assert httpx.post(f"{url}/completions", json=body, timeout=60).status_code == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
