@@ -284,7 +284,7 @@ class EngineBusy(RequestError):
 
 
 class ReloadFailed(RequestError):
-    """The new workers did not come up; the old ones continue to serve.
+    """The new model cannot be used, or the new workers did not come up; the old ones continue to serve.
 
     Raised by: the engine, on a reload.
     Remedy: remove the cause, which the message and the log name, and reload again.

@@ -191,16 +191,29 @@ async def test_work_in_hand_is_done_again_after_a_restart(folder, monkeypatch, n
 def test_template_of_the_command_line_wins(folder):
     tokenizer = loaded(folder, chat_template="mine: {{ messages[0].content }}")
     assert tokenizer._template.render(HELLO) == "mine: Hello"
-    with pytest.raises(ModelFileBroken, match="line 1"):
+    with pytest.raises(ModelFileBroken, match=r"^--chat-template: line 1: "):
         loaded(folder, chat_template="{% if %}")
 
 
-def test_broken_template_of_the_model_costs_only_chat(folder):
-    (folder / "chat_template.jinja").write_text("{% if %}")
+def test_broken_template_of_the_model_costs_only_chat(folder, caplog):
+    (folder / "chat_template.jinja").write_text("fine\n{% if %}")
     tokenizer = loaded(folder)
-    with pytest.raises(InvalidParameter, match="no chat template"):
+    assert "the model's chat template cannot be used (line 2: " in caplog.text
+    assert not tokenizer.has_chat_template
+    with pytest.raises(InvalidParameter, match=r"the model's chat template cannot be used \(line 2: "):
         tokenizer._template.render(HELLO)
+    with pytest.raises(ModelFileBroken, match=r"the model's chat template cannot be used \(line 2: "):
+        tokenizer.load(strict=True)
     assert loaded(folder, chat_template="x")._template.render(HELLO) == "x"
+
+
+def test_a_model_without_a_chat_template_says_so(folder):
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = loaded(folder)
+    assert not tokenizer.has_chat_template
+    tokenizer.load(strict=True)
+    with pytest.raises(InvalidParameter, match="the model has no chat template; use /v1/completions"):
+        tokenizer._template.render(HELLO)
 
 
 def test_truncation_and_padding_of_the_file_do_not_apply(folder):

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.support.server import SCRIPTED, Serve, Server, is_gone, starting_servers
 from tests.support.streams import Stream, texts
 from tests.support.waiting import SECONDS, eventually
+from ullm.testing import write_scripted_model
 
 pytestmark = pytest.mark.process
 
@@ -132,6 +135,55 @@ def test_the_old_workers_serve_on_if_the_new_ones_do_not_come_up(
         assert "config.json: is a named pipe" in endless.json()["error"]["message"]
     assert pids(server) == first
     assert reloads(server, "failed") == failed + 3
+
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def post(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a request that succeeds."""
+    answer = httpx.post(f"{server.url}{path}", json=body, timeout=60, verify=False)
+    assert answer.status_code == 200, answer.text
+    content: dict[str, Any] = answer.json()
+    return content
+
+
+def chat(server: Server) -> dict[str, Any]:
+    """Return the only choice of a chat that is greedy."""
+    body = {"messages": HELLO, "temperature": 0, "max_tokens": 12}
+    choice: dict[str, Any] = post(server, "/v1/chat/completions", body)["choices"][0]
+    return choice
+
+
+def prompt_text(server: Server) -> str:
+    """Return the text that the chat template makes of a conversation."""
+    tokens = post(server, "/tokenize", {"messages": HELLO})["tokens"]
+    text: str = post(server, "/detokenize", {"tokens": tokens})["prompt"]
+    return text
+
+
+def test_the_new_chat_template_and_end_of_text_are_taken_or_the_reload_is_refused(
+    serve: Serve, scripted_model: Path, tmp_path: Path
+) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED)
+    chat_before, prompt_before = chat(server), prompt_text(server)
+    assert chat_before["finish_reason"] == "length"
+    broken = tmp_path / "broken"
+    shutil.copytree(scripted_model, broken)
+    (broken / "chat_template.jinja").write_text("fine\n{% if %}")
+    workers = pids(server)
+    refused = server.admin("POST", "/admin/reload", {"model": str(broken)})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (500, "reload_failed")
+    message = refused.json()["error"]["message"]
+    assert "the model's chat template cannot be used (line 2: " in message
+    assert "\n" not in message
+    assert (chat(server), prompt_text(server), pids(server)) == (chat_before, prompt_before, workers)
+    other = write_scripted_model(tmp_path / "other", eos_after=4, eos_token_id=5)
+    (other / "chat_template.jinja").write_text("NEW {{ messages[0]['content'] }}")
+    assert server.admin("POST", "/admin/reload", {"model": str(other)}).status_code == 200
+    assert prompt_text(server) == "NEW Hello"
+    assert chat(server)["finish_reason"] == "stop"
+    assert not pids(server) & workers
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from ullm.errors import (
     OutOfMemory,
     ReloadFailed,
 )
-from ullm.hub import LocalModel
+from ullm.hub import LocalModel, resolve
 from ullm.protocol.messages import Sleep, Start, Stop, Wake
 from ullm.sampling import SamplingParams
 from ullm.testing import (
@@ -439,7 +439,7 @@ async def test_a_reload_that_fails_changes_nothing(
     ):
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
-        with pytest.raises(ReloadFailed, match=r"old ones serve on: .*is truncated"):
+        with pytest.raises(ReloadFailed, match=r"old workers serve on: .*is truncated"):
             await engine.reload()
         assert workers.started[0].alive()
         assert tokens_of(await collect(engine)) == expected
@@ -505,20 +505,55 @@ async def test_new_requests_get_the_new_models_chat_template_and_end_of_sequence
     assert tokens_of(running.outputs) == expected  # in flight, it keeps what it began with
 
 
-async def test_a_new_chat_template_that_cannot_be_read_changes_nothing(
-    clock: MockClock, opened: Open, expected: list[int], tmp_path: Path
+@pytest.mark.parametrize(
+    ("file", "content", "cause"),
+    [
+        ("tokenizer_config.json", "{ not JSON", r"tokenizer_config\.json: not readable as JSON"),
+        ("chat_template.jinja", "fine\n{% if %}", r"the model's chat template cannot be used \(line 2: "),
+        ("chat_template.json", "[]", r"the model's chat template cannot be used \(chat_template\.json: "),
+        ("special_tokens_map.json", "[]", r"special_tokens_map\.json: must hold a JSON object"),
+        ("generation_config.json", "{ not JSON", r"generation_config\.json: not readable as JSON"),
+        ("tokenizer.json", None, r"tokenizer\.json: cannot be read"),
+    ],
+)
+async def test_new_files_that_the_front_end_cannot_use_change_nothing(
+    clock: MockClock,
+    opened: Open,
+    expected: list[int],
+    tmp_path: Path,
+    file: str,
+    content: str | None,
+    cause: str,
 ) -> None:
     other = write_scripted_model(tmp_path / "other")
     (other / "chat_template.jinja").write_text("NEW")
-    (other / "tokenizer_config.json").write_text("{ not JSON")
+    if content is None:
+        (other / file).unlink()
+    else:
+        (other / file).write_text(content)
     hello = [{"role": "user", "content": "Hello"}]
-    async with opened(find_model=lambda config: local_model(Path(config.model))) as (engine, workers):
+    find_model = of_config if content is None else resolve  # which would convert a tokenizer
+    async with opened(find_model=find_model) as (engine, workers):
         before = await engine.tokenizer.render_chat(hello)
-        with pytest.raises(ReloadFailed, match=r"tokenizer_config.json: not readable as JSON"):
+        with pytest.raises(ReloadFailed, match=rf"the old workers serve on: .*{cause}") as caught:
             await engine.reload(model=str(other))
+        assert "\n" not in str(caught.value)
         assert len(workers.started) == 1
         assert await engine.tokenizer.render_chat(hello) == before
         assert tokens_of(await collect(engine)) == expected
+        assert engine.statistics().reloads_total == {"succeeded": 0, "failed": 1}
+
+
+async def test_a_new_model_without_a_chat_template_is_a_warning(
+    clock: MockClock, opened: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = write_scripted_model(tmp_path / "other")
+    (other / "chat_template.jinja").unlink()
+    async with opened(find_model=of_config) as (engine, _):
+        await engine.reload(model=str(other))
+        with pytest.raises(InvalidParameter, match="the model has no chat template"):
+            await engine.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
+    assert "the new model has no chat template; chats will be refused" in caplog.text
 
 
 def of_config(config: EngineConfig) -> LocalModel:

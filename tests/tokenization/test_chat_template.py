@@ -8,7 +8,12 @@ import pytest
 from ullm.errors import InvalidParameter, ModelFileBroken
 from ullm.testing.models import CHAT_TEMPLATE, tiny_tokenizer
 from ullm.tokenization import chat_template
-from ullm.tokenization.chat_template import ChatTemplate, read_special_tokens, read_templates
+from ullm.tokenization.chat_template import (
+    ChatTemplate,
+    ChatTemplateBroken,
+    read_special_tokens,
+    read_templates,
+)
 
 CHAT = [
     {"role": "system", "content": 'Be <brief> & "plain".'},
@@ -154,9 +159,44 @@ def test_no_template_says_what_to_do():
         template.render(CHAT)
 
 
-def test_broken_template_names_its_line():
-    with pytest.raises(ModelFileBroken, match=r"'default': line 2: .*--chat-template"):
-        ChatTemplate({"default": "fine\n{% if %}"}, {})
+@pytest.mark.parametrize(
+    ("sources", "reason"),
+    [
+        ({"default": "fine\n{% if %}"}, "line 2: Expected an expression"),
+        ({"default": "fine", "tool_use": "{% if %}"}, "tool_use, line 1: Expected an expression"),
+        ({"default": "{% for a in b %}" * 30 + "{% endfor %}" * 30}, "it cannot be compiled: SyntaxError"),
+    ],
+)
+def test_broken_template_names_its_line(sources, reason):
+    with pytest.raises(ChatTemplateBroken, match=r"^the model's chat template cannot be used ") as caught:
+        ChatTemplate(sources, {})
+    assert isinstance(caught.value, ModelFileBroken)
+    assert caught.value.reason.startswith(reason)
+    with pytest.raises(
+        InvalidParameter, match=r"cannot be used \(.*\); use /v1/completions.*--chat-template"
+    ):
+        ChatTemplate.unusable(caught.value).render(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("chat_template.json", b"{"),
+        ("chat_template.json", b"[]"),
+        ("chat_template.json", b'{"chat_template": 5}'),
+        ("chat_template.json", b'{"chat_template": [{"name": "default"}]}'),
+        ("chat_template.json", b'{"chat_template": ["text"]}'),
+        ("chat_template.json", b'{"chat_template": {"default": null}}'),
+        ("chat_template.jinja", b"\xff"),
+        ("additional_chat_templates/tool_use.jinja", b"\xff"),
+    ],
+)
+def test_unreadable_templates_name_their_file(tmp_path, file, content):
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ChatTemplateBroken) as caught:
+        read_templates(tmp_path, {})
+    assert caught.value.reason.startswith(f"{(tmp_path / file).name}: ")
 
 
 def test_template_for_tools_is_used_where_there_are_tools():

@@ -29,7 +29,12 @@ from ullm.hub import LocalModel
 from ullm.hub.files import read_json
 from ullm.logs import get_logger
 from ullm.supervision.actor import Mailbox, Reply, ask
-from ullm.tokenization.chat_template import ChatTemplate, read_special_tokens, read_templates
+from ullm.tokenization.chat_template import (
+    ChatTemplate,
+    ChatTemplateBroken,
+    read_special_tokens,
+    read_templates,
+)
 from ullm.tokenization.decoding import ByteLevelDecoder, TokenBytes, WindowDecoder
 from ullm.tokenization.detokenizer import IncrementalDecoder
 
@@ -88,7 +93,7 @@ class TokenizerActor:
         """Load the files, report ready, and serve until cancelled.
 
         Raises:
-            ModelFileBroken: the tokenizer's files or the chat template cannot be read.
+            ModelFileBroken: the tokenizer's files or the template of ``--chat-template`` cannot be used.
         """
         threads = trio.CapacityLimiter(THREADS)
         await trio.to_thread.run_sync(self.load, limiter=threads)
@@ -97,8 +102,12 @@ class TokenizerActor:
             async for job in self._jobs:
                 nursery.start_soon(self._do, job, threads)
 
-    def load(self) -> None:
+    def load(self, *, strict: bool = False) -> None:
         """Read the tokenizer's files, which blocks for up to a second.
+
+        Args:
+            strict: a chat template of the model's own that cannot be used is an error, too. Otherwise it is
+                logged, and chats are refused, since completions work without it.
 
         Raises:
             ModelFileBroken: one of them cannot be read.
@@ -107,7 +116,7 @@ class TokenizerActor:
         config = read_json(folder / "tokenizer_config.json", missing_ok=True)
         tokens_map = read_json(folder / "special_tokens_map.json", missing_ok=True)
         special = read_special_tokens(config, tokens_map)
-        self._template = self._load_template(folder, config, special)
+        self._template = self._load_template(folder, config, special, strict)
         self._backend = backend = _load_backend(folder / "tokenizer.json")
         self._bytes = TokenBytes(backend)
         self._special = frozenset(
@@ -115,7 +124,7 @@ class TokenizerActor:
         )
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = len(vocabulary)
-        self._longest_token = max(map(len, vocabulary))
+        self._longest_token = max(map(len, vocabulary), default=1)
 
     def take_over(self, other: TokenizerActor) -> None:
         """Serve another model's files from now on, which ``other`` has loaded.
@@ -126,6 +135,11 @@ class TokenizerActor:
         self._template = other._template
         self._backend, self._bytes, self._special = other._backend, other._bytes, other._special
         self.vocab_size, self._longest_token = other.vocab_size, other._longest_token
+
+    @property
+    def has_chat_template(self) -> bool:
+        """False if the model has none, or one that cannot be used; chats are refused then."""
+        return bool(self._template)
 
     # --- encoding ---
 
@@ -180,7 +194,7 @@ class TokenizerActor:
             variables: further variables of the template, such as ``enable_thinking``.
 
         Raises:
-            InvalidParameter: there is no chat template, or it rejects the messages.
+            InvalidParameter: there is no chat template, or it cannot be used, or it rejects the messages.
         """
         return await self._ask(
             partial(
@@ -269,15 +283,19 @@ class TokenizerActor:
         return ids
 
     def _load_template(
-        self, folder: Path, config: Mapping[str, Any], special: Mapping[str, str]
+        self, folder: Path, config: Mapping[str, Any], special: Mapping[str, str], strict: bool
     ) -> ChatTemplate:
-        if self._model.chat_template is not None:
-            return ChatTemplate({"default": self._model.chat_template}, special)
+        own = self._model.chat_template is None
         try:
-            return ChatTemplate(read_templates(folder, config), special)
-        except ModelFileBroken as error:  # completions work without it
-            log.warning("chat template cannot be used", error=str(error))
-            return ChatTemplate({}, special)
+            sources = read_templates(folder, config) if own else {"default": self._model.chat_template or ""}
+            return ChatTemplate(sources, special)
+        except ChatTemplateBroken as error:
+            if not own:
+                raise ModelFileBroken("--chat-template", error.reason) from None
+            if strict:
+                raise
+            log.warning(f"{error}; chats are refused")
+            return ChatTemplate.unusable(error)
 
 
 def _guarded(work: Callable[[], T]) -> T:

@@ -213,7 +213,8 @@ class Engine:
             revision: another revision of a hub model.
 
         Raises:
-            ReloadFailed: the new workers did not come up; the old ones serve on.
+            ReloadFailed: the new model cannot be used, or the new workers did not come up; the old ones
+                serve on.
             EngineNotReady, EngineDraining, EngineDead: it does not run.
             EngineBusy: a stop overtook it.
         """

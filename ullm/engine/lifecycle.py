@@ -153,7 +153,8 @@ class Lifecycle:
 
         Raises:
             InvalidParameter: a revision of a local path.
-            ReloadFailed: the new workers did not come up, and the old ones serve on.
+            ReloadFailed: the new model cannot be used, or the new workers did not come up; the old ones
+                serve on.
         """
         return await ask(self.mailbox, lambda reply: ReloadModel(model, revision, reply), float("inf"))
 

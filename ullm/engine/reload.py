@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -19,6 +20,7 @@ from ullm.engine.status import ReloadReport
 from ullm.errors import (
     ActorLost,
     InvalidParameter,
+    ModelFileBroken,
     ReloadFailed,
     StartFailed,
     SupervisionError,
@@ -85,7 +87,8 @@ class Reloader:
             began: when the reload was begun, in trio's time.
 
         Raises:
-            ReloadFailed: the new workers did not come up, and the old ones serve on.
+            ReloadFailed: the new model cannot be used, or the new workers did not come up; the old ones serve
+                on.
         """
         try:
             await self._faults.at("engine.reload")
@@ -98,7 +101,7 @@ class Reloader:
             self.counts["failed"] += 1
             cause = first_cause(error)
             log.error("reload failed; the old workers serve on", cause=str(cause))
-            raise ReloadFailed(f"the new workers did not come up, the old ones serve on: {cause}") from error
+            raise ReloadFailed(f"the model is not reloaded, the old workers serve on: {cause}") from error
         self.counts["succeeded"] += 1
         seconds = trio.current_time() - began
         path = str(candidate.local.path)
@@ -111,7 +114,7 @@ class Reloader:
 
         Raises:
             ReloadFailed: its tokens are not those of the current model.
-            UllmError: it is nowhere, or a file is broken.
+            UllmError: it is nowhere, or a file is broken, its chat template included.
         """
         current = self._current
         assert current.local is not None, "a running engine knows its model's files"
@@ -126,7 +129,12 @@ class Reloader:
         if digests[0] != digests[1]:
             raise ReloadFailed(f"{local.path} has another tokenizer; requests in flight could not go on")
         tokenizer = TokenizerActor(local)
-        await trio.to_thread.run_sync(tokenizer.load)
+        await trio.to_thread.run_sync(partial(tokenizer.load, strict=True))
+        if (
+            current.tokenizer is not None
+            and current.tokenizer.has_chat_template > tokenizer.has_chat_template
+        ):
+            log.warning("the new model has no chat template; chats will be refused", model=str(local.path))
         return _Candidate(config, local, tokenizer)
 
     async def _replace_all(self, candidate: _Candidate) -> int:
@@ -190,7 +198,14 @@ class Reloader:
 
 
 def _tokenizer_digest(local: LocalModel) -> str:
-    """Return the digest of the file that maps text to tokens; a GGUF file is its own."""
+    """Return the digest of the file that maps text to tokens; a GGUF file is its own.
+
+    Raises:
+        ModelFileBroken: the file cannot be read.
+    """
     path = Path(local.tokenizer_path)
     file = path / "tokenizer.json" if path.is_dir() else path
-    return hashlib.blake2b(file.read_bytes()).hexdigest()
+    try:
+        return hashlib.blake2b(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelFileBroken(file, f"cannot be read: {error.strerror or error}") from None

@@ -19,14 +19,25 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ullm.errors import InvalidParameter, ModelFileBroken
+from ullm.errors import InvalidParameter, ModelFileBroken, UllmError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_NO_TEMPLATE = (
-    "the model has no chat template; use /v1/completions, or start the server with --chat-template FILE"
-)
+_REMEDY = "use /v1/completions, or start the server with --chat-template FILE"
+_NO_TEMPLATE = f"the model has no chat template; {_REMEDY}"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _READS_PARTS = re.compile(r"""\[\s*['"]type['"]\s*\]|\.type\b|is string""")
+
+
+class ChatTemplateBroken(ModelFileBroken):
+    """A chat template cannot be read or compiled.
+
+    Args:
+        reason: names the file, or the line of the default template.
+    """
+
+    def __init__(self, reason: str) -> None:
+        UllmError.__init__(self, f"the model's chat template cannot be used ({reason})")
+        self.reason = reason
 
 
 class ChatTemplate:
@@ -37,22 +48,22 @@ class ChatTemplate:
         special_tokens: ``bos_token`` and the like, as variables of the templates.
 
     Raises:
-        ModelFileBroken: a template is not valid Jinja.
+        ChatTemplateBroken: a template is not valid Jinja.
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         environment = _environment()
         self._sources = dict(sources)
         self._special_tokens = dict(special_tokens)
-        self._templates: dict[str, jinja2.Template] = {}
-        for name, text in sources.items():
-            try:
-                self._templates[name] = environment.from_string(text)
-            except jinja2.TemplateSyntaxError as error:
-                raise ModelFileBroken(
-                    f"chat template {name!r}",
-                    f"line {error.lineno}: {error.message}; give another one with --chat-template",
-                ) from None
+        self._templates = {name: _compile(environment, name, text) for name, text in sources.items()}
+        self._refusal = _NO_TEMPLATE
+
+    @classmethod
+    def unusable(cls, error: ChatTemplateBroken) -> ChatTemplate:
+        """Return the stand-in for templates that are broken; its `render` raises an error that says why."""
+        template = cls({}, {})
+        template._refusal = f"{error}; {_REMEDY}"
+        return template
 
     def __bool__(self) -> bool:
         return bool(self._templates)
@@ -68,7 +79,7 @@ class ChatTemplate:
         """Return the text of the prompt.
 
         Raises:
-            InvalidParameter: there is no template, or it rejects the messages.
+            InvalidParameter: there is no template, or it cannot be used, or it rejects the messages.
         """
         name = self._choose(bool(tools))
         keep_parts = _READS_PARTS.search(self._sources[name]) is not None
@@ -101,7 +112,7 @@ class ChatTemplate:
                 "start the server with --chat-template FILE",
                 "messages",
             )
-        raise InvalidParameter(_NO_TEMPLATE, "messages")
+        raise InvalidParameter(self._refusal, "messages")
 
 
 def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
@@ -109,22 +120,59 @@ def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
 
     They are in chat_template.jinja with others in additional_chat_templates/, in chat_template.json,
     or in tokenizer_config.json as one text or as a list of named ones.
+
+    Raises:
+        ChatTemplateBroken: a file cannot be read, or what it holds is not a template.
     """
-    source: Any = tokenizer_config.get("chat_template")
-    if (file := folder / "chat_template.json").is_file():
-        source = json.loads(file.read_text("utf-8")).get("chat_template", source)
-    templates: dict[str, str] = {}
-    if isinstance(source, str):
-        templates["default"] = source
-    elif isinstance(source, list):
-        templates = {entry["name"]: entry["template"] for entry in source}
-    elif isinstance(source, dict):
-        templates = dict(source)
-    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[file.stem] = file.read_text("utf-8")
-    if (file := folder / "chat_template.jinja").is_file():
-        templates["default"] = file.read_text("utf-8")
+    file, source = "tokenizer_config.json", tokenizer_config.get("chat_template")
+    if (path := folder / "chat_template.json").is_file():
+        file, source = path.name, _read_object(path).get("chat_template", source)
+    templates = _named_templates(file, source)
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        templates[path.stem] = _read_text(path)
+    if (path := folder / "chat_template.jinja").is_file():
+        templates["default"] = _read_text(path)
     return templates
+
+
+def _named_templates(file: str, source: Any) -> dict[str, str]:
+    """Return the templates in a JSON value: one text, a list of named ones, or an object of them."""
+    if source is None:
+        return {}
+    if isinstance(source, str):
+        return {"default": source}
+    if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
+        source = {entry.get("name"): entry.get("template") for entry in source}
+    if not isinstance(source, dict) or not all(isinstance(each, str) for each in (*source, *source.values())):
+        raise ChatTemplateBroken(f"{file}: its chat_template is neither a text nor named texts")
+    return dict(source)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(path))
+    except ValueError as error:
+        raise ChatTemplateBroken(f"{path.name}: not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ChatTemplateBroken(f"{path.name}: must hold a JSON object, holds a {type(content).__name__}")
+    return content
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatTemplateBroken(f"{path.name}: not readable: {error}") from None
+
+
+def _compile(environment: jinja2.Environment, name: str, text: str) -> jinja2.Template:
+    where = "" if name == "default" else f"{name}, "
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ChatTemplateBroken(f"{where}line {error.lineno}: {error.message}") from None
+    except Exception as error:  # Python's own limits: of nested blocks, of recursion
+        raise ChatTemplateBroken(f"{where}it cannot be compiled: {type(error).__name__}: {error}") from error
 
 
 def read_special_tokens(*configs: Mapping[str, Any]) -> dict[str, str]:
