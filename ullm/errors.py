@@ -183,7 +183,7 @@ class ModelUnknown(RequestError):
     code = "model_not_found"
 
     def __init__(self, name: str, served: str) -> None:
-        super().__init__(f"the model {name!r} is not served here; this server serves {served!r}", "model")
+        super().__init__(f"the model {name!r} is not served here; this server serves {served}", "model")
 
 
 class QueueFull(RequestError):

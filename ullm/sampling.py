@@ -20,7 +20,7 @@ class SamplingParams:
     """Sampling parameters of a request; immutable, validated when built.
 
     Args:
-        n: number of independent continuations; each has its own stream of random draws.
+        n: number of independent continuations; each is sampled with random numbers of its own.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this.
         top_k: keep this many of the most likely tokens; 0 or -1 keeps all.
@@ -37,7 +37,7 @@ class SamplingParams:
         presence_penalty: subtracted once from the logit of each token already generated.
         frequency_penalty: subtracted once per occurrence in the output.
         logit_bias: token id → value added to its logit, -100 to 100.
-        seed: a draw is a pure function of (seed, index of the token); None: a random seed.
+        seed: sampling is a pure function of (seed, index of the token); None: a random seed.
         logprobs: report each token's log probability and this many alternatives; 0: only the token's own.
         prompt_logprobs: the same for the tokens of the prompt.
         skip_special_tokens: omit special tokens from the text.

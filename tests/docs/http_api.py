@@ -14,7 +14,7 @@ from tests.docs.field_notes import NOTES
 from ullm.engine import status
 from ullm.sampling import SamplingParams
 from ullm.server.api import responses, schemas
-from ullm.server.api.fields import FIELDS, FieldRule
+from ullm.server.api.fields import FIELDS, REFUSED, FieldRule
 from ullm.server.api.openapi import DESCRIPTIONS
 from ullm.server.routes.table import ROUTES
 
@@ -92,24 +92,33 @@ def _request_table(schema: Struct) -> str:
 
 
 def _rule_row(rule: FieldRule, kind: str, text: str) -> list[str]:
-    origin = "OpenAI" if rule.is_openai else "ullm"
-    return [f"`{rule.name}`", kind, origin, rule.effect.value, sentence(markdown(rule.note)) or text]
+    meaning = sentence(markdown(rule.meaning)) or text
+    return [f"`{rule.name}`", kind, rule.origin.value, rule.effect.value, meaning]
 
 
 def other_fields() -> str:
     """Return the fields of the other requests, a table per route."""
     return "\n".join(
         f"### `{route}`\n\n"
-        + table(["field", "type", "meaning"], [[f"`{n}`", k, m] for n, k, m in fields(schema)])
+        + table(["field", "type", "meaning"], [*_field_rows(schema), *_refused_rows(schema)])
         for route, schema in OTHER_SCHEMAS.items()
     )
+
+
+def _field_rows(schema: Struct) -> list[list[str]]:
+    return [[f"`{name}`", kind, text] for name, kind, text in fields(schema)]
+
+
+def _refused_rows(schema: Struct) -> list[list[str]]:
+    rules = REFUSED.get(schema, ())
+    return [[f"`{rule.name}`", "any", sentence(f"refused {rule.meaning}")] for rule in rules]
 
 
 def answers() -> str:
     """Return the fields of ullm's own answers, a table per schema."""
     return "\n".join(
         f"### {schema.__name__}\n\n{markdown(parse(schema).summary)}\n\n"
-        + table(["field", "type", "meaning"], [[f"`{n}`", k, m] for n, k, m in fields(schema)])
+        + table(["field", "type", "meaning"], _field_rows(schema))
         for schema in ANSWERS
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -390,8 +391,10 @@ async def test_the_deadline_ends_a_drain_with_what_there_is(clock: MockClock, op
     assert (report.drained, report.aborted, report.exit_code) == (0, 1, 0)
 
 
-@pytest.mark.parametrize("how", ["no time", "expedite"])
-async def test_a_drain_can_be_cut_short(clock: MockClock, opened: Open, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "outcome"), [("no time", "timeout"), ("expedite", "hurried"), ("kill", "hurried")]
+)
+async def test_a_drain_can_be_cut_short(clock: MockClock, opened: Open, how: str, outcome: str) -> None:
     results: list[list[Output]] = []
 
     async def one() -> None:
@@ -402,12 +405,28 @@ async def test_a_drain_can_be_cut_short(clock: MockClock, opened: Open, how: str
         await trio.sleep(2.5)
         began = trio.current_time()
         engine.request_shutdown(0 if how == "no time" else 100)
-        if how == "expedite":
+        if how != "no time":
             await trio.sleep(1)
-            engine.expedite()
-        await engine.wait_stopped()
+            engine.expedite() if how == "expedite" else engine.kill(signal.SIGTERM)
+        report = await engine.wait_stopped()
         assert trio.current_time() - began < 5
+    assert [stage.outcome for stage in report.stages if stage.name == "drain"] == [outcome]
+    assert ("hurried" in str(report)) == (outcome == "hurried")
     assert results[0][-1].finish_reason == "abort"
+
+
+@pytest.mark.parametrize(("seconds", "outcome"), [(100.0, "done"), (4.0, "timeout")])
+async def test_an_order_to_hurry_that_comes_late_changes_no_outcome(
+    clock: MockClock, opened: Open, seconds: float, outcome: str
+) -> None:
+    async with opened() as (engine, _), trio.open_nursery() as nursery:
+        nursery.start_soon(collect, engine)
+        await trio.sleep(2.5)
+        engine.request_shutdown(seconds)
+        await engine._life.cell.wait_for(EngineState.STOPPING if outcome == "done" else EngineState.ABORTING)
+        engine.expedite()
+        report = await engine.wait_stopped()
+    assert (report.stages[0].name, report.stages[0].outcome) == ("drain", outcome)
 
 
 async def test_cancelling_the_scope_around_it_drains(clock: MockClock, opened: Open) -> None:

@@ -85,7 +85,6 @@ def test_equal_keys_are_refused() -> None:
         ("?level=1&mode=abort", None, ("sleep", 1, "abort")),
         ("?level=2", {"mode": "keep"}, ("sleep", 2, "keep")),
         ("?level=1&mode=wait", {"level": 3, "mode": "abort"}, ("sleep", 3, "abort")),
-        ("?tags=weights", {"level": 0}, ("sleep", 0, "wait")),
     ],
 )
 async def test_sleep(
@@ -108,6 +107,8 @@ async def test_sleep(
         ("?level=4", None, "level"),
         ("?level=deep", None, "level"),
         ("?mode=now", None, "mode"),
+        ("?tags=weights", {"level": 0}, "tags"),
+        ("?level=1&level=2", None, "level"),
         ("", {"level": -1}, "level"),
         ("", {"level": "1"}, "level"),
         ("", {"mode": "now"}, "mode"),
@@ -119,6 +120,18 @@ async def test_a_sleep_that_makes_no_sense(
     response = await admin.post(f"/sleep{query}", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize(("method", "path"), ENDPOINTS)
+async def test_a_query_that_is_not_acted_on_is_refused(
+    admin: httpx.AsyncClient, engine: FakeEngine, method: str, path: str
+) -> None:
+    response = await admin.request(method, f"{path}?tags=weights&tags=kv_cache")
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "tags"
+    assert f"{path} does not take tags=weights,kv_cache; " in error["message"]
     assert engine.asked == []
 
 
@@ -193,6 +206,8 @@ async def test_faults(admin: httpx.AsyncClient, engine: FakeEngine) -> None:
     [
         ("/sleep", {"levl": 3}),
         ("/admin/reload", {"modell": "/x"}),
+        ("/wake", {"tags": ["weights"]}),
+        ("/wake_up", {"tags": ["weights"]}),
         ("/admin/shutdown", {"seconds": 3}),
         ("/admin/faults", {"plan": "", "seeds": 1}),
     ],

@@ -89,6 +89,13 @@ async def test_what_is_not_json(client: httpx.AsyncClient, body: bytes) -> None:
         ({"n": 10**6}, "n"),
         ({"n": 2, "best_of": 3}, "best_of"),
         ({"suffix": "x"}, "suffix"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+        ({"guided_json": "{}"}, "guided_json"),
+        ({"guided_json": {}, "guided_regex": "a+"}, "guided_regex"),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+        ({"return_token_ids": 1}, "return_token_ids"),
+        ({"thinking_token_budget": 0}, "thinking_token_budget"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
@@ -149,6 +156,15 @@ async def test_completion_fields(
             "messages[0].tool_calls[0].function.arguments",
         ),
         ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"modalities": "text"}, "modalities"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"store": True}, "store"),
+        ({"service_tier": "flex"}, "service_tier"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
         ({"response_format": {}}, "response_format.type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
@@ -174,11 +190,27 @@ async def test_missing_fields(client: httpx.AsyncClient) -> None:
     check_error(await client.post(TEXT, json=[]), 400)
 
 
+async def test_a_refused_field_that_is_not_json(client: httpx.AsyncClient) -> None:
+    for value in (b'"\\ud800"', b"1e999", b"NaN"):
+        body = b'{"prompt": "hi", "guided_json": ' + value + b"}"
+        response = await client.post(TEXT, content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400, value
+
+
+async def test_tokens_are_counted_as_a_chat_would_count_them(client: httpx.AsyncClient) -> None:
+    for name, value in (
+        ("continue_final_message", True),
+        ("chat_template", "x"),
+        ("documents", [{"text": "x"}]),
+    ):
+        response = await client.post("/tokenize", json={"messages": HELLO, name: value})
+        check_error(response, 400, name)
+
+
 async def test_unknown_model(client: httpx.AsyncClient) -> None:
     for path, body in ((TEXT, {"prompt": "hi"}), (CHAT, {"messages": HELLO}), ("/tokenize", {"prompt": "x"})):
         error = check_error(await client.post(path, json={"model": "gpt-9", **body}), 404, "model")
-        assert "gpt-9" in error["message"]
-        assert "fake" in error["message"]
+        assert error["message"] == "the model 'gpt-9' is not served here; this server serves 'fake'"
     check_error(await client.get("/v1/models/some/other"), 404, "model")
 
 

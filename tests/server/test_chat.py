@@ -80,7 +80,6 @@ async def test_messages_reach_the_template_in_its_own_terms(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     response = await chat(
         client,
         messages=[
@@ -89,7 +88,6 @@ async def test_messages_reach_the_template_in_its_own_terms(
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "content": "2", "tool_call_id": "c1"},
         ],
-        tools=[tool],
         tool_choice="auto",
         chat_template_kwargs={"enable_thinking": False},
         add_generation_prompt=False,
@@ -97,7 +95,7 @@ async def test_messages_reach_the_template_in_its_own_terms(
     assert response.status_code == 200
     (seen,) = engine._tokenizer.seen
     assert seen["kwargs"] == {"enable_thinking": False}
-    assert seen["tools"] == [tool]
+    assert seen["tools"] is None
     assert seen["messages"] == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "a\nb"},
@@ -116,6 +114,13 @@ async def test_tool_choice_none_keeps_the_tools_away(client: httpx.AsyncClient, 
     tool = {"type": "function", "function": {"name": "f"}}
     assert (await chat(client, tools=[tool], tool_choice="none")).status_code == 200
     assert engine._tokenizer.seen[0]["tools"] is None
+    for choice in (None, "auto", "required", {"type": "function", "function": {"name": "f"}}):
+        refused = await chat(client, tools=[tool], tool_choice=choice)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "tools"
+        assert refused.json()["error"]["message"].startswith(
+            'tools is not supported, except with tool_choice "none"; '
+        )
 
 
 async def test_the_newer_name_of_max_tokens_wins(client: httpx.AsyncClient, engine: FakeEngine) -> None:

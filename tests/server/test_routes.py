@@ -7,44 +7,75 @@ import pytest
 from fake_engine import FakeEngine, serving
 
 from ullm.server.api import fields, schemas
-from ullm.server.api.fields import CHAT_FIELDS, COMPLETION_FIELDS, FIELDS, Effect, FieldRule
+from ullm.server.api.fields import CHAT_FIELDS, COMPLETION_FIELDS, FIELDS, Effect, FieldRule, Origin
 from ullm.server.api.route import Access, Route
 from ullm.server.routes.table import ADMIN_ROUTES, ROUTES, access_of, reference_rows, reference_table
 from ullm.testing.server import ADMIN_PATHS
 
 OPENAI_CHAT = (
-    "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens "
-    "messages metadata modalities model n parallel_tool_calls prediction presence_penalty prompt_cache_key "
-    "prompt_cache_retention reasoning_effort response_format safety_identifier seed service_tier stop store "
-    "stream stream_options temperature tool_choice tools top_logprobs top_p user verbosity web_search_options"
+    "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens "
+    "max_tokens messages metadata modalities model moderation n parallel_tool_calls prediction "
+    "presence_penalty prompt_cache_key prompt_cache_options prompt_cache_retention reasoning_effort "
+    "response_format safety_identifier seed service_tier stop store stream stream_options temperature "
+    "tool_choice tools top_logprobs top_p user verbosity web_search_options"
 )
 OPENAI_COMPLETIONS = (
     "best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty prompt seed stop "
     "stream stream_options suffix temperature top_p user"
 )
+VLLM_SAMPLING = (
+    "allowed_token_ids bad_words ignore_eos include_stop_str_in_output length_penalty logprob_token_ids "
+    "min_p min_tokens prompt_logprobs repetition_penalty skip_special_tokens "
+    "spaces_between_special_tokens stop_token_ids top_k truncate_prompt_tokens truncation_side "
+    "use_beam_search watermarking"
+)
+VLLM_SHARED = (
+    "cache_salt ec_transfer_params guided_choice guided_decoding_backend guided_grammar guided_json "
+    "guided_regex guided_whitespace_pattern kv_transfer_params logits_processors priority "
+    "repetition_detection request_id return_token_ids return_token_offsets return_tokens_as_token_ids "
+    "routed_experts_prompt_start session_id stream_interval structured_outputs thinking_token_budget "
+    "vllm_xargs add_special_tokens"
+)
+VLLM_CHAT = (
+    "add_generation_prompt chat_template chat_template_kwargs continue_final_message documents echo "
+    "include_reasoning media_io_kwargs mm_processor_kwargs return_prompt_text"
+)
+VLLM_COMPLETIONS = "prompt_embeds response_format"
+"""The extra parameters of vLLM's documentation, up to 0.32."""
+TOOL = {"type": "function", "function": {"name": "f"}}
 REFUSED = {
+    "tools": [TOOL],
     "tool_choice": "required",
     "response_format": {"type": "json_object"},
-    "best_of": 3,
     "suffix": "x",
 }
+"""Values that the schema takes; where it does not have the field, any will do."""
 
 
 @pytest.mark.parametrize("schema", FIELDS, ids=lambda schema: schema.__name__)
 def test_the_fields_of_a_schema_have_a_rule(schema: type[schemas.GenerationRequest]) -> None:
     rules = {rule.name: rule for rule in FIELDS[schema]}
     assert len(rules) == len(FIELDS[schema]), "each field once"
-    known = {name for name, rule in rules.items() if rule.effect is not Effect.IGNORED}
-    assert known == set(schema.__struct_fields__)
+    honoured = {name for name, rule in rules.items() if rule.effect is Effect.HONOURED}
+    assert honoured <= set(schema.__struct_fields__) <= rules.keys()
     for rule in rules.values():
-        assert rule.note or rule.effect is not Effect.REFUSED, "a refusal says what is taken"
+        assert rule.note or rule.effect is not Effect.REFUSED, "a refusal says why"
+        assert rule.effect is Effect.REFUSED or not rule.accepted + (rule.unless or ())
 
 
 @pytest.mark.parametrize(
     ("rules", "names"), [(CHAT_FIELDS, OPENAI_CHAT), (COMPLETION_FIELDS, OPENAI_COMPLETIONS)]
 )
 def test_the_fields_of_openai_have_a_rule(rules: tuple[FieldRule, ...], names: str) -> None:
-    assert {rule.name for rule in rules if rule.is_openai} == set(names.split())
+    assert {rule.name for rule in rules if rule.origin is Origin.OPENAI} == set(names.split())
+
+
+@pytest.mark.parametrize(
+    ("rules", "names"), [(CHAT_FIELDS, VLLM_CHAT), (COMPLETION_FIELDS, VLLM_COMPLETIONS)]
+)
+def test_the_fields_of_vllm_have_a_rule(rules: tuple[FieldRule, ...], names: str) -> None:
+    wanted = {*VLLM_SAMPLING.split(), *VLLM_SHARED.split(), *names.split()}
+    assert wanted - {rule.name for rule in rules} == set()
 
 
 @pytest.mark.process
@@ -60,9 +91,18 @@ async def test_fields_do_what_their_rules_say(
 ) -> None:
     for rule in rules:
         if rule.effect is Effect.REFUSED:
-            answer = await client.post(path, json={**body, rule.name: REFUSED[rule.name]})
-            assert answer.status_code == 400
-            assert answer.json()["error"]["param"] == rule.name
+            refused = {**body, rule.name: REFUSED.get(rule.name, {"any": "value"})}
+            answer = await client.post(path, json=refused)
+            assert answer.status_code == 400, rule
+            error = answer.json()["error"]
+            assert error["param"] == rule.name
+            assert error["message"] == rule.refusal
+            for value in (None, *rule.accepted):
+                answer = await client.post(path, json={**body, rule.name: value})
+                assert answer.status_code == 200, (rule, value)
+            if rule.unless is not None:
+                answer = await client.post(path, json={**refused, rule.unless[0]: rule.unless[1]})
+                assert answer.status_code == 200
         elif rule.effect is Effect.IGNORED:
             answer = await client.post(path, json={**body, rule.name: {"any": "value"}})
             assert answer.status_code == 200

@@ -25,4 +25,4 @@ async def test_all_names_are_answered_and_listed() -> None:
             assert answer.json()["model"] == "fake"  # as vLLM does, whatever name was asked for
         refusal = await client.get("/v1/models/other")
         assert refusal.status_code == 404
-        assert "fake, gpt-4o" in refusal.json()["error"]["message"]
+        assert "serves 'fake', 'gpt-4o'" in refusal.json()["error"]["message"]

@@ -20,7 +20,8 @@ class StageReport:
     """One stage of a stop: ``drain``, ``abort``, or the id of a child.
 
     Args:
-        outcome: ``done``, ``skipped`` or ``timeout`` for drain and abort; otherwise as in `ChildReport`.
+        outcome: of drain and abort: ``done``; ``timeout``: its time was used up; ``hurried``: a second signal
+            or `Engine.expedite` cut the drain short. Otherwise as in `ChildReport`.
     """
 
     name: str

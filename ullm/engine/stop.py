@@ -50,6 +50,7 @@ class EngineStop:
         self._since_request: _Stopwatch | None = None
         self._deadline = float("inf")
         self._draining = trio.CancelScope()
+        self._hurried = False
         self._drained = self._aborted = 0
         self._stages: list[StageReport] = []
         self._children: Sequence[ChildReport] = ()
@@ -76,6 +77,7 @@ class EngineStop:
 
     def hurry(self, by: str = "shutdown()") -> None:
         """End all requests now, and stop in order."""
+        self._hurried = True
         self.request(0.0, by)
         self._draining.cancel()
 
@@ -107,7 +109,7 @@ class EngineStop:
         log.info("draining", requests=live, by=self._by)
         stages = [await self._drain(lifecycle)]
         aborted = 0
-        if stages[0].outcome == "timeout":
+        if stages[0].outcome != "done":
             aborted, stage = await self._abort()
             stages.append(stage)
         self._life.cell.advance(EngineState.STOPPING)
@@ -125,7 +127,8 @@ class EngineStop:
                 await self._router.wait_idle()
                 await self._readers.wait_none()
                 nursery.cancel_scope.cancel()
-        outcome = "timeout" if self._draining.cancelled_caught else "done"
+        cut_short = "hurried" if self._hurried else "timeout"
+        outcome = cut_short if self._draining.cancelled_caught else "done"
         return StageReport("drain", stopwatch.seconds(), outcome)
 
     async def _abort(self) -> tuple[int, StageReport]:

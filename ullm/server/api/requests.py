@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,6 +14,7 @@ from ullm.protocol.messages import ModelInfo
 from ullm.sampling import SamplingParams
 from ullm.server.api import schemas
 from ullm.server.api.errors import InvalidJSON, UnsupportedMediaType, invalid_field
+from ullm.server.api.refusals import Refusals
 from ullm.server.api.types import EngineInterface, TokenizerInterface
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -33,7 +34,7 @@ def json_reader(schema: type[R], *, optional: bool = False) -> Callable[[], Any]
     Args:
         optional: an empty body stands for an empty object.
     """
-    decoder = msgspec.json.Decoder(schema)
+    decoder, refusals = msgspec.json.Decoder(schema), Refusals(schema)
 
     async def read() -> R:
         body: bytes = await request.get_data(as_text=False)  # type: ignore[assignment]
@@ -42,7 +43,10 @@ def json_reader(schema: type[R], *, optional: bool = False) -> Callable[[], Any]
         mimetype = request.mimetype
         if mimetype and mimetype != "application/json" and not mimetype.endswith("+json"):
             raise UnsupportedMediaType(f"the content type must be application/json, not {mimetype}")
-        return _decode(decoder, body)
+        fields = _decode(decoder, body)
+        if refusals:
+            refusals.check(_decode(refusals.decoder, body))
+        return fields
 
     return read
 
@@ -61,7 +65,8 @@ def _decode(decoder: msgspec.json.Decoder[R], body: bytes) -> R:
 def with_query(body: R) -> R:
     """Return ``body`` with the fields that it leaves out taken from the current request's query.
 
-    Parameters that the schema does not have are ignored.
+    Raises:
+        InvalidParameter: a value is of the wrong type; names the field.
     """
     schema = type(body)
     parameters = {name: request.args[name] for name in schema.__struct_fields__ if name in request.args}
@@ -73,6 +78,23 @@ def with_query(body: R) -> R:
     return msgspec.structs.replace(fields, **present)
 
 
+def check_query(names: Sequence[str]) -> None:
+    """Return if the current request's query has these parameters only, each once at most.
+
+    Raises:
+        InvalidParameter: it has another; names it, with its value.
+    """
+    for name, values in request.args.lists():
+        if name not in names:
+            known = " and ".join(names) or "none"
+            raise InvalidParameter(
+                f"{request.path} does not take {name}={','.join(values)}; parameters of its query: {known}",
+                name,
+            )
+        if len(values) > 1:
+            raise InvalidParameter(f"{name} is given {len(values)} times in the query", name)
+
+
 def check_model(engine: EngineInterface, model: str | None) -> None:
     """Check that a request names the served model by one of its names, or not at all.
 
@@ -81,7 +103,7 @@ def check_model(engine: EngineInterface, model: str | None) -> None:
     """
     names = engine.config.model_names
     if model is not None and model not in names:
-        raise ModelUnknown(model, ", ".join(names))
+        raise ModelUnknown(model, ", ".join(map(repr, names)))
 
 
 def loaded(engine: EngineInterface) -> tuple[ModelInfo, TokenizerInterface]:
@@ -110,6 +132,12 @@ def sampling_params(fields: schemas.GenerationRequest, **others: Any) -> Samplin
     params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
     if fields.stream_options is not None and not fields.stream:
         raise InvalidParameter("stream_options needs stream to be true", "stream_options")
+    if fields.stream_options is not None and fields.stream_options.continuous_usage_stats:
+        raise InvalidParameter(
+            "stream_options.continuous_usage_stats is not supported; the usage comes at the end, with "
+            "include_usage",
+            "stream_options.continuous_usage_stats",
+        )
     return params
 
 

@@ -85,7 +85,7 @@ class Route:
         if self.request is not None:
             statuses |= {400, 408, 413, 415}
         if self.access is Access.ADMIN:
-            statuses |= {401, 403}
+            statuses |= {400, 401, 403}
         if self.access is Access.KEY and secured:
             statuses.add(401)
         return tuple(sorted(statuses))

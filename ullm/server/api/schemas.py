@@ -1,4 +1,6 @@
-"""Schemas of requests: OpenAI's fields and ullm's own. Unknown fields are ignored, wrong types are errors.
+"""Schemas of requests: OpenAI's fields and ullm's own. Wrong types are errors.
+
+Unknown fields are ignored, but for those that `ullm.server.api.fields` refuses.
 
 ``null`` means a field's default; some clients send it for options that were not set.
 """
@@ -20,6 +22,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     """Options of a stream."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):
@@ -132,7 +135,8 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     Args:
         max_completion_tokens: newer name of ``max_tokens``, over which it has precedence.
         logprobs: report the log probability of each token, with ``top_logprobs`` alternatives.
-        tool_choice: ``auto``, or ``none``, which keeps the tools from the template.
+        tools: with the ``tool_choice`` ``none`` only, which keeps them from the template.
+        tool_choice: ``auto`` or ``none``.
     """
 
     messages: list[Message]
@@ -172,6 +176,10 @@ class InferenceRequest(msgspec.Struct, kw_only=True):
 
     prompt: str
     max_new_tokens: Int | None = None
+
+
+class WakeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """``POST /wake`` and ``POST /wake_up``: all of the engine wakes."""
 
 
 class SleepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -8,7 +8,7 @@ from quart import Response
 
 from ullm.errors import ConfigError, InvalidParameter
 from ullm.server.api.responses import Stopping, Tree, TreeNode, json_response
-from ullm.server.api.schemas import FaultsRequest, ReloadRequest, ShutdownRequest, SleepRequest
+from ullm.server.api.schemas import FaultsRequest, ReloadRequest, ShutdownRequest, SleepRequest, WakeRequest
 from ullm.server.routes.service import Service
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ async def sleep(service: Service, request: SleepRequest) -> Response:
     return json_response(await service.engine.sleep(request.level, request.mode or "wait"))
 
 
-async def wake(service: Service) -> Response:
+async def wake(service: Service, request: WakeRequest) -> Response:
     """Wake the engine; answer when it is awake."""
     return json_response(await service.engine.wake())
 

@@ -24,7 +24,7 @@ async def chat_completions(service: Service, request: ChatCompletionRequest) -> 
     prompt = await requests.encode_conversation(
         tokenizer,
         request.messages,
-        None if request.tool_choice == "none" else request.tools,
+        None,  # tools are refused, except where they are not to be called
         request.add_generation_prompt,
         request.chat_template_kwargs,
     )
@@ -35,13 +35,6 @@ async def chat_completions(service: Service, request: ChatCompletionRequest) -> 
 
 
 def _check(request: ChatCompletionRequest) -> None:
-    if request.response_format is not None and request.response_format.type != "text":
-        raise InvalidParameter(
-            f"response_format: only {{'type': 'text'}} is supported, not {request.response_format.type!r}",
-            "response_format",
-        )
-    if request.tool_choice not in (None, "auto", "none"):
-        raise InvalidParameter("tool_choice must be 'auto' or 'none'; calls cannot be forced", "tool_choice")
     if request.top_logprobs is not None:
         if not request.logprobs:
             raise InvalidParameter("top_logprobs needs logprobs to be true", "top_logprobs")

@@ -39,8 +39,6 @@ async def completions(service: Service, request: CompletionRequest) -> Response:
 
 
 def _check(request: CompletionRequest) -> None:
-    if request.suffix:
-        raise InvalidParameter("suffix is not supported", "suffix")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise InvalidParameter("best_of is only supported when it equals n", "best_of")
 

@@ -10,7 +10,7 @@ from quart_trio import QuartTrio
 
 from ullm.server.api import requests
 from ullm.server.api.errors import as_request_error
-from ullm.server.api.route import Handler, Needs, Route
+from ullm.server.api.route import Access, Handler, Needs, Route
 from ullm.server.api.types import EngineInterface
 from ullm.server.routes.service import Service
 
@@ -29,6 +29,8 @@ def _view(route: Route, service: Service) -> Handler:
     async def view(**parameters: str) -> Response:
         arguments: list[Any] = [service]
         _check_needs(route.needs, service.engine)
+        if route.access is Access.ADMIN:
+            requests.check_query(route.fields if route.in_query else ())
         if read is not None:
             body = await read()
             arguments.append(requests.with_query(body) if route.in_query else body)

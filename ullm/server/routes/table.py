@@ -161,6 +161,8 @@ ADMIN = (
             admin.wake,
             "Wake the engine.",
             access=Access.ADMIN,
+            request=schemas.WakeRequest,
+            optional=True,
             answer=status.SleepHealth,
             errors=_CHANGE,
         )
