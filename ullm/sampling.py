@@ -20,7 +20,7 @@ class SamplingParams:
     """Sampling parameters of a request; immutable, validated when built.
 
     Args:
-        n: number of independent continuations; each is sampled with random numbers of its own.
+        n: number of independent continuations; each is sampled with its own random numbers.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this.
         top_k: keep this many of the most likely tokens; 0 or -1 keeps all.

@@ -8,7 +8,7 @@ import pytest
 
 import ullm.cli.serve
 from ullm.cli.app import main
-from ullm.cli.vllm_flags import REFUSED, WITHOUT_EFFECT, vllm_flags
+from ullm.cli.vllm_flags import NOTES, REFUSED, WITHOUT_EFFECT, vllm_flags
 from ullm.config import EngineConfig, ServerConfig
 
 
@@ -77,7 +77,8 @@ def test_flags_without_effect_cannot_be_turned_off(
 def test_every_flag_is_listed_once() -> None:
     rows = {flag: (option, note) for flag, option, note in vllm_flags()}
     assert len(rows) == len(list(vllm_flags()))
-    assert rows["--max-model-len"] == ("--context-len", "")
+    assert rows["--max-num-seqs"] == ("--max-bs", "")
+    assert rows["--max-model-len"] == ("--context-len", NOTES["--max-model-len"])
     assert rows["--port"] == ("--port", "")
     assert rows["--disable-log-requests"][1].startswith("Accepted, without effect: ")
     assert rows["--swap-space"][1].startswith("Refused: ")

@@ -105,6 +105,7 @@ def test_a_second_signal_skips_the_drain(
     assert stream.join().finish_reason == "abort"
     assert stream.usage is not None
     assert server.wait(20) == 0, "sooner than the drain would have ended"
+    server.hear(r"stopped in .*drain \d+\.\d\d s hurried")
 
 
 @pytest.mark.parametrize("third", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])

@@ -146,6 +146,14 @@ async def test_completion_fields(
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": [*HELLO, {"role": "assistant"}]}, "messages[1].content"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+            "messages[0].function_call",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "audio": {"id": "a"}}]},
+            "messages[0].audio",
+        ),
         ({"messages": [{"role": "assistant", "content": "I begin"}]}, "messages"),
         (
             {

@@ -66,6 +66,10 @@ NOTES: Mapping[str, str] = {
     "--load-format": "Values: auto or dummy.",
     "--block-size": "On CUDA it is rounded up to a multiple of 256.",
     "--pipeline-parallel-size": "Only 1 is supported.",
+    "--chat-template": "A file; the text of a template is not taken.",
+    "--api-key": "One key.",
+    "--max-model-len": "A number of tokens; neither auto nor a suffix as in 8k.",
+    "--num-speculative-tokens": "A flag of older versions; later ones have it in --speculative-config.",
 }
 
 

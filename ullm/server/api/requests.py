@@ -179,6 +179,9 @@ def _template_message(message: schemas.Message, place: str) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     if message.content is None and not (role == "assistant" and message.tool_calls):
         raise InvalidParameter(f"{place}.content is missing", f"{place}.content")
+    for name in ("function_call", "audio"):
+        if getattr(message, name) is not None:
+            raise InvalidParameter(f"{place}.{name} is not supported", f"{place}.{name}")
     turn: dict[str, Any] = {"role": role, "content": _text(message.content, place)}
     for name in ("name", "tool_call_id"):
         if getattr(message, name) is not None:

@@ -99,13 +99,20 @@ class ToolCall(msgspec.Struct, kw_only=True):
 
 
 class Message(msgspec.Struct, kw_only=True):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Args:
+        function_call: refused, unless it is null; `tool_calls` is the newer form.
+        audio: refused, unless it is null.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[ToolCall] | None = None
+    function_call: Any = None
+    audio: Any = None
 
 
 class Function(msgspec.Struct, kw_only=True):
