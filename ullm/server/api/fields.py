@@ -43,7 +43,7 @@ class FieldRule:
         note: values, defaults, reasons, alternatives.
         accepted: values of a refused field that ask for what happens anyway. An object stands for all that
             have its entries.
-        unless: name and value of another field with which a refused field has its way.
+        unless: name and value of another field that makes a refused one harmless.
     """
 
     name: str
