@@ -25,7 +25,7 @@ log = get_logger("ullm.kernels")
 
 FOLDER = Path(__file__).parent
 SOURCES = ("quantized.cpp", "attention.cpp", "linear.cpp", "layer.cpp", "choose.cpp")
-HEADERS = ("common.h", "layer.h", "pool.h")
+HEADERS = ("common.h", "layer.h", "matrix.h", "pool.h")
 FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++20", "-pthread", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),  # needed to vectorize

@@ -35,6 +35,9 @@ typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2)));
 struct bfloat16 {
     uint16_t bits;
 };
+struct float16 {
+    uint16_t bits;
+};
 
 inline float load(const float* from) { return *from; }
 inline float load(const bfloat16* from) {
@@ -61,6 +64,19 @@ inline floats load_floats(const bfloat16* from) {
 #else
     const shorts halves = *reinterpret_cast<const shorts*>(from);
     return (floats)(__builtin_convertvector(halves, uints) << 16);
+#endif
+}
+inline floats load_floats(const float16* from) {
+#ifdef __AVX512F__
+    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+    const uints bits = __builtin_convertvector(*reinterpret_cast<const shorts*>(from), uints);
+    const floats size = (floats)((bits & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112: the exponents' bias
+    // Infinity and NaN keep their largest exponent.
+    const uints special = (bits & 0x7c00) == 0x7c00 ? uints{} + 0x7f800000 : uints{};
+    return (floats)((uints)size | special | (bits & 0x8000) << 16);
 #endif
 }
 inline void store_floats(float* to, floats values) { *reinterpret_cast<floats*>(to) = values; }

@@ -24,6 +24,8 @@ QUANTIZED_COLUMNS = 32
 ALIGNMENT = 64
 """Bytes of a vector."""
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+"""``Format`` of matrix.h, by the dtype of the packed weight; uint8 is a quantized one."""
 
 
 class StepStruct(ctypes.Structure):
@@ -46,12 +48,18 @@ class LayerStruct(ctypes.Structure):
 
 
 class MatrixStruct(ctypes.Structure):
-    """``Matrix`` of layer.cpp."""
+    """``Matrix`` of matrix.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("packed", "bias")),
-        *((name, c_int64) for name in ("outputs", "quantized")),
+        *((name, c_int64) for name in ("inputs", "outputs", "format")),
     )
+
+
+def matrix_struct(packed: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> MatrixStruct:
+    """Describe a packed weight; the caller keeps it, and the bias in float32, alive."""
+    pointer = None if bias is None else bias.data_ptr()
+    return MatrixStruct(packed.data_ptr(), pointer, in_features, out_features, FORMATS[packed.dtype])
 
 
 class BlockStruct(ctypes.Structure):
@@ -67,9 +75,10 @@ class BlockStruct(ctypes.Structure):
 
 
 class CpuKernels:
-    """The kernels for one dtype, which linear layers take as input, and weights and KV pages hold.
+    """The kernels for one dtype of arithmetic, in which linear layers take their inputs and KV pages are.
 
-    Everything in between is float32. All tensors are contiguous and on the CPU.
+    Everything in between is float32. Weights are quantized or in ``dtype``; those for float32 arithmetic may
+    also be in bfloat16 or float16. All tensors are contiguous and on the CPU.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
@@ -82,9 +91,8 @@ class CpuKernels:
             return kernel
 
         pointer, structs = c_void_p, (POINTER(StepStruct), POINTER(LayerStruct))
-        self._pack = function("pack", pointer, pointer, c_int64, c_int64)
-        self._linear = function("linear", *(pointer,) * 4, *(c_int64,) * 3)
-        self._linear_quantized = function("linear_quantized", *(pointer,) * 4, *(c_int64,) * 3)
+        self._pack = function("pack", pointer, pointer, *(c_int64,) * 3)
+        self._linear = function("linear", POINTER(MatrixStruct), pointer, pointer, c_int64)
         self._add_rms_norm = function("add_rms_norm", *(pointer,) * 4, c_int64, c_int64, c_float)
         self._silu_and_mul = function("silu_and_mul", pointer, pointer, c_int64, c_int64)
         self._attend = function("attend", *structs, pointer, pointer, pointer)
@@ -99,23 +107,34 @@ class CpuKernels:
         self._library.use_threads(c_int64(threads))
 
     def pack(self, weight: Tensor) -> Tensor:
-        """See `LinearKernel.pack`; returns an ordinary tensor, which may be kept in a file."""
+        """See `LinearKernel.pack`; returns an ordinary tensor, which may be kept in a file.
+
+        Raises:
+            TypeError: the kernels for ``dtype`` do not multiply by weights of this dtype.
+        """
+        if weight.dtype not in self.weight_dtypes:
+            raise TypeError(f"weights in {weight.dtype} for arithmetic in {self.dtype}")
         out_features, in_features = weight.shape
         groups = -(-out_features // COLUMNS)
-        packed = torch.empty(groups * COLUMNS * in_features, dtype=self.dtype)
-        self._pack(weight.contiguous().data_ptr(), packed.data_ptr(), in_features, out_features)
+        packed = torch.empty(groups * COLUMNS * in_features, dtype=weight.dtype)
+        source = weight.contiguous()
+        self._pack(source.data_ptr(), packed.data_ptr(), weight.itemsize, in_features, out_features)
         return packed
+
+    @property
+    def weight_dtypes(self) -> frozenset[torch.dtype]:
+        """Dtypes of unquantized weights."""
+        return weight_dtypes(self.dtype)
 
     def linear(self, packed: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Linear:
         """See `LinearKernel.linear`; the outputs are float32."""
         offsets = None if bias is None else bias.float().contiguous()
-        weights, start = packed.data_ptr(), None if offsets is None else offsets.data_ptr()
-        compute = self._linear_quantized if packed.dtype == torch.uint8 else self._linear
+        matrix = matrix_struct(packed, offsets, out_features, in_features)
 
         def multiply(x: Tensor, keep: tuple[Tensor, Tensor | None] = (packed, offsets)) -> Tensor:
             rows = x.shape[0]
             out = torch.empty((rows, out_features), dtype=torch.float32)
-            compute(x.data_ptr(), weights, start, out.data_ptr(), rows, in_features, out_features)
+            self._linear(byref(matrix), x.data_ptr(), out.data_ptr(), rows)
             return out
 
         return multiply
@@ -196,6 +215,12 @@ class CpuKernels:
             logits.data_ptr(), rows, size, logits.stride(0), numbers.ctypes.data, tokens.data_ptr()
         )
         return tokens
+
+
+def weight_dtypes(dtype: torch.dtype) -> frozenset[torch.dtype]:
+    """Return the dtypes of unquantized weights that the kernels for arithmetic in ``dtype`` multiply by."""
+    widened = (torch.bfloat16, torch.float16) if dtype == torch.float32 else ()
+    return frozenset((dtype, *widened))
 
 
 def load_kernels(dtype: torch.dtype) -> CpuKernels | None:

@@ -8,16 +8,10 @@
 #include <vector>
 
 #include "layer.h"
+#include "matrix.h"
 #include "pool.h"
 
 extern "C" {
-
-// One linear layer: `outputs` columns.
-struct Matrix {
-    const void* packed;
-    const float* bias;  // null: none
-    int64_t outputs, quantized;
-};
 
 // A decoder layer: adds `delta` and the attention's output to x; the MLP's output is added by the next layer.
 struct Block {
@@ -27,12 +21,6 @@ struct Block {
     const float *input_norm, *output_norm;
     float input_eps, output_eps;
 };
-
-// Defined in linear.cpp and quantized.cpp.
-void linear_float32(const float*, const void*, const float*, float*, int64_t, int64_t, int64_t);
-void linear_bfloat16(const bfloat16*, const void*, const float*, float*, int64_t, int64_t, int64_t);
-void linear_quantized_float32(const float*, const void*, const float*, float*, int64_t, int64_t, int64_t);
-void linear_quantized_bfloat16(const bfloat16*, const void*, const float*, float*, int64_t, int64_t, int64_t);
 
 }  // extern "C"
 
@@ -66,15 +54,6 @@ void silu_and_mul(const float* gate_up, T* out, int64_t rows, int64_t size) {
     });
 }
 
-void multiply(const Matrix& matrix, const float* x, int64_t in, float* out, int64_t rows) {
-    const auto function = matrix.quantized ? linear_quantized_float32 : linear_float32;
-    function(x, matrix.packed, matrix.bias, out, rows, in, matrix.outputs);
-}
-void multiply(const Matrix& matrix, const bfloat16* x, int64_t in, float* out, int64_t rows) {
-    const auto function = matrix.quantized ? linear_quantized_bfloat16 : linear_bfloat16;
-    function(x, matrix.packed, matrix.bias, out, rows, in, matrix.outputs);
-}
-
 void attend(const Step& step, const Layer& layer, float* qkv, float* pages, float* out) {
     attend_float32(&step, &layer, qkv, pages, out);
 }
@@ -92,13 +71,13 @@ void decoder_layer(const Step& step, const Block& block, float* x, const float* 
     normed.resize(rows * hidden), attended.resize(rows * heads), activated.resize(rows * inner);
     wide.resize(rows * std::max(block.qkv.outputs, block.gate_up.outputs)), added.resize(rows * hidden);
     add_rms_norm(x, delta, block.input_norm, normed.data(), rows, hidden, block.input_eps);
-    multiply(block.qkv, normed.data(), hidden, wide.data(), rows);
+    multiply(block.qkv, normed.data(), wide.data(), rows);
     attend(step, block.attention, wide.data(), pages, attended.data());
-    multiply(block.output, attended.data(), heads, added.data(), rows);
+    multiply(block.output, attended.data(), added.data(), rows);
     add_rms_norm(x, added.data(), block.output_norm, normed.data(), rows, hidden, block.output_eps);
-    multiply(block.gate_up, normed.data(), hidden, wide.data(), rows);
+    multiply(block.gate_up, normed.data(), wide.data(), rows);
     silu_and_mul(wide.data(), activated.data(), rows, inner);
-    multiply(block.down, activated.data(), inner, out, rows);
+    multiply(block.down, activated.data(), out, rows);
 }
 
 template <typename T>

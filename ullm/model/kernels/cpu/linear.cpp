@@ -1,12 +1,15 @@
 // out = x * weight^T + bias, for few rows and for many.
 //
+// Inputs in float32 are multiplied by weights in float32 or in 16 bits, which are widened in registers:
+// exactly, so the outputs are those of a copy of the weights in float32, which would take twice as long to read.
+//
 // Each output is summed over the inputs in ascending order, whatever is computed beside it, so a row has the
 // same result alone and in any batch, bit by bit, on any number of threads. A text that is resumed after the
 // loss of a worker, beside other texts and in other chunks, therefore continues unchanged.
 
 #include <algorithm>
 
-#include "common.h"
+#include "matrix.h"
 #include "pool.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -22,30 +25,35 @@ constexpr int VECTORS = COLUMNS / LANES;
 constexpr int ROWS = 6;
 
 // Weights are packed in groups of COLUMNS outputs: for each step of the inputs, the weights of each output.
-// In bfloat16 a step is two inputs, which one instruction of the processor multiplies.
-template <typename T>
+// With inputs in bfloat16 a step is two inputs, which one instruction of the processor multiplies.
+template <typename X>
 constexpr int STEP = 1;
 template <>
 constexpr int STEP<bfloat16> = 2;
 
-inline floats multiply_add(floats sum, const float* weights, const float* x) {
-    return sum + load_floats(weights) * *x;
+// The weights of LANES neighbouring outputs for one step.
+template <typename W>
+inline floats load_step(const float*, const W* weights) {
+    return load_floats(weights);
 }
-inline floats multiply_add(floats sum, const bfloat16* weights, const bfloat16* x) {
+inline uints load_step(const bfloat16*, const bfloat16* weights) {
+    return *reinterpret_cast<const uints*>(weights);
+}
+
+inline floats multiply_add(floats sum, floats weights, const float* x) { return sum + weights * *x; }
+inline floats multiply_add(floats sum, uints pairs, const bfloat16* x) {
 #ifdef __AVX512BF16__
     int32_t pair;
     std::memcpy(&pair, x, 4);
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weights),
-                                    (__m512bh)_mm512_set1_epi32(pair));
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)pairs, (__m512bh)_mm512_set1_epi32(pair));
 #else
-    const uints pairs = *reinterpret_cast<const uints*>(weights);
     sum += (floats)(pairs << 16) * load(x);
     return sum + (floats)(pairs & 0xffff0000u) * load(x + 1);
 #endif
 }
 
-template <typename T, int R>
-void tile(const T* x, int64_t stride, const T* weights, const Ahead& ahead, const float* bias, float* out,
+template <int R, typename X, typename W>
+void tile(const X* x, int64_t stride, const W* weights, const Ahead& ahead, const float* bias, float* out,
           int64_t out_stride, int64_t steps, int64_t columns) {
     constexpr int V = at_once(R, VECTORS);
     float start[COLUMNS] = {}, all[R][COLUMNS];
@@ -56,11 +64,12 @@ void tile(const T* x, int64_t stride, const T* weights, const Ahead& ahead, cons
             for (int v = 0; v < V; ++v) sums[row][v] = load_floats(start + (first + v) * LANES);
         for (int64_t step = 0; step < steps; ++step) {
             if (first == 0) ahead.fetch(step);
-            const T* here = weights + (step * COLUMNS + first * LANES) * STEP<T>;
+            const W* here = weights + (step * COLUMNS + first * LANES) * STEP<X>;
+            decltype(load_step(x, here)) vectors[V];
+            for (int v = 0; v < V; ++v) vectors[v] = load_step(x, here + v * LANES * STEP<X>);
             for (int row = 0; row < R; ++row) {
-                const T* inputs = x + row * stride + step * STEP<T>;
-                for (int v = 0; v < V; ++v)
-                    sums[row][v] = multiply_add(sums[row][v], here + v * LANES * STEP<T>, inputs);
+                const X* inputs = x + row * stride + step * STEP<X>;
+                for (int v = 0; v < V; ++v) sums[row][v] = multiply_add(sums[row][v], vectors[v], inputs);
             }
         }
         for (int row = 0; row < R; ++row)
@@ -69,72 +78,90 @@ void tile(const T* x, int64_t stride, const T* weights, const Ahead& ahead, cons
     for (int row = 0; row < R; ++row) std::copy(all[row], all[row] + columns, out + row * out_stride);
 }
 
-template <typename T, int R = ROWS>
-void rows_tile(int64_t rows, const T* x, int64_t stride, const T* weights, const Ahead& ahead,
+template <int R = ROWS, typename X, typename W>
+void rows_tile(int64_t rows, const X* x, int64_t stride, const W* weights, const Ahead& ahead,
                const float* bias, float* out, int64_t out_stride, int64_t steps, int64_t columns) {
     if constexpr (R > 0) {
-        if (rows == R) return tile<T, R>(x, stride, weights, ahead, bias, out, out_stride, steps, columns);
-        rows_tile<T, R - 1>(rows, x, stride, weights, ahead, bias, out, out_stride, steps, columns);
+        if (rows == R) return tile<R>(x, stride, weights, ahead, bias, out, out_stride, steps, columns);
+        rows_tile<R - 1>(rows, x, stride, weights, ahead, bias, out, out_stride, steps, columns);
     }
 }
 
 inline int64_t groups(int64_t out_features) { return (out_features + COLUMNS - 1) / COLUMNS; }
 
-template <typename T>
-void linear(const T* x, const T* packed, const float* bias, float* out, int64_t rows, int64_t in,
-            int64_t out_features) {
-    const int64_t steps = in / STEP<T>, group_size = in * COLUMNS, threads = pool().threads();
-    const int64_t chunk = 8 * ROWS, chunks = (rows + chunk - 1) / chunk, all = groups(out_features);
+template <typename X, typename W>
+void linear(const Matrix& matrix, const X* x, float* out, int64_t rows) {
+    const W* packed = static_cast<const W*>(matrix.packed);
+    const int64_t in = matrix.inputs, steps = in / STEP<X>, group_size = in * COLUMNS;
+    const int64_t threads = pool().threads(), chunk = 8 * ROWS, chunks = (rows + chunk - 1) / chunk;
+    const int64_t all = groups(matrix.outputs);
     pool().run(chunks * all, [&](int64_t i) {
         const int64_t part = i / all * chunk, end = std::min(rows, part + chunk), group = i % all;
-        const int64_t first = group * COLUMNS, columns = std::min<int64_t>(COLUMNS, out_features - first);
-        const int64_t tiles = (end - part + ROWS - 1) / ROWS, lines = COLUMNS * STEP<T> * sizeof(T) / 64;
+        const int64_t first = group * COLUMNS, columns = std::min<int64_t>(COLUMNS, matrix.outputs - first);
+        const int64_t tiles = (end - part + ROWS - 1) / ROWS, lines = COLUMNS * STEP<X> * sizeof(W) / 64;
         // The weights that this thread multiplies next. Few rows are limited by memory bandwidth anyway, and
         // later chunks find the weights in the cache.
-        const T* next = rows > ROWS && !part && group + threads < all ? packed + (group + threads) * group_size
+        const W* next = rows > ROWS && !part && group + threads < all ? packed + (group + threads) * group_size
                                                                      : nullptr;
         Ahead ahead{reinterpret_cast<const char*>(next), (lines + tiles - 1) / tiles};
         for (int64_t row = part; row < end; row += ROWS) {
-            rows_tile<T>(std::min<int64_t>(ROWS, end - row), x + row * in, in, packed + group * group_size,
-                         ahead, bias ? bias + first : nullptr, out + row * out_features + first, out_features,
-                         steps, columns);
+            rows_tile(std::min<int64_t>(ROWS, end - row), x + row * in, in, packed + group * group_size, ahead,
+                      matrix.bias ? matrix.bias + first : nullptr, out + row * matrix.outputs + first,
+                      matrix.outputs, steps, columns);
             if (next) ahead.from += steps * ahead.lines * 64;
         }
     });
 }
 
-// [out_features][in] -> groups, steps, COLUMNS, STEP; the last group is padded with zeros.
-template <typename T>
-void pack(const T* weight, T* packed, int64_t in, int64_t out_features) {
-    const int64_t steps = in / STEP<T>;
+// [out_features][in] -> groups, steps, COLUMNS, `each` inputs of a step; the last group is padded with zeros.
+template <typename W>
+void pack(const W* weight, W* packed, int64_t in, int64_t out_features, int64_t each) {
+    const int64_t steps = in / each;
     for (int64_t group = 0; group < groups(out_features); ++group)
         for (int64_t step = 0; step < steps; ++step)
             for (int64_t column = 0; column < COLUMNS; ++column)
-                for (int i = 0; i < STEP<T>; ++i) {
+                for (int64_t i = 0; i < each; ++i) {
                     const int64_t row = group * COLUMNS + column;
-                    *packed++ = row < out_features ? weight[row * in + step * STEP<T> + i] : T{};
+                    *packed++ = row < out_features ? weight[row * in + step * each + i] : W{};
                 }
 }
 
 }  // namespace
 
+void multiply(const Matrix& matrix, const float* x, float* out, int64_t rows) {
+    switch (matrix.format) {
+        case Format::FLOAT32: return linear<float, float>(matrix, x, out, rows);
+        case Format::BFLOAT16: return linear<float, bfloat16>(matrix, x, out, rows);
+        case Format::FLOAT16: return linear<float, float16>(matrix, x, out, rows);
+        case Format::QUANTIZED: return multiply_quantized(matrix, x, out, rows);
+    }
+}
+
+void multiply(const Matrix& matrix, const bfloat16* x, float* out, int64_t rows) {
+    if (matrix.format == Format::QUANTIZED) return multiply_quantized(matrix, x, out, rows);
+    linear<bfloat16, bfloat16>(matrix, x, out, rows);
+}
+
 extern "C" {
 
 void use_threads(int64_t threads) { pool().resize(int(threads)); }
 
-void linear_float32(const float* x, const float* packed, const float* bias, float* out, int64_t rows,
-                    int64_t in, int64_t out_features) {
-    linear(x, packed, bias, out, rows, in, out_features);
+void linear_float32(const Matrix* matrix, const float* x, float* out, int64_t rows) {
+    multiply(*matrix, x, out, rows);
 }
-void linear_bfloat16(const bfloat16* x, const bfloat16* packed, const float* bias, float* out, int64_t rows,
-                     int64_t in, int64_t out_features) {
-    linear(x, packed, bias, out, rows, in, out_features);
+void linear_bfloat16(const Matrix* matrix, const bfloat16* x, float* out, int64_t rows) {
+    multiply(*matrix, x, out, rows);
 }
-void pack_float32(const float* weight, float* packed, int64_t in, int64_t out_features) {
-    pack(weight, packed, in, out_features);
+
+// Pack weights for inputs in float32, or pairs of them for inputs in bfloat16.
+void pack_float32(const void* weight, void* packed, int64_t bytes, int64_t in, int64_t out_features) {
+    if (bytes == 4)
+        pack(static_cast<const float*>(weight), static_cast<float*>(packed), in, out_features, 1);
+    else
+        pack(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed), in, out_features, 1);
 }
-void pack_bfloat16(const bfloat16* weight, bfloat16* packed, int64_t in, int64_t out_features) {
-    pack(weight, packed, in, out_features);
+void pack_bfloat16(const void* weight, void* packed, int64_t, int64_t in, int64_t out_features) {
+    pack(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed), in, out_features, 2);
 }
 
 }  // extern "C"

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from ullm.model.attention.batch import Batch, BatchLayout
-from ullm.model.kernels.cpu.kernels import BlockStruct, CpuKernels, LayerStruct, MatrixStruct, StepStruct
+from ullm.model.kernels.cpu.kernels import (
+    BlockStruct,
+    CpuKernels,
+    LayerStruct,
+    MatrixStruct,
+    StepStruct,
+    matrix_struct,
+)
 from ullm.model.layers.layer_ops import (
     AttentionModule,
     LayerModule,
@@ -187,12 +194,11 @@ class KernelOps:
         The module keeps its weight alive, this object its bias.
         """
         assert module.packed is not None
-        pointer, bias = None, module.local_bias()
+        bias = module.local_bias()
         if bias is not None:
-            self._biases.append(bias.float().contiguous())
-            pointer = self._biases[-1].data_ptr()
-        quantized = module.packed.dtype == torch.uint8
-        return MatrixStruct(module.packed.data_ptr(), pointer, module.shape[0], quantized)
+            bias = bias.float().contiguous()
+            self._biases.append(bias)
+        return matrix_struct(module.packed, bias, *module.shape)
 
 
 class KernelStep:

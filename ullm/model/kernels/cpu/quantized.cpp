@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common.h"
+#include "matrix.h"
 #include "pool.h"
 
 namespace {
@@ -39,24 +39,11 @@ constexpr int ZERO = 128;  // the eight-bit code of zero: the instruction takes 
 
 typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int8_t signed_bytes __attribute__((vector_size(LANES), aligned(1)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 // Bytes of a group of inputs for COLUMNS outputs: codes, and in float16 scales and, with four bits, minima.
 // Four-bit codes of even steps are the low halves of bytes, those of odd steps the high halves.
 constexpr int64_t code_bytes(int64_t bits) { return COLUMNS * GROUP * bits / 8; }
 constexpr int64_t group_bytes(int64_t bits) { return code_bytes(bits) + (bits == 8 ? 2 : 4) * COLUMNS; }
-
-inline floats load_float16(const uint16_t* from) {
-#ifdef __AVX512F__
-    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-#elif defined(__AVX2__) && defined(__F16C__)
-    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
-#else
-    const uints bits = __builtin_convertvector(*reinterpret_cast<const halves*>(from), uints);
-    const floats size = (floats)((bits & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112: the exponents' bias
-    return (floats)((uints)size | (bits & 0x8000) << 16);
-#endif
-}
 
 inline int32_t load_four(const int8_t* from) {
     int32_t four;
@@ -226,7 +213,7 @@ template <int BITS, int R>
 inline void add_group(const Inputs& x, int64_t first, const uint8_t* packed, floats (&sums)[R][VECTORS]) {
     // With few registers the sums stay in memory, and only the dots in registers.
     constexpr int V = at_once(R, VECTORS);
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(packed + code_bytes(BITS));
+    const float16* scales = reinterpret_cast<const float16*>(packed + code_bytes(BITS));
     for (int begin = 0; begin < VECTORS; begin += V) {
         ints dots[R][V];
         for (int r = 0; r < R; ++r)
@@ -236,12 +223,12 @@ inline void add_group(const Inputs& x, int64_t first, const uint8_t* packed, flo
                               dots);
         for (int v = 0; v < V; ++v) {
             const int column = begin + v;
-            const floats scale = load_float16(scales + column * LANES);
+            const floats scale = load_floats(scales + column * LANES);
             for (int r = 0; r < R; ++r)
                 sums[r][column] +=
                     __builtin_convertvector(dots[r][v], floats) * (scale * x.scales[first + r * x.groups]);
             if constexpr (BITS == 4) {
-                const floats minimum = load_float16(scales + COLUMNS + column * LANES);
+                const floats minimum = load_floats(scales + COLUMNS + column * LANES);
                 for (int r = 0; r < R; ++r) sums[r][column] += minimum * x.sums[first + r * x.groups];
             }
         }
@@ -306,11 +293,11 @@ void multiply(const Columns& columns, const Inputs& x, int64_t row, int64_t end,
 }
 
 template <typename T>
-void linear(const T* x, const Header& header, const float* bias, float* out, int64_t rows, int64_t in,
-            int64_t out_features) {
+void linear(const Matrix& matrix, const T* x, float* out, int64_t rows) {
+    const Header& header = *static_cast<const Header*>(matrix.packed);
     thread_local Inputs scratch;
     Inputs& inputs = scratch;
-    quantize(x, inputs, rows, in);
+    quantize(x, inputs, rows, matrix.inputs);
     int64_t all = 0;
     for (int64_t i = 0; i < header.num_parts; ++i) all += column_groups(header.parts()[i].count);
     const int64_t chunk = 8 * ROWS, chunks = (rows + chunk - 1) / chunk;
@@ -327,8 +314,8 @@ void linear(const T* x, const Header& header, const float* bias, float* out, int
             const int64_t next = group + 1 < to ? group + 1 : from + threads * together;
             const bool known = fetch && row == 0 && next < all;  // later chunks find the weights in the cache
             multiply(find_columns(header, group, inputs.groups), inputs, row, end,
-                     known ? find_columns(header, next, inputs.groups).packed : nullptr, bias, out,
-                     out_features);
+                     known ? find_columns(header, next, inputs.groups).packed : nullptr, matrix.bias, out,
+                     matrix.outputs);
         }
     });
 }
@@ -356,16 +343,14 @@ void pack_group(int64_t bits, const uint8_t* codes, const uint16_t* scales, cons
 
 }  // namespace
 
-extern "C" {
+void multiply_quantized(const Matrix& matrix, const float* x, float* out, int64_t rows) {
+    linear(matrix, x, out, rows);
+}
+void multiply_quantized(const Matrix& matrix, const bfloat16* x, float* out, int64_t rows) {
+    linear(matrix, x, out, rows);
+}
 
-void linear_quantized_float32(const float* x, const Header* packed, const float* bias, float* out,
-                              int64_t rows, int64_t in, int64_t out_features) {
-    linear(x, *packed, bias, out, rows, in, out_features);
-}
-void linear_quantized_bfloat16(const bfloat16* x, const Header* packed, const float* bias, float* out,
-                               int64_t rows, int64_t in, int64_t out_features) {
-    linear(x, *packed, bias, out, rows, in, out_features);
-}
+extern "C" {
 
 int64_t quantized_group_bytes(int64_t bits) { return group_bytes(bits); }
 
