@@ -235,7 +235,7 @@ def test_a_thousand_random_courses_lose_nothing(model: Path, course: list[Deed],
     run(model, course, ending)
 
 
-@settings(given_health, max_examples=5, derandomize=True)
+@settings(given_health, max_examples=2, derandomize=True)
 @given(before=st.lists(deeds, min_size=1, max_size=4), after=st.lists(deeds, max_size=4))
 def test_with_a_reload_in_between(model: Path, before: list[Deed], after: list[Deed]) -> None:
     run(model, [*before, ("reload",), *after], "quiet")
