@@ -209,15 +209,33 @@ given_health = settings(
 )
 
 
-@settings(given_health, max_examples=60)
-@given(course=st.lists(deeds, min_size=1, max_size=14), ending=endings)
+courses = given(course=st.lists(deeds, min_size=1, max_size=14), ending=endings)
+
+
+@settings(given_health, max_examples=12, derandomize=True)
+@courses
 @example(course=[("sleep", 1, "wait"), ("wake",)], ending="drain")  # the wake was never answered
 @example(course=[("sleep", 3, "wait"), ("wake",)], ending="drain")
+@example(course=[("wait", 1.0), ("sleep", 3, "wait"), ("double",)], ending="quiet")
 def test_whatever_happens_nothing_is_lost(model: Path, course: list[Deed], ending: str) -> None:
     run(model, course, ending)
 
 
-@settings(given_health, max_examples=5)
+@pytest.mark.slow
+@settings(given_health, max_examples=60, derandomize=True)
+@courses
+def test_many_courses_lose_nothing(model: Path, course: list[Deed], ending: str) -> None:
+    run(model, course, ending)
+
+
+@pytest.mark.long
+@settings(given_health, max_examples=1000)
+@courses
+def test_a_thousand_random_courses_lose_nothing(model: Path, course: list[Deed], ending: str) -> None:
+    run(model, course, ending)
+
+
+@settings(given_health, max_examples=2, derandomize=True)
 @given(before=st.lists(deeds, min_size=1, max_size=4), after=st.lists(deeds, max_size=4))
 def test_with_a_reload_in_between(model: Path, before: list[Deed], after: list[Deed]) -> None:
     run(model, [*before, ("reload",), *after], "quiet")

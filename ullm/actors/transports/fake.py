@@ -199,9 +199,12 @@ class FakeWorker:
         self._resumed.set()
 
     def emit(self, message: FromWorker) -> None:
-        """Send a message that the worker would not send by itself, such as a duplicate."""
+        """Send a message that the worker would not send by itself, such as a duplicate.
+
+        Nothing arrives from a worker that has ended.
+        """
         self.sent.append(message)
-        if not self._life.cancel_called:
+        if self.alive():
             self._deliver.send_nowait(message)
 
     # --- the worker ---
