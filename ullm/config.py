@@ -60,7 +60,8 @@ class ModelConfig:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
-        "Computation dtype; auto: on a GPU the checkpoint's, on a CPU bfloat16 if fast there, else float32.",
+        "Dtype of arithmetic and KV; auto: on a GPU the checkpoint's, on a CPU bfloat16 if fast there, else "
+        "float32. The CPU kernels widen weights of 16 bits to float32 as they multiply.",
     )
     quantization: Literal["auto", "none", "int8", "int4"] = option(
         "auto",

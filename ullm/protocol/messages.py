@@ -185,8 +185,11 @@ class ModelInfo(msgspec.Struct, frozen=True):
         context_len: tokens of prompt and output together that one sequence may have.
         num_blocks: KV blocks; equal on all ranks of a replica.
         block_size: tokens per KV block.
+        dtype: dtype of the arithmetic.
         kv_bytes_per_token: size of the KV of one token on this rank.
         weight_bytes: size of the weights on this rank.
+        weight_formats: what the weights are in: names of dtypes, and ``int8`` or ``int4`` where quantized.
+        kv_dtype: dtype of the KV.
     """
 
     architecture: str
@@ -200,6 +203,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     device: str
     kv_bytes_per_token: int = 0
     weight_bytes: int = 0
+    weight_formats: tuple[str, ...] = ()
+    kv_dtype: str = ""
 
 
 class Ready(Frame, frozen=True):

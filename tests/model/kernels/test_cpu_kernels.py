@@ -78,6 +78,35 @@ def test_linear(kernels: CpuKernels, rows: int, inputs: int, outputs: int) -> No
     assert torch.equal(unbiased(x)[-1:], unbiased(x[-1:].contiguous()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, 6, 13])
+def test_weights_of_16_bits_give_what_their_float32_copy_gives(
+    instruction_set: str, dtype: torch.dtype, rows: int
+) -> None:
+    kernels = load_kernels(torch.float32)
+    assert kernels is not None
+    weight = numbers(100, 576, seed=1).to(dtype)
+    # The limits of the formats: subnormal numbers, the least and the largest, and both zeros.
+    limits = torch.finfo(dtype)
+    weight[0, :5] = torch.tensor([limits.smallest_normal / 4, limits.tiny, limits.max / 1e6, 0.0, -0.0])
+    x = numbers(rows, 576)
+    narrow, wide = kernels.pack(weight), kernels.pack(weight.float())
+    assert narrow.dtype == dtype
+    assert narrow.nbytes == wide.nbytes / 2
+    products = [kernels.linear(packed, None, 100, 576)(x) for packed in (narrow, wide)]
+    assert torch.equal(*products)
+    assert kernels.linear(kernels.pack(torch.full((1, 16), torch.inf, dtype=dtype)), None, 1, 16)(
+        torch.ones(1, 16)
+    ).isinf()
+
+
+def test_weights_that_the_arithmetic_would_round_are_refused(instruction_set: str) -> None:
+    kernels = load_kernels(torch.bfloat16)
+    assert kernels is not None
+    with pytest.raises(TypeError, match="float16"):
+        kernels.pack(torch.ones(16, 16, dtype=torch.float16))
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 20])
 def test_quantized_linear(kernels: CpuKernels, bits: Bits, rows: int) -> None:

@@ -24,6 +24,7 @@ from tests.model.model_fixtures import (
 )
 from ullm.errors import ModelError, ModelFileBroken, ModelNotFound, ModelUnsupported, OutOfMemory
 from ullm.model.architectures import registry
+from ullm.model.kernels.cpu.build import find_compiler
 from ullm.model.loading.checkpoint import choose_context_len
 
 
@@ -50,6 +51,36 @@ def check(folder: Path, reference: Any) -> None:
 def test_sharded(name: str, tmp_path: Path) -> None:
     reference = save_tiny(tmp_path, name, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    check(tmp_path, reference)
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="needs the kernels, which need a C++ compiler")
+@pytest.mark.parametrize("name", ["llama-tied", "llama-bias"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_stay_so_and_lose_nothing(name: str, stored: torch.dtype, tmp_path: Path) -> None:
+    reference = save_tiny(tmp_path / "wide", name).to(stored)
+    reference.save_pretrained(tmp_path / "narrow")
+    reference.float().save_pretrained(tmp_path / "wide")
+    tokens, models = random_tokens(12, seed=1), [LogitsModel(tmp_path / kind) for kind in ("narrow", "wide")]
+    for model in models:
+        model.add(0, tokens, [0, 1, 2])
+    logits = [model.step((0, 0, 12))[0] for model in models]
+    assert torch.equal(*logits)
+    narrow, wide = (model.model for model in models)
+    assert narrow.weight_bytes() == wide.weight_bytes() / 2
+    assert narrow.weight_formats() == (str(stored).removeprefix("torch."),)
+    assert wide.weight_formats() == ("float32",)
+
+
+def test_modules_of_several_dtypes_keep_all_of_them(tmp_path: Path) -> None:
+    reference = save_tiny(tmp_path, "llama-bias")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for key in tensors:
+        if "v_proj.weight" in key or "down_proj" in key:
+            tensors[key] = tensors[key].bfloat16()
+    save_file(tensors, file)
+    reference.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=False)
     check(tmp_path, reference)
 
 

@@ -6,7 +6,7 @@ called directly: hooks are not used, and with one row a step consists of small c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ullm.errors import ModelUnsupported
 from ullm.model.attention.batch import Batch
-from ullm.model.kernels.cpu.kernels import LANES, CpuKernels
+from ullm.model.kernels.cpu.kernels import LANES, CpuKernels, weight_formats
 from ullm.model.kernels.cpu.ops import KernelOps
 from ullm.model.kernels.cuda.ops import choose_ops
 from ullm.model.layers.layer_ops import LayerOps, StepOps, TorchOps
@@ -159,7 +159,7 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = None
         self._layers = [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
-        self._counts = self._count()
+        self._num_parameters = self._count()
         self._dtype = self._residual_dtype = torch.get_default_dtype()
 
     @staticmethod
@@ -174,16 +174,24 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights, activations and KV."""
+        """Dtype of the arithmetic, and of KV."""
         return self._dtype
 
-    def materialize(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate the parameters, uninitialised."""
+    def materialize(
+        self, dtype: torch.dtype, device: torch.device, stored: Mapping[str, torch.dtype] | None = None
+    ) -> None:
+        """Allocate the parameters, uninitialised.
+
+        Args:
+            dtype: dtype of the arithmetic, and of all weights that ``stored`` does not name.
+            stored: name of a module → dtype of its weights.
+        """
         self._dtype = self._residual_dtype = dtype
         # Not by `to_empty`, which imports SymPy for tensors without memory, a quarter of a second.
-        for module in self.modules():
+        for prefix, module in self.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+                kept = dtype if stored is None else stored.get(prefix, dtype)
+                memory = torch.empty(parameter.shape, dtype=kept, device=device)
                 setattr(module, name, nn.Parameter(memory, requires_grad=False))
 
     def quantize(self, scheme: Scheme) -> None:
@@ -288,22 +296,32 @@ class Decoder(nn.Module):
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the whole model; tied weights count once."""
-        return self._counts[0]
+        return self._num_parameters
 
     def weight_bytes(self) -> int:
-        """Return the bytes of this rank's weights; tied weights count once."""
-        packed = [module.packed for _, module in self._packing()]
-        if any(tensor is not None and tensor.dtype == torch.uint8 for tensor in packed):
+        """Return the bytes of this rank's weights; tied weights count once, unless the head is quantized."""
+        packed = [(module, module.packed) for _, module in self._packing()]
+        if any(tensor is not None and tensor.dtype == torch.uint8 for _, tensor in packed):
             return sum(tensor.nbytes for tensor in self.packed_weights().values())
-        return self._counts[1] * self._dtype.itemsize
+        size = sum(parameter.nbytes for parameter in self.parameters())
+        for module, tensor in packed:
+            if tensor is not None and not (module is self.lm_head and self.config.tie_word_embeddings):
+                size += module.shape[0] * module.shape[1] * tensor.dtype.itemsize
+        return size
 
-    def _count(self) -> tuple[int, int]:
-        """Return the number of parameters of the whole model, and of this rank."""
+    def weight_formats(self) -> tuple[str, ...]:
+        """See `CausalModel.weight_formats`."""
+        weights = [module.packed for _, module in self._packing() if module.packed is not None]
+        weights.append(self.model.embed_tokens.table())
+        return tuple(sorted(set[str]().union(*map(weight_formats, weights))))
+
+    def _count(self) -> int:
+        """Return the number of parameters of the whole model."""
         whole: dict[str, int] = {}
         for name, module in self.named_modules():
             if isinstance(module, Loadable):
                 whole |= {key: torch.Size(shard.full_shape).numel() for key, shard in module.shards(name)}
-        return sum(whole.values()), sum(parameter.numel() for parameter in self.parameters())
+        return sum(whole.values())
 
 
 def split_heads(config: DecoderConfig, parallel: ParallelContext) -> tuple[int, int, int]:

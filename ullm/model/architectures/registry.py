@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -21,7 +21,7 @@ from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.quantization import Scheme
 from ullm.model.loading.checkpoint import Checkpoint
 from ullm.model.loading.packed import PackedFile, packed_file
-from ullm.model.loading.weights import fill_dummy, load_weights, weight_files
+from ullm.model.loading.weights import fill_dummy, load_weights, stored_dtypes, weight_files
 from ullm.model.memory.kv_pool import mib
 
 NATIVE: dict[str, type[Decoder]] = {
@@ -68,7 +68,8 @@ def load_model(
     scheme = choose_scheme(checkpoint, config, kernels)
     if scheme is not None:
         model.quantize(scheme)
-    allocate(model, checkpoint.dtype, device)
+    stored = stored_dtypes(model, checkpoint.path) if keeps_stored(checkpoint, config, kernels) else None
+    allocate(model, checkpoint.dtype, device, stored)
     if config.load_format == "dummy":
         fill_dummy(model, seed=parallel.rank)
     else:
@@ -105,6 +106,11 @@ def choose_scheme(checkpoint: Checkpoint, config: EngineConfig, kernels: CpuKern
 
         return "stored" if is_quantized(checkpoint.path) else None
     return wanted if wanted in ("int8", "int4") else None
+
+
+def keeps_stored(checkpoint: Checkpoint, config: EngineConfig, kernels: CpuKernels | None) -> bool:
+    """Return True if weights stay in the checkpoint's dtypes, which the kernels for float32 widen exactly."""
+    return kernels is not None and checkpoint.dtype == torch.float32 and config.load_format != "dummy"
 
 
 def map_model(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelContext) -> Decoder | None:
@@ -169,19 +175,24 @@ def build(native: type[Decoder], checkpoint: Checkpoint, parallel: ParallelConte
         raise ModelFileBroken(file, f"makes no {checkpoint.architecture}: {error}") from None
 
 
-def allocate(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
-    """Allocate the weights.
+def allocate(
+    model: Decoder, dtype: torch.dtype, device: torch.device, stored: Mapping[str, torch.dtype] | None = None
+) -> None:
+    """Allocate the weights as `Decoder.materialize` does.
 
     Raises:
         OutOfMemory: the device has too little free memory.
     """
-    need = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    need = 0
+    for prefix, module in model.named_modules():
+        kept = dtype if stored is None else stored.get(prefix, dtype)
+        need += sum(each.numel() for each in module.parameters(recurse=False)) * kept.itemsize
     free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if need > free:
         raise OutOfMemory(
             f"the weights need {mib(need)}, the {device.type} has {mib(free)} free; use a smaller model"
         )
-    model.materialize(dtype, device)
+    model.materialize(dtype, device, stored)
 
 
 def load_with_transformers(

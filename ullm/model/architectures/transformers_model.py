@@ -115,6 +115,10 @@ class TransformersModel:
         """Return the bytes of the weights; tied weights count once."""
         return sum(parameter.nbytes for parameter in self._parameters)
 
+    def weight_formats(self) -> tuple[str, ...]:
+        """See `CausalModel.weight_formats`."""
+        return tuple(sorted({str(each.dtype).removeprefix("torch.") for each in self._parameters}))
+
 
 class _GivenHidden(nn.Module):
     """Replaces a model's body for its head's code: returns the hidden states that it is given."""

@@ -100,7 +100,7 @@ class CausalModel(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights, activations and KV."""
+        """Dtype of the arithmetic, and of KV."""
 
     def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
         """Compute ``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
@@ -119,6 +119,9 @@ class CausalModel(Protocol):
 
     def weight_bytes(self) -> int:
         """Return the bytes of weights that this rank holds."""
+
+    def weight_formats(self) -> tuple[str, ...]:
+        """Return what the weights are in: names of dtypes, ``int8``, ``int4``."""
 
 
 @dataclass

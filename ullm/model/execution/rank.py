@@ -207,6 +207,8 @@ def model_info(
         device=str(context.device),
         kv_bytes_per_token=kv_bytes_per_token(model.kv_shape, model.dtype),
         weight_bytes=model.weight_bytes(),
+        weight_formats=model.weight_formats(),
+        kv_dtype=str(model.dtype).removeprefix("torch."),
     )
 
 

@@ -92,6 +92,9 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
     }
 
 
+_HALVES = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
+
+
 @dataclass(frozen=True)
 class GgufSource:
     """A tensor of a GGUF file that has not been read yet.
@@ -115,6 +118,11 @@ class GgufSource:
     def shape(self) -> tuple[int, ...]:
         """The shape, outermost dimension first."""
         return self.file.tensors[self.stored_name].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        return _HALVES.get(self.file.tensors[self.stored_name].type, torch.float32)
 
     def values(self) -> torch.Tensor:
         """Read the values: plain numbers keep their dtype, quantized ones become float32.

@@ -24,6 +24,8 @@ from ullm.model.layers.quantization import QuantizedWeight
 log = get_logger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
+"""Names of the dtypes of 16 bits in the safetensors format."""
 DUMMY_SCALE = 0.02
 """Standard deviation of random weights, as in GPT-2's initialisation."""
 
@@ -36,12 +38,14 @@ class TensorSource:
         file: the file that holds it.
         shape: its shape.
         read: ``(dim, start, count)`` → that slice.
+        dtype: dtype that holds its values exactly: that of the file, or float32 for quantized ones.
         codes: returns the stored codes, if they can be used as they are.
     """
 
     file: Path
     shape: tuple[int, ...]
     read: Callable[[int, int, int], Tensor]
+    dtype: torch.dtype = torch.float32
     codes: Callable[[], QuantizedWeight | None] = lambda: None
 
 
@@ -93,6 +97,19 @@ def targets(model: nn.Module) -> dict[str, list[Shard]]:
     return shards
 
 
+def stored_dtypes(model: nn.Module, path: Path) -> dict[str, torch.dtype]:
+    """Return, for each module with weights, the narrowest dtype that holds all of its tensors exactly."""
+    modules = {prefix: module for prefix, module in model.named_modules() if isinstance(module, Loadable)}
+    wanted = {prefix: {name for name, _ in module.shards(prefix)} for prefix, module in modules.items()}
+    sources = iterate_sources(path, set[str]().union(*wanted.values()))
+    stored = {name: source.dtype for name, source in sources}
+    dtypes = dict[str, torch.dtype]()
+    for prefix, names in wanted.items():
+        each = {stored[name] for name in names if name in stored}  # loading complains of missing ones
+        dtypes[prefix] = each.pop() if len(each) == 1 else torch.float32
+    return dtypes
+
+
 def copy_shard(name: str, source: TensorSource, shard: Shard) -> None:
     """Read a shard's slice into its parameter, converted to its dtype.
 
@@ -139,7 +156,8 @@ def iterate_sources(path: Path, wanted: Any) -> Iterator[tuple[str, TensorSource
         from ullm.model.loading.gguf import gguf_sources
 
         for stored in gguf_sources(path):
-            yield stored.name, TensorSource(path, stored.shape, gguf_reader(stored.values), stored.codes)
+            read = gguf_reader(stored.values)
+            yield stored.name, TensorSource(path, stored.shape, read, stored.dtype, stored.codes)
     elif (path / INDEX).exists():
         for file in shard_files(path, wanted):
             yield from safetensors_sources(file)
@@ -202,7 +220,7 @@ def _safetensors_source(file: Path, tensors: Any, name: str) -> TensorSource:
         chunk: Tensor = part[index]
         return chunk
 
-    return TensorSource(file, shape, read)
+    return TensorSource(file, shape, read, HALVES.get(part.get_dtype(), torch.float32))
 
 
 def reject_quantized(hf: dict[str, Any], file: Path) -> None:

@@ -217,6 +217,15 @@ class CpuKernels:
         return tokens
 
 
+def weight_formats(weight: Tensor) -> set[str]:
+    """Return what a packed weight is in: the name of its dtype, or ``int8`` or ``int4`` or both."""
+    if weight.dtype != torch.uint8:
+        return {str(weight.dtype).removeprefix("torch.")}
+    num_parts = int(weight[:8].view(torch.int64))
+    parts = weight[64 : 64 + 32 * num_parts].view(torch.int64).view(num_parts, 4)
+    return {f"int{bits}" for bits in parts[:, 0].tolist()}
+
+
 def weight_dtypes(dtype: torch.dtype) -> frozenset[torch.dtype]:
     """Return the dtypes of unquantized weights that the kernels for arithmetic in ``dtype`` multiply by."""
     widened = (torch.bfloat16, torch.float16) if dtype == torch.float32 else ()
