@@ -45,7 +45,16 @@ LAYERS: dict[str, frozenset[str]] = {
     "model.layers": frozenset({"errors", "protocol", "model.sampling", "model.attention"}),
     "model.loading": frozenset({"errors", "config", "logs", "hub", "model.layers"}),
     "model.kernels": frozenset(
-        {"errors", "logs", "hub", "model.memory", "model.sampling", "model.attention", "model.layers"}
+        {
+            "errors",
+            "logs",
+            "machine",
+            "hub",
+            "model.memory",
+            "model.sampling",
+            "model.attention",
+            "model.layers",
+        }
     ),
     "model.architectures": frozenset(
         {"errors", "config", "machine", "model.memory", "model.sampling", "model.attention"}

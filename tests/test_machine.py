@@ -1,13 +1,17 @@
-"""What entry points ask of Python's collector of garbage."""
+"""Cores that a process may use, and what entry points ask of Python's collector of garbage."""
 
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from ullm.machine import YOUNG_OBJECTS, collect_rarely
+from ullm import machine
+from ullm.machine import YOUNG_OBJECTS, collect_rarely, cpu_quota, usable_cores
 
 
 @pytest.fixture
@@ -44,3 +48,67 @@ def test_garbage_is_found_nevertheless(collections: list[int]) -> None:
         ring: list[object] = []
         ring.append(ring)
     assert collections
+
+
+# --- cores -----------------------------------------------------------------------------------------
+
+
+def process(folder: Path, groups: str, *mounts: str) -> Path:
+    """Lay out a process's folder in /proc; ``{}`` in a mount stands for ``folder``."""
+    proc = folder / "proc"
+    proc.mkdir()
+    (proc / "cgroup").write_text(groups)
+    (proc / "mountinfo").write_text("".join(f"{mount.format(folder)}\n" for mount in mounts))
+    return proc
+
+
+def limit(group: Path, **files: str) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (group / name.replace("_", ".", 1)).write_text(text + "\n")
+
+
+V2 = "30 23 0:26 / {}/cgroup rw,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate"
+V1 = "32 31 0:29 {root} {{}}/cpu rw,relatime - cgroup cgroup rw,cpu,cpuacct"
+
+
+def test_the_least_quota_of_a_group_and_those_above_it_counts(tmp_path: Path) -> None:
+    proc = process(tmp_path, "0::/kubepods/pod1/main\n", V2)
+    limit(tmp_path / "cgroup" / "kubepods", cpu_max="400000 100000")
+    limit(tmp_path / "cgroup" / "kubepods" / "pod1", cpu_max="150000 100000")
+    limit(tmp_path / "cgroup" / "kubepods" / "pod1" / "main", cpu_max="max 100000")
+    assert cpu_quota(proc) == 1.5
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("50000", 0.5), ("-1", None)])
+@pytest.mark.parametrize("root", ["/", "/docker/1"])
+def test_version_1_also_where_the_mount_begins_at_the_container(
+    root: str, quota: str, cores: float | None, tmp_path: Path
+) -> None:
+    path = "/docker/1"
+    proc = process(tmp_path, f"4:memory:/\n2:cpu,cpuacct:{path}\n0::/\n", V1.format(root=root))
+    group = tmp_path / "cpu" / ("docker/1" if root == "/" else "")
+    limit(group, cpu_cfs_quota_us=quota, cpu_cfs_period_us="100000")
+    assert cpu_quota(proc) == cores
+
+
+def test_no_control_groups_no_quota(tmp_path: Path) -> None:
+    assert cpu_quota(tmp_path) is None
+    assert cpu_quota(process(tmp_path, "0::/\n", V2)) is None
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(None, 4), (0.5, 1), (1.5, 2), (4.0, 4), (9.0, 4)])
+def test_a_quota_is_rounded_up(quota: float | None, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5}, raising=False)
+    assert usable_cores() == cores
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
+def test_affinity_counts() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)

@@ -188,7 +188,9 @@ class ParallelConfig:
         "with one rank, else process.",
     )
     cpu_threads: int | None = option(
-        None, "Number of threads that a CPU worker computes with; default: the number of cores."
+        None,
+        "Number of threads that a CPU worker computes with; default: the cores that affinity and the "
+        "container's quota leave, rounded up.",
     )
 
 

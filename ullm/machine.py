@@ -1,12 +1,13 @@
-"""Memory of the machine and of its container, and settings of Python's garbage collector."""
+"""Memory and cores of the machine and of its container, and settings of Python's garbage collector."""
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UNKNOWN_MEMORY = 4 << 30
@@ -22,6 +23,65 @@ def available_memory() -> int:
     limit = _read_int("/sys/fs/cgroup/memory.max")
     used = _read_int("/sys/fs/cgroup/memory.current")
     return min(free, limit - used) if limit is not None and used is not None else free
+
+
+def usable_cores() -> int:
+    """Return how many threads can compute at once: the cores that affinity and quotas leave, at least one.
+
+    A quota is rounded up: with 1.5 cores, one thread would leave a third of the time unused.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def cpu_quota(process: Path = Path("/proc/self")) -> float | None:
+    """Return the least quota of this process's control groups, in cores; None if there is none.
+
+    Reads ``cpu.max`` of version 2 and ``cpu.cfs_quota_us`` of version 1, see
+    https://docs.kernel.org/admin-guide/cgroup-v2.html and
+    https://docs.kernel.org/scheduler/sched-bwc.html.
+
+    Args:
+        process: the process's folder in /proc.
+    """
+    quotas = [quota for folder in _cpu_groups(process) if (quota := _quota(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def _cpu_groups(process: Path) -> Iterator[Path]:
+    """Iterate over the folders of the control groups that limit this process, and of all above them."""
+    try:
+        groups = (process / "cgroup").read_text().splitlines()
+        mounts = (process / "mountinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in groups)}
+    for line in mounts:
+        mount, _, filesystem = line.partition(" - ")
+        root, point = mount.split()[3:5]
+        kind, _, options = filesystem.split(maxsplit=2)
+        if kind == "cgroup2":
+            path = paths.get("", "/")
+        elif kind == "cgroup" and "cpu" in options.split(","):
+            path = next((path for names, path in paths.items() if "cpu" in names.split(",")), "/")
+        else:
+            continue
+        # Inside a container the mount may begin at the container's own group.
+        inside = path.removeprefix(root.rstrip("/")).strip("/")
+        folder = Path(point, inside)
+        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(point))
+
+
+def _quota(group: Path) -> float | None:
+    with suppress(OSError, ValueError):
+        quota, period = (group / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    quota_us, period_us = (
+        _read_int(str(group / "cpu.cfs_quota_us")),
+        _read_int(str(group / "cpu.cfs_period_us")),
+    )
+    return quota_us / period_us if quota_us is not None and period_us and quota_us > 0 else None
 
 
 def resident_memory(pid: int) -> int:

@@ -121,13 +121,18 @@ def _device_checks(torch: dict[str, Any] | None, problem: str | None) -> Iterato
     yield Check(
         "cpu",
         "ok",
-        f"torch {torch['torch']}, {torch['cpu']}, {torch['threads']} threads; {_dtypes(torch, 'cpu')}",
+        f"torch {torch['torch']}, {torch['cpu']}, {_threads(torch)}; {_dtypes(torch, 'cpu')}",
     )
     for index, device in enumerate(torch["cuda"]):
         memory = f"{_gib(device['free'])} of {_gib(device['total'])} free"
         yield Check(f"cuda:{index}", "ok", f"{device['name']}, {memory}; {_dtypes(torch, f'cuda:{index}')}")
     if not torch["cuda"]:
         yield Check("cuda", "ok", "no CUDA device; models run on the CPU")
+
+
+def _threads(torch: dict[str, Any]) -> str:
+    quota = "" if torch["quota"] is None else f" for a quota of {torch['quota']:g} cores"
+    return f"{torch['threads']} threads{quota}"
 
 
 def _dtypes(torch: dict[str, Any], device: str) -> str:

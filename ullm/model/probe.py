@@ -10,6 +10,8 @@ import sys
 import time
 from typing import Any
 
+from ullm.machine import cpu_quota, usable_cores
+
 SIZE = 512
 REPEATS = 8
 
@@ -21,7 +23,8 @@ def probe() -> dict[str, Any]:
     report: dict[str, Any] = {
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "threads": min(torch.get_num_threads(), usable_cores()),
+        "quota": cpu_quota(),
         "cuda": [],
         "gflops": {"cpu": speeds("cpu")},
     }

@@ -116,7 +116,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch_on_any_number_of_threads(
     x = numbers(120, 576).to(kernels.dtype)
     alone = torch.cat([multiply(x[i : i + 1].contiguous()) for i in range(len(x))])
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8):
             kernels.use_threads(threads)
             for rows in (2, 3, 4, 5, 6, 7, 16, 24, 49, 120):
                 assert torch.equal(multiply(x[:rows].contiguous()), alone[:rows])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ullm.config import EngineConfig
 from ullm.errors import OutOfMemory, one_line
+from ullm.machine import usable_cores
 from ullm.model.architectures.decoder import Decoder
 from ullm.model.architectures.registry import NATIVE, choose_device, load_model
 from ullm.model.attention.batch import AttentionBackend, BatchLayout, CausalModel
@@ -111,8 +112,8 @@ def open_context(start: Start) -> RankContext:
     config = start.config
     device = choose_device(config, start.rank.device_index)
     checkpoint = read_checkpoint(Path(start.model_path), config, device)
-    if config.cpu_threads is not None:
-        torch.set_num_threads(config.cpu_threads)
+    # PyTorch counts physical cores, but knows no quota.
+    torch.set_num_threads(config.cpu_threads or min(torch.get_num_threads(), usable_cores()))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config = config.on_device(device.type)

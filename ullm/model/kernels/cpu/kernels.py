@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ullm.machine import usable_cores
 from ullm.model.kernels.cpu.build import open_library
 from ullm.model.layers.linear_kernels import Linear
 from ullm.model.layers.quantization import QuantizedWeight, num_groups
@@ -104,7 +105,7 @@ class CpuKernels:
 
     def use_threads(self, threads: int) -> None:
         """Set how many threads compute, the calling one included, for all kernels of this process."""
-        self._library.use_threads(c_int64(threads))
+        self._library.use_threads(c_int64(threads), c_int64(usable_cores()))
 
     def pack(self, weight: Tensor) -> Tensor:
         """See `LinearKernel.pack`; returns an ordinary tensor, which may be kept in a file.

@@ -144,7 +144,7 @@ void multiply(const Matrix& matrix, const bfloat16* x, float* out, int64_t rows)
 
 extern "C" {
 
-void use_threads(int64_t threads) { pool().resize(int(threads)); }
+void use_threads(int64_t threads, int64_t cores) { pool().resize(int(threads), int(cores)); }
 
 void linear_float32(const Matrix* matrix, const float* x, float* out, int64_t rows) {
     multiply(*matrix, x, out, rows);

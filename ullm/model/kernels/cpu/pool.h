@@ -4,7 +4,8 @@
 // a core, it waits until the scheduler gives the core back: milliseconds in each of a step's hundred regions,
 // which with busy neighbours on two cores made steps more than ten times as slow. Here the caller takes
 // pieces of work itself; a helper that is not running takes none. The caller only waits for helpers that are
-// inside a piece.
+// inside a piece. Whoever waits spins for a moment, in which the other side is usually done, and then gives
+// its core away: a helper that was stopped inside a piece, by a neighbour or a quota, may need that very core.
 
 #pragma once
 
@@ -18,10 +19,12 @@
 
 class Pool {
   public:
-    // Set how many threads compute, the caller included. Helpers are never ended; they sleep without work.
-    void resize(int threads) {
+    // Set how many threads compute, the caller included, on how many cores. Helpers are never ended; they sleep
+    // without work. With more threads than cores, a thread that spins would keep another one from running.
+    void resize(int threads, int cores) {
         const std::lock_guard<std::mutex> guard(busy_);
         wanted_.store(threads - 1);
+        spins_.store(threads > cores ? 0 : SPINS);
         for (; started_ < threads - 1; ++started_) std::thread(&Pool::help, this, started_).detach();
     }
 
@@ -51,7 +54,8 @@ class Pool {
         job_.notify_all();
         work();
         open_.store(false);
-        while (helping_.load() > 0) pause();
+        for (int spin = 0; helping_.load() > 0 && spin < spins_.load(); ++spin) pause();
+        for (int32_t helping; (helping = helping_.load()) > 0;) helping_.wait(helping);
     }
 
     void work() {
@@ -60,14 +64,14 @@ class Pool {
 
     void help(int number) {
         for (uint32_t done = 0;;) {
-            for (int spin = 0; job_.load() == done && spin < SPINS; ++spin) pause();
+            for (int spin = 0; job_.load() == done && spin < spins_.load(); ++spin) pause();
             job_.wait(done);
             done = job_.load();
             if (number >= wanted_.load()) continue;
             // Either the caller sees that this thread helps, or this thread sees that the job is closed.
             helping_.fetch_add(1);
             if (open_.load()) work();
-            helping_.fetch_sub(1);
+            if (helping_.fetch_sub(1) == 1) helping_.notify_one();
         }
     }
 
@@ -81,7 +85,8 @@ class Pool {
 
     std::mutex busy_;
     int started_ = 0;
-    std::atomic<int> wanted_{0}, helping_{0};
+    std::atomic<int> wanted_{0}, spins_{SPINS};
+    std::atomic<int32_t> helping_{0};
     std::atomic<bool> open_{false};
     std::atomic<uint32_t> job_{0};
     std::atomic<int64_t> next_{0};
