@@ -142,7 +142,7 @@ def test_a_hangup_of_the_worker_reloads(worker: str, model: Path) -> None:
         os.kill(child, signal.SIGHUP)
         texts([stream])
         eventually(lambda: server.replicas()[0]["worker_pids"] != before)
-        assert 'outcome="succeeded"} 1.0' in server.get("/metrics").text
+        eventually(lambda: 'outcome="succeeded"} 1.0' in server.get("/metrics").text)
 
 
 # --- the callable ------------------------------------------------------------------------------
