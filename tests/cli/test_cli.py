@@ -82,6 +82,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "says"),
     [
         (["nope"], "Unknown command"),
+        (["serve", "model", "rest"], "unexpected argument rest"),
+        (["bench", "soak"], "ullm bench soak is python -m tests.benchmarks soak now"),
+        (["bench", "chaos", "--seed", "1"], "ullm bench chaos is ullm chaos now"),
         (["serve", "--nope"], "Unknown option: --nope"),
         (["serve", "--max-bs", "many"], "Invalid value for --max-bs"),
         (["serve", "--dtype", "float12"], "--dtype"),

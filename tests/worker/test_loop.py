@@ -223,5 +223,6 @@ def test_exception_without_words():
 
 def test_runner_is_named_by_module_and_class():
     assert isinstance(load_runner("ullm.testing:ScriptedRunner"), ScriptedRunner)
+    assert type(load_runner("ullm.model.runner:ModelRunner")).__name__ == "ModelRunner"  # its former path
     with pytest.raises(ConfigError, match=r"--runner 'ullm\.testing:No' cannot be imported"):
         load_runner("ullm.testing:No")

@@ -184,7 +184,7 @@ class Router(RequestTable):
         write(
             "replica down",
             replica=down.replica,
-            incarnation=down.incarnation,
+            scheduler_incarnation=down.incarnation,
             requests=len(replica.requests),
         )
         self._assign()

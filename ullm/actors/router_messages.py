@@ -40,6 +40,7 @@ class ReplicaDown:
     """A scheduler has ended; its requests need another one.
 
     Args:
+        incarnation: the scheduler's, which may restart while its workers live on.
         in_step: ``seq_id`` of the requests that its workers were computing.
         crashed: whether it was a loss, not an orderly stop.
     """

@@ -9,12 +9,18 @@ import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from cyclopts import App, CycloptsError, UnknownOptionError
+from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
 from ullm.errors import EngineDead, UllmError, UsageError
 from ullm.logs import flush
 from ullm.protocol import stop_budget
 from ullm.protocol.exit_codes import EXIT_FAILED, EXIT_SIGNAL_BASE, EXIT_START_FAILED, EXIT_USAGE
+
+MOVED = {"bench chaos": "ullm bench chaos is ullm chaos now"} | {
+    f"bench {name}": f"ullm bench {name} is python -m tests.benchmarks {name} now, in a clone of ullm"
+    for name in ("compare", "batch", "soak", "events", "startup", "pauses", "front-end")
+}
+"""Command of earlier versions → what to use instead."""
 
 
 def run_command_line(
@@ -31,6 +37,14 @@ def run_command_line(
     except UnknownOptionError as error:
         advice = hint(str(error.token.keyword or error.token.value))
         return _complain(advice or " ".join(str(error).split()), EXIT_USAGE)
+    except UnusedCliTokensError as error:
+        rest = [str(token) for token in error.unused_tokens or ()]
+        return _complain(
+            f"unexpected {'argument' if len(rest) == 1 else 'arguments'} {' '.join(rest)}", EXIT_USAGE
+        )
+    except UnknownCommandError as error:
+        command = " ".join(str(argument) for argument in arguments[:2])
+        return _complain(MOVED.get(command) or " ".join(str(error).split()), EXIT_USAGE)
     except CycloptsError as error:
         return _complain(" ".join(str(error).split()), EXIT_USAGE)
     except BaseException as error:

@@ -244,7 +244,7 @@ class Lifecycle:
         self.sleep_seconds = trio.current_time() - began
         self._enter(ASLEEP)
         log.info(
-            "asleep", depth=level, seconds=round(self.sleep_seconds, 3), bytes_given_back=self.given_back
+            "asleep", level=level, seconds=round(self.sleep_seconds, 3), bytes_given_back=self.given_back
         )
 
     async def _make_quiet(self, mode: SleepMode) -> bool:

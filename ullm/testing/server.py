@@ -107,6 +107,11 @@ class ServerProcess:
                 self.close()
                 raise
 
+    @property
+    def said(self) -> str:
+        """The former name of `output`."""
+        return self.output
+
     def __enter__(self) -> ServerProcess:
         return self
 

@@ -78,13 +78,17 @@ class Ended(enum.Enum):
     """`Failed` was sent; the runner is *not* closed, because closing may hang on a broken device."""
 
 
+FORMER_RUNNERS = {"ullm.model.runner:ModelRunner": "ullm.model.execution.runner:ModelRunner"}
+"""Path of a runner in earlier versions → its path now."""
+
+
 def load_runner(path: str) -> Runner:
     """Import and build the runner that ``module:class`` names.
 
     Raises:
         ConfigError: there is no such module or class.
     """
-    module_name, _, class_name = path.partition(":")
+    module_name, _, class_name = FORMER_RUNNERS.get(path, path).partition(":")
     try:
         runner_class = getattr(importlib.import_module(module_name), class_name)
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
