@@ -49,6 +49,8 @@ class ServerFailed(AssertionError):
 class ServerProcess:
     """A server that a test has started; a context manager that stops it.
 
+    It has more than twenty methods because it is all that a test needs of a server.
+
     Args:
         arguments: after ``ullm serve --port 0``.
         environ: variables beside this process's own.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.model.model_fixtures import MODELS, LogitsModel, outputs, random_tokens, save_tiny
+from ullm.model.architectures.decoder import Decoder
 from ullm.model.attention.batch import BatchLayout
 from ullm.model.attention.gather import GatherAttention
 from ullm.model.kernels.cpu import build
 from ullm.model.kernels.cpu.kernels import NAMES, CpuKernels, load_kernels
-from ullm.model.kernels.cpu.ops import KernelAttention, tiles
+from ullm.model.kernels.cpu.ops import KernelAttention, KernelOps, tiles
 from ullm.model.layers.quantization import Bits, quantize
 from ullm.model.sampling.choose import choose_tokens
 
@@ -235,6 +238,33 @@ def test_logits_in_bfloat16_are_bitwise_the_same(tmp_path: Path) -> None:
         parts.step((0, 12, 28))[0],
     ]
     assert torch.equal(torch.cat(got), expected)
+
+
+@pytest.mark.parametrize("window", [None, 600])
+def test_a_long_context_is_the_same_in_parts_on_threads_in_chunks_and_in_pytorch(
+    window: int | None, tmp_path: Path
+) -> None:
+    reference = save_tiny(tmp_path, "mistral")
+    reference.config.update({"max_position_embeddings": 2048, "sliding_window": window})
+    reference.config.save_pretrained(tmp_path)
+    prompt, blocks = random_tokens(1300, seed=1), list(range(330))
+
+    def logits(*steps: tuple[int, int], threads: int = 1, **options: Any) -> Tensor:
+        model = LogitsModel(tmp_path, num_blocks=700, **options)
+        if isinstance(model.backend, KernelAttention):
+            cast(KernelOps, cast(Decoder, model.model).ops).kernels.use_threads(threads)
+        model.add(0, prompt, blocks)
+        model.add(1, prompt, list(range(330, 660)))  # a companion, so that tiles are many
+        got = [model.step((0, first, count), (1, first, count))[0] for first, count in steps[:-1]]
+        return torch.cat([*got, model.step((0, *steps[-1]))[0]])
+
+    whole = logits((0, 1300))
+    plain = logits((0, 1300), cpu_kernels=False)
+    torch.testing.assert_close(whole, plain, rtol=1e-4, atol=1e-4)
+    cuts = (0, 511, 512, 513, 1024, 1025, 1290, *range(1291, 1301))
+    assert torch.equal(logits(*((a, b - a) for a, b in pairwise(cuts))), whole)
+    assert torch.equal(logits(*((a, b - a) for a, b in pairwise(cuts)), threads=2), whole)
+    assert torch.equal(logits((0, 1300), threads=3), whole)
 
 
 def test_without_a_compiler_the_model_runs_all_the_same(

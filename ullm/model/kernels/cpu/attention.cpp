@@ -1,7 +1,10 @@
 // Attention over paged keys and values: normalise and rotate, store, attend.
 //
 // Sums are taken in float32, in an order that depends neither on the batch, nor on how a prompt was cut
-// into chunks, nor on the number of threads; see linear.cpp.
+// into chunks, nor on the number of threads; see linear.cpp. Keys are taken in parts of about PART_KEYS, each with
+// a softmax of its own, and the parts are merged in ascending order, as in FlashAttention
+// (https://arxiv.org/abs/2205.14135): the scores of a part stay in the cache, and the parts of a long context can
+// be computed on several threads.
 
 #include <algorithm>
 #include <cmath>
@@ -167,11 +170,11 @@ float largest(const float* values, int64_t count) {
     return most;
 }
 
-// Turn the scores of the keys first ... end - 1 into weights and all others into zeros; return the divisor of
-// the sum of weighted values.
-float softmax(float* scores, int64_t first, int64_t end, int64_t width) {
+// Turn the scores of the keys first ... end - 1, of which there is one at least, into weights and all others into
+// zeros; return the sum of the weights. `most` becomes the largest score.
+float softmax(float* scores, int64_t first, int64_t end, int64_t width, float& most) {
     std::fill(scores, scores + first, 0.0f), std::fill(scores + end, scores + width, 0.0f);
-    const float most = largest(scores + first, end - first);
+    most = largest(scores + first, end - first);
     floats sums = {};
     int64_t i = first;
     for (; i + LANES <= end; i += LANES) {
@@ -192,35 +195,84 @@ float softmax(float* scores, int64_t first, int64_t end, int64_t width) {
 
 constexpr int TOGETHER = 6;  // query vectors that share the loads of keys and values
 
-// The queries of one tile that share one KV head: `tokens` neighbouring tokens of a sequence times the
-// query heads of the group.
-template <typename T>
-void attend_tile(const Step& step, const Layer& layer, const int32_t* tile, int64_t head, const float* qkv,
-                 const T* pages, NextPages<T> next, T* out, std::vector<float>& scratch) {
-    const int64_t token = tile[1], tokens = tile[2], dim = layer.head_dim, size = step.block_size;
-    const int64_t group = layer.heads / layer.kv_heads, rows = tokens * group,
-                  all = layer.heads + 2 * layer.kv_heads;
-    const int64_t end = step.positions[token + tokens - 1] + 1;
-    const auto [first_block, last_block] = blocks_of(step, layer, tile);
-    const int64_t width = (last_block - first_block) * size, begin = first_block * size;
-    const int32_t* table = step.tables + tile[0] * step.table_width;
-    scratch.resize(rows * (width + LANES + 2 * dim));
-    const int64_t stride = width + LANES;  // scores are stored LANES at a time
-    float *scores = scratch.data(), *queries = scores + rows * stride, *sums = queries + rows * dim;
-    for (int64_t row = 0; row < rows; ++row) {
-        const float* query = qkv + ((token + row / group) * all + head * group + row % group) * dim;
-        for (int64_t i = 0; i < dim; ++i) queries[row * dim + i] = query[i] * layer.scale;
-    }
-    std::fill(sums, sums + rows * dim, 0.0f);
+constexpr int64_t PART_KEYS = 512;
 
-    const auto by_rows = [&](auto function) {
-        int64_t row = 0;
-        for (; row + TOGETHER <= rows; row += TOGETHER)
-            function(std::integral_constant<int, TOGETHER>{}, row);
-        if (rows - row >= 3) function(std::integral_constant<int, 3>{}, row), row += 3;
-        if (rows - row == 2) function(std::integral_constant<int, 2>{}, row);
-        if (rows - row == 1) function(std::integral_constant<int, 1>{}, row);
-    };
+// The queries of one tile that share one KV head: `tokens` neighbouring tokens of a sequence times the query
+// heads of the group.
+template <typename T>
+struct Queries {
+    const Step& step;
+    const Layer& layer;
+    const T* pages;
+    const int32_t* table;
+    int64_t head, token, dim, group, rows, first_block, last_block, part_blocks;
+
+    Queries(const Step& step, const Layer& layer, const int32_t* tile, int64_t head, const T* pages)
+        : step(step), layer(layer), pages(pages), table(step.tables + tile[0] * step.table_width), head(head),
+          token(tile[1]), dim(layer.head_dim), group(layer.heads / layer.kv_heads), rows(tile[2] * group),
+          part_blocks(std::max<int64_t>(1, PART_KEYS / step.block_size)) {
+        std::tie(first_block, last_block) = blocks_of(step, layer, tile);
+    }
+
+    // Parts have fixed places in the context, so that no result depends on where a tile begins.
+    int64_t first_part() const { return first_block / part_blocks; }
+    int64_t end_part() const { return (last_block + part_blocks - 1) / part_blocks; }
+
+    // The keys that a row sees: the first, and the end.
+    std::pair<int64_t, int64_t> sees(int64_t row) const {
+        const int64_t end = step.positions[token + row / group] + 1;
+        return {layer.window ? std::max<int64_t>(0, end - layer.window) : 0, end};
+    }
+};
+
+// For each row of some queries: weighted values, the sum of the weights, and the largest score. A sum of 0 means
+// that the row sees no key.
+struct Attended {
+    float *values, *sums, *most;
+
+    static int64_t size(int64_t rows, int64_t dim) { return rows * (dim + 2); }
+    Attended(float* memory, int64_t rows, int64_t dim)
+        : values(memory), sums(memory + rows * dim), most(sums + rows) {}
+
+    void merge(const Attended& part, int64_t rows, int64_t dim) {
+        for (int64_t row = 0; row < rows; ++row) {
+            if (part.sums[row] == 0) continue;
+            const float next = sums[row] == 0 ? part.most[row] : std::max(most[row], part.most[row]);
+            const float old_scale = sums[row] == 0 ? 0 : exponential(floats{} + (most[row] - next))[0];
+            const float scale = exponential(floats{} + (part.most[row] - next))[0];
+            float *to = values + row * dim, *from = part.values + row * dim;
+            for (int64_t i = 0; i < dim; ++i) to[i] = to[i] * old_scale + from[i] * scale;
+            sums[row] = sums[row] * old_scale + part.sums[row] * scale;
+            most[row] = next;
+        }
+    }
+};
+
+template <typename F>
+void by_rows(int64_t rows, const F& function) {
+    int64_t row = 0;
+    for (; row + TOGETHER <= rows; row += TOGETHER) function(std::integral_constant<int, TOGETHER>{}, row);
+    if (rows - row >= 3) function(std::integral_constant<int, 3>{}, row), row += 3;
+    if (rows - row == 2) function(std::integral_constant<int, 2>{}, row);
+    if (rows - row == 1) function(std::integral_constant<int, 1>{}, row);
+}
+
+// Attend to the keys of one part.
+template <typename T>
+void attend_part(const Queries<T>& q, const float* qkv, int64_t part, NextPages<T>& next, Attended to) {
+    const int64_t dim = q.dim, size = q.step.block_size, rows = q.rows;
+    const int64_t first_block = std::max(q.first_block, part * q.part_blocks);
+    const int64_t last_block = std::min(q.last_block, (part + 1) * q.part_blocks);
+    const int64_t width = (last_block - first_block) * size, begin = first_block * size;
+    const int64_t stride = width + LANES;  // scores are stored LANES at a time
+    thread_local std::vector<float> scratch;
+    scratch.resize(rows * (stride + dim));
+    float *scores = scratch.data(), *queries = scores + rows * stride;
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t all = q.layer.heads + 2 * q.layer.kv_heads;
+        const float* query = qkv + ((q.token + row / q.group) * all + q.head * q.group + row % q.group) * dim;
+        for (int64_t i = 0; i < dim; ++i) queries[row * dim + i] = query[i] * q.layer.scale;
+    }
     // In ascending order: in blocks smaller than a vector, the following scores overwrite the excess.
     const int64_t each = (size + LANES - 1) / LANES, vectors = (last_block - first_block) * each;
     for (int64_t vector = 0; vector < vectors; vector += BESIDE) {
@@ -229,10 +281,10 @@ void attend_tile(const Step& step, const Layer& layer, const int32_t* tile, int6
         const int64_t count = std::min<int64_t>(BESIDE, vectors - vector);
         for (int64_t k = 0; k < count; ++k) {
             const int64_t block = (vector + k) / each, lane = (vector + k) % each * LANES;
-            keys[k] = page_of(pages, step, layer, table[first_block + block], head) + lane;
+            keys[k] = page_of(q.pages, q.step, q.layer, q.table[first_block + block], q.head) + lane;
             places[k] = block * size + lane;
         }
-        by_rows([&](auto r, int64_t row) {
+        by_rows(rows, [&](auto r, int64_t row) {
             constexpr int R = r.value;
             const float* from = queries + row * dim;
             float* to = scores + row * stride;
@@ -241,36 +293,105 @@ void attend_tile(const Step& step, const Layer& layer, const int32_t* tile, int6
                 score<R, 1>(from, keys + k, places + k, to, stride, dim, size, next);
         });
     }
-    std::vector<float> divisors(rows);
+    int64_t seen = begin;  // the end of the keys that some row sees
     for (int64_t row = 0; row < rows; ++row) {
-        const int64_t sees = step.positions[token + row / group] + 1;
-        const int64_t from = layer.window ? std::max<int64_t>(0, sees - layer.window) : 0;
-        divisors[row] = softmax(scores + row * stride, from - begin, sees - begin, width);
+        auto [from, end] = q.sees(row);
+        from = std::max(from, begin), end = std::min(end, begin + width), seen = std::max(seen, end);
+        float* const row_scores = scores + row * stride;
+        to.sums[row] = to.most[row] = 0;
+        if (from < end)
+            to.sums[row] = softmax(row_scores, from - begin, end - begin, width, to.most[row]);
+        else
+            std::fill(row_scores, row_scores + width, 0.0f);
     }
-    for (int64_t block = first_block; block < last_block; ++block) {
-        const T* values = page_of(pages, step, layer, table[block], head) + size * dim;
-        by_rows([&](auto r, int64_t row) {
+    std::fill(to.values, to.values + rows * dim, 0.0f);
+    for (int64_t block = first_block; block * size < seen; ++block) {
+        const T* values = page_of(q.pages, q.step, q.layer, q.table[block], q.head) + size * dim;
+        by_rows(rows, [&](auto r, int64_t row) {
             add_all_values<r.value>(scores + row * stride + block * size - begin, stride, values,
-                                    sums + row * dim, std::min(size, end - block * size), dim, next);
+                                    to.values + row * dim, std::min(size, seen - block * size), dim, next);
         });
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-        T* to = out + ((token + row / group) * layer.heads + head * group + row % group) * dim;
-        for (int64_t i = 0; i < dim; ++i) store(to + i, sums[row * dim + i] / divisors[row]);
     }
 }
 
 template <typename T>
+void store_attended(const Queries<T>& q, const Attended& attended, T* out) {
+    for (int64_t row = 0; row < q.rows; ++row) {
+        T* to = out + ((q.token + row / q.group) * q.layer.heads + q.head * q.group + row % q.group) * q.dim;
+        for (int64_t i = 0; i < q.dim; ++i)
+            store(to + i, attended.values[row * q.dim + i] / attended.sums[row]);
+    }
+}
+
+// Attend to all keys, part by part.
+template <typename T>
+void attend_tile(const Queries<T>& q, const float* qkv, NextPages<T> next, T* out) {
+    thread_local std::vector<float> memory;
+    const int64_t size = Attended::size(q.rows, q.dim);
+    memory.resize(2 * size);
+    Attended all(memory.data(), q.rows, q.dim), other(memory.data() + size, q.rows, q.dim);
+    attend_part(q, qkv, q.first_part(), next, all);
+    for (int64_t part = q.first_part() + 1; part < q.end_part(); ++part) {
+        attend_part(q, qkv, part, next, other);
+        all.merge(other, q.rows, q.dim);
+    }
+    store_attended(q, all, out);
+}
+
+// Attend with the parts of each tile on any thread.
+template <typename T>
+void attend_parts(const std::vector<Queries<T>>& tiles, const float* qkv, T* out) {
+    struct Piece {
+        int64_t tile, part;
+        float* memory;
+    };
+    thread_local std::vector<float> scratch;
+    std::vector<Piece> pieces;
+    std::vector<int64_t> first(1);  // piece of each tile
+    int64_t total = 0;
+    for (const Queries<T>& q : tiles) {
+        total += (q.end_part() - q.first_part()) * Attended::size(q.rows, q.dim);
+        first.push_back(first.back() + q.end_part() - q.first_part());
+    }
+    scratch.resize(total);
+    float* memory = scratch.data();
+    for (size_t tile = 0; tile < tiles.size(); ++tile)
+        for (int64_t part = tiles[tile].first_part(); part < tiles[tile].end_part(); ++part) {
+            pieces.push_back({int64_t(tile), part, memory});
+            memory += Attended::size(tiles[tile].rows, tiles[tile].dim);
+        }
+    pool().run(int64_t(pieces.size()), [&](int64_t i) {
+        const Queries<T>& q = tiles[pieces[i].tile];
+        NextPages<T> none(q.step, q.layer, nullptr, q.head, q.pages);
+        attend_part(q, qkv, pieces[i].part, none, Attended(pieces[i].memory, q.rows, q.dim));
+    });
+    for (size_t tile = 0; tile < tiles.size(); ++tile) {
+        const Queries<T>& q = tiles[tile];
+        Attended all(pieces[first[tile]].memory, q.rows, q.dim);
+        for (int64_t piece = first[tile] + 1; piece < first[tile + 1]; ++piece)
+            all.merge(Attended(pieces[piece].memory, q.rows, q.dim), q.rows, q.dim);
+        store_attended(q, all, out);
+    }
+}
+
+constexpr int64_t FEW = 4;  // tiles per thread, below which some threads would wait long for the last one
+
+template <typename T>
 void attend(const Step& step, const Layer& layer, float* qkv, T* pages, T* out) {
     rotate_and_store(step, layer, qkv, pages);
-    // The longest first: a prompt's tiles are in ascending order, so start at the end.
     const int64_t count = step.num_tiles * layer.kv_heads, threads = pool().threads();
+    const auto tile = [&](int64_t index) { return step.tiles + 3 * (index / layer.kv_heads); };
+    const auto queries = [&](int64_t i) { return Queries<T>(step, layer, tile(i), i % layer.kv_heads, pages); };
+    if (threads > 1 && count < FEW * threads) {
+        std::vector<Queries<T>> tiles;
+        for (int64_t i = 0; i < count; ++i) tiles.push_back(queries(i));
+        return attend_parts(tiles, qkv, out);
+    }
+    // The longest first: a prompt's tiles are in ascending order, so start at the end.
     pool().run(count, [&](int64_t number) {
-        thread_local std::vector<float> scratch;
         const int64_t i = count - 1 - number, then = i - threads;
-        const auto tile = [&](int64_t index) { return step.tiles + 3 * (index / layer.kv_heads); };
         NextPages<T> next(step, layer, then < 0 ? nullptr : tile(then), then % layer.kv_heads, pages);
-        attend_tile(step, layer, tile(i), i % layer.kv_heads, qkv, pages, next, out, scratch);
+        attend_tile(queries(i), qkv, next, out);
     });
 }
 
