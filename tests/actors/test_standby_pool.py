@@ -1,4 +1,4 @@
-"""The pool of spare workers, on fake ones and a virtual clock."""
+"""The pool of standby workers, on fake ones and a virtual clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from ullm.actors import standby_pool as standby
+from ullm.actors import standby_pool
 from ullm.actors.standby_pool import StandbyPool, StandbyStatistics
 from ullm.actors.transports import Transport, WorkerSpec
 from ullm.actors.transports.fake import FakeBehaviour, FakeWorker, FakeWorkers
@@ -36,8 +36,8 @@ class Pool:
         self.pool = StandbyPool(workers.open, memory)
 
     @property
-    def spares(self) -> list[FakeWorker]:
-        """All workers that were ever started as spares."""
+    def standbys(self) -> list[FakeWorker]:
+        """All workers that were ever started as standbys."""
         return [worker for worker in self.workers.started if worker.spec.standby]
 
     @property
@@ -66,38 +66,38 @@ async def start(transport: Transport, config: EngineConfig = CONFIG) -> None:
         pass
 
 
-async def test_a_spare_is_prepared_when_the_workers_are_ready(autojump_clock: MockClock) -> None:
+async def test_a_standby_is_prepared_when_the_workers_are_ready(autojump_clock: MockClock) -> None:
     async with running() as pool, pool.pool.open(spec(epoch=1)) as worker:
         await start(worker)
         await trio.sleep(100)
-        assert pool.spares == []  # `prepare` has not been called
+        assert pool.standbys == []  # `prepare` has not been called
         pool.prepare()
-        await trio.sleep(standby.SETTLE_SECONDS + 0.1)
-        (spare,) = pool.spares
-        assert spare.received == [Prepare(CONFIG, spec().rank, MODEL)]
+        await trio.sleep(standby_pool.SETTLE_SECONDS + 0.1)
+        (standby,) = pool.standbys
+        assert standby.received == [Prepare(CONFIG, spec().rank, MODEL)]
         assert pool.statistics == StandbyStatistics(1, 0, 0, 0, ())
 
 
-async def test_a_spare_is_taken_and_replaced(autojump_clock: MockClock) -> None:
+async def test_a_standby_is_taken_and_replaced(autojump_clock: MockClock) -> None:
     async with running() as pool:
         async with pool.pool.open(spec()):
             pool.prepare()
             await trio.sleep(10)
         async with pool.pool.open(spec(replica=3, epoch=2)) as worker:
-            (spare,) = pool.spares
-            assert worker is spare
+            (standby,) = pool.standbys
+            assert worker is standby
             assert worker.name == "replica3.rank0"
             await start(worker)
             await worker.send(Ping(1))
             assert await worker.receive() == Pong(1)
-            await trio.sleep(standby.SETTLE_SECONDS / 2)
-            assert pool.spares == [spare]  # the one that serves comes first
-            await trio.sleep(standby.SETTLE_SECONDS)
+            await trio.sleep(standby_pool.SETTLE_SECONDS / 2)
+            assert pool.standbys == [standby]  # the one that serves comes first
+            await trio.sleep(standby_pool.SETTLE_SECONDS)
             assert pool.statistics == StandbyStatistics(1, 0, 1, 0, ())
-            spare.die("was killed by SIGKILL")
+            standby.die("was killed by SIGKILL")
             with pytest.raises(WorkerLost, match=r"replica3\.rank0 was killed by SIGKILL"):
                 await worker.receive()
-        assert pool.statistics.lost_total == 0  # it was no spare any more
+        assert pool.statistics.lost_total == 0  # it was no standby any more
 
 
 async def test_leaving_a_taken_worker_ends_it(autojump_clock: MockClock) -> None:
@@ -131,14 +131,14 @@ async def test_a_cancelled_user_of_a_taken_worker(autojump_clock: MockClock) -> 
         WorkerSpec(RankSpec(), "other:Runner"),
     ],
 )
-async def test_a_spare_of_another_kind_is_not_taken(autojump_clock: MockClock, other: WorkerSpec) -> None:
+async def test_a_standby_of_another_kind_is_not_taken(autojump_clock: MockClock, other: WorkerSpec) -> None:
     async with running() as pool:
         async with pool.pool.open(spec()):
             pool.prepare()
             await trio.sleep(10)
-        assert len(pool.spares) == 1
+        assert len(pool.standbys) == 1
         async with pool.pool.open(other) as worker:
-            assert worker not in pool.spares
+            assert worker not in pool.standbys
         assert pool.statistics.prepared == 1
 
 
@@ -155,7 +155,7 @@ async def test_one_for_each_worker_or_as_many_as_configured(autojump_clock: Mock
         assert pool.statistics.prepared == 0
 
 
-async def test_a_kind_that_is_no_longer_used_has_no_surplus_spares(autojump_clock: MockClock) -> None:
+async def test_a_kind_that_is_no_longer_used_has_no_surplus_standbys(autojump_clock: MockClock) -> None:
     """As after a reload, when the old workers have ended beside the new ones."""
     async with running() as pool:
         async with pool.pool.open(spec(replica=0)):
@@ -174,22 +174,22 @@ async def test_a_reload_prepares_anew(autojump_clock: MockClock) -> None:
         await trio.sleep(10)
         pool.prepare(model="scripted:other")
         await trio.sleep(10)
-        first, second = pool.spares
+        first, second = pool.standbys
         assert not first.alive()
         assert second.received == [Prepare(CONFIG, RankSpec(epoch=1), "scripted:other")]
         assert pool.statistics == StandbyStatistics(1, 0, 0, 0, ())
 
 
-async def test_a_dead_spare_is_replaced_later_each_time(autojump_clock: MockClock) -> None:
+async def test_a_dead_standby_is_replaced_later_each_time(autojump_clock: MockClock) -> None:
     async with running() as pool, pool.pool.open(spec()):
         pool.prepare()
         await trio.sleep(10)
         times = []
         for number in range(1, 9):
-            while len(pool.spares) < number or not pool.statistics.prepared:  # noqa: ASYNC110  # virtual time
+            while len(pool.standbys) < number or not pool.statistics.prepared:  # noqa: ASYNC110  # virtual time
                 await trio.sleep(0.1)
             times.append(trio.current_time())
-            pool.spares[-1].die("was killed by SIGKILL")
+            pool.standbys[-1].die("was killed by SIGKILL")
         pauses = [round(after - before) for before, after in pairwise(times)]
         assert pauses == [1, 2, 4, 8, 16, 32, 60]
         await trio.testing.wait_all_tasks_blocked()
@@ -200,14 +200,14 @@ async def test_a_loss_long_after_the_last_is_the_first_again(autojump_clock: Moc
     async with running() as pool, pool.pool.open(spec()):
         pool.prepare()
         for number in range(1, 5):
-            await trio.sleep(2 * standby.STEADY_SECONDS)
-            assert len(pool.spares) == number
-            pool.spares[-1].die("was killed by SIGKILL")
-        await trio.sleep(1.5 * standby.BACKOFF_SECONDS)
+            await trio.sleep(2 * standby_pool.STEADY_SECONDS)
+            assert len(pool.standbys) == number
+            pool.standbys[-1].die("was killed by SIGKILL")
+        await trio.sleep(1.5 * standby_pool.BACKOFF_SECONDS)
         assert pool.statistics.prepared == 1
 
 
-async def test_spares_that_never_come_up_disturb_nobody(autojump_clock: MockClock) -> None:
+async def test_standbys_that_never_come_up_disturb_nobody(autojump_clock: MockClock) -> None:
     behaviour = FakeBehaviour(die_on=lambda message: isinstance(message, Prepare))
     async with running(behaviour) as pool, pool.pool.open(spec()) as worker:
         await start(worker)
@@ -238,40 +238,40 @@ async def test_a_transport_that_fails_disturbs_nobody(autojump_clock: MockClock)
         nursery.cancel_scope.cancel()
 
 
-async def test_a_spare_that_hangs_is_given_up_and_not_taken(autojump_clock: MockClock) -> None:
+async def test_a_standby_that_hangs_is_given_up_and_not_taken(autojump_clock: MockClock) -> None:
     behaviour = FakeBehaviour(hang_on=lambda message: isinstance(message, Prepare))
     async with running(behaviour) as pool, pool.pool.open(spec()):
         pool.prepare()
         await trio.sleep(10)
         assert pool.statistics == StandbyStatistics(0, 1, 0, 0, ())
         async with pool.pool.open(spec(epoch=2)) as worker:
-            assert worker not in pool.spares
-        await trio.sleep(standby.PREPARE_SECONDS)
+            assert worker not in pool.standbys
+        await trio.sleep(standby_pool.PREPARE_SECONDS)
         assert pool.statistics.lost_total == 1
 
 
-async def test_a_suspended_spare_is_not_taken(
+async def test_a_suspended_standby_is_not_taken(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running() as pool, pool.pool.open(spec()):
         pool.prepare()
         await trio.sleep(10)
-        (spare,) = pool.spares
-        monkeypatch.setattr(spare, "suspended", lambda: True)
+        (standby,) = pool.standbys
+        monkeypatch.setattr(standby, "suspended", lambda: True)
         async with pool.pool.open(spec(epoch=2)) as worker:
-            assert worker is not spare
+            assert worker is not standby
             await trio.sleep(1)
-        assert not spare.alive()
+        assert not standby.alive()
 
 
-async def test_memory_decides_where_nobody_asked_for_spares(autojump_clock: MockClock) -> None:
-    available = [standby.MEMORY_RESERVE + GIB - 1]
+async def test_memory_decides_where_nobody_asked_for_standbys(autojump_clock: MockClock) -> None:
+    available = [standby_pool.MEMORY_RESERVE + GIB - 1]
     async with running(memory=lambda: available[0]) as pool, pool.pool.open(spec()):
         pool.prepare()
         await trio.sleep(1000)
-        assert pool.spares == []
+        assert pool.standbys == []
         available[0] += 1
-        await trio.sleep(standby.MEMORY_SECONDS + 1)
+        await trio.sleep(standby_pool.MEMORY_SECONDS + 1)
         assert pool.statistics.prepared == 1
         available[0] = 0
         pool.prepare(EngineConfig(num_blocks=16, standby_workers=1))
@@ -279,23 +279,23 @@ async def test_memory_decides_where_nobody_asked_for_spares(autojump_clock: Mock
         assert pool.statistics.prepared == 1
 
 
-async def test_pause_ends_all_spares_until_prepare(autojump_clock: MockClock) -> None:
+async def test_pause_ends_all_standbys_until_prepare(autojump_clock: MockClock) -> None:
     async with running() as pool, pool.pool.open(spec()) as worker:
         pool.prepare()
         await trio.sleep(10)
-        (spare,) = pool.spares
+        (standby,) = pool.standbys
         await pool.pool.pause()
-        assert not spare.alive()
-        assert isinstance(spare.sent[-1], Stopped)  # in order
+        assert not standby.alive()
+        assert isinstance(standby.sent[-1], Stopped)  # in order
         await trio.sleep(1000)
-        assert pool.spares == [spare]
+        assert pool.standbys == [standby]
         assert worker.alive()
         pool.prepare()
         await trio.sleep(10)
         assert pool.statistics == StandbyStatistics(1, 0, 0, 0, ())
 
 
-async def test_pause_ends_a_spare_that_is_being_prepared(autojump_clock: MockClock) -> None:
+async def test_pause_ends_a_standby_that_is_being_prepared(autojump_clock: MockClock) -> None:
     behaviour = FakeBehaviour(hang_on=lambda message: isinstance(message, Prepare))
     async with running(behaviour) as pool, pool.pool.open(spec()):
         pool.prepare()
@@ -303,20 +303,20 @@ async def test_pause_ends_a_spare_that_is_being_prepared(autojump_clock: MockClo
         began = trio.current_time()
         await pool.pool.pause()
         assert trio.current_time() == began
-        assert not pool.spares[0].alive()
+        assert not pool.standbys[0].alive()
 
 
-async def test_spares_are_stopped_in_order_and_all_at_once(autojump_clock: MockClock) -> None:
+async def test_standbys_are_stopped_in_order_and_all_at_once(autojump_clock: MockClock) -> None:
     behaviour = FakeBehaviour(stop_seconds=0.3)
     async with running(behaviour) as pool, pool.pool.open(spec(0)), pool.pool.open(spec(1)):
         pool.prepare()
         await trio.sleep(10)
-        spares = pool.spares
+        standbys = pool.standbys
         began = trio.current_time()
     assert trio.current_time() - began < 0.7  # not one after the other; and the workers, killed
-    for spare in spares:
-        assert isinstance(spare.received[-1], Stop)
-        assert isinstance(spare.sent[-1], Stopped)
+    for standby in standbys:
+        assert isinstance(standby.received[-1], Stop)
+        assert isinstance(standby.sent[-1], Stopped)
 
 
 async def test_without_its_task_the_pool_is_a_plain_transport(autojump_clock: MockClock) -> None:
@@ -334,4 +334,4 @@ async def test_a_failed_preparation_is_a_loss(autojump_clock: MockClock) -> None
         pool.prepare()
         await trio.sleep(1.5)
         assert pool.statistics.lost_total == 1
-        assert not any(isinstance(message, Prepared) for message in pool.spares[0].sent)
+        assert not any(isinstance(message, Prepared) for message in pool.standbys[0].sent)

@@ -41,7 +41,7 @@ def test_the_watchdog_comes_after_everything_that_could_be_late(timeout: float) 
 
 def test_what_children_have_is_more_than_what_they_spend_inside() -> None:
     assert budget.CONNECTION_CUT_RESERVE < budget.HTTP_SERVER
-    assert budget.SPARE_WORKER + budget.PROCESS_EXIT + budget.STDERR_TAIL < budget.STANDBY_POOL
+    assert budget.STANDBY_WORKER + budget.PROCESS_EXIT + budget.STDERR_TAIL < budget.STANDBY_POOL
     assert budget.FAULT_SHARE < budget.SIGTERM_SHARE < budget.SIGKILL_SHARE <= budget.RANK_SHARE < 1
     assert budget.RAY_KILL_SHARE < budget.RANK_SHARE
     assert budget.THREAD_REPORT < budget.THREAD_GIVEN_UP < budget.THREAD_LEAVE

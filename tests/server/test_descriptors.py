@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trio
 
-from ullm.server.http import hypercorn_connection, places
+from ullm.server.http import connection_slots, hypercorn_connection
 from ullm.server.http.descriptors import ENOUGH, RESERVE, connection_limit, raise_limit
 from ullm.server.http.listener import Listener
 
@@ -126,7 +126,7 @@ async def test_a_client_that_has_asked_is_waited_for(monkeypatch: pytest.MonkeyP
 async def test_the_silent_give_way_one_by_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(places, "UNDISTURBED", 0.05)
+    monkeypatch.setattr(connection_slots, "UNDISTURBED", 0.05)
     app = Held()
     app.release.set()
     with caplog.at_level(logging.WARNING, "ullm"):
@@ -143,7 +143,7 @@ async def test_the_silent_give_way_one_by_one(
 
 
 async def test_half_a_body_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "UNDISTURBED", 0.05)
+    monkeypatch.setattr(connection_slots, "UNDISTURBED", 0.05)
     app = Reading()
     async with served(app) as (listener, connect):
         halves = [await connect() for _ in range(ROOM)]
@@ -159,18 +159,18 @@ async def test_half_a_body_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_those_that_are_served_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "UNDISTURBED", 0.05)
+    monkeypatch.setattr(connection_slots, "UNDISTURBED", 0.05)
     searches, searched = 0, trio.Event()
-    free_a_place = places.Places._free_a_place
+    free_a_slot = connection_slots.ConnectionSlots._free_a_slot
 
-    def counting(self: places.Places) -> None:
+    def counting(self: connection_slots.ConnectionSlots) -> None:
         nonlocal searches
-        free_a_place(self)
+        free_a_slot(self)
         searches += 1
         if searches == 5:
             searched.set()
 
-    monkeypatch.setattr(places.Places, "_free_a_place", counting)
+    monkeypatch.setattr(connection_slots.ConnectionSlots, "_free_a_slot", counting)
     app = Held()
     async with served(app) as (listener, connect):
         asking = [await connect() for _ in range(ROOM)]

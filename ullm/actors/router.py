@@ -16,7 +16,7 @@ from ullm.config import EngineConfig
 from ullm.errors import RequestPoisoned
 from ullm.faults import FaultInjector
 from ullm.logs import get_logger
-from ullm.scheduling.admission import AdmissionLimits
+from ullm.scheduling.admission_limits import AdmissionLimits
 from ullm.scheduling.assignment import ReplicaLoad, assign, is_culprit
 from ullm.scheduling.request import RequestRecord
 from ullm.scheduling.sequence import FinishReason

@@ -1,11 +1,11 @@
 """Standby workers: processes that have imported their libraries and mapped the weights, and wait to be used.
 
-A new worker takes most of a second to import PyTorch. A spare one is ready some hundredths of a second after
-its `Start`, so the loss of a worker costs its clients little more than computing their contexts again.
+A new worker takes most of a second to import PyTorch. A standby one is ready some hundredths of a second
+after its `Start`, so the loss of a worker costs its clients little more than computing their contexts again.
 
-The pool stands between worker groups and their transport: `StandbyPool.open` gives a group a spare worker
-where one is prepared, otherwise a new one. Spares of one kind are alike until `Start` names their rank. A
-spare that dies is replaced, after a delay that grows with each loss; workers in use are not affected.
+The pool stands between worker groups and their transport: `StandbyPool.open` gives a group a standby worker
+where one is prepared, otherwise a new one. Standby workers of one kind are alike until `Start` names their
+rank. One that dies is replaced, after a delay that grows with each loss; workers in use are not affected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import cast
 
 import trio
 
-from ullm.actors.spare_worker import Spare, SpareTransport, StandbyTarget, WorkerKind, kind_of
+from ullm.actors.standby_worker import StandbyTarget, StandbyTransport, StandbyWorker, WorkerKind, kind_of
 from ullm.actors.transports.base import OpenTransport, Transport, WorkerSpec
 from ullm.config import GIB, EngineConfig
 from ullm.errors import WorkerLost
@@ -31,29 +31,29 @@ from ullm.supervision import cleanup_scope, exponential_backoff
 log = get_logger("ullm.standby")
 
 SETTLE_SECONDS = 1.0
-"""Delay from the use of a spare, or the end of a start, to the next spare: workers in use come first."""
+"""Delay from the use of a standby, or the end of a start, to the next standby: workers in use come first."""
 BACKOFF_SECONDS, BACKOFF_LIMIT = 1.0, 60.0
-"""Delay from the loss of a spare to the next one: doubled with each loss in a row, up to the limit."""
+"""Delay from the loss of a standby to the next one: doubled with each loss in a row, up to the limit."""
 STEADY_SECONDS = 60.0
-"""Lifetime after which the loss of a spare no longer counts as one in a row."""
+"""Lifetime after which the loss of a standby no longer counts as one in a row."""
 MEMORY_RESERVE = 1 * GIB
 """Bytes that must be available beyond the weights, unless ``standby_workers`` is set."""
 MEMORY_SECONDS = 30.0
 """Interval between checks of the memory while there is too little."""
 PREPARE_SECONDS = 300.0
-"""How long a spare may take to prepare before it counts as hung."""
+"""How long a standby may take to prepare before it counts as hung."""
 
 
 @dataclass(frozen=True)
 class StandbyStatistics:
-    """Spares in the pool now, and counts since the start.
+    """Standby workers in the pool now, and counts since the start.
 
     Args:
-        prepared: spares ready for use.
-        preparing: spares not ready yet.
-        taken_total: spares that became workers.
-        lost_total: spares that died.
-        pids: process ids of the spares that are processes.
+        prepared: standbys ready for use.
+        preparing: standbys not ready yet.
+        taken_total: standbys that became workers.
+        lost_total: standbys that died.
+        pids: process ids of the standbys that are processes.
     """
 
     prepared: int = 0
@@ -64,7 +64,7 @@ class StandbyStatistics:
 
 
 class StandbyPool:
-    """Keeps spares for the workers in use, and hands them out.
+    """Keeps standbys for the workers in use, and hands them out.
 
     Args:
         open_transport: starts a worker.
@@ -83,51 +83,51 @@ class StandbyPool:
 
     @asynccontextmanager
     async def open(self, spec: WorkerSpec) -> AsyncIterator[Transport]:
-        """Open a spare worker where one is prepared, otherwise a new one; an `OpenTransport`."""
+        """Open a standby worker where one is prepared, otherwise a new one; an `OpenTransport`."""
         kind = self._kinds.setdefault(kind_of(spec), WorkerKind(spec))
         kind.spec, kind.serving = spec, kind.serving + 1
         try:
-            spare = self._take(kind)
+            standby = self._take(kind)
             self._changed.set()
-            if spare is None:
+            if standby is None:
                 async with self._open_transport(spec) as transport:
                     yield transport
             else:
-                async with self._use(spare, spec) as transport:
+                async with self._use(standby, spec) as transport:
                     yield transport
         finally:
             kind.serving -= 1
 
-    def _take(self, kind: WorkerKind) -> Spare | None:
-        spare = next((each for each in kind.spares if each.usable), None)
-        for each in list(kind.spares):
-            if each is spare or (each.prepared and not each.usable):  # suspended or dying
-                kind.spares.remove(each)
-                each.taken = each is spare
+    def _take(self, kind: WorkerKind) -> StandbyWorker | None:
+        standby = next((each for each in kind.standbys if each.usable), None)
+        for each in list(kind.standbys):
+            if each is standby or (each.prepared and not each.usable):  # suspended or dying
+                kind.standbys.remove(each)
+                each.taken = each is standby
                 each.leave.cancel()
-        if spare is not None:
+        if standby is not None:
             self._taken += 1
             kind.losses, kind.not_before = 0, trio.current_time() + SETTLE_SECONDS
-        return spare
+        return standby
 
     @asynccontextmanager
-    async def _use(self, spare: Spare, spec: WorkerSpec) -> AsyncIterator[Transport]:
-        """Use a spare as the worker that ``spec`` describes; on leaving, it has ended."""
-        transport = spare.transport
-        assert transport is not None, "only a started spare is taken"
+    async def _use(self, standby: StandbyWorker, spec: WorkerSpec) -> AsyncIterator[Transport]:
+        """Use a standby as the worker that ``spec`` describes; on leaving, it has ended."""
+        transport = standby.transport
+        assert transport is not None, "only a started standby is taken"
         transport.name = spec.rank.name
         log.info("standby worker takes over", worker=transport.name, pid=transport.pid)
         try:
             yield transport
         finally:
-            spare.released.set()
+            standby.released.set()
             with trio.CancelScope(shield=True):  # until its transport is closed
-                await spare.gone.wait()
+                await standby.gone.wait()
 
     # --- for the engine ------------------------------------------------------------------------------
 
     def prepare(self, config: EngineConfig, model_path: str, need: int) -> None:
-        """Prepare spares for a model; called when all workers are ready, and after a reload or a pause.
+        """Prepare standbys for a model; called when all workers are ready, and after a reload or a pause.
 
         Args:
             config: ``standby_workers`` says how many for each worker; None: one, while memory allows.
@@ -141,50 +141,50 @@ class StandbyPool:
         self._changed.set()
 
     async def pause(self) -> None:
-        """End all spares, wait until they are gone, and start none until `prepare`."""
+        """End all standbys, wait until they are gone, and start none until `prepare`."""
         self._target = None
-        spares = self._spares()
+        standbys = self._standbys()
         for kind in self._kinds.values():
             self._retire(kind, 0)
-        for spare in spares:
-            await spare.gone.wait()
+        for standby in standbys:
+            await standby.gone.wait()
 
     def statistics(self) -> StandbyStatistics:
         """Return what is in the pool as a frozen value."""
-        spares = self._spares()
-        prepared = sum(spare.prepared for spare in spares)
-        pids = [spare.transport.pid for spare in spares if spare.transport is not None]
+        standbys = self._standbys()
+        prepared = sum(standby.prepared for standby in standbys)
+        pids = [standby.transport.pid for standby in standbys if standby.transport is not None]
         known = tuple(pid for pid in pids if pid is not None)
-        return StandbyStatistics(prepared, len(spares) - prepared, self._taken, self._lost, known)
+        return StandbyStatistics(prepared, len(standbys) - prepared, self._taken, self._lost, known)
 
     # --- the supervised child ------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Start spares wherever they are missing. Taken ones live on as tasks of this one."""
+        """Start standbys wherever they are missing. Taken ones live on as tasks of this one."""
         task_status.started()
         async with trio.open_nursery() as nursery:
             while True:
                 self._changed = trio.Event()
                 for kind in self._kinds.values():
-                    for spare in self._complete(kind):
-                        nursery.start_soon(self._keep, kind, spare)
+                    for standby in self._complete(kind):
+                        nursery.start_soon(self._keep, kind, standby)
                 with trio.move_on_at(self._next_check()):
                     await self._changed.wait()
 
-    def _complete(self, kind: WorkerKind) -> list[Spare]:
-        """Return the missing spares, to be started now; retire surplus ones."""
+    def _complete(self, kind: WorkerKind) -> list[StandbyWorker]:
+        """Return the missing standbys, to be started now; retire surplus ones."""
         target, now = self._target, trio.current_time()
         if target is None or now < kind.not_before:
             return []
-        self._retire(kind, target.spares * max(1, kind.serving))
-        missing = max(0, target.spares * kind.serving - len(kind.spares))
+        self._retire(kind, target.standbys * max(1, kind.serving))
+        missing = max(0, target.standbys * kind.serving - len(kind.standbys))
         required = target.config.standby_workers is not None
         if missing and not required and self._memory() < target.need + MEMORY_RESERVE:
             log.debug("no memory for a standby worker", worker=kind.spec.rank.name)
             kind.not_before = now + MEMORY_SECONDS
             return []
-        new = [Spare(target, now) for _ in range(missing)]
-        kind.spares += new
+        new = [StandbyWorker(target, now) for _ in range(missing)]
+        kind.standbys += new
         return new
 
     def _next_check(self) -> float:
@@ -193,59 +193,59 @@ class StandbyPool:
         return min((time for time in times if time > now), default=math.inf)
 
     def _retire(self, kind: WorkerKind, keep: int) -> None:
-        """End spares, the newest first, until at most ``keep`` are left."""
-        while len(kind.spares) > keep:
-            kind.spares.pop().leave.cancel()
+        """End standbys, the newest first, until at most ``keep`` are left."""
+        while len(kind.standbys) > keep:
+            kind.standbys.pop().leave.cancel()
 
-    def _spares(self) -> list[Spare]:
-        return [spare for kind in self._kinds.values() for spare in kind.spares]
+    def _standbys(self) -> list[StandbyWorker]:
+        return [standby for kind in self._kinds.values() for standby in kind.standbys]
 
-    # --- one spare -----------------------------------------------------------------------------------
+    # --- one standby -----------------------------------------------------------------------------------
 
-    async def _keep(self, kind: WorkerKind, spare: Spare) -> None:
-        """Run one spare from its start to its end, whether the pool or a group has it meanwhile."""
-        target = spare.target
+    async def _keep(self, kind: WorkerKind, standby: StandbyWorker) -> None:
+        """Run one standby from its start to its end, whether the pool or a group has it meanwhile."""
+        target = standby.target
         try:
             async with self._open_transport(replace(kind.spec, standby=True)) as transport:
-                spare.transport = cast(SpareTransport, transport)
+                standby.transport = cast(StandbyTransport, transport)
                 try:
-                    await self._hold(spare, Prepare(target.config, kind.spec.rank, target.model_path))
+                    await self._hold(standby, Prepare(target.config, kind.spec.rank, target.model_path))
                 finally:
-                    if spare.prepared and not spare.taken:  # otherwise there is nothing to stop in order
-                        with cleanup_scope(stop_budget.SPARE_WORKER):
-                            await transport.stop(stop_budget.SPARE_WORKER)
-        except Exception as error:  # the loss of a spare must not disturb workers in use
-            self._count_loss(kind, spare, error)
+                    if standby.prepared and not standby.taken:  # otherwise there is nothing to stop in order
+                        with cleanup_scope(stop_budget.STANDBY_WORKER):
+                            await transport.stop(stop_budget.STANDBY_WORKER)
+        except Exception as error:  # the loss of a standby must not disturb workers in use
+            self._count_loss(kind, standby, error)
         finally:
-            if spare in kind.spares:
-                kind.spares.remove(spare)
-            spare.gone.set()
+            if standby in kind.standbys:
+                kind.standbys.remove(standby)
+            standby.gone.set()
             self._changed.set()
 
-    async def _hold(self, spare: Spare, prepare: Prepare) -> None:
-        """Prepare a spare, and wait until it is taken and released, or retired.
+    async def _hold(self, standby: StandbyWorker, prepare: Prepare) -> None:
+        """Prepare a standby, and wait until it is taken and released, or retired.
 
         Raises:
             WorkerLost: it died or hangs.
         """
-        transport = spare.transport
+        transport = standby.transport
         assert transport is not None, "it is started"
-        with spare.leave:
+        with standby.leave:
             await transport.send(prepare)
             with trio.move_on_after(PREPARE_SECONDS):
                 await _wait_prepared(transport)
-                spare.prepared = True
-            if not spare.prepared:
+                standby.prepared = True
+            if not standby.prepared:
                 raise WorkerLost(transport.name, f"was not prepared within {PREPARE_SECONDS:g} s")
             log.debug("standby worker prepared", worker=transport.name, pid=transport.pid)
             while True:
                 await transport.receive()  # raises when it dies
-        if spare.taken:
-            await spare.released.wait()
+        if standby.taken:
+            await standby.released.wait()
 
-    def _count_loss(self, kind: WorkerKind, spare: Spare, error: Exception) -> None:
+    def _count_loss(self, kind: WorkerKind, standby: StandbyWorker, error: Exception) -> None:
         log.warning("standby worker lost", worker=kind.spec.rank.name, cause=str(error))
-        lived = trio.current_time() - spare.born
+        lived = trio.current_time() - standby.born
         kind.losses = 1 if lived >= STEADY_SECONDS else kind.losses + 1
         backoff = exponential_backoff(BACKOFF_SECONDS, BACKOFF_LIMIT)
         kind.not_before = trio.current_time() + backoff(kind.losses)

@@ -13,7 +13,7 @@ from ullm.scheduling.request import RequestRecord
 
 
 class Admission:
-    """See the module.
+    """Decides whether a request is admitted, by the engine's life, its sleep and its limits.
 
     Args:
         readers: where an admitted request's reader is counted until it leaves.

@@ -34,7 +34,7 @@ class Fleet:
         transport: starts workers.
         on_failure: called with the cause when the last replica is given up.
         faults: faults to inject.
-        standby: where ``transport`` takes spare workers from, if it does.
+        standby: where ``transport`` takes standby workers from, if it does.
 
     Attributes:
         replicas: one for each slot.
@@ -71,10 +71,10 @@ class Fleet:
         """Return the children that the engine starts with; see `supervised_by`."""
         for replica in self.replicas:
             replica.group.load_from(model_path)
-        spares = []
+        standbys = []
         if self._standby is not None:
-            spares = [ChildSpec("standby", self._standby.run, shutdown=stop_budget.STANDBY_POOL)]
-        return [*spares, *(self._spec(replica) for replica in self.replicas)]
+            standbys = [ChildSpec("standby", self._standby.run, shutdown=stop_budget.STANDBY_POOL)]
+        return [*standbys, *(self._spec(replica) for replica in self.replicas)]
 
     def supervised_by(self, root: Supervisor) -> None:
         """Note the supervisor that `specs` are given to."""
@@ -84,7 +84,7 @@ class Fleet:
         """Wait until all replicas take requests, except those that were given up."""
         while not all(map(self._is_settled, self.replicas)):
             await self._router.wait_changed()
-        self.prepare_spares()
+        self.prepare_standbys()
 
     async def start_all(self) -> None:
         """Start replicas that were stopped; return when they take requests.
@@ -104,7 +104,7 @@ class Fleet:
         Returns:
             Bytes of memory that their processes had, as far as the system tells.
         """
-        await self._drop_spares()
+        await self._drop_standbys()
         resident = sum(resident_memory(pid) for replica in self.replicas for pid in replica.group.pids)
         for replica in self.replicas:
             await self.stop(replica)
@@ -117,7 +117,7 @@ class Fleet:
             Bytes given back.
         """
         if level:
-            await self._drop_spares()
+            await self._drop_standbys()
         pauses = [replica.scheduler.pause(level) for replica in self.replicas if replica.failure is None]
         for pause in pauses:
             await pause.reached.wait()
@@ -146,7 +146,7 @@ class Fleet:
 
     # --- standby workers ----------------------------------------------------------------------------------
 
-    def prepare_spares(self) -> None:
+    def prepare_standbys(self) -> None:
         """Prepare standby workers for the present model: the workers that serve are up."""
         replica = next((replica for replica in self.replicas if replica.group.info is not None), None)
         if self._standby is None or replica is None or replica.group.info is None:
@@ -154,11 +154,11 @@ class Fleet:
         need = replica.group.info.weight_bytes if replica.group.info.device == "cpu" else 0
         self._standby.prepare(replica.config, replica.group.model_path, need)
 
-    def spares(self) -> StandbyStatistics:
+    def standbys(self) -> StandbyStatistics:
         """Return the counts of standby workers."""
         return StandbyStatistics() if self._standby is None else self._standby.statistics()
 
-    async def _drop_spares(self) -> None:
+    async def _drop_standbys(self) -> None:
         """End standby workers, so that their memory is given back, too."""
         if self._standby is not None:
             await self._standby.pause()

@@ -68,7 +68,7 @@ Command = FallAsleep | WakeUp | ReloadModel
 
 
 class Lifecycle:
-    """See the module.
+    """The actor that puts an engine to sleep, wakes it up, and reloads its model.
 
     Args:
         on_failure: called with the cause when the engine cannot be woken.

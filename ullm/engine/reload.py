@@ -44,7 +44,7 @@ class _Candidate:
 
 
 class Reloader:
-    """See the module.
+    """Replaces the replicas by new ones with another model, while requests go on.
 
     Args:
         faults: faults to inject at the point ``engine.reload``.
@@ -157,7 +157,7 @@ class Reloader:
             moved += await self._retire(old)
         info = fleet.replicas[0].group.info
         self._current.replace(candidate.config, candidate.local, candidate.tokenizer, info)
-        fleet.prepare_spares()
+        fleet.prepare_standbys()
         return moved
 
     async def _start_beside(self, old: Replica, new: Replica, *, swap: bool) -> None:

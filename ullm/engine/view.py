@@ -16,7 +16,7 @@ _NOT_READY = {
 
 
 class EngineView:
-    """See the module."""
+    """Collects an engine's health, statistics and description from its parts."""
 
     def __init__(self, parts: EngineParts, reloader: Reloader) -> None:
         self._parts = parts
@@ -52,7 +52,7 @@ class EngineView:
     def statistics(self) -> EngineStatistics:
         """Return counts and sizes over all replicas."""
         fleet, lifecycle = self._parts.fleet, self._parts.lifecycle
-        router, spares = self._parts.router.statistics(), fleet.spares()
+        router, standbys = self._parts.router.statistics(), fleet.standbys()
         candidates = (replica.scheduler.statistics() for replica in fleet.replicas)
         schedulers = [statistics for statistics in candidates if statistics is not None]
         running = sum(each.running for each in schedulers)
@@ -80,8 +80,8 @@ class EngineView:
             draft_tokens_total=sum(each.draft_tokens for each in schedulers),
             steps_total=sum(each.steps for each in schedulers),
             accepted_tokens_total=sum(each.accepted_tokens for each in schedulers),
-            standby_prepared=spares.prepared,
-            standby_preparing=spares.preparing,
-            standby_taken_total=spares.taken_total,
-            standby_lost_total=spares.lost_total,
+            standby_prepared=standbys.prepared,
+            standby_preparing=standbys.preparing,
+            standby_taken_total=standbys.taken_total,
+            standby_lost_total=standbys.lost_total,
         )

@@ -63,7 +63,7 @@ PROCESS_EXIT: Final = 1.0
 """From a worker's closing its pipe to its end; and for the kernel to reap a process that was killed."""
 STDERR_TAIL: Final = 0.2
 """For the end of a worker's stderr, which a grandchild may hold open."""
-SPARE_WORKER: Final = 0.4
+STANDBY_WORKER: Final = 0.4
 """For a standby worker."""
 
 THREAD_REPORT: Final = 0.05

@@ -18,7 +18,7 @@ from pathlib import Path
 
 EXTRA_NICENESS = 5
 """Added to the niceness, as by nice(1): leaves a third of the usual share of a core. With a lower share, a
-spare worker would never be ready on a busy machine."""
+standby worker would never be ready on a busy machine."""
 MAX_NICENESS = 19
 AUTOGROUP = Path("/proc/self/autogroup")
 """See sched(7)."""

@@ -21,7 +21,7 @@ class WorkerSpec:
         rank: the worker's place; ``rank.name`` is its name in logs.
         runner: ``module:class`` of the `ullm.protocol.runner.Runner` to build in the worker.
         cpu_threads: number of compute threads; None: all cores.
-        standby: whether the worker is a spare one, which runs at a low priority while it prepares.
+        standby: whether the worker is a standby one, which runs at a low priority while it prepares.
     """
 
     rank: RankSpec

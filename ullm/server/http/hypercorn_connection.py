@@ -92,15 +92,15 @@ class HypercornConnection(TCPServer):
         self._app = worker.app
         self._stall_timeout = worker.stall_timeout
         self._state = ConnectionState.NEW
-        self._owes_since: float | None = trio.current_time()
+        self._waiting_since: float | None = trio.current_time()
 
     @property
-    def owes_since(self) -> float | None:
+    def waiting_since(self) -> float | None:
         """Trio time since which it owes a whole request; None while it has one, or is closed.
 
         That is when the connection was opened, its last request ended, or the last piece of a body arrived.
         """
-        return None if self._state is ConnectionState.CLOSED or not self._is_open else self._owes_since
+        return None if self._state is ConnectionState.CLOSED or not self._is_open else self._waiting_since
 
     def give_way(self) -> None:
         """Close the connection, which owes a request, in favour of another."""
@@ -145,7 +145,7 @@ class HypercornConnection(TCPServer):
             await super().protocol_send(event)
         elif self._state is not ConnectionState.CLOSED:
             self._state = ConnectionState.IDLE if event.idle else ConnectionState.ACTIVE
-            self._owes_since = trio.current_time() if event.idle else None
+            self._waiting_since = trio.current_time() if event.idle else None
             await super().protocol_send(event)
 
     async def _read_data(self) -> None:
@@ -173,11 +173,11 @@ class HypercornConnection(TCPServer):
         async def receive_and_note() -> Any:
             message = await receive()
             if message["type"] == "http.request":
-                self._owes_since = trio.current_time() if message.get("more_body") else None
+                self._waiting_since = trio.current_time() if message.get("more_body") else None
             return message
 
         if scope["type"] == "http" and _has_body(scope["headers"]):
-            self._owes_since = trio.current_time()
+            self._waiting_since = trio.current_time()
         await self._app(scope, receive_and_note, *others)
 
     # --- sending -------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Accepting connections and serving an ASGI app on them, each in a task of its own.
 
-Many connections are accepted in one turn of the event loop, and only as many as there are places.
+Many connections are accepted in one turn of the event loop, and only as many as there are slots.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import trio
 
 from ullm.logs import get_logger
+from ullm.server.http.connection_slots import ConnectionSlots
 from ullm.server.http.hypercorn_connection import HypercornConnection, HypercornWorker
-from ullm.server.http.places import Places
 
 log = get_logger(__name__)
 
@@ -32,13 +32,13 @@ class Listener:
 
     def __init__(self, app: Any, *, stall_timeout: float, max_connections: int) -> None:
         self._worker = HypercornWorker(app, stall_timeout)
-        self._places = Places(max_connections)
+        self._slots = ConnectionSlots(max_connections)
         self._stop = trio.Event()
 
     @property
     def connections(self) -> int:
         """Number of connections that are being served."""
-        return self._places.occupied
+        return self._slots.occupied
 
     def stop(self) -> None:
         """Stop accepting; `serve` returns after the last response."""
@@ -46,7 +46,7 @@ class Listener:
 
     def cut(self) -> None:
         """Close every connection at once, whatever its client has not read yet."""
-        self._places.cut_all()
+        self._slots.cut_all()
 
     async def serve(self, sockets: Sequence[socket.socket], *, task_status: trio.TaskStatus[None]) -> None:
         """Serve until stopped and every connection has ended.
@@ -56,19 +56,19 @@ class Listener:
         """
         async with trio.open_nursery() as handlers:
             async with trio.open_nursery() as accepting:
-                listeners = [PlacedListener(sock, self._places) for sock in sockets]
+                listeners = [SlotListener(sock, self._slots) for sock in sockets]
                 accepting.start_soon(self._accept, listeners, handlers)
                 task_status.started()
                 await self._stop.wait()
                 accepting.cancel_scope.cancel()
             await self._worker.terminate()
 
-    async def _accept(self, listeners: list[PlacedListener], handlers: trio.Nursery) -> None:
+    async def _accept(self, listeners: list[SlotListener], handlers: trio.Nursery) -> None:
         await trio.serve_listeners(self._handle, listeners, handler_nursery=handlers)
 
     async def _handle(self, stream: trio.SocketStream) -> None:
         connection = HypercornConnection(self._worker, stream)
-        with self._places.occupy(connection):
+        with self._slots.occupy(connection):
             try:
                 await connection
             except Exception:
@@ -76,27 +76,27 @@ class Listener:
                 connection.cut()
 
 
-class PlacedListener(trio.abc.Listener[trio.SocketStream]):
-    """Accepts a connection only when there is a place for it; until then it waits in the kernel's queue.
+class SlotListener(trio.abc.Listener[trio.SocketStream]):
+    """Accepts a connection only when there is a slot for it; until then it waits in the kernel's queue.
 
     Args:
         sock: listens; a duplicate of it is used.
     """
 
-    def __init__(self, sock: socket.socket, places: Places) -> None:
+    def __init__(self, sock: socket.socket, slots: ConnectionSlots) -> None:
         self._direct = sock.dup()
         self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._direct))
-        self._places = places
+        self._slots = slots
         self._at_once = 0
 
     async def accept(self) -> trio.SocketStream:
-        """Wait for the next connection and take a place for it."""
+        """Wait for the next connection and take a slot for it."""
         stream = self._accept_waiting()
         if stream is None:
-            await self._places.wait_for_room(self._listener.socket)
+            await self._slots.wait_for_room(self._listener.socket)
             stream = await self._listener.accept()
             self._at_once = AT_ONCE
-        self._places.take()
+        self._slots.take()
         return stream
 
     def _accept_waiting(self) -> trio.SocketStream | None:
@@ -104,7 +104,7 @@ class PlacedListener(trio.abc.Listener[trio.SocketStream]):
 
         With a turn of the event loop for each, a thousand of them would take seconds.
         """
-        if self._at_once == 0 or not self._places.has_room:
+        if self._at_once == 0 or not self._slots.has_room:
             return None
         self._at_once -= 1
         try:

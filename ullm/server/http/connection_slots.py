@@ -1,6 +1,6 @@
-"""Places for connections: no more at a time than leave descriptors for the rest of the program.
+"""Connection slots: no more at a time than leave descriptors for the rest of the program.
 
-When all places are taken, the connection that has owed a request, or the rest of one, for the longest time
+When all slots are taken, the connection that has owed a request, or the rest of one, for the longest time
 gives way to a new one.
 """
 
@@ -17,14 +17,14 @@ from ullm.logs import get_logger
 log = get_logger(__name__)
 
 UNDISTURBED = 1.0
-"""Seconds that a connection has for its next request although others wait for its place."""
+"""Seconds that a connection has for its next request although others wait for its slot."""
 
 
-class Occupant(Protocol):
-    """A connection that has a place."""
+class SlotHolder(Protocol):
+    """A connection that has a slot."""
 
     @property
-    def owes_since(self) -> float | None:
+    def waiting_since(self) -> float | None:
         """Trio time since which it owes a whole request; None while it has one, or is closed."""
 
     def give_way(self) -> None:
@@ -34,7 +34,7 @@ class Occupant(Protocol):
         """Close the connection at once, and forget what has not been sent."""
 
 
-class Places:
+class ConnectionSlots:
     """Counts the connections of one listener and limits them.
 
     Args:
@@ -44,14 +44,14 @@ class Places:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._taken = 0
-        self._occupants: set[Occupant] = set()
+        self._holders: set[SlotHolder] = set()
         self._one_ended = trio.Event()
         self._warned = False
 
     @property
     def occupied(self) -> int:
         """Number of connections that are being served."""
-        return len(self._occupants)
+        return len(self._holders)
 
     @property
     def has_room(self) -> bool:
@@ -68,33 +68,33 @@ class Places:
             await trio.lowlevel.wait_readable(listening)
             self._warn_once()
             self._one_ended = trio.Event()
-            self._free_a_place()
+            self._free_a_slot()
             with trio.move_on_after(UNDISTURBED):
                 await self._one_ended.wait()
         self._warned = self._warned and self._taken > self._limit // 2
 
     def take(self) -> None:
-        """Take a place for a connection that was accepted; `occupy` gives it back."""
+        """Take a slot for a connection that was accepted; `occupy` gives it back."""
         self._taken += 1
 
     @contextmanager
-    def occupy(self, connection: Occupant) -> Iterator[None]:
-        """Serve a connection within this block, on a place that was taken for it."""
-        self._occupants.add(connection)
+    def occupy(self, connection: SlotHolder) -> Iterator[None]:
+        """Serve a connection within this block, on a slot that was taken for it."""
+        self._holders.add(connection)
         try:
             yield
         finally:
-            self._occupants.discard(connection)
+            self._holders.discard(connection)
             self._taken -= 1
             self._one_ended.set()
 
     def cut_all(self) -> None:
         """Cut every connection."""
-        for connection in list(self._occupants):
+        for connection in list(self._holders):
             connection.cut()
 
-    def _free_a_place(self) -> None:
-        owing = [(each.owes_since, each) for each in self._occupants if each.owes_since is not None]
+    def _free_a_slot(self) -> None:
+        owing = [(each.waiting_since, each) for each in self._holders if each.waiting_since is not None]
         if not owing:
             return
         since, longest = min(owing, key=lambda pair: pair[0])
@@ -102,7 +102,7 @@ class Places:
             longest.give_way()
 
     def _warn_once(self) -> None:
-        """Warn about full places; not again until half of them are free."""
+        """Warn about full slots; not again until half of them are free."""
         if not self._warned:
             self._warned = True
             log.warning(

@@ -6,7 +6,7 @@ import pytest
 
 from ullm.config import EngineConfig
 from ullm.errors import InvalidParameter, QueueFull, TooManyTokens
-from ullm.scheduling.admission import AdmissionLimits
+from ullm.scheduling.admission_limits import AdmissionLimits
 
 
 def limits(**options: int) -> AdmissionLimits:

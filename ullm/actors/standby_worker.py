@@ -1,4 +1,4 @@
-"""The values that the pool of standby workers keeps: spares, and the kinds of workers they can replace."""
+"""The values that the pool of standby workers keeps: standbys, and the kinds of workers they can replace."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ullm.actors.transports.base import Transport, WorkerSpec
 from ullm.config import EngineConfig
 
 
-class SpareTransport(Transport, Protocol):
-    """A transport that can be given another name, because a spare replaces a worker that had one."""
+class StandbyTransport(Transport, Protocol):
+    """A transport that can be given another name, because a standby replaces a worker that had one."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class StandbyTarget:
-    """What spares are prepared for.
+    """What standbys are prepared for.
 
     Args:
         need: bytes of memory that a worker takes for weights.
@@ -30,14 +30,14 @@ class StandbyTarget:
     need: int
 
     @property
-    def spares(self) -> int:
-        """Spares for each worker."""
+    def standbys(self) -> int:
+        """Standby workers for each worker."""
         return 1 if self.config.standby_workers is None else self.config.standby_workers
 
 
 @dataclass(eq=False)
-class Spare:
-    """One spare worker; it belongs to the pool until it is taken.
+class StandbyWorker:
+    """One standby worker; it belongs to the pool until it is taken.
 
     Attributes:
         target: what it is prepared for.
@@ -50,7 +50,7 @@ class Spare:
 
     target: StandbyTarget
     born: float
-    transport: SpareTransport | None = None
+    transport: StandbyTransport | None = None
     prepared: bool = False
     taken: bool = False
     leave: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -66,17 +66,17 @@ class Spare:
 
 @dataclass(eq=False)
 class WorkerKind:
-    """Workers that can replace each other, and the spares for them.
+    """Workers that can replace each other, and the standbys for them.
 
     Attributes:
         spec: specification of the latest worker of this kind.
         serving: workers of this kind that are in use.
-        not_before: trio's time before which no further spare is started.
-        losses: spares lost in a row.
+        not_before: trio's time before which no further standby is started.
+        losses: standbys lost in a row.
     """
 
     spec: WorkerSpec
-    spares: list[Spare] = field(default_factory=list)
+    standbys: list[StandbyWorker] = field(default_factory=list)
     serving: int = 0
     not_before: float = 0.0
     losses: int = 0
