@@ -87,7 +87,7 @@ _RESERVED = _STANDARD - {"exc_info", "stack_info"} | {"level", "event", "extra",
 
 
 class KeyValueFormatter(logging.Formatter):
-    """Lines such as ``12:00:00.123 info  ullm.router  replica lost  replica=0 epoch=1``."""
+    """Lines such as ``12:00:00.123 info  ullm.actors.router  replica down  replica=0``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line for a record, and its traceback if there is one."""

@@ -99,7 +99,7 @@ def test_a_start_that_fails_is_one_line_and_not_a_server(worker: str, tmp_path: 
     """Hypercorn adds a traceback of its own, and ends with code 0 whatever happened."""
     server = Server(**start(worker, tmp_path / "missing", wait=False))
     try:
-        server.hear(r"ullm\.app .*missing: no such folder")
+        server.hear(r"ullm\.hosting\.asgi .*missing: no such folder")
         server.wait()
         assert "Lifespan failure in startup" in server.errors()
     finally:

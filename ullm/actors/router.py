@@ -22,7 +22,7 @@ from ullm.scheduling.request import RequestRecord
 from ullm.scheduling.sequence import FinishReason
 from ullm.supervision.actor import Mailbox
 
-log = get_logger("ullm.router")
+log = get_logger(__name__)
 
 
 class _Replica(ReplicaLoad):

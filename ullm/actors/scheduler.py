@@ -146,7 +146,7 @@ class SchedulerActor:
         assert mailbox is not None, "results are attached before they can come"
         config = self._config.on_device(group.info.device)
         scheduler = self._scheduler = new_scheduler(config, group.info, last_step)
-        # Not the group's epoch: a scheduler may restart while its group lives on.
+        # Not the group's incarnation: a scheduler may restart while its group lives on.
         self._incarnation += 1
         handle = MailboxHandle(mailbox)
         self._router.mailbox.send_nowait(ReplicaUp(group.replica, self._incarnation, config.max_bs, handle))

@@ -28,7 +28,7 @@ from ullm.protocol import stop_budget
 from ullm.protocol.messages import Failed, Prepare, Prepared
 from ullm.supervision import cleanup_scope, exponential_backoff
 
-log = get_logger("ullm.standby")
+log = get_logger(__name__)
 
 SETTLE_SECONDS = 1.0
 """Delay from the use of a standby, or the end of a start, to the next standby: workers in use come first."""

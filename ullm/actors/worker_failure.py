@@ -8,7 +8,7 @@ from ullm.errors import ConfigError, ModelError, UllmError, WorkerFailed
 from ullm.logs import get_logger
 from ullm.protocol.messages import Failed, FromWorker, NotUnderstood
 
-log = get_logger("ullm.group")
+log = get_logger(__name__)
 
 
 def checked(transport: Transport, message: FromWorker) -> FromWorker:

@@ -36,7 +36,7 @@ from ullm.protocol.messages import (
 )
 from ullm.supervision.actor import cleanup_scope
 
-log = get_logger("ullm.group")
+log = get_logger(__name__)
 
 
 RENDEZVOUS_ROUNDS = 16

@@ -13,7 +13,7 @@ from ullm.errors import WorkerLost
 from ullm.logs import get_logger
 from ullm.protocol.messages import FromWorker, Progress, Ready, Start, StepResult, ToWorker
 
-log = get_logger("ullm.group")
+log = get_logger(__name__)
 
 
 class WorkerRank:

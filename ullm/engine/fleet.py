@@ -20,7 +20,7 @@ from ullm.machine import resident_memory
 from ullm.protocol import stop_budget
 from ullm.supervision import ChildSpec, Kind, Restart, Supervisor
 
-log = get_logger("ullm.engine.fleet")
+log = get_logger(__name__)
 
 STDERR_LINES = 5
 """Lines of a lost worker's stderr that go to the log."""

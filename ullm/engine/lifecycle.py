@@ -34,7 +34,7 @@ from ullm.errors import (
 from ullm.logs import get_logger
 from ullm.supervision.actor import Mailbox, Reply, ask
 
-log = get_logger("ullm.engine.lifecycle")
+log = get_logger(__name__)
 
 AWAKE, FALLING_ASLEEP, ASLEEP, WAKING = "awake", "falling_asleep", "asleep", "waking"
 

@@ -31,7 +31,7 @@ from ullm.faults import FaultInjector
 from ullm.hub import LocalModel
 from ullm.logs import get_logger
 
-log = get_logger("ullm.engine.reload")
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)

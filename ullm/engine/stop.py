@@ -22,7 +22,7 @@ from ullm.logs import get_logger
 from ullm.protocol import stop_budget
 from ullm.supervision import ChildReport, Supervisor
 
-log = get_logger("ullm.engine")
+log = get_logger(__name__)
 
 
 class EngineStop:

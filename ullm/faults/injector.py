@@ -20,7 +20,7 @@ HISTORY = 10_000
 A_LONG_TIME = 1e9
 """Seconds; stands for an unlimited time where a finite number is needed."""
 
-log = get_logger("ullm.faults")
+log = get_logger(__name__)
 
 
 class ArmedFault(msgspec.Struct, frozen=True):

@@ -130,7 +130,7 @@ class App:
         except Exception as error:
             if hosted is None:
                 raise
-            get_logger("ullm.app").error("the engine has failed", cause=str(error))
+            get_logger(__name__).error("the engine has failed", cause=str(error))
 
     # --- under a trio server ---
 
@@ -170,7 +170,7 @@ class App:
         if failure is None:
             await send({"type": "lifespan.shutdown.complete"})
         else:
-            get_logger("ullm.app").error("could not start", cause=_one_line(failure))
+            get_logger(__name__).error("could not start", cause=_one_line(failure))
             await send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
 
     # --- under an asyncio server ---
@@ -250,7 +250,7 @@ class App:
                         async with asyncio.timeout(limit):
                             await send(message)
         except TimeoutError:
-            get_logger("ullm.app").warning("client does not read; its request is aborted", seconds=limit)
+            get_logger(__name__).warning("client does not read; its request is aborted", seconds=limit)
         except EngineDead as error:
             if began:
                 raise

@@ -12,7 +12,7 @@ from ullm.protocol import stop_budget
 from ullm.protocol.exit_codes import EXIT_ABANDONED
 from ullm.supervision.signals import STOP_SIGNALS, Watchdog, forced_exit_code, leave_now, signal_ladder
 
-log = get_logger("ullm.hosting")
+log = get_logger(__name__)
 
 RELOAD_SIGNALS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 """Windows has none."""

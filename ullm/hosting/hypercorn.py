@@ -27,7 +27,7 @@ import trio
 from ullm.logs import get_logger
 from ullm.supervision.signals import STOP_SIGNALS
 
-log = get_logger("ullm.hosting.hypercorn")
+log = get_logger(__name__)
 
 _NAME = "raise_shutdown"
 """The private function of Hypercorn's that is replaced."""
