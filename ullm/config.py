@@ -166,15 +166,15 @@ class ParallelConfig:
         "auto", "Device that the model runs on; auto: cuda where a GPU is found, else cpu."
     )
     tp_size: int = option(
-        1, "Number of tensor-parallel ranks per replica.", aliases=("--tensor-parallel-size",)
+        1, "Number of tensor-parallel ranks per replica.", aliases=("--tensor-parallel-size", "-tp")
     )
     pp_size: int = option(
         1,
         "Number of pipeline stages per replica; only 1 is supported.",
-        aliases=("--pipeline-parallel-size",),
+        aliases=("--pipeline-parallel-size", "-pp"),
     )
     replicas: int = option(
-        1, "Number of data-parallel replicas of the whole model.", aliases=("--data-parallel-size",)
+        1, "Number of data-parallel replicas of the whole model.", aliases=("--data-parallel-size", "-dp")
     )
     device_ids: tuple[int, ...] | None = option(
         None, "Indices of the GPUs to use, --tp-size of them for each replica; default: the first ones."

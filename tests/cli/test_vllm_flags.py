@@ -27,6 +27,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         ("--max-num-seqs 8", {"max_bs": 8}),
         ("--tensor-parallel-size 2", {"tp_size": 2}),
         ("--pipeline-parallel-size 1", {"pp_size": 1}),
+        ("-tp 2 -pp 1 -dp=3", {"tp_size": 2, "pp_size": 1, "replicas": 3}),
         ("--data-parallel-size 3", {"replicas": 3}),
         ("--num-speculative-tokens 4", {"speculate": 4}),
         ("--num-gpu-blocks-override 99", {"num_blocks": 99}),
@@ -55,9 +56,27 @@ def test_refusals_say_what_to_use(
     assert served == []
 
 
-def test_pipeline_stages_are_refused_by_the_name_of_the_option(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--pipeline-parallel-size", "2"]) == 1
-    assert "--pp-size above 1 is not supported yet; use --tp-size" in capsys.readouterr().err
+@pytest.mark.parametrize("alias", ["--pipeline-parallel-size", "-pp"])
+def test_pipeline_stages_are_refused(capsys: pytest.CaptureFixture[str], alias: str) -> None:
+    assert main(["serve", alias, "2"]) == 1
+    expected = f"error: {alias} (--pp-size) above 1 is not supported yet; use --tp-size\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("--tensor-parallel-size 0", "--tensor-parallel-size (--tp-size) must be at least 1, got 0"),
+        ("-tp=0", "-tp (--tp-size) must be at least 1, got 0"),
+        ("--max-num-seqs many", "Invalid value for --max-num-seqs (--max-bs):"),
+        ("--tp-size 0", "error: --tp-size must be at least 1, got 0"),
+    ],
+)
+def test_errors_name_the_flag_as_it_was_given(
+    capsys: pytest.CaptureFixture[str], line: str, error: str
+) -> None:
+    assert main(["serve", *line.split()]) in {1, 2}
+    assert error in capsys.readouterr().err
 
 
 def test_flags_without_effect_are_for_servers_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from ullm.cli.flags import (
     with_options,
 )
 from ullm.cli.options import ApiKey, ChaosOptions, Json, LoadOptions, Output, split_commas
-from ullm.cli.vllm_flags import check_without_effect, hint_for, without_effect
+from ullm.cli.vllm_flags import check_without_effect, hint_for, with_both_names, without_effect
 from ullm.config import EngineConfig, ServerConfig
 from ullm.errors import UsageError
 from ullm.machine import collect_rarely, lasting_imports
@@ -187,7 +187,8 @@ def doctor(*, json: Json = False, **options: Any) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    return run_command_line(app, sys.argv[1:] if arguments is None else arguments, hint_for)
+    line = sys.argv[1:] if arguments is None else arguments
+    return run_command_line(app, line, hint_for, with_both_names)
 
 
 def _named(name: str | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -24,13 +24,21 @@ MOVED = {"bench chaos": "ullm bench chaos is ullm chaos now"} | {
 
 
 def run_command_line(
-    app: App, arguments: Sequence[str], hint: Callable[[str], str | None] = lambda option: None
+    app: App,
+    arguments: Sequence[str],
+    hint: Callable[[str], str | None] = lambda option: None,
+    rename: Callable[[str, Sequence[str]], str] = lambda line, arguments: line,
 ) -> int:
     """Run ``app``; return the exit status.
 
     Args:
         hint: returns what to use instead of an option that ``app`` does not have, or None.
+        rename: returns an error line, given the arguments, with the names of options as they were typed.
     """
+
+    def complain(line: str, status: int) -> int:
+        return _complain(rename(line, arguments), status)
+
     try:
         status = app(list(arguments), exit_on_error=False, print_error=False)
         sys.stdout.flush()
@@ -46,13 +54,13 @@ def run_command_line(
         command = " ".join(str(argument) for argument in arguments[:2])
         return _complain(MOVED.get(command) or " ".join(str(error).split()), EXIT_USAGE)
     except CycloptsError as error:
-        return _complain(" ".join(str(error).split()), EXIT_USAGE)
+        return complain(" ".join(str(error).split()), EXIT_USAGE)
     except BaseException as error:
-        return _failed(error, debug=_wants_debug(arguments))
+        return _failed(error, complain, debug=_wants_debug(arguments))
     return int(status or 0)
 
 
-def _failed(error: BaseException, *, debug: bool) -> int:
+def _failed(error: BaseException, complain: Callable[[str, int], int], *, debug: bool) -> int:
     """Return the exit status for an exception; re-raise one that is a bug."""
     from ullm.supervision.errors import SupervisionError, root_cause  # trio comes with it
 
@@ -68,7 +76,7 @@ def _failed(error: BaseException, *, debug: bool) -> int:
         case (UllmError() | SupervisionError()) as cause:
             if debug:
                 traceback.print_exception(error)
-            return _complain(" ".join(str(cause).split()), _status(cause))
+            return complain(" ".join(str(cause).split()), _status(cause))
     raise error
 
 

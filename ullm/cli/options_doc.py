@@ -34,7 +34,8 @@ Every option below is at once a flag of the command line (`--max-bs 32`), an env
 variable, a variable over the default. An option that lists may be repeated and takes several values at once,
 separated by commas (`--device-ids 0,1`; `--stop` may only be repeated, because a stop string may contain a
 comma); of any other option given twice the last one counts. A switch is turned off by its `--no-` form, its
-variable by `false`. An empty variable counts as unset. A second name of a flag is vLLM's; see also
+variable by `false`. An empty variable counts as unset. Further names of a flag are
+vLLM's; they are flags only, not variables or fields. See also
 [migrating from vLLM](../how-to/migrating-from-vllm.md#flags).
 
 `EngineConfig` has all options but those of the server, which are in `ServerConfig`. A value that

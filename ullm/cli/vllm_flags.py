@@ -5,7 +5,8 @@ Aliases are declared on the options, in ullm/config.py; here is what is no optio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ullm.cli.flags import Option, engine_options, server_options
@@ -22,9 +23,6 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 """Flag → why it changes nothing: what it asks for holds anyway. ``ullm serve`` accepts these."""
 
 REFUSED: Mapping[str, str] = {
-    "-tp": "use --tp-size",
-    "-pp": "only 1 is supported; leave it out",
-    "-dp": "use --replicas",
     "--enable-log-requests": "ullm does not log requests; GET /metrics counts them",
     "--no-enable-chunked-prefill": "prefill is always chunked; use --max-num-batched-tokens for the size",
     "--swap-space": "preempted sequences are computed again instead of swapped out; leave it out",
@@ -66,6 +64,7 @@ NOTES: Mapping[str, str] = {
     "--load-format": "Values: auto or dummy.",
     "--block-size": "On CUDA it is rounded up to a multiple of 256.",
     "--pipeline-parallel-size": "Only 1 is supported.",
+    "-pp": "Only 1 is supported.",
     "--chat-template": "A file; the text of a template is not taken.",
     "--api-key": "One key.",
     "--max-model-len": "A number of tokens; neither auto nor a suffix as in 8k.",
@@ -96,6 +95,16 @@ def hint_for(option: str) -> str | None:
     if flag in WITHOUT_EFFECT:
         return f"{flag} is an option of ullm serve only, and without effect: {WITHOUT_EFFECT[flag]}"
     return None
+
+
+def with_both_names(line: str, arguments: Sequence[str]) -> str:
+    """Return an error line in which an option that was given under another name has both names."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    for option in [*engine_options(), *server_options()]:
+        for alias in given.intersection(option.aliases):
+            either = rf"(?<![\w-])(?:{re.escape(option.flag)}|{re.escape(alias)})(?![\w-])"
+            line = re.sub(either, f"{alias} ({option.flag})", line, count=1)
+    return line
 
 
 def vllm_flags() -> Iterator[tuple[str, str, str]]:
