@@ -463,7 +463,7 @@ class ServerUnreachable(UllmError):
     """
 
     def __init__(self, url: str, cause: str) -> None:
-        super().__init__(f"{url}: {cause}; is a server running there? (ullm serve starts one)")
+        super().__init__(f"{url}: {cause.rstrip('.')}; is a server running there? (ullm serve starts one)")
 
 
 class ServerRefused(UllmError):

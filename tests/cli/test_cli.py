@@ -207,7 +207,8 @@ def test_pull_prints_where_the_model_is(scripted: list[str]) -> None:
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     done = run("pull", str(folder))
     assert done.returncode == 0, done.stderr
-    assert str(folder) in done.stdout
+    assert done.stdout == f"{folder}\n"
+    assert "MB" in done.stderr
 
 
 def test_doctor(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ class EngineTarget:
     @property
     def name(self) -> str:
         """The name in reports."""
-        return f"engine {self._engine.model_name}"
+        return "engine in this process"
 
     async def run(self, request: BenchRequest, record: BenchRecord) -> None:
         """Run one request; see `ullm.bench.load.BenchTarget`."""

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-
-from rich.console import Console
 
 from ullm.cli.terminal import fetch_model, stderr
 from ullm.config import EngineConfig
 
 
 def pull(config: EngineConfig) -> int:
-    """Fetch or refresh the model, and print its path.
+    """Fetch or refresh the model; print its path on stdout, its name and size on stderr.
 
     Raises:
         ModelError: the model cannot be fetched.
     """
-    model = fetch_model(config, stderr(), refresh=True)
-    size = folder_size(model.path)
-    Console(highlight=False, soft_wrap=True).print(
-        f"{model.name}: {model.path} ({size / 1e6:,.0f} MB)", markup=False
-    )
+    console = stderr()
+    model = fetch_model(config, console, refresh=True)
+    console.print(f"{model.name}: {folder_size(model.path) / 1e6:,.0f} MB", markup=False)
+    sys.stdout.write(f"{model.path}\n")
     return 0
 
 
