@@ -65,7 +65,7 @@ SERVER = textwrap.dedent(
 )
 
 
-class Server:
+class LadderProcess:
     """A process under test: its lines, its exit code."""
 
     def __init__(self, process: trio.Process) -> None:
@@ -85,13 +85,13 @@ class Server:
 
 
 @asynccontextmanager
-async def server(program: str) -> AsyncIterator[Server]:
+async def server(program: str) -> AsyncIterator[LadderProcess]:
     process = await trio.lowlevel.open_process(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     try:
         with trio.fail_after(60):
-            yield Server(process)
+            yield LadderProcess(process)
     finally:
         process.kill()
         with trio.CancelScope(shield=True):

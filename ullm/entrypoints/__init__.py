@@ -1,1 +1,1 @@
-"""Entry points that users of other engines know."""
+"""Entry points at the module paths of other engines, so that their command lines work here."""

@@ -1,1 +1,1 @@
-"""Entry points that users of other engines know."""
+"""vLLM's package for its OpenAI-compatible server; `api_server` runs ``ullm serve``."""
