@@ -11,9 +11,15 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from tests.benchmarks.batch.batch_load import BatchLoad
-from tests.benchmarks.batch.batch_report import BatchReport, report
-from tests.benchmarks.batch.batch_rounds import BatchSetup, run_rounds
-from tests.benchmarks.batch.contenders import PEERS, Contender, peer_contender, ullm_contender
+from tests.benchmarks.batch.batch_report import report
+from tests.benchmarks.batch.batch_rounds import BatchSetup, FinishedRounds, run_rounds
+from tests.benchmarks.batch.contenders import (
+    Contender,
+    check_names,
+    choose,
+    peer_contender,
+    ullm_contender,
+)
 from tests.benchmarks.batch.shapes import write_shape
 from tests.benchmarks.compare.hardware import ModelShape, model_shape
 from tests.benchmarks.shared_options import Baseline, JsonObject, Rounds
@@ -109,15 +115,20 @@ def batch(
     if baseline is not None:
         choose(baseline, participants)
     setup = BatchSetup(folder, load, device, output)
-    turns, batch_rounds = run_to_end(
+    finished = run_to_end(
         run_rounds, participants, setup, rounds, lambda line: stderr().print(line, markup=False)
     )
-    done = {turn.candidate for turn in turns if turn.figures is not None}
-    measured = [each for each in participants if each.name in done] or participants
-    base = choose(baseline, participants if baseline else measured)
-    result = report(participants, turns, batch_rounds, load, shape or model, size, base)
-    publish(result, output)
+    base = baseline_of(baseline, participants, finished)
+    result = report(participants, finished, load, shape or model, size, [base])
+    publish(result.markdown(), result.json(), output, "batch")
     return 1 if result.errors else 0
+
+
+def baseline_of(baseline: str | None, participants: Sequence[Contender], finished: FinishedRounds) -> str:
+    """Return the baseline's full name; without a choice, it is one that was measured."""
+    done = {turn.candidate for turn in finished.turns if turn.figures is not None}
+    measured = [each for each in participants if each.name in done] or participants
+    return choose(baseline, participants if baseline else measured)
 
 
 def find_model(model: str, shape: str, output: Path) -> Path:
@@ -140,32 +151,11 @@ def contenders(
     participants += [
         peer_contender(engine, python, options) for engine, python, options in peers.pythons() if python
     ]
-    names = [each.name for each in participants]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UsageError(f"--ullm names {twice[0]!r} twice")
-    return participants
+    return check_names(participants)
 
 
-def choose(baseline: str | None, participants: Sequence[Contender]) -> str:
-    """Return the baseline's full name.
-
-    Raises:
-        UsageError: no engine has such a name.
-    """
-    if baseline is None:
-        return next((each.name for each in participants if each.engine in PEERS), participants[0].name)
-    fitting = [each.name for each in participants if baseline.lower() in each.name.lower()]
-    if not fitting:
-        raise UsageError(
-            f"--baseline {baseline}: expected one of {', '.join(each.name for each in participants)}"
-        )
-    return fitting[0]
-
-
-def publish(result: BatchReport, output: Path) -> None:
-    """Write the report to its files, and as Markdown to stdout."""
-    markdown = result.markdown()
-    (output / "batch.md").write_text(markdown, encoding="utf-8")
-    (output / "batch.json").write_text(result.json() + "\n", encoding="utf-8")
+def publish(markdown: str, json: str, output: Path, name: str) -> None:
+    """Write a report to ``name.md`` and ``name.json``, and as Markdown to stdout."""
+    (output / f"{name}.md").write_text(markdown, encoding="utf-8")
+    (output / f"{name}.json").write_text(json + "\n", encoding="utf-8")
     sys.stdout.write(markdown)

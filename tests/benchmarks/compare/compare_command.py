@@ -15,7 +15,7 @@ from tests.benchmarks.compare.candidates import ServerCandidate
 from tests.benchmarks.compare.comparison import Comparison, condense
 from tests.benchmarks.compare.comparison_plot import draw
 from tests.benchmarks.compare.comparison_rounds import run_rounds
-from tests.benchmarks.compare.hardware import ModelShape, matrix_speed, model_shape
+from tests.benchmarks.compare.hardware import ModelShape, model_shape
 from tests.benchmarks.compare.scenarios import SCENARIOS, ComparisonLoad
 from tests.benchmarks.shared_options import Baseline, Plot, Rounds
 from ullm.cli.bench import DEFAULT_LEVELS, parse_concurrency
@@ -105,11 +105,10 @@ def compare(
     participants = candidates(model, folder, peers, shape)
     base = choose(baseline, participants)
     output.mkdir(parents=True, exist_ok=True)
-    arithmetic = matrix_speed()
     turns = run_to_end(
         run_rounds, participants, load, rounds, output, lambda line: stderr().print(line, markup=False)
     )
-    result = condense(participants, turns, load, base, shape, arithmetic)
+    result = condense(participants, turns, load, base, shape)
     publish(result, output, plot, load)
     return 1 if result.errors else 0
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 
 from tests.benchmarks.compare import scenarios as named
 from tests.benchmarks.compare.candidates import ServerCandidate
-from tests.benchmarks.compare.hardware import measure_bandwidth
+from tests.benchmarks.compare.hardware import Limits, measure_limits
 from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures, first_token, run_scenarios
 from ullm.bench.server_target import ServerTarget
 from ullm.client.completions import first_model
@@ -23,6 +24,7 @@ SETTLE = 1.0
 """Seconds between one server and the next, so that the first one's memory is free again."""
 
 Say = Callable[[str], None]
+Participant = TypeVar("Participant")
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,18 @@ class Turn:
     """One candidate in one round; ``error`` instead of figures where it failed.
 
     Args:
-        bandwidth: bytes per second that the machine read just before; on a shared machine it changes by
-            half within minutes.
+        limits: the machine's limits, measured just before; on a shared machine they change by half within
+            minutes.
     """
 
     round: int
     candidate: str
     figures: Figures | None
-    bandwidth: float
+    limits: Limits
     error: str = ""
 
 
-def order(candidates: Sequence[ServerCandidate], number: int) -> list[ServerCandidate]:
+def order(candidates: Sequence[Participant], number: int) -> list[Participant]:
     """Rotate the candidates by one each round, so that none always follows the same one."""
     shift = number % len(candidates)
     return [*candidates[shift:], *candidates[:shift]]
@@ -53,19 +55,22 @@ async def run_rounds(
     rounds: int,
     logs: Path,
     say: Say,
-    bandwidth: Callable[[], float] = measure_bandwidth,
+    measure: Callable[[], Limits] = measure_limits,
 ) -> list[Turn]:
     """Run all rounds; a candidate that fails is reported, and the others continue.
 
     Args:
         logs: folder for the servers' logs.
         say: gets a line after each turn.
-        bandwidth: measures the machine's bandwidth before each turn.
+        measure: measures the machine's limits before each turn.
+
+    Raises:
+        MachineUnknown: the limits could not be measured.
     """
     turns = []
     for number in range(rounds):
         for candidate in order(candidates, number):
-            turn = Turn(number, candidate.name, None, await trio.to_thread.run_sync(bandwidth))
+            turn = Turn(number, candidate.name, None, await trio.to_thread.run_sync(measure))
             turns.append(await _take(turn, candidate, replace(load, seed=load.seed + number), logs))
             say(_line(turns[-1]))
             await trio.sleep(SETTLE)

@@ -201,8 +201,8 @@ def test_bandwidth_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_machine_whose_arithmetic_cannot_be_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(MachineUnknown, match="matrix_speed"):
-        hardware.matrix_speed()
+    with pytest.raises(MachineUnknown, match="device_limits"):
+        hardware.measure_limits()
 
 
 # --- measuring ---------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ async def test_a_candidate_that_fails_does_not_keep_the_others_from_it(
     said: list[str] = []
     who = [peer("good"), peer("gone", "--exit", "3"), peer("bad", "--refuse")]
     turns = await run_rounds(
-        who, ComparisonLoad((1,), ("decode",), output_tokens=2), 1, tmp_path, said.append, float
+        who, ComparisonLoad((1,), ("decode",), output_tokens=2), 1, tmp_path, said.append, lambda: LIMITS
     )
     assert [turn.figures is not None for turn in turns] == [True, False, False]
     assert "ended with status 3" in turns[1].error
@@ -259,7 +259,9 @@ async def test_a_candidate_that_fails_does_not_keep_the_others_from_it(
 
 async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     missing = ServerCandidate("none", ("/no/such/program",), "/", "/")
-    (turn,) = await run_rounds([missing], ComparisonLoad((1,)), 1, tmp_path, lambda line: None, float)
+    (turn,) = await run_rounds(
+        [missing], ComparisonLoad((1,)), 1, tmp_path, lambda line: None, lambda: LIMITS
+    )
     assert "cannot run /no/such/program" in turn.error
 
 
@@ -268,10 +270,14 @@ async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 FAST, SLOW = decode_metric(1), Metric("to first token", "ms", "lower")
 
 
+def limits_of(number: int) -> Limits:
+    return Limits((1 + number) * LIMITS.bandwidth / 2, LIMITS.arithmetic)
+
+
 def comparison() -> Comparison:
     def turn(number: int, name: str, rate: float, wait: float, tokens: int = 9) -> Turn:
         figures = Figures({FAST: rate, SLOW: wait}, {"decode 1": tokens})
-        return Turn(number, name, figures, (1 + number) * LIMITS.bandwidth / 2)
+        return Turn(number, name, figures, limits_of(number))
 
     turns = [
         turn(0, "ullm a", 200, 10),
@@ -279,10 +285,10 @@ def comparison() -> Comparison:
         turn(1, "ullm a", 300, 10),
         turn(1, "peer", 100, 50, tokens=10),
         turn(2, "ullm a", 330, 10),
-        Turn(2, "peer", None, LIMITS.bandwidth, "it fell over"),
+        Turn(2, "peer", None, limits_of(2), "it fell over"),
     ]
     who = [ServerCandidate("ullm a", ("ullm",), "/", "/"), ServerCandidate("peer", ("peer",), "/", "/")]
-    return condense(who, turns, ComparisonLoad((1, 4)), "peer", SHAPE, LIMITS.arithmetic)
+    return condense(who, turns, ComparisonLoad((1, 4)), "peer", SHAPE)
 
 
 def test_ratios_are_within_a_round_and_above_1_is_better() -> None:
@@ -302,11 +308,9 @@ def test_ratios_are_within_a_round_and_above_1_is_better() -> None:
 def test_reports_for_people_and_for_programs() -> None:
     found = comparison()
     text = found.markdown()
-    bounds = [
-        roofline(1, SHAPE, Limits(LIMITS.bandwidth * n / 2, LIMITS.arithmetic), 16, 96) for n in (1, 2, 3)
-    ]
+    bounds = [roofline(1, SHAPE, limits_of(number), 16, 96) for number in range(3)]
     share = sorted(rate / bound for rate, bound in zip((200, 300, 330), bounds, strict=True))[1]
-    assert found.limits == LIMITS  # by the median of the bandwidths
+    assert found.limits == LIMITS  # by the medians
     assert f"| decode, 1 stream, tok/s | 300 ({share:.0%}) | 100 " in text
     assert "| to first token, ms | 3.50 (2.00–5.00) |" in text
     assert "Not measured: peer, round 3: it fell over" in text
