@@ -56,6 +56,8 @@ def test_how_ullm_is_started() -> None:
     assert ullm_candidate("q=--model other", "m").command(1).count("--model") == 1
     assert "m" not in ullm_candidate("q=--model=other", "m").command(1)[3:]
     assert ullm_candidate("bf16=", "m").weight_bits == 16.0
+    assert ullm_candidate("float32=--dtype float32", "m").weight_bits == 16.0  # widened in registers
+    assert ullm_candidate("PyTorch=--dtype float32 --no-cpu-kernels", "m").weight_bits == 32.0
 
 
 @pytest.mark.parametrize("spec", ["int8", "=--dtype float32", "--dtype=float32"])
@@ -91,6 +93,8 @@ def write_gguf(path: Path, kind: Kind) -> Path:
         (Kind.Q4_1, "--quantization int8", 8.5),
         (Kind.F32, "", 16.0),
         (Kind.F16, "", 16.0),
+        (Kind.F32, "--dtype float32", 32.0),
+        (Kind.F16, "--dtype float32", 16.0),
     ],
 )
 @pytest.mark.parametrize("flag", ["--model {}", "--model={}"])
@@ -191,6 +195,39 @@ def test_shapes_are_read_from_a_model(tmp_path: Path) -> None:
     assert shape.parameters == pytest.approx(size / 4, rel=0.1)  # float32, and a header
     with pytest.raises(UsageError, match=r"config\.json"):
         model_shape(tmp_path / "none")
+
+
+def test_shapes_are_read_from_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"vocab_size": 4, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(hardware, "tokenizer_folder", lambda model, progress: tmp_path)
+    found = model_shape(write_gguf(tmp_path / "w.gguf", Kind.Q4_1))
+    assert found == ModelShape(parameters=512, kv_bytes=2 * 2 * 2 * 64, head=256, layers=256)
+
+
+X86 = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 fma avx512f avx512_vnni\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp bf16 i8mm\nCPU part\t: 0xd40\n"
+
+
+def test_the_processor_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(X86 + X86)
+    assert hardware.read_processor(file) == ("Some CPU", ["avx2", "fma", "avx512f", "avx512_vnni"])
+    file.write_text(ARM)
+    assert hardware.read_processor(file)[1] == ["asimd", "asimddp", "i8mm", "bf16"]
+    assert hardware.read_processor(tmp_path / "none")[1] == []
+    monkeypatch.setattr(hardware, "read_processor", lambda: ("Some CPU", ["avx2"]))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    text = hardware.describe(hardware.machine())
+    assert "(Some CPU; avx2)" in text
+    assert "ONEDNN_MAX_CPU_ISA=AVX2" in text
+
+
+def test_few_bits_may_be_multiplied_as_integers() -> None:
+    limits = Limits(bandwidth=1e15, arithmetic=1e12, integer=4e12)
+    assert roofline(64, SHAPE, limits, 5.0, context=0) == pytest.approx(4e12 / 2e6)
+    assert roofline(64, SHAPE, limits, 16.0, context=0) == pytest.approx(1e12 / 2e6)
+    assert "1.00 TFLOP/s and 4.00 TOP/s in int8" in str(limits)
 
 
 def test_bandwidth_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
