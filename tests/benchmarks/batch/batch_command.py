@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,15 +11,10 @@ from cyclopts import Parameter
 
 from tests.benchmarks.batch.batch_load import BatchLoad
 from tests.benchmarks.batch.batch_report import report
-from tests.benchmarks.batch.batch_rounds import BatchSetup, FinishedRounds, run_rounds
-from tests.benchmarks.batch.contenders import (
-    Contender,
-    check_names,
-    choose,
-    peer_contender,
-    ullm_contender,
-)
+from tests.benchmarks.batch.batch_rounds import BatchSetup, run_rounds
+from tests.benchmarks.batch.contenders import Contender, peer_contender, ullm_contender
 from tests.benchmarks.batch.shapes import write_shape
+from tests.benchmarks.compare.comparison_rounds import baseline_of, check_names, choose
 from tests.benchmarks.compare.hardware import ModelShape, model_shape
 from tests.benchmarks.shared_options import Baseline, JsonObject, Rounds
 from ullm.bench.workload import Length
@@ -118,17 +112,10 @@ def batch(
     finished = run_to_end(
         run_rounds, participants, setup, rounds, lambda line: stderr().print(line, markup=False)
     )
-    base = baseline_of(baseline, participants, finished)
+    base = baseline_of(baseline, participants, finished.turns)
     result = report(participants, finished, load, shape or model, size, [base])
     publish(result.markdown(), result.json(), output, "batch")
     return 1 if result.errors else 0
-
-
-def baseline_of(baseline: str | None, participants: Sequence[Contender], finished: FinishedRounds) -> str:
-    """Return the baseline's full name; without a choice, it is one that was measured."""
-    done = {turn.candidate for turn in finished.turns if turn.figures is not None}
-    measured = [each for each in participants if each.name in done] or participants
-    return choose(baseline, participants if baseline else measured)
 
 
 def find_model(model: str, shape: str, output: Path) -> Path:
@@ -151,7 +138,8 @@ def contenders(
     participants += [
         peer_contender(engine, python, options) for engine, python, options in peers.pythons() if python
     ]
-    return check_names(participants)
+    check_names(participants, "--ullm")
+    return participants
 
 
 def publish(markdown: str, json: str, output: Path, name: str) -> None:

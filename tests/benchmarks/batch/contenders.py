@@ -97,34 +97,6 @@ def peer_contender(engine: str, python: str, options: str, weight_bits: float = 
     return Contender(PEERS[engine], engine, tuple(shlex.split(python)), parsed, weight_bits)
 
 
-def check_names(participants: Sequence[Contender]) -> list[Contender]:
-    """Return the participants, none of which has another's name.
-
-    Raises:
-        UsageError: two have the same name.
-    """
-    names = [each.name for each in participants]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"two participants are named {twice[0]!r}; the options name {twice[0]!r} twice")
-    return list(participants)
-
-
-def choose(baseline: str | None, participants: Sequence[Contender]) -> str:
-    """Return the baseline's full name.
-
-    Raises:
-        UsageError: no engine has such a name.
-    """
-    if baseline is None:
-        return next((each.name for each in participants if each.is_peer), participants[0].name)
-    fitting = [each.name for each in participants if baseline.lower() in each.name.lower()]
-    if not fitting:
-        raise UsageError(
-            f"--baseline {baseline}: expected one of {', '.join(each.name for each in participants)}"
-        )
-    return fitting[0]
-
-
 def engine_config(options: Sequence[str], model: str, load: EngineLoad, device: str) -> EngineConfig:
     """Return ullm's configuration, as the load needs it unless the options say otherwise.
 

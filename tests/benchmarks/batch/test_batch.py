@@ -27,17 +27,12 @@ from tests.benchmarks.batch.batch_load import (
 )
 from tests.benchmarks.batch.batch_report import report
 from tests.benchmarks.batch.batch_rounds import BatchSetup, ContenderFailed, run_rounds, take_turn
-from tests.benchmarks.batch.contenders import (
-    Contender,
-    choose,
-    engine_config,
-    peer_contender,
-    ullm_contender,
-)
+from tests.benchmarks.batch.contenders import Contender, engine_config, peer_contender, ullm_contender
 from tests.benchmarks.batch.engine_load import EngineJob
 from tests.benchmarks.batch.shapes import SHAPES, tensors_of, write_shape
 from tests.benchmarks.command_line import main
 from tests.benchmarks.compare import hardware
+from tests.benchmarks.compare.comparison_rounds import choose
 from tests.benchmarks.compare.hardware import Limits, MeasuredDevice, ModelShape, model_shape
 from ullm.bench.workload import Length
 from ullm.errors import ConfigError, UsageError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import trio
 
@@ -16,7 +16,7 @@ from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures, first_to
 from ullm.bench.server_target import ServerTarget
 from ullm.client.completions import first_model
 from ullm.client.http import Endpoint
-from ullm.errors import UllmError
+from ullm.errors import UllmError, UsageError
 from ullm.testing.processes import free_port, open_server, tree_memory
 
 MIB = 1 << 20
@@ -24,7 +24,21 @@ SETTLE = 1.0
 """Seconds between one server and the next, so that the first one's memory is free again."""
 
 Say = Callable[[str], None]
-Participant = TypeVar("Participant")
+
+
+class Comparable(Protocol):
+    """A server or an engine that takes part."""
+
+    @property
+    def name(self) -> str:
+        """Its name in reports."""
+
+    @property
+    def is_peer(self) -> bool:
+        """False for ullm."""
+
+
+Participant = TypeVar("Participant", bound=Comparable)
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,36 @@ def order(candidates: Sequence[Participant], number: int) -> list[Participant]:
     """Rotate the candidates by one each round, so that none always follows the same one."""
     shift = number % len(candidates)
     return [*candidates[shift:], *candidates[:shift]]
+
+
+def choose(baseline: str | None, participants: Sequence[Comparable]) -> str:
+    """Return the baseline's full name; without a choice, that of the first peer, or of the first at all.
+
+    Raises:
+        UsageError: no participant has such a name.
+    """
+    if baseline is None:
+        return next((each.name for each in participants if each.is_peer), participants[0].name)
+    fitting = [each.name for each in participants if baseline.lower() in each.name.lower()]
+    if not fitting:
+        raise UsageError(
+            f"--baseline {baseline}: expected one of {', '.join(each.name for each in participants)}"
+        )
+    return fitting[0]
+
+
+def baseline_of(baseline: str | None, participants: Sequence[Comparable], turns: Sequence[Turn]) -> str:
+    """Return the baseline's full name; without a choice, it is one that was measured."""
+    done = {turn.candidate for turn in turns if turn.figures is not None}
+    measured = [each for each in participants if each.name in done] or participants
+    return choose(baseline, participants if baseline else measured)
+
+
+def check_names(participants: Sequence[Comparable], flag: str) -> None:
+    """Raise `UsageError` if two participants have the same name; names the flag that gives names."""
+    names = [each.name for each in participants]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{flag} names {twice[0]!r} twice")
 
 
 async def run_rounds(

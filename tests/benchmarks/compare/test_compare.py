@@ -23,10 +23,17 @@ from tests.benchmarks.compare.candidates import (
     ullm_candidate,
     vllm_candidate,
 )
-from tests.benchmarks.compare.compare_command import ComparePeers, candidates, check, choose
+from tests.benchmarks.compare.compare_command import ComparePeers, candidates, check
 from tests.benchmarks.compare.comparison import Comparison, condense
 from tests.benchmarks.compare.comparison_plot import draw
-from tests.benchmarks.compare.comparison_rounds import Turn, measure_candidate, order, run_rounds
+from tests.benchmarks.compare.comparison_rounds import (
+    Turn,
+    baseline_of,
+    choose,
+    measure_candidate,
+    order,
+    run_rounds,
+)
 from tests.benchmarks.compare.hardware import Limits, MachineUnknown, ModelShape, model_shape, roofline
 from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures, Metric, decode_metric
 from tests.benchmarks.compare.weight_bits import bits_of
@@ -158,6 +165,10 @@ def test_who_takes_part(tmp_path: Path) -> None:
     assert choose(None, found) == "vLLM"
     assert choose("B", found) == "ullm b"
     assert choose(None, found[:2]) == "ullm a"
+    done = [Turn(0, name, Figures({}, {}), LIMITS) for name in ("ullm a", "transformers")]
+    failed = Turn(0, "vLLM", None, LIMITS, "it fell over")
+    assert baseline_of(None, found, [failed, *done]) == "transformers"
+    assert baseline_of("vllm", found, [failed, *done]) == "vLLM"
     with pytest.raises(UsageError, match="--baseline x: expected one of ullm a"):
         choose("x", found)
     with pytest.raises(UsageError, match="twice"):

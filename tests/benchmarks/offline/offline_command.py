@@ -11,17 +11,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tests.benchmarks.batch.batch_command import baseline_of, publish
+from tests.benchmarks.batch.batch_command import publish
 from tests.benchmarks.batch.batch_report import report
 from tests.benchmarks.batch.batch_rounds import BatchSetup, run_rounds
-from tests.benchmarks.batch.contenders import (
-    Contender,
-    check_names,
-    choose,
-    peer_contender,
-    ullm_contender,
-)
+from tests.benchmarks.batch.contenders import Contender, peer_contender, ullm_contender
 from tests.benchmarks.batch.engine_load import EngineLoad
+from tests.benchmarks.compare.comparison_rounds import baseline_of, check_names, choose
 from tests.benchmarks.compare.hardware import ModelShape, model_shape
 from tests.benchmarks.compare.weight_bits import gguf_bits
 from tests.benchmarks.offline.offline_load import OfflineOptions
@@ -95,7 +90,7 @@ def offline(
     )
     baselines = [each.name for each in participants if each.is_peer]
     if baseline is not None or not baselines:
-        baselines = [baseline_of(baseline, participants, finished)]
+        baselines = [baseline_of(baseline, participants, finished.turns)]
     result = report(participants, finished, load, gguf.name, shape, baselines)
     publish(result.markdown(), result.json(), output, "offline")
     return 1 if result.errors else 0
@@ -116,7 +111,8 @@ def contenders(gguf: Path, shape: ModelShape, peers: OfflinePeers, load: EngineL
         participants.append(peer_contender("openvino", peers.openvino_python, peers.openvino_options, bits))
     arguments = shlex.split(peers.batched_bench_options)
     participants += [batched_bench(spec, arguments, bits) for spec in peers.batched_bench or ()]
-    return check_names(participants)
+    check_names(participants, "--ullm or --batched-bench")
+    return participants
 
 
 def batched_bench(spec: str, arguments: Sequence[str], weight_bits: float) -> Contender:

@@ -59,8 +59,9 @@ class OfflineLoad:
             for tokens in (1, self.output_tokens)
         }
         runs |= {f"{PREFILL} {n}": [source.draw(self.prefill_tokens, 1)] for n in range(PREFILL_REPEATS)}
-        warm_up = [source.draw(self.prompt_tokens, WARM_UP_TOKENS) for _ in range(max(self.levels))]
-        longest = max(self.prompt_tokens + max(self.output_tokens, WARM_UP_TOKENS), self.prefill_tokens + 1)
+        lengths = [self.prefill_tokens, *[self.prompt_tokens] * (max(self.levels) - 1)]
+        warm_up = [source.draw(length, WARM_UP_TOKENS) for length in lengths]
+        longest = max(self.prompt_tokens + self.output_tokens, self.prefill_tokens + WARM_UP_TOKENS)
         return EngineJob(runs, warm_up, 0.0, longest)
 
     def figures(self, job: EngineJob, result: EngineResult) -> dict[Metric, float]:
