@@ -11,6 +11,8 @@ from tests.benchmarks.batch.batch_command import batch
 from tests.benchmarks.compare.compare_command import compare
 from tests.benchmarks.events import events
 from tests.benchmarks.front_end import front_end
+from tests.benchmarks.offline.defaults_command import defaults
+from tests.benchmarks.offline.offline_command import offline
 from tests.benchmarks.pauses import pauses
 from tests.benchmarks.soak.soak_command import soak
 from tests.benchmarks.startup import startup
@@ -24,7 +26,7 @@ app = App(
     result_action="return_value",
     default_parameter=Parameter(allow_repeating=True),
 )
-for command in (batch, compare, events, front_end, pauses, soak, startup):
+for command in (batch, compare, defaults, events, front_end, offline, pauses, soak, startup):
     app.command(command)
 
 

@@ -6,8 +6,10 @@ import pytest
 
 from tests.benchmarks.command_line import main
 
+NAMES = "batch compare defaults events front-end offline pauses soak startup".split()
 
-@pytest.mark.parametrize("name", ["batch", "compare", "events", "front-end", "pauses", "soak", "startup"])
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     assert f"Usage: python -m tests.benchmarks {name}" in capsys.readouterr().out
@@ -22,6 +24,10 @@ def test_every_benchmark_has_help(name: str, capsys: pytest.CaptureFixture[str])
         ("compare --concurrency 1 --concurrency x", "--concurrency 1,x"),
         ("batch --requests 0", "--requests must be at least 1"),
         ("batch --rounds 5 --rounds 0", "--rounds must be at least 1, got 0"),
+        ("defaults --only nope", "--only nope: expected some of 1 thread"),
+        ("defaults --rounds 0", "--rounds must be at least 1"),
+        ("offline --gguf no/such.gguf", "--gguf no/such.gguf: no such file"),
+        ("offline --gguf x --streams 1,y", "--streams 1,y"),
         ("events --only nope", "--only 'nope'"),
         ("startup --contexts 512,x", "--contexts 512,x"),
         ("front-end --streams 0", "--streams must be at least 1"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,10 +10,11 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from tests.benchmarks.batch.batch_load import BatchLoad
-from tests.benchmarks.batch.batch_report import BatchReport, report
+from tests.benchmarks.batch.batch_report import report
 from tests.benchmarks.batch.batch_rounds import BatchSetup, run_rounds
-from tests.benchmarks.batch.contenders import PEERS, Contender, peer_contender, ullm_contender
+from tests.benchmarks.batch.contenders import Contender, peer_contender, ullm_contender
 from tests.benchmarks.batch.shapes import write_shape
+from tests.benchmarks.compare.comparison_rounds import baseline_of, check_names, choose
 from tests.benchmarks.compare.hardware import ModelShape, model_shape
 from tests.benchmarks.shared_options import Baseline, JsonObject, Rounds
 from ullm.bench.workload import Length
@@ -109,14 +109,12 @@ def batch(
     if baseline is not None:
         choose(baseline, participants)
     setup = BatchSetup(folder, load, device, output)
-    turns, batch_rounds = run_to_end(
+    finished = run_to_end(
         run_rounds, participants, setup, rounds, lambda line: stderr().print(line, markup=False)
     )
-    done = {turn.candidate for turn in turns if turn.figures is not None}
-    measured = [each for each in participants if each.name in done] or participants
-    base = choose(baseline, participants if baseline else measured)
-    result = report(participants, turns, batch_rounds, load, shape or model, size, base)
-    publish(result, output)
+    base = baseline_of(baseline, participants, finished.turns)
+    result = report(participants, finished, load, shape or model, size, [base])
+    publish(result.markdown(), result.json(), output, "batch")
     return 1 if result.errors else 0
 
 
@@ -140,32 +138,12 @@ def contenders(
     participants += [
         peer_contender(engine, python, options) for engine, python, options in peers.pythons() if python
     ]
-    names = [each.name for each in participants]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UsageError(f"--ullm names {twice[0]!r} twice")
+    check_names(participants, "--ullm")
     return participants
 
 
-def choose(baseline: str | None, participants: Sequence[Contender]) -> str:
-    """Return the baseline's full name.
-
-    Raises:
-        UsageError: no engine has such a name.
-    """
-    if baseline is None:
-        return next((each.name for each in participants if each.engine in PEERS), participants[0].name)
-    fitting = [each.name for each in participants if baseline.lower() in each.name.lower()]
-    if not fitting:
-        raise UsageError(
-            f"--baseline {baseline}: expected one of {', '.join(each.name for each in participants)}"
-        )
-    return fitting[0]
-
-
-def publish(result: BatchReport, output: Path) -> None:
-    """Write the report to its files, and as Markdown to stdout."""
-    markdown = result.markdown()
-    (output / "batch.md").write_text(markdown, encoding="utf-8")
-    (output / "batch.json").write_text(result.json() + "\n", encoding="utf-8")
+def publish(markdown: str, json: str, output: Path, name: str) -> None:
+    """Write a report to ``name.md`` and ``name.json``, and as Markdown to stdout."""
+    (output / f"{name}.md").write_text(markdown, encoding="utf-8")
+    (output / f"{name}.json").write_text(json + "\n", encoding="utf-8")
     sys.stdout.write(markdown)

@@ -1,61 +1,38 @@
-"""The requests to every engine, as token ids, so that no tokenizer is measured; and their minimum cost."""
+"""The load of the benchmark `batch`: many requests at once, one alone, and their minimum cost."""
 
 from __future__ import annotations
 
-import json
-import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import msgspec
-
-from tests.benchmarks.compare.hardware import Limits, ModelShape
+from tests.benchmarks.batch.engine_load import (
+    LOADING,
+    BatchRequest,
+    EngineJob,
+    EngineResult,
+    RequestSource,
+)
+from tests.benchmarks.compare.hardware import Limits, ModelShape, roofline
+from tests.benchmarks.compare.scenarios import Metric
 from ullm.bench.workload import Length
 from ullm.errors import UsageError
 
 WARM_UP_REQUESTS = 32
 WARM_UP_TOKENS = 8
 SINGLE_PROMPT = 32
-
-
-class BatchRequest(msgspec.Struct, frozen=True):
-    """One request; exactly ``max_tokens`` are generated."""
-
-    prompt: list[int]
-    max_tokens: int
-
-
-class BatchJob(msgspec.Struct, frozen=True):
-    """All requests of an engine's turn.
-
-    Args:
-        requests: submitted at once.
-        single: run alone, one after the other: the first for one token, the second for many, so that the
-            difference is decoding alone.
-        warm_up: run before anything is measured.
-        longest: tokens of prompt and output that no request exceeds.
-    """
-
-    requests: list[BatchRequest]
-    single: list[BatchRequest]
-    warm_up: list[BatchRequest]
-    temperature: float
-    longest: int
-
-    @property
-    def output_tokens(self) -> int:
-        """Tokens that all requests together generate."""
-        return sum(ask.max_tokens for ask in self.requests)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts together."""
-        return sum(len(ask.prompt) for ask in self.requests)
+BATCHED_TOKENS = 8192
+"""Tokens per step of ullm unless its options say otherwise; vLLM's default, too."""
+ALL, FIRST, WHOLE = "all at once", "one alone, one token", "one alone, all tokens"
+"""The runs. The last two differ in decoding alone."""
+THROUGHPUT = Metric("all requests at once, output", "tok/s")
+SECONDS = Metric("all requests at once", "s", "lower")
+SINGLE = Metric("one request alone, decoding", "tok/s")
 
 
 @dataclass(frozen=True)
 class BatchLoad:
-    """The load: lengths and tokens are drawn uniformly; equal seeds give equal requests.
+    """The load: lengths and tokens are drawn uniformly; implements `EngineLoad`.
 
     Args:
         prompt_tokens, output_tokens: tokens per request.
@@ -87,46 +64,85 @@ class BatchLoad:
         ordinary = self.prompt_tokens.high + self.output_tokens.high
         return max(ordinary, SINGLE_PROMPT + max(self.single_tokens, WARM_UP_TOKENS))
 
-    def job(self, vocab_size: int) -> BatchJob:
-        """Return the requests for a model, without the ends of the vocabulary, where special tokens are."""
-        source = random.Random(f"batch {self.seed}")
-        tokens = range(vocab_size // 8, max(vocab_size * 7 // 8, vocab_size // 8 + 1))
+    def job(self, vocab_size: int, number: int = 0) -> EngineJob:
+        """See `EngineLoad`."""
+        source = RequestSource(f"batch {self.seed + number}", vocab_size)
+        lengths, random = (self.prompt_tokens, self.output_tokens), source.random
+        runs = {
+            ALL: [source.draw(*(length.draw(random) for length in lengths)) for _ in range(self.requests)],
+            FIRST: [source.draw(SINGLE_PROMPT, 1)],
+            WHOLE: [source.draw(SINGLE_PROMPT, self.single_tokens)],
+        }
+        count = min(self.requests, WARM_UP_REQUESTS)
+        warm_up = [source.draw(SINGLE_PROMPT, WARM_UP_TOKENS) for _ in range(count)]
+        return EngineJob(runs, warm_up, self.temperature, self.longest)
 
-        def ask(prompt: int, output: int) -> BatchRequest:
-            return BatchRequest(source.choices(tokens, k=prompt), output)
+    def figures(self, job: EngineJob, result: EngineResult) -> dict[Metric, float]:
+        """See `EngineLoad`."""
+        seconds = result.seconds
+        return {
+            THROUGHPUT: output_tokens(job.runs[ALL]) / seconds[ALL],
+            SECONDS: seconds[ALL],
+            SINGLE: (self.single_tokens - 1) / (seconds[WHOLE] - seconds[FIRST]),
+            LOADING: result.load_seconds,
+        }
 
-        return BatchJob(
-            [
-                ask(self.prompt_tokens.draw(source), self.output_tokens.draw(source))
-                for _ in range(self.requests)
-            ],
-            [ask(SINGLE_PROMPT, 1), ask(SINGLE_PROMPT, self.single_tokens)],
-            [ask(SINGLE_PROMPT, WARM_UP_TOKENS) for _ in range(min(self.requests, WARM_UP_REQUESTS))],
-            self.temperature,
-            self.longest,
+    def bounds(
+        self, job: EngineJob, shape: ModelShape, limits: Limits, weight_bits: float
+    ) -> dict[Metric, float]:
+        """See `EngineLoad`."""
+        requests, context = job.runs[ALL], SINGLE_PROMPT + self.single_tokens / 2
+        return {
+            THROUGHPUT: output_tokens(requests) / least_seconds(requests, shape, limits, weight_bits),
+            SINGLE: roofline(1, shape, limits, weight_bits, context),
+        }
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return room for all requests at once; see `EngineLoad`."""
+        return {
+            "max_bs": self.requests,
+            "max_num_batched_tokens": max(BATCHED_TOKENS, self.requests),
+            "max_queue": max(self.requests, 1024),
+            "context_len": self.longest,
+            "standby_workers": 0,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """See `EngineLoad`."""
+        return {
+            "requests": self.requests,
+            "prompt_tokens": str(self.prompt_tokens),
+            "output_tokens": str(self.output_tokens),
+            "single_tokens": self.single_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
+
+    def describe(self) -> str:
+        """See `EngineLoad`."""
+        return (
+            f"{self.requests} requests at once, prompts of {self.prompt_tokens} random tokens, "
+            f"outputs of {self.output_tokens}, temperature {self.temperature:g}"
         )
 
 
-def vocab_size(folder: Path) -> int:
-    """Return the size of a model's vocabulary.
-
-    Raises:
-        UsageError: the model's config.json has none.
-    """
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    if not isinstance(size := config.get("vocab_size"), int):
-        raise UsageError(f"{folder / 'config.json'} names no vocab_size")
-    return size
+def output_tokens(requests: Sequence[BatchRequest]) -> int:
+    """Return the number of tokens that requests together generate."""
+    return sum(request.max_tokens for request in requests)
 
 
-def least_seconds(job: BatchJob, shape: ModelShape, limits: Limits, weight_bits: float) -> float:
+def least_seconds(
+    requests: Sequence[BatchRequest], shape: ModelShape, limits: Limits, weight_bits: float
+) -> float:
     """Return the roofline in seconds: no engine on this device finishes all requests earlier.
 
     With all of them in one batch, each step reads the weights once, so they are read as often as the
     longest output has tokens; the token after ``n`` others of its sequence reads the KV of ``n``. Each token
     of prompts and outputs costs two operations per weight.
     """
-    weights = shape.parameters * weight_bits / 8 * max(ask.max_tokens for ask in job.requests)
-    read = sum(len(ask.prompt) + past for ask in job.requests for past in range(1, ask.max_tokens))
-    operations = 2 * shape.parameters * (job.prompt_tokens + job.output_tokens)
-    return max((weights + read * shape.kv_bytes) / limits.bandwidth, operations / limits.arithmetic)
+    steps = max(request.max_tokens for request in requests)
+    weights = shape.parameters * weight_bits / 8 * steps
+    read = sum(len(request.prompt) + past for request in requests for past in range(1, request.max_tokens))
+    tokens = sum(len(request.prompt) for request in requests) + output_tokens(requests)
+    operations = 2 * shape.parameters * tokens / limits.operations(weight_bits)
+    return max((weights + read * shape.kv_bytes) / limits.bandwidth, operations)

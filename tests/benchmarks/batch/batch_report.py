@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from tests.benchmarks.batch.batch_load import BatchLoad, least_seconds
-from tests.benchmarks.batch.batch_rounds import LOADING, SECONDS, SINGLE, THROUGHPUT, BatchRound
+from tests.benchmarks.batch.batch_rounds import FinishedRounds
 from tests.benchmarks.batch.contenders import Contender
+from tests.benchmarks.batch.engine_load import EngineLoad
 from tests.benchmarks.compare.comparison import Line, figure_cell, line_of, ratio_cell, table_of
 from tests.benchmarks.compare.comparison_rounds import Turn
-from tests.benchmarks.compare.hardware import Limits, ModelShape, roofline
+from tests.benchmarks.compare.hardware import Limits, ModelShape, describe, machine, median_limits
 from tests.benchmarks.compare.scenarios import Metric
-from ullm.bench.bench_report import machine
 from ullm.config import EngineConfig
 
 
-class BatchReport(msgspec.Struct, frozen=True):
-    """A finished benchmark.
+class EngineReport(msgspec.Struct, frozen=True):
+    """A finished benchmark of engines without a server.
 
     Args:
-        limits: the device's limits, medians over the rounds.
-        bounds: contender → metric → maximum tokens per second on this device in the first round.
+        limits: the device's limits, medians of those measured before each turn.
+        load: parameters of the load.
+        load_text: the load in one phrase.
+        bounds: contender → metric → maximum tokens per second on this device, by ``limits``.
         commands: contender → its Python and options.
+        lines: figures of each metric, with ratios to the first baseline.
+        ratios: baseline → figures of each metric, with ratios to this baseline.
         errors: contenders that were not measured, and why.
     """
 
@@ -38,11 +40,12 @@ class BatchReport(msgspec.Struct, frozen=True):
     model: str
     shape: ModelShape
     load: dict[str, Any]
+    load_text: str
     rounds: int
-    baseline: str
     bounds: dict[str, dict[str, float]]
     commands: dict[str, str]
     lines: list[Line]
+    ratios: dict[str, list[Line]]
     errors: list[str]
 
     def json(self) -> str:
@@ -50,113 +53,88 @@ class BatchReport(msgspec.Struct, frozen=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
 
     def markdown(self) -> str:
-        """Return two tables: figures, and ratios to the baseline."""
+        """Return tables: figures, and ratios to each baseline."""
         names = list(self.commands)
-        others = [name for name in names if name != self.baseline]
-        parts = [self._heading(), table_of(names, self.lines, figure_cell)]
-        if others and any(self.baseline in line.entries for line in self.lines):
-            parts += [
-                f"Against {self.baseline}, round by round: median (least–most); above 1 is better.",
-                table_of(others, self.lines, ratio_cell),
-            ]
-        parts.append("\n".join(f"- {name}: `{command}`" for name, command in self.commands.items()))
-        return "\n\n".join([*parts, *(f"Not measured: {error}" for error in self.errors)]) + "\n"
+        parts = [self.heading(), table_of(names, self.lines, figure_cell)]
+        for baseline, lines in self.ratios.items():
+            others = [name for name in names if name != baseline]
+            if others and any(baseline in line.entries for line in lines):
+                parts += [
+                    f"Against {baseline}, round by round: median (least–most); above 1 is better.",
+                    table_of(others, lines, ratio_cell),
+                ]
+        return "\n\n".join([*parts, *self.ending()]) + "\n"
 
-    def _heading(self) -> str:
-        on, limits, load = self.machine, self.limits, self.load
-        parts = (
-            f"{self.when[:10]}, {self.device}, {on['cores']} cores ({on['processor']}), {on['platform']};",
-            f"memory at {limits.bandwidth / 1e9:.0f} GB/s, matrices multiplied at",
-            f"{limits.arithmetic / 1e12:.1f} TFLOP/s. {self.model}: {self.shape.parameters / 1e6:.1f} M",
-            f"weights, {self.shape.kv_bytes / 1e3:.1f} KB of KV per token.",
-            f"{load['requests']} requests at once, prompts of {load['prompt_tokens']} random tokens,",
-            f"outputs of {load['output_tokens']}, temperature {load['temperature']:g}.",
-            f"Medians of {self.rounds} rounds, one engine at a time; in brackets the share of the roofline.",
+    def heading(self) -> str:
+        """Return the conditions in one paragraph."""
+        shape = self.shape
+        return (
+            f"{self.when[:10]}, {self.device}, {describe(self.machine)}; {self.limits}. {self.model}: "
+            f"{shape.parameters / 1e6:.1f} M weights, {shape.kv_bytes / 1e3:.1f} KB of KV per token. "
+            f"{self.load_text}. Medians of {self.rounds} rounds, one engine at a time; in brackets the "
+            "share of the roofline by the limits measured just before."
         )
-        return " ".join(parts)
+
+    def ending(self) -> list[str]:
+        """Return the paragraphs with commands and errors."""
+        commands = "\n".join(f"- {name}: `{command}`" for name, command in self.commands.items())
+        return [commands, *(f"Not measured: {error}" for error in self.errors)]
 
 
 def report(
     contenders: Sequence[Contender],
-    turns: Sequence[Turn],
-    batch_rounds: Sequence[BatchRound],
-    load: BatchLoad,
+    finished: FinishedRounds,
+    load: EngineLoad,
     model: str,
     shape: ModelShape,
-    baseline: str,
-) -> BatchReport:
+    baselines: Sequence[str],
+) -> EngineReport:
     """Condense the turns.
 
     Args:
-        batch_rounds: the rounds.
         model: name of the model in the report.
+        baselines: contenders to compare the others with.
     """
-    by_name = {each.name: each for each in contenders}
+    bits, turns = {each.name: each.weight_bits for each in contenders}, finished.turns
 
-    def bounds_of(contender: Contender, number: int) -> dict[Metric, float]:
-        return most_tokens_per_second(contender, batch_rounds[number], shape, load)
+    def bounds_at(name: str, number: int, limits: Limits) -> dict[Metric, float]:
+        return load.bounds(finished.jobs[number], shape, limits, bits[name])
 
-    def bound(metric: Metric, turn: Turn) -> float:
-        return bounds_of(by_name[turn.candidate], turn.round)[metric]
+    def line(metric: Metric, baseline: str) -> Line:
+        has_bound = any(metric in bounds_at(each.name, 0, limits) for each in contenders[:1])
 
-    limits = [each.device.limits for each in batch_rounds]
-    return BatchReport(
+        def bound(turn: Turn) -> float:
+            return bounds_at(turn.candidate, turn.round, turn.limits)[metric]
+
+        return line_of(metric, turns, baseline, bound if has_bound else None)
+
+    limits = median_limits([turn.limits for turn in turns])
+    metrics = list(dict.fromkeys(m for turn in turns if turn.figures for m in turn.figures.values))
+    ratios = {baseline: [line(metric, baseline) for metric in metrics] for baseline in baselines}
+    return EngineReport(
         when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         machine=machine(),
-        device=batch_rounds[0].device.name,
-        limits=Limits(
-            statistics.median(each.bandwidth for each in limits),
-            statistics.median(each.arithmetic for each in limits),
-        ),
+        device=finished.device,
+        limits=limits,
         model=model,
         shape=shape,
-        load=_described(load),
-        rounds=len(batch_rounds),
-        baseline=baseline,
+        load=load.settings(),
+        load_text=load.describe(),
+        rounds=len(finished.jobs),
         bounds={
-            each.name: {metric.name: round(value, 1) for metric, value in bounds_of(each, 0).items()}
+            each.name: {m.name: round(value, 1) for m, value in bounds_at(each.name, 0, limits).items()}
             for each in contenders
         },
         commands={each.name: _command(each) for each in contenders},
-        lines=[
-            line_of(THROUGHPUT, turns, baseline, lambda turn: bound(THROUGHPUT, turn)),
-            line_of(SECONDS, turns, baseline, None),
-            line_of(SINGLE, turns, baseline, lambda turn: bound(SINGLE, turn)),
-            line_of(LOADING, turns, baseline, None),
-        ],
+        lines=ratios[baselines[0]],
+        ratios=ratios,
         errors=[f"round {turn.round + 1}: {turn.error}" for turn in turns if turn.error],
     )
-
-
-def most_tokens_per_second(
-    contender: Contender, batch_round: BatchRound, shape: ModelShape, load: BatchLoad
-) -> dict[Metric, float]:
-    """Return the rooflines of the metrics that have one."""
-    limits, bits, job = batch_round.device.limits, contender.weight_bits, batch_round.job
-    alone = job.single[-1]
-    context = len(alone.prompt) + alone.max_tokens / 2
-    return {
-        THROUGHPUT: job.output_tokens / least_seconds(job, shape, limits, bits),
-        SINGLE: roofline(1, shape, limits, bits, context),
-    }
-
-
-def _described(load: BatchLoad) -> dict[str, Any]:
-    return {
-        "requests": load.requests,
-        "prompt_tokens": str(load.prompt_tokens),
-        "output_tokens": str(load.output_tokens),
-        "single_tokens": load.single_tokens,
-        "temperature": load.temperature,
-        "seed": load.seed,
-    }
 
 
 def _command(contender: Contender) -> str:
     """Return a contender's Python and options, for ullm without those that are defaults."""
     usual = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
     options = contender.options.items()
-    changed = [
-        f"{key}={value!r}" for key, value in options if contender.engine != "ullm" or usual[key] != value
-    ]
+    changed = [f"{key}={value!r}" for key, value in options if contender.is_peer or usual[key] != value]
     return f"{' '.join(contender.python)} {contender.engine}({', '.join(changed)})"

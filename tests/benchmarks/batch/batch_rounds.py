@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
 import trio
 
-from tests.benchmarks import scripts
-from tests.benchmarks.batch.batch_load import BatchJob, BatchLoad, vocab_size
 from tests.benchmarks.batch.contenders import Contender
-from tests.benchmarks.compare.comparison_rounds import Turn
-from tests.benchmarks.compare.hardware import (
-    PROBE_SECONDS,
-    Limits,
-    MachineUnknown,
-    measure_bandwidth,
-)
-from tests.benchmarks.compare.scenarios import Figures, Metric
-from ullm.errors import UllmError
+from tests.benchmarks.batch.engine_load import EngineJob, EngineLoad, EngineResult
+from tests.benchmarks.compare.comparison_rounds import Turn, order
+from tests.benchmarks.compare.hardware import MeasuredDevice, measure_device, read_config
+from tests.benchmarks.compare.scenarios import Figures
+from ullm.errors import UllmError, UsageError
 from ullm.testing.processes import descendants, psutil_module
 
 TURN_SECONDS = 1800.0
 """Seconds after which an engine's turn is given up."""
-THROUGHPUT = Metric("all requests at once, output", "tok/s")
-SECONDS = Metric("all requests at once", "s", "lower")
-SINGLE = Metric("one request alone, decoding", "tok/s")
-LOADING = Metric("until it can generate", "s", "lower")
 
 Say = Callable[[str], None]
 
@@ -45,78 +33,39 @@ class ContenderFailed(UllmError):
         super().__init__(f"{contender.name} {what}{reason} (log: {log})")
 
 
-class EngineResult(msgspec.Struct, frozen=True):
-    """The result that ``offline_batch.py`` writes."""
-
-    version: str
-    device: str
-    load_seconds: float
-    seconds: float
-    single_tokens: int
-    single_seconds: float
-    first_seconds: float
-
-
-@dataclass(frozen=True)
-class MeasuredDevice:
-    """The device that the engines run on."""
-
-    name: str
-    limits: Limits
-
-
 @dataclass(frozen=True)
 class BatchSetup:
     """The setup, equal for all rounds.
 
     Args:
-        model: folder that every engine loads.
+        model: folder or file that every engine loads.
         device: ``auto``, ``cpu`` or ``cuda``, for engines that have the choice.
         output: folder for jobs, results and logs.
     """
 
     model: Path
-    load: BatchLoad
+    load: EngineLoad
     device: str
     output: Path
 
-    def job(self, number: int) -> BatchJob:
-        """Return the requests of a round."""
-        return replace(self.load, seed=self.load.seed + number).job(vocab_size(self.model))
+    def job(self, number: int) -> EngineJob:
+        """Return the requests of a round.
+
+        Raises:
+            UsageError: the model's config names no vocab_size.
+        """
+        if not isinstance(size := read_config(self.model).get("vocab_size"), int):
+            raise UsageError(f"the config of {self.model} names no vocab_size")
+        return self.load.job(size, number)
 
 
-@dataclass(frozen=True)
-class BatchRound:
-    """The requests of a round, and the device as measured before it."""
+@dataclass
+class FinishedRounds:
+    """The turns of all rounds, the job of each round, and the name of the device."""
 
-    job: BatchJob
-    device: MeasuredDevice
-
-
-def measure_device(device: str) -> MeasuredDevice:
-    """Measure the bandwidth and arithmetic of a device, in a process that has PyTorch.
-
-    Raises:
-        MachineUnknown: that process failed.
-    """
-    script = str(Path(scripts.__file__).with_name("device_limits.py"))
-    try:
-        done = subprocess.run(
-            [sys.executable, script, device],
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-            check=True,
-        )
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or [f"status {error.returncode}"]
-        raise MachineUnknown(f"--device {device} cannot be measured: {lines[-1]}") from None
-    except subprocess.SubprocessError as error:
-        raise MachineUnknown(f"{script}: {error}") from None
-    result = json.loads(done.stdout.splitlines()[-1])
-    return MeasuredDevice(
-        result["device"], Limits(result["bandwidth"] or measure_bandwidth(), result["arithmetic"])
-    )
+    turns: list[Turn] = field(default_factory=list)
+    jobs: list[EngineJob] = field(default_factory=list)
+    device: str = ""
 
 
 async def run_rounds(
@@ -125,33 +74,37 @@ async def run_rounds(
     rounds: int,
     say: Say,
     measure: Callable[[str], MeasuredDevice] = measure_device,
-) -> tuple[list[Turn], list[BatchRound]]:
+    before: FinishedRounds | None = None,
+) -> FinishedRounds:
     """Run all rounds; an engine that fails is reported, and the others continue.
 
     Args:
         say: gets a line after each turn.
-        measure: measures the device before each round.
+        measure: measures the device before each turn.
+        before: earlier rounds, to continue with new requests; not changed.
 
     Raises:
         MachineUnknown: the device could not be measured.
     """
-    turns, finished = [], []
-    for number in range(rounds):
-        finished.append(BatchRound(bench.job(number), await trio.to_thread.run_sync(measure, bench.device)))
-        shift = number % len(contenders)
-        for contender in [*contenders[shift:], *contenders[:shift]]:
-            turn = Turn(number, contender.name, None, finished[-1].device.limits.bandwidth)
+    finished = FinishedRounds() if before is None else FinishedRounds([*before.turns], [*before.jobs])
+    for _ in range(rounds):
+        number = len(finished.jobs)
+        finished.jobs.append(bench.job(number))
+        for contender in order(contenders, number):
+            device = await trio.to_thread.run_sync(measure, bench.device)
+            finished.device = device.name
+            turn = Turn(number, contender.name, None, device.limits)
             try:
-                result = await take_turn(contender, bench, finished[-1].job, number)
-                turn = replace(turn, figures=figures(result, finished[-1].job))
+                result = await take_turn(contender, bench, finished.jobs[-1], number)
+                turn = replace(turn, figures=_figures(bench.load, finished.jobs[-1], result))
             except UllmError as error:
                 turn = replace(turn, error=" ".join(str(error).split()))
-            turns.append(turn)
+            finished.turns.append(turn)
             say(_line(turn))
-    return turns, finished
+    return finished
 
 
-async def take_turn(contender: Contender, bench: BatchSetup, job: BatchJob, number: int) -> EngineResult:
+async def take_turn(contender: Contender, bench: BatchSetup, job: EngineJob, number: int) -> EngineResult:
     """Run one engine, and end its whole process tree.
 
     Raises:
@@ -174,17 +127,8 @@ async def take_turn(contender: Contender, bench: BatchSetup, job: BatchJob, numb
     return msgspec.json.decode(result.read_bytes(), type=EngineResult)
 
 
-def figures(result: EngineResult, job: BatchJob) -> Figures:
-    """Return an engine's result by metric."""
-    return Figures(
-        {
-            THROUGHPUT: job.output_tokens / result.seconds,
-            SECONDS: result.seconds,
-            SINGLE: result.single_tokens / result.single_seconds,
-            LOADING: result.load_seconds,
-        },
-        {},
-    )
+def _figures(load: EngineLoad, job: EngineJob, result: EngineResult) -> Figures:
+    return Figures(load.figures(job, result), {}, result.texts)
 
 
 async def _run(contender: Contender, command: Sequence[str], log: Path) -> int | None:
@@ -223,8 +167,5 @@ def _end(pid: int) -> None:
 def _line(turn: Turn) -> str:
     if turn.figures is None:
         return f"round {turn.round + 1}: {turn.error}"
-    values = turn.figures.values
-    return (
-        f"round {turn.round + 1}: {turn.candidate}: {values[THROUGHPUT]:.0f} tok/s in "
-        f"{values[SECONDS]:.1f} s, alone {values[SINGLE]:.0f} tok/s"
-    )
+    shown = [f"{metric.name} {value:.3g} {metric.unit}" for metric, value in turn.figures.values.items()]
+    return f"round {turn.round + 1}: {turn.candidate}: {', '.join(shown)}"

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import scripts
-from tests.benchmarks.batch.batch_load import BatchLoad
+from tests.benchmarks.batch.engine_load import EngineLoad
 from tests.benchmarks.compare.weight_bits import PLAIN, ullm_bits
 from ullm.config import EngineConfig
 from ullm.errors import UsageError
 
-SCRIPT = Path(scripts.__file__).with_name("offline_batch.py")
-BATCHED_TOKENS = 8192
-"""Tokens per step of ullm unless its options say otherwise; vLLM's default, too."""
-PEERS = {"vllm": "vLLM", "nano-vllm": "nano-vllm", "transformers": "transformers"}
-"""Name of an engine in the script → name in reports."""
+SCRIPTS = Path(scripts.__file__).parent
+PEERS = {
+    "vllm": "vLLM",
+    "nano-vllm": "nano-vllm",
+    "transformers": "transformers",
+    "openvino": "OpenVINO GenAI",
+}
+"""Name of an engine in ``offline_batch.py`` → name in reports."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,11 @@ class Contender:
     """One engine to measure.
 
     Args:
-        engine: its name in ``offline_batch.py``.
+        engine: its name in ``offline_batch.py``, or the first argument of another script.
         python: command that runs its Python.
         options: its own options, the script's ``options``.
         weight_bits: bits per weight, for the roofline.
+        script: program of `tests.benchmarks.scripts` that takes its turn.
     """
 
     name: str
@@ -40,13 +44,19 @@ class Contender:
     python: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     weight_bits: float = PLAIN
+    script: str = "offline_batch.py"
+
+    @property
+    def is_peer(self) -> bool:
+        """False for ullm."""
+        return self.engine != "ullm"
 
     def command(self, model: Path, job: Path, result: Path) -> list[str]:
         """Return the command to run."""
-        return [*self.python, str(SCRIPT), self.engine, str(model), str(job), str(result)]
+        return [*self.python, str(SCRIPTS / self.script), self.engine, str(model), str(job), str(result)]
 
 
-def ullm_contender(spec: str, model: Path, head_share: float, load: BatchLoad, device: str) -> Contender:
+def ullm_contender(spec: str, model: Path, head_share: float, load: EngineLoad, device: str) -> Contender:
     """Parse ``NAME=OPTIONS``, with options of ``ullm serve``.
 
     Args:
@@ -61,16 +71,17 @@ def ullm_contender(spec: str, model: Path, head_share: float, load: BatchLoad, d
         raise UsageError(f"--ullm {spec}: expected NAME=OPTIONS, as in 'eager=--enforce-eager' or 'default='")
     words = shlex.split(text)
     config = engine_config(words, str(model), load, device)
-    bits = ullm_bits(words, head_share)
+    bits = ullm_bits(["--model", str(model), *words], head_share)
     return Contender(f"ullm {name.strip()}", "ullm", (sys.executable,), dataclasses.asdict(config), bits)
 
 
-def peer_contender(engine: str, python: str, options: str) -> Contender:
+def peer_contender(engine: str, python: str, options: str, weight_bits: float = PLAIN) -> Contender:
     """Return a peer of `PEERS`.
 
     Args:
         python: command of a Python that has it.
         options: a JSON object, or empty.
+        weight_bits: bits per weight, for the roofline.
 
     Raises:
         UsageError: the options are not a JSON object.
@@ -83,11 +94,11 @@ def peer_contender(engine: str, python: str, options: str) -> Contender:
         raise UsageError(
             f'--{engine}-options {options}: expected a JSON object such as {{"enforce_eager": true}}'
         )
-    return Contender(PEERS[engine], engine, tuple(shlex.split(python)), parsed)
+    return Contender(PEERS[engine], engine, tuple(shlex.split(python)), parsed, weight_bits)
 
 
-def engine_config(options: Sequence[str], model: str, load: BatchLoad, device: str) -> EngineConfig:
-    """Return ullm's configuration, with room for all requests at once unless the options say otherwise.
+def engine_config(options: Sequence[str], model: str, load: EngineLoad, device: str) -> EngineConfig:
+    """Return ullm's configuration, as the load needs it unless the options say otherwise.
 
     Raises:
         UsageError: an unknown option.
@@ -95,19 +106,8 @@ def engine_config(options: Sequence[str], model: str, load: BatchLoad, device: s
     """
     from ullm.cli.flags import build
 
-    fields = parse(options)
-    width = fields.get("max_bs", load.requests)
-    defaults = {
-        "model": model,
-        "max_bs": width,
-        "max_num_batched_tokens": max(BATCHED_TOKENS, width),
-        "max_queue": max(load.requests, 1024),
-        "context_len": load.longest,
-        "device": device,
-        "standby_workers": 0,
-        "log_level": "warning",
-    }
-    return build(EngineConfig, {**defaults, **fields})
+    defaults = {"model": model, "device": device, "log_level": "warning"}
+    return build(EngineConfig, {**defaults, **load.engine_options(), **parse(options)})
 
 
 def parse(options: Sequence[str]) -> dict[str, Any]:

@@ -14,22 +14,26 @@ import torch
 from safetensors import safe_open
 
 from tests.benchmarks.batch import batch_rounds
-from tests.benchmarks.batch.batch_command import BatchPeers, choose, contenders
-from tests.benchmarks.batch.batch_load import BatchJob, BatchLoad, least_seconds, vocab_size
-from tests.benchmarks.batch.batch_report import report
-from tests.benchmarks.batch.batch_rounds import (
+from tests.benchmarks.batch.batch_command import BatchPeers, contenders
+from tests.benchmarks.batch.batch_load import (
+    ALL,
+    FIRST,
     SINGLE,
     THROUGHPUT,
-    BatchSetup,
-    ContenderFailed,
-    MeasuredDevice,
-    run_rounds,
-    take_turn,
+    WHOLE,
+    BatchLoad,
+    least_seconds,
+    output_tokens,
 )
+from tests.benchmarks.batch.batch_report import report
+from tests.benchmarks.batch.batch_rounds import BatchSetup, ContenderFailed, run_rounds, take_turn
 from tests.benchmarks.batch.contenders import Contender, engine_config, peer_contender, ullm_contender
+from tests.benchmarks.batch.engine_load import EngineJob
 from tests.benchmarks.batch.shapes import SHAPES, tensors_of, write_shape
 from tests.benchmarks.command_line import main
-from tests.benchmarks.compare.hardware import Limits, ModelShape, model_shape
+from tests.benchmarks.compare import hardware
+from tests.benchmarks.compare.comparison_rounds import choose
+from tests.benchmarks.compare.hardware import Limits, MeasuredDevice, ModelShape, model_shape
 from ullm.bench.workload import Length
 from ullm.errors import ConfigError, UsageError
 
@@ -43,8 +47,8 @@ print("loading")
 if engine == "bad":
     sys.exit("it has no legs")
 seconds = 2.0 if engine == "slow" else 1.0
-found = {"version": "1", "device": "paper", "load_seconds": 0.5, "seconds": seconds, "single_tokens": 7,
-         "single_seconds": 0.1 * seconds, "first_seconds": 0.2}
+runs = {"all at once": seconds, "one alone, one token": 0.2, "one alone, all tokens": 0.2 + 0.1 * seconds}
+found = {"version": "1", "device": "paper", "load_seconds": 0.5, "seconds": runs}
 if engine != "silent":
     json.dump(found, open(result, "w"))
 """
@@ -63,11 +67,12 @@ def test_the_same_seed_asks_the_same() -> None:
     job = LOAD.job(512)
     assert job == LOAD.job(512)
     assert job != BatchLoad(6, Length(20, 40), Length(4, 12), single_tokens=8, seed=1).job(512)
-    assert len(job.requests) == len(job.warm_up) == 6
-    assert all(20 <= len(ask.prompt) <= 40 and 4 <= ask.max_tokens <= 12 for ask in job.requests)
-    assert {token for ask in job.requests for token in ask.prompt} <= set(range(64, 448))
-    assert [ask.max_tokens for ask in job.single] == [1, 8]
-    every = [*job.requests, *job.single, *job.warm_up]
+    assert job != LOAD.job(512, 1)
+    assert len(job.runs[ALL]) == len(job.warm_up) == 6
+    assert all(20 <= len(ask.prompt) <= 40 and 4 <= ask.max_tokens <= 12 for ask in job.runs[ALL])
+    assert {token for ask in job.runs[ALL] for token in ask.prompt} <= set(range(64, 448))
+    assert [ask.max_tokens for ask in (*job.runs[FIRST], *job.runs[WHOLE])] == [1, 8]
+    every = [*(ask for run in job.runs.values() for ask in run), *job.warm_up]
     assert max(len(ask.prompt) + ask.max_tokens for ask in every) <= job.longest
 
 
@@ -87,12 +92,14 @@ def test_what_cannot_be_asked(load: BatchLoad, flag: str) -> None:
 
 def test_the_roofline_of_a_batch_counts_every_read() -> None:
     """Two requests: weights are read for the longer one's tokens, KV for all tokens but each first one."""
-    job = BatchLoad(2, Length(10, 10), Length(3, 3)).job(512)
+    requests = BatchLoad(2, Length(10, 10), Length(3, 3)).job(512).runs[ALL]
     shape = ModelShape(parameters=1000, kv_bytes=10)
     read = 3 * 2000 + 2 * (11 + 12) * 10
-    assert least_seconds(job, shape, LIMITS, 16.0) == pytest.approx(read / 1e9)
+    assert least_seconds(requests, shape, LIMITS, 16.0) == pytest.approx(read / 1e9)
     slow = Limits(bandwidth=1e12, arithmetic=1e6)
-    assert least_seconds(job, shape, slow, 16.0) == pytest.approx(2 * 1000 * (20 + 6) / 1e6)
+    assert least_seconds(requests, shape, slow, 16.0) == pytest.approx(2 * 1000 * (20 + 6) / 1e6)
+    integers = Limits(bandwidth=1e12, arithmetic=1e6, integer=4e6)
+    assert least_seconds(requests, shape, integers, 5.0) == pytest.approx(2 * 1000 * (20 + 6) / 4e6)
 
 
 def test_the_published_benchmark_on_an_h200() -> None:
@@ -102,9 +109,9 @@ def test_the_published_benchmark_on_an_h200() -> None:
     assert parameters == 596_049_920
     kv_bytes = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     assert kv_bytes == 114_688
-    job = BatchLoad().job(config["vocab_size"])
+    requests = BatchLoad().job(config["vocab_size"]).runs[ALL]
     shape = ModelShape(parameters, kv_bytes)
-    bound = job.output_tokens / least_seconds(job, shape, Limits(4.3e12, 700e12), 16.0)
+    bound = output_tokens(requests) / least_seconds(requests, shape, Limits(4.3e12, 700e12), 16.0)
     assert 36_000 < bound < 41_000
 
 
@@ -124,7 +131,7 @@ def test_a_shape_is_a_model_that_transformers_loads(tiny: Path) -> None:
         assert torch.equal(file.get_tensor("model.norm.weight"), torch.ones(64, dtype=torch.bfloat16))
     assert weights.dtype == torch.bfloat16
     assert 0.018 < float(weights.float().std()) < 0.022
-    assert vocab_size(tiny) == 512
+    assert hardware.read_config(tiny)["vocab_size"] == 512
 
 
 def test_a_shape_is_written_once(tiny: Path) -> None:
@@ -193,9 +200,8 @@ def test_who_takes_part(tiny: Path) -> None:
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Engines that only say how fast they were."""
-    script = tmp_path / "engine.py"
-    script.write_text(ENGINE)
-    monkeypatch.setattr("tests.benchmarks.batch.contenders.SCRIPT", script)
+    (tmp_path / "offline_batch.py").write_text(ENGINE)
+    monkeypatch.setattr("tests.benchmarks.batch.contenders.SCRIPTS", tmp_path)
     return tmp_path
 
 
@@ -224,7 +230,7 @@ async def test_engines_that_fail_say_why(
 async def test_an_engine_that_takes_too_long_is_ended(
     scripted: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (scripted / "engine.py").write_text("import signal; signal.pause()")
+    (scripted / "offline_batch.py").write_text("import signal; signal.pause()")
     monkeypatch.setattr(batch_rounds, "TURN_SECONDS", 0.3)
     bench = BatchSetup(tiny, LOAD, "cpu", scripted)
     with pytest.raises(ContenderFailed, match="good was not done after 0 s"):
@@ -236,18 +242,20 @@ async def test_rounds_rotate_and_go_on_after_a_failure(scripted: Path, tiny: Pat
     said: list[str] = []
     who = [contender("good"), contender("bad"), contender("slow")]
     bench = BatchSetup(tiny, LOAD, "cpu", scripted)
-    turns, asked = await run_rounds(who, bench, 2, said.append, lambda device: MeasuredDevice(device, LIMITS))
-    assert [turn.candidate for turn in turns] == ["good", "bad", "slow", "bad", "slow", "good"]
-    assert [bool(turn.error) for turn in turns] == [False, True, False, True, False, False]
-    assert asked[0].job != asked[1].job
+    finished = await run_rounds(who, bench, 2, said.append, lambda device: MeasuredDevice(device, LIMITS))
+    assert [turn.candidate for turn in finished.turns] == ["good", "bad", "slow", "bad", "slow", "good"]
+    assert [bool(turn.error) for turn in finished.turns] == [False, True, False, True, False, False]
+    assert finished.jobs[0] != finished.jobs[1]
     assert len(said) == 6
-    found = report(who, turns, asked, LOAD, "tiny", model_shape(tiny), "slow")
+    found = report(who, finished, LOAD, "tiny", model_shape(tiny), ["slow"])
     good = next(line for line in found.lines if line.metric == THROUGHPUT).entries["good"]
-    assert good.values == [each.job.output_tokens / 1.0 for each in asked]
+    assert good.values == [output_tokens(job.runs[ALL]) / 1.0 for job in finished.jobs]
     assert good.ratio is not None
     assert good.ratio.median == pytest.approx(2.0)
     assert good.share == pytest.approx(good.median / found.bounds["good"][THROUGHPUT.name], rel=0.5)
-    assert next(line for line in found.lines if line.metric == SINGLE).entries["good"].median == 70
+    assert next(line for line in found.lines if line.metric == SINGLE).entries[
+        "good"
+    ].median == pytest.approx(70)
     text = found.markdown()
     assert "| all requests at once, output, tok/s |" in text
     assert "Against slow, round by round" in text
@@ -265,7 +273,7 @@ def test_ullm_beside_transformers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the tiny shape on a CPU; a peer that is not installed is one line."""
-    monkeypatch.setattr(batch_rounds, "measure_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(hardware, "measure_bandwidth", lambda: 1e9)
     few = json.dumps({"num_blocks": 64, "max_batch_tokens": 256})
     arguments = ["--shape", "tiny", "--device", "cpu", "--requests", "5", "--prompt-tokens", "20-40"]
     arguments += ["--output-tokens", "4-12", "--single-tokens", "8", "--rounds", "1"]
@@ -278,7 +286,7 @@ def test_ullm_beside_transformers(
     assert shown.count("Not measured:") == 1
     assert "cannot import nano-vllm" in shown
     found = json.loads((tmp_path / "batch.json").read_text("utf-8"))
-    assert found["baseline"] == "transformers"
+    assert [*found["ratios"]] == ["transformers"]
     throughput = found["lines"][0]["entries"]
     assert throughput.keys() == {"ullm default", "transformers"}
     assert throughput["ullm default"]["median"] > 0
@@ -291,14 +299,14 @@ def test_other_numbers_of_tokens_are_not_compared(tmp_path: Path) -> None:
     class Short:
         version = device = "paper"
 
-        def run(self, asks: Any) -> int:
-            return len(asks)
+        def run(self, asks: Any) -> list[list[int]]:
+            return [[0] for _ in asks]
 
         def close(self) -> None:
             """Nothing is held."""
 
     job = tmp_path / "job"
-    asked: BatchJob = LOAD.job(512)
+    asked: EngineJob = LOAD.job(512)
     job.write_bytes(msgspec.json.encode(asked))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(offline_batch.ENGINES, "short", lambda model, job: Short())

@@ -40,6 +40,11 @@ class ServerCandidate:
     weight_bits: float = 16.0
     scenarios: tuple[str, ...] = SCENARIOS
 
+    @property
+    def is_peer(self) -> bool:
+        """False for ullm."""
+        return not self.name.startswith("ullm ")
+
     def command(self, port: int) -> list[str]:
         """Return the command to run."""
         return [part.replace("{port}", str(port)) for part in self.arguments]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +13,8 @@ from tests.benchmarks.compare import candidates as servers
 from tests.benchmarks.compare.candidates import ServerCandidate
 from tests.benchmarks.compare.comparison import Comparison, condense
 from tests.benchmarks.compare.comparison_plot import draw
-from tests.benchmarks.compare.comparison_rounds import run_rounds
-from tests.benchmarks.compare.hardware import ModelShape, matrix_speed, model_shape
+from tests.benchmarks.compare.comparison_rounds import baseline_of, check_names, choose, run_rounds
+from tests.benchmarks.compare.hardware import ModelShape, model_shape
 from tests.benchmarks.compare.scenarios import SCENARIOS, ComparisonLoad
 from tests.benchmarks.shared_options import Baseline, Plot, Rounds
 from ullm.cli.bench import DEFAULT_LEVELS, parse_concurrency
@@ -103,13 +102,13 @@ def compare(
     folder = resolve(ModelConfig(model=model)).path
     shape = model_shape(folder)
     participants = candidates(model, folder, peers, shape)
-    base = choose(baseline, participants)
+    choose(baseline, participants)
     output.mkdir(parents=True, exist_ok=True)
-    arithmetic = matrix_speed()
     turns = run_to_end(
         run_rounds, participants, load, rounds, output, lambda line: stderr().print(line, markup=False)
     )
-    result = condense(participants, turns, load, base, shape, arithmetic)
+    base = baseline_of(baseline, participants, turns)
+    result = condense(participants, turns, load, base, shape)
     publish(result, output, plot, load)
     return 1 if result.errors else 0
 
@@ -135,28 +134,8 @@ def candidates(model: str, folder: Path, peers: ComparePeers, shape: ModelShape)
         participants.append(servers.llama_candidate(peers.llama_server, peers.gguf, peers.llama_options))
     if peers.transformers:
         participants.append(servers.transformers_candidate(peers.transformers, folder))
-    names = [each.name for each in participants]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UsageError(f"--ullm names {twice[0]!r} twice")
+    check_names(participants, "--ullm")
     return participants
-
-
-def choose(baseline: str | None, participants: Sequence[ServerCandidate]) -> str:
-    """Return the baseline's full name.
-
-    Raises:
-        UsageError: no candidate has such a name.
-    """
-    peers = [each.name for each in participants if not each.name.startswith("ullm ")]
-    if baseline is None:
-        return (peers or [participants[0].name])[0]
-    fitting = [each.name for each in participants if baseline.lower() in each.name.lower()]
-    if not fitting:
-        raise UsageError(
-            f"--baseline {baseline}: expected one of {', '.join(each.name for each in participants)}"
-        )
-    return fitting[0]
 
 
 def publish(result: Comparison, output: Path, plot: str, load: ComparisonLoad) -> None:

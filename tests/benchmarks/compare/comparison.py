@@ -11,9 +11,15 @@ import msgspec
 
 from tests.benchmarks.compare.candidates import ServerCandidate
 from tests.benchmarks.compare.comparison_rounds import Turn
-from tests.benchmarks.compare.hardware import Limits, ModelShape, roofline
+from tests.benchmarks.compare.hardware import (
+    Limits,
+    ModelShape,
+    describe,
+    machine,
+    median_limits,
+    roofline,
+)
 from tests.benchmarks.compare.scenarios import ComparisonLoad, Metric, decode_metric
-from ullm.bench.bench_report import machine
 
 
 class Ratio(msgspec.Struct, frozen=True):
@@ -59,8 +65,8 @@ class Comparison(msgspec.Struct, frozen=True):
     """A finished comparison.
 
     Args:
-        limits: the machine's limits, with the median of ``bandwidths``.
-        bandwidths: bytes per second read from memory, measured before each candidate's turn.
+        limits: the machine's limits, medians of those measured before each candidate's turn.
+        bandwidths: bytes per second read from memory before each turn.
         unequal: scenarios whose prompts differed in tokens between servers.
     """
 
@@ -97,13 +103,12 @@ class Comparison(msgspec.Struct, frozen=True):
         return "\n\n".join(parts) + "\n"
 
     def _heading(self) -> str:
-        on, limits, read = self.machine, self.limits, [each / 1e9 for each in self.bandwidths]
+        read = [each / 1e9 for each in self.bandwidths]
         return (
-            f"{self.when[:10]}, {on['cores']} cores ({on['processor']}), {on['platform']}; memory read at "
-            f"{limits.bandwidth / 1e9:.0f} GB/s ({min(read):.0f}–{max(read):.0f}), matrices multiplied at "
-            f"{limits.arithmetic / 1e12:.2f} TFLOP/s. Medians of {self.rounds} rounds, one server at a time, "
+            f"{self.when[:10]}, {describe(self.machine)}; {self.limits}, the former from {min(read):.0f} to "
+            f"{max(read):.0f}. Medians of {self.rounds} rounds, one server at a time, "
             f"{self.output_tokens} new tokens a stream, over HTTP with server-sent events. "
-            "In brackets: share of the roofline for its weights, by the bandwidth measured just before."
+            "In brackets: share of the roofline for its weights, by the limits measured just before."
         )
 
     def _commands(self) -> str:
@@ -116,21 +121,14 @@ def condense(
     load: ComparisonLoad,
     baseline: str,
     shape: ModelShape,
-    arithmetic: float,
 ) -> Comparison:
-    """Condense the turns.
-
-    Args:
-        arithmetic: operations per second in matrix products.
-    """
+    """Condense the turns."""
     context = load.prompt_tokens + load.output_tokens / 2
-    bandwidths = [turn.bandwidth for turn in turns]
-    limits = Limits(statistics.median(bandwidths), arithmetic)
+    limits = median_limits([turn.limits for turn in turns])
     bits = {each.name: each.weight_bits for each in candidates}
 
     def bound(turn: Turn, streams: int) -> float:
-        here = Limits(turn.bandwidth, arithmetic)
-        return roofline(streams, shape, here, bits[turn.candidate], context)
+        return roofline(streams, shape, turn.limits, bits[turn.candidate], context)
 
     bounds = {decode_metric(n): (lambda turn, n=n: bound(turn, n)) for n in load.levels}
     competitors = [
@@ -147,7 +145,7 @@ def condense(
         when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         machine=machine(),
         limits=limits,
-        bandwidths=bandwidths,
+        bandwidths=[turn.limits.bandwidth for turn in turns],
         shape=shape,
         baseline=baseline,
         rounds=1 + max((turn.round for turn in turns), default=-1),

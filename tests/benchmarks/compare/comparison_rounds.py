@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import trio
 
 from tests.benchmarks.compare import scenarios as named
 from tests.benchmarks.compare.candidates import ServerCandidate
-from tests.benchmarks.compare.hardware import measure_bandwidth
+from tests.benchmarks.compare.hardware import Limits, measure_limits
 from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures, first_token, run_scenarios
 from ullm.bench.server_target import ServerTarget
 from ullm.client.completions import first_model
 from ullm.client.http import Endpoint
-from ullm.errors import UllmError
+from ullm.errors import UllmError, UsageError
 from ullm.testing.processes import free_port, open_server, tree_memory
 
 MIB = 1 << 20
@@ -25,26 +26,71 @@ SETTLE = 1.0
 Say = Callable[[str], None]
 
 
+class Comparable(Protocol):
+    """A server or an engine that takes part."""
+
+    @property
+    def name(self) -> str:
+        """Its name in reports."""
+
+    @property
+    def is_peer(self) -> bool:
+        """False for ullm."""
+
+
+Participant = TypeVar("Participant", bound=Comparable)
+
+
 @dataclass(frozen=True)
 class Turn:
     """One candidate in one round; ``error`` instead of figures where it failed.
 
     Args:
-        bandwidth: bytes per second that the machine read just before; on a shared machine it changes by
-            half within minutes.
+        limits: the machine's limits, measured just before; on a shared machine they change by half within
+            minutes.
     """
 
     round: int
     candidate: str
     figures: Figures | None
-    bandwidth: float
+    limits: Limits
     error: str = ""
 
 
-def order(candidates: Sequence[ServerCandidate], number: int) -> list[ServerCandidate]:
+def order(candidates: Sequence[Participant], number: int) -> list[Participant]:
     """Rotate the candidates by one each round, so that none always follows the same one."""
     shift = number % len(candidates)
     return [*candidates[shift:], *candidates[:shift]]
+
+
+def choose(baseline: str | None, participants: Sequence[Comparable]) -> str:
+    """Return the baseline's full name; without a choice, that of the first peer, or of the first at all.
+
+    Raises:
+        UsageError: no participant has such a name.
+    """
+    if baseline is None:
+        return next((each.name for each in participants if each.is_peer), participants[0].name)
+    fitting = [each.name for each in participants if baseline.lower() in each.name.lower()]
+    if not fitting:
+        raise UsageError(
+            f"--baseline {baseline}: expected one of {', '.join(each.name for each in participants)}"
+        )
+    return fitting[0]
+
+
+def baseline_of(baseline: str | None, participants: Sequence[Comparable], turns: Sequence[Turn]) -> str:
+    """Return the baseline's full name; without a choice, it is one that was measured."""
+    done = {turn.candidate for turn in turns if turn.figures is not None}
+    measured = [each for each in participants if each.name in done] or participants
+    return choose(baseline, participants if baseline else measured)
+
+
+def check_names(participants: Sequence[Comparable], flag: str) -> None:
+    """Raise `UsageError` if two participants have the same name; names the flag that gives names."""
+    names = [each.name for each in participants]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{flag} names {twice[0]!r} twice")
 
 
 async def run_rounds(
@@ -53,19 +99,22 @@ async def run_rounds(
     rounds: int,
     logs: Path,
     say: Say,
-    bandwidth: Callable[[], float] = measure_bandwidth,
+    measure: Callable[[], Limits] = measure_limits,
 ) -> list[Turn]:
     """Run all rounds; a candidate that fails is reported, and the others continue.
 
     Args:
         logs: folder for the servers' logs.
         say: gets a line after each turn.
-        bandwidth: measures the machine's bandwidth before each turn.
+        measure: measures the machine's limits before each turn.
+
+    Raises:
+        MachineUnknown: the limits could not be measured.
     """
     turns = []
     for number in range(rounds):
         for candidate in order(candidates, number):
-            turn = Turn(number, candidate.name, None, await trio.to_thread.run_sync(bandwidth))
+            turn = Turn(number, candidate.name, None, await trio.to_thread.run_sync(measure))
             turns.append(await _take(turn, candidate, replace(load, seed=load.seed + number), logs))
             say(_line(turns[-1]))
             await trio.sleep(SETTLE)

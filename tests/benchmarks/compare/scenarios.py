@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -90,10 +90,12 @@ class Figures:
         values: metric → value.
         prompt_tokens: scenario → tokens of all prompts as the server counted them, to see that all servers
             got the same.
+        texts: run → digest of the generated tokens, where known.
     """
 
     values: dict[Metric, float]
     prompt_tokens: dict[str, int]
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 async def run_scenarios(

@@ -23,10 +23,17 @@ from tests.benchmarks.compare.candidates import (
     ullm_candidate,
     vllm_candidate,
 )
-from tests.benchmarks.compare.compare_command import ComparePeers, candidates, check, choose
+from tests.benchmarks.compare.compare_command import ComparePeers, candidates, check
 from tests.benchmarks.compare.comparison import Comparison, condense
 from tests.benchmarks.compare.comparison_plot import draw
-from tests.benchmarks.compare.comparison_rounds import Turn, measure_candidate, order, run_rounds
+from tests.benchmarks.compare.comparison_rounds import (
+    Turn,
+    baseline_of,
+    choose,
+    measure_candidate,
+    order,
+    run_rounds,
+)
 from tests.benchmarks.compare.hardware import Limits, MachineUnknown, ModelShape, model_shape, roofline
 from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures, Metric, decode_metric
 from tests.benchmarks.compare.weight_bits import bits_of
@@ -56,6 +63,8 @@ def test_how_ullm_is_started() -> None:
     assert ullm_candidate("q=--model other", "m").command(1).count("--model") == 1
     assert "m" not in ullm_candidate("q=--model=other", "m").command(1)[3:]
     assert ullm_candidate("bf16=", "m").weight_bits == 16.0
+    assert ullm_candidate("float32=--dtype float32", "m").weight_bits == 16.0  # widened in registers
+    assert ullm_candidate("PyTorch=--dtype float32 --no-cpu-kernels", "m").weight_bits == 32.0
 
 
 @pytest.mark.parametrize("spec", ["int8", "=--dtype float32", "--dtype=float32"])
@@ -91,6 +100,8 @@ def write_gguf(path: Path, kind: Kind) -> Path:
         (Kind.Q4_1, "--quantization int8", 8.5),
         (Kind.F32, "", 16.0),
         (Kind.F16, "", 16.0),
+        (Kind.F32, "--dtype float32", 32.0),
+        (Kind.F16, "--dtype float32", 16.0),
     ],
 )
 @pytest.mark.parametrize("flag", ["--model {}", "--model={}"])
@@ -154,6 +165,10 @@ def test_who_takes_part(tmp_path: Path) -> None:
     assert choose(None, found) == "vLLM"
     assert choose("B", found) == "ullm b"
     assert choose(None, found[:2]) == "ullm a"
+    done = [Turn(0, name, Figures({}, {}), LIMITS) for name in ("ullm a", "transformers")]
+    failed = Turn(0, "vLLM", None, LIMITS, "it fell over")
+    assert baseline_of(None, found, [failed, *done]) == "transformers"
+    assert baseline_of("vllm", found, [failed, *done]) == "vLLM"
     with pytest.raises(UsageError, match="--baseline x: expected one of ullm a"):
         choose("x", found)
     with pytest.raises(UsageError, match="twice"):
@@ -193,6 +208,39 @@ def test_shapes_are_read_from_a_model(tmp_path: Path) -> None:
         model_shape(tmp_path / "none")
 
 
+def test_shapes_are_read_from_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"vocab_size": 4, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(hardware, "tokenizer_folder", lambda model, progress: tmp_path)
+    found = model_shape(write_gguf(tmp_path / "w.gguf", Kind.Q4_1))
+    assert found == ModelShape(parameters=512, kv_bytes=2 * 2 * 2 * 64, head=256, layers=256)
+
+
+X86 = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 fma avx512f avx512_vnni\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp bf16 i8mm\nCPU part\t: 0xd40\n"
+
+
+def test_the_processor_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(X86 + X86)
+    assert hardware.read_processor(file) == ("Some CPU", ["avx2", "fma", "avx512f", "avx512_vnni"])
+    file.write_text(ARM)
+    assert hardware.read_processor(file)[1] == ["asimd", "asimddp", "i8mm", "bf16"]
+    assert hardware.read_processor(tmp_path / "none")[1] == []
+    monkeypatch.setattr(hardware, "read_processor", lambda: ("Some CPU", ["avx2"]))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    text = hardware.describe(hardware.machine())
+    assert "(Some CPU; avx2)" in text
+    assert "ONEDNN_MAX_CPU_ISA=AVX2" in text
+
+
+def test_few_bits_may_be_multiplied_as_integers() -> None:
+    limits = Limits(bandwidth=1e15, arithmetic=1e12, integer=4e12)
+    assert roofline(64, SHAPE, limits, 5.0, context=0) == pytest.approx(4e12 / 2e6)
+    assert roofline(64, SHAPE, limits, 16.0, context=0) == pytest.approx(1e12 / 2e6)
+    assert "1.00 TFLOP/s and 4.00 TOP/s in int8" in str(limits)
+
+
 def test_bandwidth_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "READ_BYTES", 1 << 20)
     assert 1e7 < hardware.read_bandwidth(2) < 1e14
@@ -201,8 +249,8 @@ def test_bandwidth_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_machine_whose_arithmetic_cannot_be_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(MachineUnknown, match="matrix_speed"):
-        hardware.matrix_speed()
+    with pytest.raises(MachineUnknown, match="device_limits"):
+        hardware.measure_limits()
 
 
 # --- measuring ---------------------------------------------------------------------------------------------
@@ -248,7 +296,7 @@ async def test_a_candidate_that_fails_does_not_keep_the_others_from_it(
     said: list[str] = []
     who = [peer("good"), peer("gone", "--exit", "3"), peer("bad", "--refuse")]
     turns = await run_rounds(
-        who, ComparisonLoad((1,), ("decode",), output_tokens=2), 1, tmp_path, said.append, float
+        who, ComparisonLoad((1,), ("decode",), output_tokens=2), 1, tmp_path, said.append, lambda: LIMITS
     )
     assert [turn.figures is not None for turn in turns] == [True, False, False]
     assert "ended with status 3" in turns[1].error
@@ -259,7 +307,9 @@ async def test_a_candidate_that_fails_does_not_keep_the_others_from_it(
 
 async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     missing = ServerCandidate("none", ("/no/such/program",), "/", "/")
-    (turn,) = await run_rounds([missing], ComparisonLoad((1,)), 1, tmp_path, lambda line: None, float)
+    (turn,) = await run_rounds(
+        [missing], ComparisonLoad((1,)), 1, tmp_path, lambda line: None, lambda: LIMITS
+    )
     assert "cannot run /no/such/program" in turn.error
 
 
@@ -268,10 +318,14 @@ async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 FAST, SLOW = decode_metric(1), Metric("to first token", "ms", "lower")
 
 
+def limits_of(number: int) -> Limits:
+    return Limits((1 + number) * LIMITS.bandwidth / 2, LIMITS.arithmetic)
+
+
 def comparison() -> Comparison:
     def turn(number: int, name: str, rate: float, wait: float, tokens: int = 9) -> Turn:
         figures = Figures({FAST: rate, SLOW: wait}, {"decode 1": tokens})
-        return Turn(number, name, figures, (1 + number) * LIMITS.bandwidth / 2)
+        return Turn(number, name, figures, limits_of(number))
 
     turns = [
         turn(0, "ullm a", 200, 10),
@@ -279,10 +333,10 @@ def comparison() -> Comparison:
         turn(1, "ullm a", 300, 10),
         turn(1, "peer", 100, 50, tokens=10),
         turn(2, "ullm a", 330, 10),
-        Turn(2, "peer", None, LIMITS.bandwidth, "it fell over"),
+        Turn(2, "peer", None, limits_of(2), "it fell over"),
     ]
     who = [ServerCandidate("ullm a", ("ullm",), "/", "/"), ServerCandidate("peer", ("peer",), "/", "/")]
-    return condense(who, turns, ComparisonLoad((1, 4)), "peer", SHAPE, LIMITS.arithmetic)
+    return condense(who, turns, ComparisonLoad((1, 4)), "peer", SHAPE)
 
 
 def test_ratios_are_within_a_round_and_above_1_is_better() -> None:
@@ -302,11 +356,9 @@ def test_ratios_are_within_a_round_and_above_1_is_better() -> None:
 def test_reports_for_people_and_for_programs() -> None:
     found = comparison()
     text = found.markdown()
-    bounds = [
-        roofline(1, SHAPE, Limits(LIMITS.bandwidth * n / 2, LIMITS.arithmetic), 16, 96) for n in (1, 2, 3)
-    ]
+    bounds = [roofline(1, SHAPE, limits_of(number), 16, 96) for number in range(3)]
     share = sorted(rate / bound for rate, bound in zip((200, 300, 330), bounds, strict=True))[1]
-    assert found.limits == LIMITS  # by the median of the bandwidths
+    assert found.limits == LIMITS  # by the medians
     assert f"| decode, 1 stream, tok/s | 300 ({share:.0%}) | 100 " in text
     assert "| to first token, ms | 3.50 (2.00–5.00) |" in text
     assert "Not measured: peer, round 3: it fell over" in text

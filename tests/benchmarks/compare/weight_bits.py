@@ -25,7 +25,9 @@ def bits_of(options: Sequence[str]) -> float:
 
 
 def ullm_bits(options: Sequence[str], head_share: float) -> float:
-    """Return the bits per weight of ``ullm serve``, which keeps the weights of a GGUF file as stored.
+    """Return the bits per weight of ``ullm serve``, which keeps weights as stored, in float32 as well.
+
+    A folder's weights are taken to have 16 bits. Without the CPU kernels they are converted to the dtype.
 
     Args:
         head_share: share of the weights that are the head's, which has eight bits beside four.
@@ -43,7 +45,7 @@ def ullm_bits(options: Sequence[str], head_share: float) -> float:
         case "none":
             return plain
     stored = gguf_bits(_local(model)) if model.lower().endswith(".gguf") else PLAIN
-    return stored if stored < PLAIN else plain
+    return plain if stored >= PLAIN and "--no-cpu-kernels" in options else min(stored, plain)
 
 
 def gguf_bits(path: Path) -> float:

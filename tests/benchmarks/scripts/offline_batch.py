@@ -1,13 +1,15 @@
-"""One engine's turn of the benchmark `batch`, run as ``PYTHON offline_batch.py ENGINE MODEL JOB RESULT``.
+"""One engine's turn, run as ``PYTHON offline_batch.py ENGINE MODEL JOB RESULT``.
 
-It runs in the engine's own Python, so it needs nothing but that engine. JOB is a JSON file with ``requests``,
-``single`` and ``warm_up`` (lists of ``prompt``, ``max_tokens``), ``temperature``, ``longest``, ``device`` and
-``options``, which are the engine's own. RESULT is written at the end. Exit status 3: the engine cannot be
-imported, and the last line says why.
+It runs in the engine's own Python, so it needs nothing but that engine. JOB is a JSON file with ``runs``
+(name → list of ``prompt``, ``max_tokens``), ``warm_up`` (such a list), ``temperature``, ``longest``,
+``device`` and ``options``, which are the engine's own. RESULT is written at the end: the seconds of each run,
+and a digest of the tokens that it generated. Exit status 3: the engine cannot be imported, and the last line
+says why.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -18,6 +20,8 @@ from typing import Any, Protocol
 MISSING = 3
 
 OfflineRequest = dict[str, Any]
+TokenIds = list[list[int]]
+"""The generated tokens of each request, in the requests' order."""
 
 
 class OfflineEngine(Protocol):
@@ -26,8 +30,8 @@ class OfflineEngine(Protocol):
     version: str
     device: str
 
-    def run(self, asks: Sequence[OfflineRequest]) -> int:
-        """Generate for all requests at once; return the number of tokens."""
+    def run(self, asks: Sequence[OfflineRequest]) -> TokenIds:
+        """Generate for all requests at once."""
 
     def close(self) -> None:
         """Release all resources."""
@@ -51,13 +55,13 @@ class Ullm:
         asyncio.run(self._llm.ready())
         self.device: str = self._llm.config.device
 
-    def run(self, asks: Sequence[OfflineRequest]) -> int:
+    def run(self, asks: Sequence[OfflineRequest]) -> TokenIds:
         params = [
             self._make(temperature=self._temperature, max_tokens=ask["max_tokens"], ignore_eos=True)
             for ask in asks
         ]
         answers = self._llm.generate_sync([ask["prompt"] for ask in asks], params)
-        return sum(len(choice.token_ids) for choices in answers for choice in choices)
+        return [choice.token_ids for choices in answers for choice in choices]
 
     def close(self) -> None:
         self._llm.shutdown()
@@ -74,12 +78,12 @@ class Vllm:
         wanted = {
             "dtype": "bfloat16",
             "max_model_len": job["longest"],
-            "max_num_seqs": len(job["requests"]),
+            "max_num_seqs": widest(job),
             **job["options"],
         }
         self._llm: Any = vllm.LLM(model=model, **wanted)
 
-    def run(self, asks: Sequence[OfflineRequest]) -> int:
+    def run(self, asks: Sequence[OfflineRequest]) -> TokenIds:
         params = [
             self._params(
                 temperature=self._temperature, max_tokens=ask["max_tokens"], ignore_eos=True, detokenize=False
@@ -88,7 +92,7 @@ class Vllm:
         ]
         prompts = [{"prompt_token_ids": ask["prompt"]} for ask in asks]
         answers = self._llm.generate(prompts, params, use_tqdm=False)
-        return sum(len(answer.outputs[0].token_ids) for answer in answers)
+        return [list(answer.outputs[0].token_ids) for answer in answers]
 
     def close(self) -> None:
         del self._llm
@@ -106,19 +110,19 @@ class NanoVllm:
         self._temperature, self._params = max(job["temperature"], 1e-5), nanovllm.SamplingParams
         wanted = {
             "max_model_len": job["longest"],
-            "max_num_seqs": max(len(job["requests"]), 1),
+            "max_num_seqs": widest(job),
             "max_num_batched_tokens": max(16384, job["longest"]),
             **job["options"],
         }
         self._llm: Any = nanovllm.LLM(model, **wanted)
 
-    def run(self, asks: Sequence[OfflineRequest]) -> int:
+    def run(self, asks: Sequence[OfflineRequest]) -> TokenIds:
         params = [
             self._params(temperature=self._temperature, max_tokens=ask["max_tokens"], ignore_eos=True)
             for ask in asks
         ]
         answers = self._llm.generate([ask["prompt"] for ask in asks], params, use_tqdm=False)
-        return sum(len(answer["token_ids"]) for answer in answers)
+        return [answer["token_ids"] for answer in answers]
 
     def close(self) -> None:
         del self._llm  # it ends its workers when the interpreter does
@@ -146,30 +150,67 @@ class Transformers:
         sampling = {"do_sample": True, "temperature": job["temperature"]} if job["temperature"] else {}
         settings = {"eos_token_id": -1, "max_new_tokens": job["longest"], **sampling}
         generation: Any = transformers.GenerationConfig.from_dict(settings)
-        batching = transformers.ContinuousBatchingConfig(
-            **{"max_requests_per_batch": len(job["requests"]), **options}
-        )
+        batching = transformers.ContinuousBatchingConfig(**{"max_requests_per_batch": widest(job), **options})
         self._manager: Any = self._model.init_continuous_batching(
             generation_config=generation, continuous_batching_config=batching
         )
         self._manager.warmup()
         self._manager.start()
 
-    def run(self, asks: Sequence[OfflineRequest]) -> int:
-        for ask in asks:
-            self._manager.add_request(ask["prompt"], max_new_tokens=ask["max_tokens"])
-        tokens, waiting = 0, len(asks)
-        while waiting:
+    def run(self, asks: Sequence[OfflineRequest]) -> TokenIds:
+        names = [self._manager.add_request(ask["prompt"], max_new_tokens=ask["max_tokens"]) for ask in asks]
+        tokens: dict[str, list[int]] = {}
+        while len(tokens) < len(asks):
             answer = self._manager.get_result(timeout=1)
             if answer is None and not self._manager.is_running():
                 raise RuntimeError("the thread of transformers' continuous batching has ended")
             if answer is not None and answer.is_finished():
-                waiting -= 1
-                tokens += len(answer.generated_tokens)
-        return tokens
+                tokens[answer.request_id] = answer.generated_tokens
+        return [tokens[name] for name in names]
 
     def close(self) -> None:
         self._manager.stop(block=True)
+
+
+class OpenVino:
+    """OpenVINO GenAI's continuous batching on the CPU, which reads a GGUF file itself.
+
+    ``options`` are fields of its ``SchedulerConfig``, and ``properties`` of the device.
+    """
+
+    def __init__(self, model: str, job: dict[str, Any]) -> None:
+        import numpy
+        import openvino
+        import openvino_genai
+
+        self.version, self.device = openvino_genai.__version__, "CPU"
+        options = dict(job["options"])
+        properties = options.pop("properties", {})
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.max_num_seqs = widest(job)
+        for name, value in options.items():
+            setattr(scheduler, name, value)
+        self._tensor: Callable[[list[int]], Any] = lambda ids: openvino.Tensor(
+            numpy.array([ids], dtype=numpy.int64)
+        )
+        self._settings = openvino_genai.GenerationConfig
+        self._pipeline: Any = openvino_genai.ContinuousBatchingPipeline(
+            model, scheduler, self.device, properties
+        )
+
+    def run(self, asks: Sequence[OfflineRequest]) -> TokenIds:
+        settings = [self._greedy(ask["max_tokens"]) for ask in asks]
+        answers = self._pipeline.generate([self._tensor(ask["prompt"]) for ask in asks], settings)
+        return [list(answer.m_generation_ids[0]) for answer in answers]
+
+    def _greedy(self, max_tokens: int) -> Any:
+        settings = self._settings()
+        settings.max_new_tokens, settings.ignore_eos = max_tokens, True
+        settings.do_sample, settings.apply_chat_template = False, False
+        return settings
+
+    def close(self) -> None:
+        del self._pipeline
 
 
 ENGINES: dict[str, Callable[[str, dict[str, Any]], OfflineEngine]] = {
@@ -177,6 +218,7 @@ ENGINES: dict[str, Callable[[str, dict[str, Any]], OfflineEngine]] = {
     "vllm": Vllm,
     "nano-vllm": NanoVllm,
     "transformers": Transformers,
+    "openvino": OpenVino,
 }
 
 
@@ -190,11 +232,11 @@ def main(name: str, model: str, job_file: str, result_file: str) -> int:
         sys.stderr.write(f"{sys.executable} cannot import {name}: {error}\n")
         return MISSING
     loaded = time.perf_counter() - began
+    seconds, texts = {}, {}
     try:
         checked(engine, job["warm_up"])
-        seconds = checked(engine, job["requests"])
-        first, whole = job["single"]
-        alone = [checked(engine, [ask]) for ask in (first, whole)]
+        for run, asks in job["runs"].items():
+            seconds[run], texts[run] = checked(engine, asks)
     finally:
         engine.close()
     result = {
@@ -202,23 +244,30 @@ def main(name: str, model: str, job_file: str, result_file: str) -> int:
         "device": engine.device,
         "load_seconds": loaded,
         "seconds": seconds,
-        "single_tokens": whole["max_tokens"] - first["max_tokens"],
-        "single_seconds": alone[1] - alone[0],
-        "first_seconds": alone[0],
+        "texts": texts,
     }
     Path(result_file).write_text(json.dumps(result), "utf-8")
     return 0
 
 
-def checked(engine: OfflineEngine, asks: Sequence[OfflineRequest]) -> float:
-    """Return the seconds that the requests took; other numbers of tokens would not be comparable."""
+def checked(engine: OfflineEngine, asks: Sequence[OfflineRequest]) -> tuple[float, str]:
+    """Return the seconds that the requests took, and a digest of their tokens.
+
+    Raises:
+        RuntimeError: other numbers of tokens than were asked for, which would not be comparable.
+    """
     began = time.perf_counter()
     tokens = engine.run(asks)
     seconds = time.perf_counter() - began
-    expected = sum(ask["max_tokens"] for ask in asks)
-    if tokens != expected:
-        raise RuntimeError(f"{tokens} tokens were generated, {expected} were asked for")
-    return seconds
+    if [len(each) for each in tokens] != [ask["max_tokens"] for ask in asks]:
+        count, expected = sum(map(len, tokens)), sum(ask["max_tokens"] for ask in asks)
+        raise RuntimeError(f"{count} tokens were generated, {expected} were asked for")
+    return seconds, hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+
+
+def widest(job: dict[str, Any]) -> int:
+    """Return the number of requests that are submitted at once."""
+    return max(map(len, job["runs"].values()))
 
 
 if __name__ == "__main__":
