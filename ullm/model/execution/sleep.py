@@ -29,7 +29,7 @@ from ullm.model.memory.host_copy import HostCopy
 from ullm.model.memory.kv_pool import mib
 from ullm.protocol.messages import Progress
 
-log = get_logger("ullm.sleep")
+log = get_logger(__name__)
 
 
 class SleepingRank:

@@ -22,7 +22,7 @@ from ullm.model.loading.checkpoint import read_checkpoint
 from ullm.model.loading.weights import weight_files
 from ullm.protocol.messages import Prepare, RankSpec, Start
 
-log = get_logger("ullm.standby")
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from ullm.config import GIB
 from ullm.hub import cache_dir
 from ullm.logs import get_logger
 
-log = get_logger("ullm.packed")
+log = get_logger(__name__)
 
 LEAST_BYTES = 16 << 20
 """Fewer bytes are packed so fast that keeping them is not worthwhile."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from ullm.hub import cache_dir
 from ullm.logs import get_logger
 
-log = get_logger("ullm.kernels")
+log = get_logger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = ("quantized.cpp", "attention.cpp", "linear.cpp", "layer.cpp", "choose.cpp")

@@ -14,7 +14,7 @@ from ullm.errors import one_line
 from ullm.logs import get_logger
 from ullm.model.attention.varlen import DecodeAttention, SequenceGroup, VarlenAttention, VarlenStep
 
-log = get_logger("ullm.kernels")
+log = get_logger(__name__)
 
 LENGTH = 1024
 """Longest sequences that are measured, in tokens; half of them are half as long."""

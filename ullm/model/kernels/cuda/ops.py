@@ -16,7 +16,7 @@ from ullm.model.layers.layer_ops import AttentionModule, StepOps, TorchOps, Torc
 from ullm.model.layers.linear import RMSNorm
 from ullm.model.sampling.choose import ChooseTokens, SamplingFilter
 
-log = get_logger("ullm.kernels")
+log = get_logger(__name__)
 
 
 class PagedAttend(Protocol):
