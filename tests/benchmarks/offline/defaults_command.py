@@ -13,7 +13,7 @@ from tests.benchmarks.batch.batch_report import report
 from tests.benchmarks.batch.batch_rounds import BatchSetup, FinishedRounds, run_rounds
 from tests.benchmarks.batch.contenders import Contender, ullm_contender
 from tests.benchmarks.batch.engine_load import EngineLoad
-from tests.benchmarks.compare.hardware import ModelShape, model_shape
+from tests.benchmarks.compare.hardware import MeasuredDevice, ModelShape, measure_device, model_shape
 from tests.benchmarks.offline.defaults_report import DefaultsReport, judge, suspects
 from tests.benchmarks.offline.offline_load import OfflineOptions
 from tests.benchmarks.offline.variants import AGAIN, DEFAULT, VARIANTS, Variant
@@ -84,8 +84,13 @@ async def measure(
     variants: Sequence[Variant],
     rounds: int,
     say: Callable[[str], None],
+    measure_limits: Callable[[str], MeasuredDevice] = measure_device,
 ) -> DefaultsReport:
-    """Measure all variants beside the default, and those that seem to beat it once more."""
+    """Measure all variants beside the default, and those that seem to beat it once more.
+
+    Args:
+        measure_limits: measures the device before each turn.
+    """
 
     def judged(finished: FinishedRounds) -> DefaultsReport:
         figures = report(participants, finished, setup.load, model, shape, [default.name])
@@ -93,12 +98,12 @@ async def measure(
 
     participants = contenders((DEFAULT, *variants), setup.model, shape, setup.load)
     default = participants[0]
-    finished = await run_rounds(participants, setup, rounds, say)
+    finished = await run_rounds(participants, setup, rounds, say, measure_limits)
     result = judged(finished)
     if faster := suspects(result, variants):
         say(f"to be measured again: {', '.join(variant.name for variant in faster)}")
         again = contenders((DEFAULT, *faster), setup.model, shape, setup.load)
-        result = judged(await run_rounds(again, setup, rounds, say, before=finished))
+        result = judged(await run_rounds(again, setup, rounds, say, measure_limits, before=finished))
     return result
 
 

@@ -281,13 +281,12 @@ async def test_what_seems_to_beat_the_default_is_measured_again(
     (tmp_path / "turns").write_text("[]")
     (tmp_path / "offline_batch.py").write_text(SCRIPTED)
     monkeypatch.setattr("tests.benchmarks.batch.contenders.SCRIPTS", tmp_path)
-    monkeypatch.setattr(
-        "tests.benchmarks.batch.batch_rounds.measure_device", lambda device: MeasuredDevice("x", LIMITS)
-    )
     said: list[str] = []
     variants = (VARIANTS[0], Variant("none", "", counts=True))
     setup = BatchSetup(tmp_path, LOAD, "cpu", tmp_path)
-    found = await measure(setup, "m", SHAPE, variants, 1, said.append)
+    found = await measure(
+        setup, "m", SHAPE, variants, 1, said.append, lambda device: MeasuredDevice("x", LIMITS)
+    )
     assert "to be measured again: 1 thread" in said
     assert [turn.split(":")[1].strip() for turn in said if turn.startswith("round 2")] == [
         "ullm 1 thread",
