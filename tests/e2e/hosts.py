@@ -29,7 +29,7 @@ def say(*words: object) -> None:
     sys.stdout.flush()
 
 
-class Reading:
+class StreamReaders:
     """Counts readers, and says when all have begun."""
 
     def __init__(self, tokens: int) -> None:
@@ -54,7 +54,7 @@ class Reading:
 # --- an engine in a trio program ---------------------------------------------------------------------
 
 
-async def embed(config: EngineConfig, reading: Reading) -> int:
+async def embed(config: EngineConfig, reading: StreamReaders) -> int:
     async def read(number: int) -> None:
         tokens: list[int] = []
         with trio.CancelScope(shield=True):  # it wants its answer whatever becomes of the others
@@ -94,7 +94,7 @@ async def embed(config: EngineConfig, reading: Reading) -> int:
 # --- LLM under either loop ---------------------------------------------------------------------------
 
 
-async def read_llm(llm: LLM, reading: Reading, number: int) -> None:
+async def read_llm(llm: LLM, reading: StreamReaders, number: int) -> None:
     tokens: list[int] = []
     async for output in llm.generate(reading.prompt(number), reading.params):
         if not tokens:
@@ -118,7 +118,7 @@ async def finish(llm: LLM) -> int:
     return report.exit_code if report is not None else -1
 
 
-async def under_asyncio(config: EngineConfig, reading: Reading) -> int:
+async def under_asyncio(config: EngineConfig, reading: StreamReaders) -> int:
     llm = LLM(config)
     await llm.ready()
     loop, tasks = asyncio.get_running_loop(), set()
@@ -129,7 +129,7 @@ async def under_asyncio(config: EngineConfig, reading: Reading) -> int:
     return await finish(llm)
 
 
-async def under_trio(config: EngineConfig, reading: Reading) -> int:
+async def under_trio(config: EngineConfig, reading: StreamReaders) -> int:
     async def answer_signals(*, task_status: trio.TaskStatus[None]) -> None:
         with trio.open_signal_receiver(*SIGNALS) as received:
             task_status.started()
@@ -147,7 +147,7 @@ async def under_trio(config: EngineConfig, reading: Reading) -> int:
     return await finish(llm)
 
 
-KINDS: dict[str, Callable[[EngineConfig, Reading], Any]] = {
+KINDS: dict[str, Callable[[EngineConfig, StreamReaders], Any]] = {
     "engine": lambda config, reading: trio.run(embed, config, reading),
     "llm-asyncio": lambda config, reading: asyncio.run(under_asyncio(config, reading)),
     "llm-trio": lambda config, reading: trio.run(under_trio, config, reading),
@@ -159,7 +159,7 @@ def main(kind: str, model: str, transport: Any, tokens: str) -> int:
     config = EngineConfig(
         model=model, runner="ullm.testing:ScriptedRunner", load_format="dummy", transport=transport
     )
-    status: int = KINDS[kind](config, Reading(int(tokens)))
+    status: int = KINDS[kind](config, StreamReaders(int(tokens)))
     return status
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.e2e
 
 
 @dataclass(frozen=True)
-class Sample:
+class ParityCase:
     """Which prompts are continued by how many tokens, and by which code on a CPU.
 
     Args:
@@ -43,10 +43,10 @@ class Sample:
 
 
 SAMPLES = [
-    pytest.param(Sample(True, 16, cpu_kernels=False, blocks=16), id="torch"),
-    pytest.param(Sample(True, 32, cpu_kernels=True, blocks=16), id="kernels", marks=pytest.mark.slow),
+    pytest.param(ParityCase(True, 16, cpu_kernels=False, blocks=16), id="torch"),
+    pytest.param(ParityCase(True, 32, cpu_kernels=True, blocks=16), id="kernels", marks=pytest.mark.slow),
     pytest.param(
-        Sample(False, 64, cpu_kernels=True, blocks=128),
+        ParityCase(False, 64, cpu_kernels=True, blocks=128),
         id="all",
         marks=[pytest.mark.long, pytest.mark.timeout(3600)],
     ),
@@ -81,14 +81,14 @@ def reference(real_model: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module", params=SAMPLES)
-def sample(request: pytest.FixtureRequest) -> Sample:
+def sample(request: pytest.FixtureRequest) -> ParityCase:
     """How much is compared; see the tiers of tests."""
-    found: Sample = request.param
+    found: ParityCase = request.param
     return found
 
 
 @pytest.fixture(scope="module")
-def prompts(real_model: Path, sample: Sample) -> list[list[int]]:
+def prompts(real_model: Path, sample: ParityCase) -> list[list[int]]:
     """Prompts of 1 to 1,500 tokens; some share long beginnings."""
     tokenizer = AutoTokenizer.from_pretrained(real_model)
     draw = random.Random(1)
@@ -119,7 +119,7 @@ def check(reference: Any, prompt: list[int], output: list[int]) -> None:
 
 
 def outputs_of(
-    model: Path, prompts: list[list[int]], sample: Sample, **options: Any
+    model: Path, prompts: list[list[int]], sample: ParityCase, **options: Any
 ) -> tuple[list[list[int]], Any]:
     options |= {"standby_workers": 0, "cpu_kernels": sample.cpu_kernels}
     if sample.is_small:  # several steps, or none would find what another has computed
@@ -133,13 +133,13 @@ def outputs_of(
 
 
 @pytest.fixture(scope="module")
-def plentiful(real_model: Path, prompts: list[list[int]], sample: Sample) -> tuple[list[list[int]], Any]:
+def plentiful(real_model: Path, prompts: list[list[int]], sample: ParityCase) -> tuple[list[list[int]], Any]:
     """Continue all prompts at once, with room for all."""
     return outputs_of(real_model, prompts, sample, max_bs=64)
 
 
 def test_all_prompts_at_once_give_what_transformers_gives(
-    reference: Any, prompts: list[list[int]], plentiful: tuple[list[list[int]], Any], sample: Sample
+    reference: Any, prompts: list[list[int]], plentiful: tuple[list[list[int]], Any], sample: ParityCase
 ) -> None:
     outputs, statistics = plentiful
     assert len(prompts) >= (8 if sample.is_small else 50)
@@ -151,7 +151,7 @@ def test_all_prompts_at_once_give_what_transformers_gives(
 
 @pytest.mark.slow
 def test_a_pool_too_small_for_all_changes_nothing(
-    real_model: Path, prompts: list[list[int]], plentiful: tuple[list[list[int]], Any], sample: Sample
+    real_model: Path, prompts: list[list[int]], plentiful: tuple[list[list[int]], Any], sample: ParityCase
 ) -> None:
     outputs, statistics = outputs_of(real_model, prompts, sample, max_bs=16, num_blocks=sample.blocks)
     assert statistics.preemptions_total > 0
@@ -160,7 +160,7 @@ def test_a_pool_too_small_for_all_changes_nothing(
 
 @pytest.mark.slow
 def test_generate_itself_says_the_same(
-    reference: Any, prompts: list[list[int]], plentiful: tuple[list[list[int]], Any], sample: Sample
+    reference: Any, prompts: list[list[int]], plentiful: tuple[list[list[int]], Any], sample: ParityCase
 ) -> None:
     for prompt, output in list(zip(prompts, plentiful[0], strict=True))[:: 4 if sample.is_small else 9]:
         ids = torch.tensor([prompt])

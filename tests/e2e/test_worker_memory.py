@@ -50,7 +50,7 @@ SLACK = 8 << 20
 """Bytes that come and go by themselves: stacks, pages of libraries that are used for the first time."""
 
 
-class Worker:
+class MeasuredWorker:
     """A worker process, asked and answered."""
 
     def __init__(self, transport: Transport) -> None:
@@ -102,7 +102,7 @@ async def test_resident_memory_falls_and_comes_back(real_model: Path, cpu_kernel
     dtype: Any = "bfloat16" if cpu_kernels else "float32"  # PyTorch is slow with bfloat16 on many CPUs
     config = EngineConfig(device="cpu", dtype=dtype, cpu_kernels=cpu_kernels)
     async with open_process(WorkerSpec(RankSpec(), config.runner)) as transport:
-        worker = Worker(transport)
+        worker = MeasuredWorker(transport)
         info = (await worker.ask(Start(config, RankSpec(), str(real_model)), Ready)).info
         expected = await worker.speak(info)
         pool = SEQUENCES * (PROMPT_TOKENS + NEW_TOKENS) * info.kv_bytes_per_token

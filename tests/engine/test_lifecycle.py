@@ -45,7 +45,7 @@ def expected(model: Path) -> list[int]:
     return scripted_tokens(PROMPT, GREEDY, 10, ScriptedSettings.read(str(model)))
 
 
-class Running:
+class BackgroundRequest:
     """A request in the background."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ async def test_what_makes_no_sense_is_refused(
 async def test_wait_lets_requests_end_first(
     clock: MockClock, opened: Open, expected: list[int], level: int
 ) -> None:
-    running = Running()
+    running = BackgroundRequest()
     async with opened() as (engine, _), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
@@ -144,7 +144,7 @@ async def test_wait_lets_requests_end_first(
 async def test_abort_ends_them_with_what_they_have(
     clock: MockClock, opened: Open, expected: list[int], level: int
 ) -> None:
-    running = Running()
+    running = BackgroundRequest()
     async with opened() as (engine, _), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
@@ -159,7 +159,7 @@ async def test_abort_ends_them_with_what_they_have(
 async def test_keep_goes_on_after_the_wake(
     clock: MockClock, opened: Open, expected: list[int], level: int
 ) -> None:
-    running = Running()
+    running = BackgroundRequest()
     async with opened() as (engine, _), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
@@ -202,7 +202,7 @@ async def test_a_request_does_not_wake_it_where_that_is_off(clock: MockClock, op
 async def test_a_request_admitted_while_it_falls_asleep_is_served(
     clock: MockClock, opened: Open, expected: list[int]
 ) -> None:
-    running, late = Running(), Running()
+    running, late = BackgroundRequest(), BackgroundRequest()
     async with opened() as (engine, _), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
@@ -218,7 +218,7 @@ async def test_a_request_admitted_while_it_falls_asleep_is_served(
 async def test_a_request_is_admitted_when_it_is_entered(
     clock: MockClock, opened: Open, expected: list[int]
 ) -> None:
-    running = Running()
+    running = BackgroundRequest()
     async with opened(wake_on_request=False) as (engine, _), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
@@ -236,7 +236,7 @@ async def test_a_request_is_admitted_when_it_is_entered(
 async def test_a_wake_calls_off_a_sleep_that_waits(
     clock: MockClock, opened: Open, expected: list[int]
 ) -> None:
-    running, errors = Running(), []
+    running, errors = BackgroundRequest(), []
 
     async def fall_asleep(engine: Engine) -> None:
         try:
@@ -329,7 +329,7 @@ async def test_a_stop_while_asleep_is_as_any_other(clock: MockClock, opened: Ope
 async def test_a_stop_while_asleep_lets_kept_requests_end(
     clock: MockClock, opened: Open, expected: list[int], level: int
 ) -> None:
-    running = Running()
+    running = BackgroundRequest()
     async with opened(shutdown_timeout=100.0) as (engine, _), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
@@ -340,7 +340,7 @@ async def test_a_stop_while_asleep_lets_kept_requests_end(
 
 
 async def test_a_stop_overtakes_a_sleep_that_waits(clock: MockClock, opened: Open) -> None:
-    running, errors = Running(), []
+    running, errors = BackgroundRequest(), []
 
     async def fall_asleep(engine: Engine) -> None:
         try:
@@ -397,7 +397,7 @@ async def test_workers_that_cannot_be_started_again_end_the_engine(clock: MockCl
 async def test_a_reload_replaces_the_workers_and_loses_nothing(
     clock: MockClock, opened: Open, expected: list[int]
 ) -> None:
-    running = Running()
+    running = BackgroundRequest()
     async with opened() as (engine, workers), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
@@ -418,7 +418,7 @@ async def test_a_reload_replaces_the_workers_and_loses_nothing(
 async def test_requests_that_take_too_long_go_on_with_the_new_workers(
     clock: MockClock, opened: Open, expected: list[int]
 ) -> None:
-    running = Running()
+    running = BackgroundRequest()
     async with opened(shutdown_timeout=4.0) as (engine, _), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
@@ -431,7 +431,7 @@ async def test_a_reload_that_fails_changes_nothing(
     clock: MockClock, opened: Open, expected: list[int]
 ) -> None:
     broken = FakeBehaviour(load_error=ModelFileBroken("model.safetensors", "is truncated"))
-    running, seen = Running(), iter(range(100))
+    running, seen = BackgroundRequest(), iter(range(100))
     behaviour = FakeBehaviour(step_seconds=STEP)
     async with (
         opened(lambda spec: broken if next(seen) == 1 else behaviour) as (engine, workers),
@@ -483,7 +483,7 @@ async def test_new_requests_get_the_new_models_chat_template_and_end_of_sequence
     tokenizer_config = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(tokenizer_config | {"bos_token": "<|im_start|>"}))
     hello = [{"role": "user", "content": "Hello"}]
-    running = Running()
+    running = BackgroundRequest()
     async with (
         opened(find_model=lambda config: local_model(Path(config.model))) as (engine, _),
         trio.open_nursery() as nursery,
@@ -583,7 +583,7 @@ async def test_where_memory_holds_one_the_old_workers_sleep_meanwhile(
     monkeypatch.setattr("ullm.engine.reload.Reloader._needs_swap", lambda self: True)
     failing = FakeBehaviour(load_error=OutOfMemory("cuda:0: out of memory"))
     behaviour = FakeBehaviour(step_seconds=STEP, load_seconds=5.0)
-    running, seen = Running(), iter(range(100))
+    running, seen = BackgroundRequest(), iter(range(100))
     async with (
         opened(lambda spec: failing if next(seen) and not comes_up else behaviour) as (engine, workers),
         trio.open_nursery() as nursery,
@@ -606,7 +606,7 @@ async def test_a_reload_of_several_replicas_rolls(
     clock: MockClock, opened: Open, expected: list[int]
 ) -> None:
     async with opened(replicas=2) as (engine, workers), trio.open_nursery() as nursery:
-        everyone = [Running() for _ in range(6)]
+        everyone = [BackgroundRequest() for _ in range(6)]
         for running in everyone:
             nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
@@ -654,7 +654,7 @@ async def test_a_stop_overtakes_a_reload(clock: MockClock, opened: Open) -> None
 async def test_sleeping_deep_beside_a_worker_that_hangs_waits_for_its_watchdog_only(
     clock: MockClock, opened: Open, expected: list[int]
 ) -> None:
-    running = Running()
+    running = BackgroundRequest()
     async with opened(step_timeout=5.0) as (engine, workers), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)
@@ -679,7 +679,7 @@ async def test_memory_that_is_short_for_a_moment_does_not_end_a_wake(
 
 
 async def test_an_abort_ends_what_an_earlier_sleep_waits_for(clock: MockClock, opened: Open) -> None:
-    running = Running()
+    running = BackgroundRequest()
     async with opened() as (engine, _), trio.open_nursery() as nursery:
         nursery.start_soon(running.run, engine)
         await trio.sleep(2.5 * STEP)

@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass
-class Request:
+class ReadRequest:
     """What one reader got."""
 
     number: int
@@ -69,7 +69,7 @@ class Life:
     """An engine's, and of those around it."""
 
     def __init__(self, model: Path, engine: Engine, workers: FakeWorkers, nursery: trio.Nursery) -> None:
-        self.requests: list[Request] = []
+        self.requests: list[ReadRequest] = []
         self.may_abort = False
         self._script = ScriptedSettings.read(str(model))
         self._engine, self._workers, self._nursery = engine, workers, nursery
@@ -82,11 +82,11 @@ class Life:
         await trio.sleep(0.1)
 
     async def ask(self, number: int, count: int) -> None:
-        request = Request(number, count)
+        request = ReadRequest(number, count)
         self.requests.append(request)
         await self._nursery.start(self._read, request)
 
-    async def _read(self, request: Request, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _read(self, request: ReadRequest, *, task_status: trio.TaskStatus[None]) -> None:
         params = SamplingParams(temperature=0, max_tokens=request.count, ignore_eos=True)
         with request.scope:
             async with self._engine.generate([300 + request.number, 5], params) as generation:

@@ -187,7 +187,7 @@ async def test_the_stop_deadline_ends_what_does_not_finish(engine: FakeEngine) -
     assert engine.aborted == 1
 
 
-class Running:
+class RunningServer:
     """A server that can be stopped, and waited for."""
 
     def __init__(self) -> None:
@@ -196,9 +196,9 @@ class Running:
         self.url = ""
 
 
-async def start(nursery: trio.Nursery, engine: FakeEngine, deadline: float | None = None) -> Running:
+async def start(nursery: trio.Nursery, engine: FakeEngine, deadline: float | None = None) -> RunningServer:
     """Serve in a nursery, as a supervised child with a stop deadline would."""
-    running, config = Running(), ServerConfig(port=0)
+    running, config = RunningServer(), ServerConfig(port=0)
 
     async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
         with Lifetime("http").running() as lifetime, running.scope:

@@ -40,7 +40,7 @@ class Held:
         await send({"type": "http.response.body", "body": b"ok", "more_body": False})
 
 
-class Reading(Held):
+class ReadsWhole(Held):
     """An app that reads the whole request first."""
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ async def test_the_silent_give_way_one_by_one(
 
 async def test_half_a_body_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection_slots, "UNDISTURBED", 0.05)
-    app = Reading()
+    app = ReadsWhole()
     async with served(app) as (listener, connect):
         halves = [await connect() for _ in range(ROOM)]
         for connection in halves:

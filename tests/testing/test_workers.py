@@ -33,7 +33,7 @@ def test_what_shares_a_server_stays_together(nodeid: str, name: str) -> None:
     assert group(nodeid) == name
 
 
-class Worker:
+class XdistWorker:
     """Another worker, in a test."""
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -64,7 +64,7 @@ def _among_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_among_workers")
 def test_ordinary_tests_run_beside_each_other(tmp_path: Path) -> None:
     with turn(tmp_path, alone=False):
-        other = Worker(tmp_path, "beside")
+        other = XdistWorker(tmp_path, "beside")
         other.wait_runs()
         other.end()
 
@@ -72,14 +72,14 @@ def test_ordinary_tests_run_beside_each_other(tmp_path: Path) -> None:
 @pytest.mark.process
 @pytest.mark.usefixtures("_among_workers")
 def test_one_that_measures_seconds_waits_for_all_and_all_for_it(tmp_path: Path) -> None:
-    first, second = Worker(tmp_path, "beside"), Worker(tmp_path, "beside")
+    first, second = XdistWorker(tmp_path, "beside"), XdistWorker(tmp_path, "beside")
     first.wait_runs()
     second.wait_runs()
-    alone = Worker(tmp_path, "alone")
+    alone = XdistWorker(tmp_path, "alone")
     first.end()
     second.end()
     alone.wait_runs()
-    late = Worker(tmp_path, "beside")
+    late = XdistWorker(tmp_path, "beside")
     with pytest.raises(subprocess.TimeoutExpired):
         late.process.wait(0.3)
     alone.end()

@@ -38,7 +38,7 @@ ROOMY, TIGHT = 400, 26
 
 
 @dataclass
-class Request:
+class SampledRequest:
     """A request and its results so far."""
 
     prompt: list[int]
@@ -61,7 +61,7 @@ class Request:
 
 
 def run(
-    runner: ModelRunner, path: Path, requests: list[Request], steps: int = 10_000, **options: Any
+    runner: ModelRunner, path: Path, requests: list[SampledRequest], steps: int = 10_000, **options: Any
 ) -> SchedulerStatistics:
     """Serve the unfinished requests for at most ``steps`` steps."""
     settings = config(path, **options)
@@ -127,7 +127,7 @@ def build(name: str, folder: Path) -> Any:
 def test_greedy_under_pressure_equals_transformers(name: str, tmp_path: Path) -> None:
     reference = build(name, tmp_path)
     params = SamplingParams(temperature=0, max_tokens=24)
-    requests = [Request(prompt, params) for prompt in prompts()]
+    requests = [SampledRequest(prompt, params) for prompt in prompts()]
     options: dict[str, Any] = {"num_blocks": TIGHT, "max_num_batched_tokens": 16}
     statistics = run(load_runner(tmp_path, **options), tmp_path, requests, **options)
     assert statistics.preemptions > 0
@@ -150,16 +150,16 @@ VARIETY: list[dict[str, Any]] = [
 ]
 
 
-def sampled_requests() -> list[Request]:
+def sampled_requests() -> list[SampledRequest]:
     """One for each prompt, no two alike in what they ask."""
     return [
-        Request(prompt, SamplingParams(seed=seed, max_tokens=20, **VARIETY[seed % len(VARIETY)]))
+        SampledRequest(prompt, SamplingParams(seed=seed, max_tokens=20, **VARIETY[seed % len(VARIETY)]))
         for seed, prompt in enumerate(prompts())
     ]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(llama: tuple[Path, Any]) -> list[Request]:
+def undisturbed(llama: tuple[Path, Any]) -> list[SampledRequest]:
     """Each request alone, with all the room there is."""
     runner = load_runner(llama[0], num_blocks=ROOMY)
     requests = sampled_requests()
@@ -174,7 +174,7 @@ def forget_all(count: int) -> Step:
     return Step(0, [], released=list(range(count)))
 
 
-def same(found: list[Request], expected: list[Request]) -> None:
+def same(found: list[SampledRequest], expected: list[SampledRequest]) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.found == theirs.found
         assert ours.finish_reason == theirs.finish_reason
@@ -186,7 +186,7 @@ def same(found: list[Request], expected: list[Request]) -> None:
 @pytest.mark.parametrize("num_blocks", [ROOMY, TIGHT])
 @pytest.mark.parametrize("max_bs", [3, 8])
 def test_seeded_samples_do_not_depend_on_the_batch(
-    llama: tuple[Path, Any], undisturbed: list[Request], num_blocks: int, max_bs: int
+    llama: tuple[Path, Any], undisturbed: list[SampledRequest], num_blocks: int, max_bs: int
 ) -> None:
     options: dict[str, Any] = {
         "num_blocks": num_blocks,
@@ -200,7 +200,7 @@ def test_seeded_samples_do_not_depend_on_the_batch(
 
 @pytest.mark.parametrize("steps", [3, 9, 20])
 def test_requests_of_a_lost_worker_go_on_as_if_nothing_had_happened(
-    llama: tuple[Path, Any], undisturbed: list[Request], steps: int
+    llama: tuple[Path, Any], undisturbed: list[SampledRequest], steps: int
 ) -> None:
     """Runner and scheduler vanish in the middle, again and again; each time all starts from the tokens."""
     requests = sampled_requests()
@@ -222,7 +222,7 @@ def test_prompt_logprobs_of_a_chunked_prompt(llama: tuple[Path, Any]) -> None:
     settings = config(path, num_blocks=ROOMY, max_num_batched_tokens=12)
     scheduler = Scheduler(settings, BlockPool(ROOMY), BLOCK, [EOS])
     for seq_id, params in enumerate((plain, asking)):
-        scheduler.add(Request(prompt, params).sequence(seq_id))
+        scheduler.add(SampledRequest(prompt, params).sequence(seq_id))
     while (step := scheduler.schedule()) is not None:
         for event in scheduler.apply(runner.submit(step).result()):
             if event.seq_id == 1:
