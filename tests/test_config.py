@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import msgspec
 import pytest
@@ -50,9 +51,9 @@ def test_round_trip_through_a_frame() -> None:
         ({"device_ids": (0,), "tp_size": 2}, "--device-ids names 1 devices"),
     ],
 )
-def test_refusals_name_the_option(options: dict[str, object], says: str) -> None:
+def test_refusals_name_the_option(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        EngineConfig(**options)  # type: ignore[arg-type]
+        EngineConfig(**options)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -61,9 +62,9 @@ def test_refusals_name_the_option(options: dict[str, object], says: str) -> None
     ("options", "says"),
     [({"port": -1}, "--port"), ({"port": 65536}, "--port"), ({"api_key": ""}, "--api-key is empty")],
 )
-def test_server_refusals(options: dict[str, object], says: str) -> None:
+def test_server_refusals(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        ServerConfig(**options)  # type: ignore[arg-type]
+        ServerConfig(**options)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_a_variable_out_of_range_names_the_option() -> None:
     ],
 )
 def test_batch_limits_follow_the_device(
-    given: dict[str, int], device: str, expected: tuple[int, int]
+    given: dict[str, Any], device: str, expected: tuple[int, int]
 ) -> None:
-    config = EngineConfig(**given).on_device(device)  # type: ignore[arg-type]
+    config = EngineConfig(**given).on_device(device)
     assert (config.max_bs, config.max_num_batched_tokens) == expected

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -28,13 +29,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scripted_model(tmp_path_factory.mktemp("scripted"), step_seconds=0.001)
 
 
-def build(model: Path, **options: object) -> LLM:
+def build(model: Path, **options: Any) -> LLM:
     return LLM(
         str(model),
         use_threading=True,
         load_format="dummy",
         runner="ullm.testing:ScriptedRunner",
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 

@@ -59,7 +59,7 @@ def test_normal_forms() -> None:
 )  # fmt: skip
 def test_refusals_name_the_field(name: str, value: object) -> None:
     with pytest.raises(InvalidParameter) as caught:
-        SamplingParams(**{name: value})  # type: ignore[arg-type]
+        SamplingParams(**{name: value})
     assert caught.value.param == name
     assert name in str(caught.value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence as Values
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -154,8 +155,8 @@ def test_the_more_sequences_the_surer_a_draft_must_be() -> None:
         {"prompt_logprobs": 0},
     ],
 )
-def test_what_depends_on_the_tokens_in_between_gets_no_draft(options: dict[str, float]) -> None:
-    params = SamplingParams(temperature=0, **options)  # type: ignore[arg-type]
+def test_what_depends_on_the_tokens_in_between_gets_no_draft(options: dict[str, Any]) -> None:
+    params = SamplingParams(temperature=0, **options)
     assert not can_draft(params)
     scheduler, _ = make_scheduler(speculate=4)
     scheduler.add(make_sequence(1, REPETITIVE, 9, params))
@@ -169,8 +170,8 @@ def test_what_depends_on_the_tokens_in_between_gets_no_draft(options: dict[str, 
 # --- planning ------------------------------------------------------------------------------------------
 
 
-def make_scheduler(num_blocks: int = 64, **options: object) -> tuple[Scheduler, BlockPool]:
-    config = EngineConfig(**{"max_bs": 8, "max_num_batched_tokens": 32} | options)  # type: ignore[arg-type]
+def make_scheduler(num_blocks: int = 64, **options: Any) -> tuple[Scheduler, BlockPool]:
+    config = EngineConfig(**{"max_bs": 8, "max_num_batched_tokens": 32} | options)
     pool = BlockPool(num_blocks)
     return Scheduler(config, pool, BLOCK, [EOS]), pool
 

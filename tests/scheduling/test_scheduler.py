@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,19 +22,19 @@ BLOCK = 4
 EOS = 2
 
 
-def make_scheduler(num_blocks: int = 64, **options: object) -> tuple[Scheduler, BlockPool]:
-    config = EngineConfig(**{"max_bs": 8, "max_num_batched_tokens": 16} | options)  # type: ignore[arg-type]
+def make_scheduler(num_blocks: int = 64, **options: Any) -> tuple[Scheduler, BlockPool]:
+    config = EngineConfig(**{"max_bs": 8, "max_num_batched_tokens": 16} | options)
     pool = BlockPool(num_blocks)
     return Scheduler(config, pool, BLOCK, [EOS], prefix_cache=config.prefix_cache), pool
 
 
-def make_sequence(seq_id: int, prompt: list[int], max_tokens: int = 4, **params: object) -> Sequence:
-    priority = int(params.pop("priority", 0))  # type: ignore[call-overload]
+def make_sequence(seq_id: int, prompt: list[int], max_tokens: int = 4, **params: Any) -> Sequence:
+    priority = int(params.pop("priority", 0))
     return Sequence(
         seq_id=seq_id,
         token_ids=list(prompt),
         num_prompt_tokens=len(prompt),
-        params=SamplingParams(temperature=0, max_tokens=max_tokens, seed=seq_id, **params),  # type: ignore[arg-type]
+        params=SamplingParams(temperature=0, max_tokens=max_tokens, seed=seq_id, **params),
         max_total=len(prompt) + max_tokens,
         queue_key=(priority, seq_id),
     )

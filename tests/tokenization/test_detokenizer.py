@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,10 +26,10 @@ class Pieces:
 
 
 def play(
-    pieces: list[str], *stop: str, held: str = "", batch: int = 1, **options: object
+    pieces: list[str], *stop: str, held: str = "", batch: int = 1, **options: Any
 ) -> tuple[str, str | None, int]:
     """The whole text, the stop string that ended it, and how many tokens were used."""
-    text = TextAssembler(Pieces(pieces, held), stop, **options)  # type: ignore[arg-type]
+    text = TextAssembler(Pieces(pieces, held), stop, **options)
     shown, used = "", 0
     for start in range(0, len(pieces), batch):
         delta = text.push(range(start, min(start + batch, len(pieces))))
