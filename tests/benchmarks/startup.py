@@ -27,7 +27,7 @@ from tests.benchmarks.shared_options import (
     write_report,
 )
 from tests.benchmarks.soak.judge import MIB
-from tests.benchmarks.soak.sample import ProcessUsage, process_usage
+from tests.benchmarks.soak.sample import tree_usage
 from tests.benchmarks.soak.soak_report import number, table
 from ullm.bench.bench_report import machine
 from ullm.bench.server_target import ServerTarget
@@ -38,7 +38,7 @@ from ullm.client.completions import first_model
 from ullm.client.http import Endpoint
 from ullm.config import DEFAULT_MODEL
 from ullm.errors import UsageError
-from ullm.testing.processes import MeasuredServer, descendants, free_port, open_server, psutil_module
+from ullm.testing.processes import MeasuredServer, free_port, open_server, psutil_module
 
 START_SECONDS = 240.0
 CONTEXTS = (512, 2048, 8192)
@@ -188,18 +188,13 @@ async def measure_start(command: Sequence[str], log: Path) -> ServerStart:
             first = await first_token(target, 0) - server.started
         finally:
             await target.aclose()
-        tree = await trio.to_thread.run_sync(_tree, server.pid)
+        tree = await trio.to_thread.run_sync(tree_usage, server.pid)
         await server.stop()
     return ServerStart(live, live_cpu, ready, ready_cpu, first, tree.cpu, tree.pss / MIB)
 
 
 async def _cpu(server: MeasuredServer) -> float:
-    return (await trio.to_thread.run_sync(_tree, server.pid)).cpu
-
-
-def _tree(pid: int) -> ProcessUsage:
-    processes = [psutil_module().Process(pid), *descendants(pid)]
-    return sum((process_usage(process) for process in processes), ProcessUsage())
+    return (await trio.to_thread.run_sync(tree_usage, server.pid)).cpu
 
 
 def startup(

@@ -30,6 +30,7 @@ class ServerCandidate:
         start_seconds: seconds that the start may take.
         weight_bits: bits per weight, for the roofline.
         scenarios: scenarios that it supports.
+        threads: option that takes the number of threads; empty if it has none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ServerCandidate:
     start_seconds: float = 120.0
     weight_bits: float = 16.0
     scenarios: tuple[str, ...] = SCENARIOS
+    threads: str = ""
 
     @property
     def is_peer(self) -> bool:
@@ -67,7 +69,9 @@ def ullm_candidate(spec: str, model: str, head_share: float = 0.0) -> ServerCand
     chosen = [] if option(words, "--model") else ["--model", model]
     command = (sys.executable, "-m", "ullm", "serve", *chosen, "--port", "{port}", *words)
     bits = ullm_bits([*chosen, *words], head_share)
-    return ServerCandidate(f"ullm {name.strip()}", command, "/live", "/ready", weight_bits=bits)
+    return ServerCandidate(
+        f"ullm {name.strip()}", command, "/live", "/ready", weight_bits=bits, threads="--cpu-threads"
+    )
 
 
 def vllm_candidate(command: str, model: Path, options: str) -> ServerCandidate:
@@ -91,7 +95,9 @@ def llama_candidate(program: str, gguf: Path, options: str) -> ServerCandidate:
     if "-c" not in arguments and "--ctx-size" not in arguments:
         arguments += ["-c", str(SLOTS * MODEL_LENGTH)]
     command = (*shlex.split(program), *arguments)
-    return ServerCandidate("llama.cpp", command, "/health", "/health", weight_bits=gguf_bits(gguf))
+    return ServerCandidate(
+        "llama.cpp", command, "/health", "/health", weight_bits=gguf_bits(gguf), threads="--threads"
+    )
 
 
 def transformers_candidate(python: str, model: Path) -> ServerCandidate:

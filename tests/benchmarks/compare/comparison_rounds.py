@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -12,12 +14,12 @@ import trio
 from tests.benchmarks.compare import scenarios as named
 from tests.benchmarks.compare.candidates import ServerCandidate
 from tests.benchmarks.compare.hardware import Limits, measure_limits
-from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures, first_token, run_scenarios
+from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures, Metric, first_token, run_scenarios
 from ullm.bench.server_target import ServerTarget
 from ullm.client.completions import first_model
 from ullm.client.http import Endpoint
 from ullm.errors import UllmError, UsageError
-from ullm.testing.processes import free_port, open_server, tree_memory
+from ullm.testing.processes import MeasuredServer, free_port, open_server, tree_memory
 
 MIB = 1 << 20
 SETTLE = 1.0
@@ -38,7 +40,7 @@ class Comparable(Protocol):
         """False for ullm."""
 
 
-Participant = TypeVar("Participant", bound=Comparable)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Turn:
     error: str = ""
 
 
-def order(candidates: Sequence[Participant], number: int) -> list[Participant]:
+def order(candidates: Sequence[T], number: int) -> list[T]:
     """Rotate the candidates by one each round, so that none always follows the same one."""
     shift = number % len(candidates)
     return [*candidates[shift:], *candidates[:shift]]
@@ -115,7 +117,13 @@ async def run_rounds(
     for number in range(rounds):
         for candidate in order(candidates, number):
             turn = Turn(number, candidate.name, None, await trio.to_thread.run_sync(measure))
-            turns.append(await _take(turn, candidate, replace(load, seed=load.seed + number), logs))
+            measure_it = partial(
+                measure_candidate,
+                candidate,
+                replace(load, seed=load.seed + number),
+                log_of(logs, candidate.name, number),
+            )
+            turns.append(await take(turn, measure_it))
             say(_line(turns[-1]))
             await trio.sleep(SETTLE)
     return turns
@@ -127,9 +135,41 @@ async def measure_candidate(candidate: ServerCandidate, load: ComparisonLoad, lo
     Raises:
         UllmError: the server did not start, or did not answer.
     """
+    load = replace(load, scenarios=tuple(s for s in load.scenarios if s in candidate.scenarios))
+    async with start_candidate(candidate, log) as running:
+        server, target, start = running.server, running.target, running.start
+        memory: list[float] = []
+
+        async def weigh() -> None:
+            memory.append(await trio.to_thread.run_sync(tree_memory, server.pid) / MIB)
+
+        start[named.START_FIRST] = await first_token(target, load.seed) - server.started
+        figures = await run_scenarios(target, load, weigh)
+        await target.aclose()  # so that the server is idle when it is stopped
+        status, seconds = await server.stop()
+        stop = {} if status is None else {named.STOP: seconds}
+        figures.values = {**figures.values, **start, named.MEMORY: memory[0], **stop}
+        return figures
+
+
+@dataclass
+class RunningCandidate:
+    """A candidate that was started and is ready; ``start``: the seconds that it took."""
+
+    server: MeasuredServer
+    target: ServerTarget
+    start: dict[Metric, float]
+
+
+@asynccontextmanager
+async def start_candidate(candidate: ServerCandidate, log: Path) -> AsyncIterator[RunningCandidate]:
+    """Start a server and wait until it is ready; at the end of the block it is killed, unless it has ended.
+
+    Raises:
+        UllmError: the server did not start.
+    """
     port = free_port()
     endpoint = Endpoint("http", "127.0.0.1", port, "/v1")
-    load = replace(load, scenarios=tuple(s for s in load.scenarios if s in candidate.scenarios))
     async with open_server(candidate.name, candidate.command(port), endpoint, log) as server:
         start = {
             named.START_LIVE: await server.wait_answer(
@@ -138,27 +178,21 @@ async def measure_candidate(candidate: ServerCandidate, load: ComparisonLoad, lo
             named.START_READY: await server.wait_answer(candidate.ready, candidate.start_seconds),
         }
         target = ServerTarget(endpoint, await first_model(endpoint))
-        memory: list[float] = []
-
-        async def weigh() -> None:
-            memory.append(await trio.to_thread.run_sync(tree_memory, server.pid) / MIB)
-
         try:
-            start[named.START_FIRST] = await first_token(target, load.seed) - server.started
-            figures = await run_scenarios(target, load, weigh)
+            yield RunningCandidate(server, target, start)
         finally:
             await target.aclose()
-        status, seconds = await server.stop()
-        stop = {} if status is None else {named.STOP: seconds}
-        figures.values = {**figures.values, **start, named.MEMORY: memory[0], **stop}
-        return figures
 
 
-async def _take(turn: Turn, candidate: ServerCandidate, load: ComparisonLoad, logs: Path) -> Turn:
-    name = "".join(c if c.isalnum() else "-" for c in candidate.name)
+def log_of(logs: Path, name: str, number: int) -> Path:
+    """Return the file for a server's log in a round."""
+    return logs / f"{''.join(c if c.isalnum() else '-' for c in name)}-{number + 1}.log"
+
+
+async def take(turn: Turn, measure: Callable[[], Awaitable[Figures]]) -> Turn:
+    """Return the turn with the figures, or with the error."""
     try:
-        figures = await measure_candidate(candidate, load, logs / f"{name}-{turn.round + 1}.log")
-        return replace(turn, figures=figures)
+        return replace(turn, figures=await measure())
     except UllmError as error:
         return replace(turn, error=" ".join(str(error).split()))
 

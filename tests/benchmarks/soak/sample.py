@@ -149,6 +149,12 @@ def process_usage(process: Any) -> ProcessUsage:
     return ProcessUsage(times.user + times.system, getattr(memory, "pss", memory.rss), memory.rss, files)
 
 
+def tree_usage(pid: int) -> ProcessUsage:
+    """Return the resources of a process and all its descendants together."""
+    processes = [psutil_module().Process(pid), *descendants(pid)]
+    return sum((process_usage(process) for process in processes), ProcessUsage())
+
+
 def yardstick() -> float:
     """Return the processor seconds of a fixed piece of work of some milliseconds, done in pieces with pauses.
 
