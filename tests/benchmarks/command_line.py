@@ -9,6 +9,7 @@ from cyclopts import App, Parameter
 
 from tests.benchmarks.batch.batch_command import batch
 from tests.benchmarks.compare.compare_command import compare
+from tests.benchmarks.disturbance.disturbance_command import disturbance
 from tests.benchmarks.events import events
 from tests.benchmarks.front_end import front_end
 from tests.benchmarks.offline.defaults_command import defaults
@@ -26,7 +27,7 @@ app = App(
     result_action="return_value",
     default_parameter=Parameter(allow_repeating=True),
 )
-for command in (batch, compare, defaults, events, front_end, offline, pauses, soak, startup):
+for command in (batch, compare, defaults, disturbance, events, front_end, offline, pauses, soak, startup):
     app.command(command)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.benchmarks.command_line import main
 
-NAMES = "batch compare defaults events front-end offline pauses soak startup".split()
+NAMES = "batch compare defaults disturbance events front-end offline pauses soak startup".split()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -28,6 +28,10 @@ def test_every_benchmark_has_help(name: str, capsys: pytest.CaptureFixture[str])
         ("defaults --rounds 0", "--rounds must be at least 1"),
         ("offline --gguf no/such.gguf", "--gguf no/such.gguf: no such file"),
         ("offline --gguf x --streams 1,y", "--streams 1,y"),
+        ("disturbance --only nope", "--only nope: expected some of undisturbed, 1 neighbour"),
+        ("disturbance --rounds 0", "--rounds must be at least 1"),
+        ("disturbance --output-tokens 0", "--output-tokens must be at least 1"),
+        ("disturbance --concurrency 1,x", "--concurrency 1,x"),
         ("events --only nope", "--only 'nope'"),
         ("startup --contexts 512,x", "--contexts 512,x"),
         ("front-end --streams 0", "--streams must be at least 1"),

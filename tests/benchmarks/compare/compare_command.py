@@ -45,7 +45,10 @@ class ComparePeers:
     llama_options: Annotated[
         str, Parameter(help="More options of llama-server, in quotes.", allow_leading_hyphen=True)
     ] = ""
-    gguf: Annotated[Path | None, Parameter(help="The weights that --llama-server serves.")] = None
+    gguf: Annotated[
+        Path | None,
+        Parameter(help="The weights that --llama-server serves; default: --model, if it is a file."),
+    ] = None
     transformers: Annotated[str, Parameter(help="A Python that has transformers; static batches.")] = ""
 
 
@@ -129,9 +132,10 @@ def candidates(model: str, folder: Path, peers: ComparePeers, shape: ModelShape)
     if peers.vllm:
         participants.append(servers.vllm_candidate(peers.vllm, folder, peers.vllm_options))
     if peers.llama_server:
-        if peers.gguf is None or not peers.gguf.is_file():
+        gguf = peers.gguf or folder
+        if not gguf.is_file():
             raise UsageError("--llama-server needs --gguf FILE, the weights that it serves")
-        participants.append(servers.llama_candidate(peers.llama_server, peers.gguf, peers.llama_options))
+        participants.append(servers.llama_candidate(peers.llama_server, gguf, peers.llama_options))
     if peers.transformers:
         participants.append(servers.transformers_candidate(peers.transformers, folder))
     check_names(participants, "--ullm")

@@ -126,14 +126,14 @@ async def first_token(target: BenchTarget, seed: int) -> float:
     Raises:
         RequestsFailed
     """
-    _, records = await measured(target, Workload(Length(8, 8), Length(1, 1), seed=seed), 1, 1, -2)
+    _, records = await _measured(target, Workload(Length(8, 8), Length(1, 1), seed=seed), 1, 1, -2)
     return records[0].arrivals[0]
 
 
 async def _decode(target: BenchTarget, load: ComparisonLoad, figures: Figures) -> None:
     workload = decode_workload(load)
     for stream, level in enumerate(load.levels):
-        summary, _ = await measured(target, workload, level, max(level, LEAST_REQUESTS), stream)
+        summary, _ = await _measured(target, workload, level, max(level, LEAST_REQUESTS), stream)
         figures.values[decode_metric(level)] = summary.tokens_per_second
         figures.prompt_tokens[f"decode {level}"] = summary.prompt_tokens
 
@@ -144,14 +144,14 @@ async def _sampled(target: BenchTarget, load: ComparisonLoad, figures: Figures) 
         Length(load.output_tokens, load.output_tokens),
     )
     workload = Workload(words, output, seed=load.seed, temperature=SAMPLED_TEMPERATURE, top_p=SAMPLED_TOP_P)
-    summary, _ = await measured(target, workload, SAMPLED_STREAMS, SAMPLED_STREAMS, 300)
+    summary, _ = await _measured(target, workload, SAMPLED_STREAMS, SAMPLED_STREAMS, 300)
     figures.values[SAMPLED] = summary.tokens_per_second
     figures.prompt_tokens["sampled"] = summary.prompt_tokens
 
 
 async def _prefill(target: BenchTarget, load: ComparisonLoad, figures: Figures) -> None:
     workload = Workload(Length(PREFILL_TOKENS, PREFILL_TOKENS), Length(1, 1), seed=load.seed)
-    summary, records = await measured(target, workload, PREFILL_REQUESTS, PREFILL_REQUESTS, 100)
+    summary, records = await _measured(target, workload, PREFILL_REQUESTS, PREFILL_REQUESTS, 100)
     seconds = max(record.arrivals[0] for record in records) - min(record.started for record in records)
     figures.values[PREFILL] = summary.prompt_tokens / seconds
     figures.prompt_tokens["prefill"] = summary.prompt_tokens
@@ -162,10 +162,10 @@ async def _prefix(target: BenchTarget, load: ComparisonLoad, figures: Figures) -
     whole = PREFIX_TOKENS + SUFFIX_TOKENS
     cold = Workload(Length(whole, whole), output, seed=load.seed)
     shared = Workload(suffix, output, shared_prefix=PREFIX_TOKENS, seed=load.seed)
-    summary, _ = await measured(target, cold, PREFIX_REQUESTS, PREFIX_REQUESTS, 200)
+    summary, _ = await _measured(target, cold, PREFIX_REQUESTS, PREFIX_REQUESTS, 200)
     figures.values[PREFIX_COLD] = median_first(summary)
-    await measured(target, shared, 1, 1, 201)  # so that the prefix is known
-    summary, _ = await measured(target, shared, PREFIX_REQUESTS, PREFIX_REQUESTS, 202)
+    await _measured(target, shared, 1, 1, 201)  # so that the prefix is known
+    summary, _ = await _measured(target, shared, PREFIX_REQUESTS, PREFIX_REQUESTS, 202)
     figures.values[PREFIX_WARM] = median_first(summary)
     figures.prompt_tokens["prefix"] = summary.prompt_tokens
 
@@ -182,7 +182,7 @@ async def warm_up(target: BenchTarget, seed: int) -> None:
     Raises:
         RequestsFailed
     """
-    await measured(target, Workload(Length(8, 8), Length(8, 8), seed=seed), 1, 1, -1)
+    await _measured(target, Workload(Length(8, 8), Length(8, 8), seed=seed), 1, 1, -1)
 
 
 def decode_workload(load: ComparisonLoad) -> Workload:
@@ -191,15 +191,15 @@ def decode_workload(load: ComparisonLoad) -> Workload:
     return Workload(Length(words, words), Length(output, output), seed=load.seed)
 
 
-async def measured(
-    target: BenchTarget, workload: Workload, streams: int, count: int, stream: int
-) -> tuple[RunSummary, list[BenchRecord]]:
-    """Run requests as `ullm.bench.load.measure` does.
-
-    Raises:
-        RequestsFailed: a request failed.
-    """
-    summary, records = await measure(target, workload, streams, count, stream=stream)
+def require_answers(summary: RunSummary) -> None:
+    """Raise `RequestsFailed` if a request failed."""
     if summary.failed:
         raise RequestsFailed(summary.errors)
+
+
+async def _measured(
+    target: BenchTarget, workload: Workload, streams: int, count: int, stream: int
+) -> tuple[RunSummary, list[BenchRecord]]:
+    summary, records = await measure(target, workload, streams, count, stream=stream)
+    require_answers(summary)
     return summary, records

@@ -1,0 +1,177 @@
+"""The load on a disturbed server, and what is measured of it: answers, probes and processor time."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from tests.benchmarks.compare.scenarios import (
+    LEAST_REQUESTS,
+    ComparisonLoad,
+    Figures,
+    Metric,
+    RequestsFailed,
+    decode_metric,
+    decode_workload,
+    median_first,
+    require_answers,
+    warm_up,
+)
+from tests.benchmarks.soak.sample import tree_usage
+from ullm.bench.load import BenchTarget, measure
+from ullm.bench.stats import RunSummary, percentile
+from ullm.bench.workload import Workload
+from ullm.client.http import Endpoint
+from ullm.testing.processes import answers
+
+PROBE_PATH = "/health"
+PROBE_PERIOD = 0.1
+QUIET_SECONDS, QUIET_SHARE = 2.0, 0.05
+"""A server is quiet if it uses less than this share of a core for so long."""
+QUIET_LIMIT = 60.0
+TICK = 0.01
+"""Least processor seconds that are seen."""
+
+Spent = Callable[[], Awaitable[float]]
+"""Returns the processor seconds that a server has used."""
+
+
+@dataclass(frozen=True)
+class LevelMetrics:
+    """The metrics of a number of streams.
+
+    Args:
+        seconds: processor seconds that the server's processes used.
+        processors: the same, per second.
+        efficiency: generated tokens per processor second.
+    """
+
+    rate: Metric
+    first: Metric
+    probe: Metric
+    probe_p99: Metric
+    seconds: Metric
+    processors: Metric
+    efficiency: Metric
+
+    @classmethod
+    def of(cls, level: int) -> LevelMetrics:
+        """Return the metrics of ``level`` streams."""
+        rate = decode_metric(level)
+        return cls(
+            rate,
+            Metric(f"{rate.name}: time to first token", "ms", "lower"),
+            Metric(f"{rate.name}: {PROBE_PATH}, median", "ms", "lower"),
+            Metric(f"{rate.name}: {PROBE_PATH}, p99", "ms", "lower"),
+            Metric(f"{rate.name}: processor time", "s", "lower"),
+            Metric(f"{rate.name}: processors", "processors"),
+            Metric(f"{rate.name}: tokens per processor second", "tokens"),
+        )
+
+    def figures(self, summary: RunSummary, spent: float, probes: list[float]) -> dict[Metric, float]:
+        """Return the figures of one run.
+
+        Args:
+            spent: processor seconds.
+            probes: seconds that each probe took.
+        """
+        ordered, spent = sorted(probes), max(spent, TICK)
+        return {
+            self.rate: summary.tokens_per_second,
+            self.first: median_first(summary),
+            self.probe: percentile(ordered, 0.5) * 1000,
+            self.probe_p99: percentile(ordered, 0.99) * 1000,
+            self.seconds: spent,
+            self.processors: spent / summary.seconds,
+            self.efficiency: summary.output_tokens / spent,
+        }
+
+
+@dataclass
+class Prober:
+    """Asks for a server's health, each time on a new connection, as an orchestrator's probes do.
+
+    Args:
+        ask: returns whether the server answered with 200.
+        times: seconds that the answers took.
+        failed: number of probes without an answer, or with an error status.
+    """
+
+    ask: Callable[[], Awaitable[bool]]
+    times: list[float] = field(default_factory=list)
+    failed: int = 0
+    enough: trio.Event = field(default_factory=trio.Event)
+
+    async def run(self) -> None:
+        """Probe until there is enough; the last probe is awaited."""
+        while not self.enough.is_set():
+            began = trio.current_time()
+            good = await self.ask()
+            self.times.append(trio.current_time() - began)
+            self.failed += not good
+            with trio.move_on_at(began + PROBE_PERIOD):
+                await self.enough.wait()
+
+
+async def run_levels(target: BenchTarget, endpoint: Endpoint, pid: int, load: ComparisonLoad) -> Figures:
+    """Warm up, then measure each number of streams.
+
+    Args:
+        pid: the server's process.
+
+    Raises:
+        RequestsFailed: a request or a probe failed.
+    """
+
+    async def spent() -> float:
+        return await tree_seconds(pid)
+
+    async def ask() -> bool:
+        return await answers(endpoint, PROBE_PATH)
+
+    await warm_up(target, load.seed)
+    figures, workload = Figures({}, {}), decode_workload(load)
+    for stream, level in enumerate(load.levels):
+        figures.values |= await run_level(target, workload, level, stream, spent, Prober(ask))
+    return figures
+
+
+async def run_level(
+    target: BenchTarget, workload: Workload, level: int, stream: int, spent: Spent, prober: Prober
+) -> dict[Metric, float]:
+    """Measure one number of streams.
+
+    Args:
+        stream: number of the workload's stream of requests.
+
+    Raises:
+        RequestsFailed: a request or a probe failed.
+    """
+    before = await spent()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(prober.run)
+        summary, _ = await measure(target, workload, level, max(level, LEAST_REQUESTS), stream=stream)
+        used = await spent() - before
+        prober.enough.set()
+    require_answers(summary)
+    if prober.failed:
+        raise RequestsFailed([f"{prober.failed} of {len(prober.times)} probes of {PROBE_PATH}"])
+    return LevelMetrics.of(level).figures(summary, used, prober.times)
+
+
+async def tree_seconds(pid: int) -> float:
+    """Return the processor seconds that a process and its descendants have used."""
+    return (await trio.to_thread.run_sync(tree_usage, pid)).cpu
+
+
+async def wait_until_quiet(spent: Spent) -> None:
+    """Wait until a server does nothing, such as preparing a standby worker; but not for ever."""
+    with trio.move_on_after(QUIET_LIMIT):
+        used = await spent()
+        while True:
+            await trio.sleep(QUIET_SECONDS)
+            before, used = used, await spent()
+            if used - before < QUIET_SECONDS * QUIET_SHARE:
+                return
