@@ -78,10 +78,9 @@ class Disturbance:
 
 
 NONE = Disturbance(UNDISTURBED)
-NO_STANDBY = Disturbance("no standby worker", options=("--standby-workers", "0"), at_once=True)
-STANDBY = Disturbance(
-    "a standby worker", options=("--standby-workers", "1"), at_once=True, beside=NO_STANDBY.name
-)
+NO_STANDBY = Disturbance("no standby worker", options=("--standby-workers", "0"))
+STANDBY = Disturbance("a prepared standby worker", options=("--standby-workers", "1"), beside=NO_STANDBY.name)
+PREPARING = replace(STANDBY, name="a standby worker being prepared", at_once=True)
 DISTURBANCES = (
     NONE,
     *(Disturbance(f"{n} neighbour{'s' if n > 1 else ''}", neighbours=n) for n in (1, 2, 4)),
@@ -90,6 +89,7 @@ DISTURBANCES = (
     *(Disturbance(f"quota {cores}", quota=cores) for cores in (1.5, 0.5)),
     NO_STANDBY,
     STANDBY,
+    PREPARING,
 )
 
 

@@ -39,7 +39,14 @@ from tests.benchmarks.disturbance.disturbance_load import (
 )
 from tests.benchmarks.disturbance.disturbance_report import DisturbanceReport, report
 from tests.benchmarks.disturbance.disturbance_rounds import DisturbedTurns, run_rounds
-from tests.benchmarks.disturbance.disturbances import DISTURBANCES, NO_STANDBY, NONE, STANDBY, Disturbance
+from tests.benchmarks.disturbance.disturbances import (
+    DISTURBANCES,
+    NO_STANDBY,
+    NONE,
+    PREPARING,
+    STANDBY,
+    Disturbance,
+)
 from tests.benchmarks.disturbance.neighbours import busy_neighbours
 from ullm.bench.stats import BenchRecord, summarise
 from ullm.bench.workload import BenchRequest, Length, Workload
@@ -166,10 +173,8 @@ def test_who_is_disturbed_how(tmp_path: Path) -> None:
     threadless = transformers_candidate("python", tmp_path)
     for disturbance in DISTURBANCES:
         assert disturbance.applies_to(OURS)
-        assert disturbance.applies_to(PEER) == (disturbance not in (STANDBY, NO_STANDBY))
-        assert disturbance.applies_to(threadless) == (
-            disturbance.threads == 0 and disturbance not in (STANDBY, NO_STANDBY)
-        )
+        assert disturbance.applies_to(PEER) == (not disturbance.options)
+        assert disturbance.applies_to(threadless) == (disturbance.threads == 0 and not disturbance.options)
 
 
 def test_what_a_machine_cannot_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -188,7 +193,7 @@ def test_what_a_machine_cannot_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_what_is_needed_beside_a_disturbance_is_measured_too() -> None:
     assert choose_disturbances(["1 neighbour"]) == [NONE, BESIDE]
-    assert choose_disturbances([STANDBY.name]) == [NONE, NO_STANDBY, STANDBY]
+    assert choose_disturbances([PREPARING.name]) == [NONE, NO_STANDBY, PREPARING]
     assert choose_disturbances(None) == list(DISTURBANCES)
 
 
@@ -300,9 +305,9 @@ async def test_rounds_rotate_and_failures_stay_alone(monkeypatch: pytest.MonkeyP
     assert [line.split(":")[1:3] for line in said] == [
         *([" undisturbed", " ullm default"], [" undisturbed", " peer"]),
         *([" 1 neighbour", " ullm default"], [" 1 neighbour", " peer"]),
-        [" a standby worker", " ullm default"],
+        [" a prepared standby worker", " ullm default"],
         *([" 1 neighbour", " peer"], [" 1 neighbour", " ullm default"]),
-        [" a standby worker", " ullm default"],
+        [" a prepared standby worker", " ullm default"],
         *([" undisturbed", " peer"], [" undisturbed", " ullm default"]),
     ]
     assert found.left_out == {"quota 1": "needs root"}
@@ -408,18 +413,19 @@ def test_reports_for_people_and_for_programs() -> None:
     assert content["left_out"] == {"quota 1.5": "it takes root"}
 
 
-def test_a_standby_worker_is_beside_none() -> None:
+@pytest.mark.parametrize(("with_standby", "good"), [(49.0, True), (46.0, False)])
+def test_a_standby_worker_that_waits_costs_nothing(with_standby: float, good: bool) -> None:
     turns = DisturbedTurns(
         {
-            NONE.name: [Turn(0, OURS.name, figures(1, 100, 1), LIMITS)],
-            NO_STANDBY.name: [Turn(0, OURS.name, figures(1, 50, 1), LIMITS)],
-            STANDBY.name: [Turn(0, OURS.name, figures(1, 49, 1.1), LIMITS)],
+            NONE.name: [Turn(0, OURS.name, figures(1, 60, 1.2), LIMITS)],
+            NO_STANDBY.name: [Turn(0, OURS.name, figures(1, 50, 1.0), LIMITS)],
+            STANDBY.name: [Turn(0, OURS.name, figures(1, with_standby, 1.0), LIMITS)],
         }
     )
     found = report([OURS], [NONE, NO_STANDBY, STANDBY], turns, ComparisonLoad((1,)), "w.gguf", OURS.name)
     shares = [row.rate_share.median for row in found.rows if row.rate_share is not None]
-    assert shares == pytest.approx([0.5, 0.98])
-    assert found.failures == [
-        "no standby worker: ullm default, 1 stream: keeps 0.50 of its tokens per processor time"
-    ]
+    assert shares == pytest.approx([50 / 60, with_standby / 50])
+    assert found.good == good
+    says = "a prepared standby worker: ullm default, 1 stream: 0.92 × its throughput without"
+    assert (says in found.failures) != good
     assert "nowhere behind" not in found.markdown()
