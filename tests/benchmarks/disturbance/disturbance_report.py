@@ -2,7 +2,9 @@
 
 A server that is given less processor time computes less. It keeps all that it can if it generates as many
 tokens per processor second as undisturbed: throughput / (undisturbed throughput × share of the undisturbed
-processor time) is the ratio of the two, within a round.
+processor time) is the ratio of the two, within a round. That alone would not tell a server that does not take
+what it is given, because it waits or because its threads share a core, so that throughput / (undisturbed
+throughput × fair share of the cores) is beside it.
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ from tests.benchmarks.disturbance.disturbances import NO_STANDBY, STANDBY, Distu
 from tests.benchmarks.soak.soak_report import table
 
 LEAST_KEPT = 0.80
-"""Share of its tokens per processor second that a server must keep while disturbed."""
+"""Share of its throughput by the processor time that it is given, or its fair share, that ullm must keep."""
 LEAST_BESIDE_STANDBY = 0.95
 """Share of its throughput that a server must keep beside a standby worker that waits; the rest is noise."""
 COLUMNS = (
     "tok/s",
-    "of undisturbed",
     "processor time, s",
     "processors",
-    "of undisturbed",
-    "tokens per processor time",
+    "fair share",
+    "kept by time",
+    "kept by share",
     "first token, ms",
     "/health, ms",
     "p99",
@@ -49,7 +51,9 @@ class DisturbedRow(msgspec.Struct, frozen=True):
         processor_seconds: processor seconds that the server's processes used.
         processors: the same, per second.
         rate_share, processors_share: ratios to the undisturbed server's in the same round.
-        kept: the same for tokens per processor second.
+        fair_share: processors that it should be given at least.
+        kept: ratio to the undisturbed server's tokens per processor second.
+        kept_of_fair: ratio to the undisturbed server's throughput by the fair share of the cores.
         against: ratio of its tokens per second to the baseline's under the same disturbance.
     """
 
@@ -64,7 +68,9 @@ class DisturbedRow(msgspec.Struct, frozen=True):
     processors: float
     rate_share: Ratio | None
     processors_share: Ratio | None
+    fair_share: float
     kept: Ratio | None
+    kept_of_fair: Ratio | None
     against: Ratio | None
 
     @property
@@ -76,12 +82,12 @@ class DisturbedRow(msgspec.Struct, frozen=True):
         """Return the cells of `COLUMNS`, and the ratio to the baseline."""
         return [
             self.title,
-            shown(self.tokens_per_second),
-            _percent(self.rate_share),
+            shown(self.tokens_per_second) + _percent(self.rate_share),
             shown(self.processor_seconds),
-            f"{self.processors:.2f}",
-            _percent(self.processors_share),
+            f"{self.processors:.2f}{_percent(self.processors_share)}",
+            f"{self.fair_share:.2f}",
             _ratio(self.kept),
+            _ratio(self.kept_of_fair),
             *(shown(value) for value in (self.first_token, self.probe, self.probe_p99)),
             _ratio(self.against),
         ]
@@ -137,9 +143,11 @@ class DisturbanceReport(msgspec.Struct, frozen=True):
             f"{self.rounds} rounds, one server at a time, {self.output_tokens} new tokens a stream, over "
             "HTTP with server-sent events; the client has the same cores, but neither quota nor affinity. "
             "Neighbours are spinning processes, each in a session of its own. *Processors*: processor "
-            "seconds of all the server's processes per second. *Tokens per processor time*: throughput by "
-            "the undisturbed throughput and the share of the undisturbed processor time, round by round: "
-            f"median (least–most), for ullm at least {LEAST_KEPT:.2f}. Standby workers are beside "
+            "seconds of all the server's processes per second; in brackets here and at tok/s the share of "
+            "the undisturbed. *Kept by time*: throughput by the undisturbed throughput and the share of the "
+            "undisturbed processor time; *kept by share*: by the undisturbed throughput and the fair share "
+            "of the cores; round by round, median (least–most), for ullm at least "
+            f"{LEAST_KEPT:.2f}. Standby workers are beside "
             f"*{NO_STANDBY.name}*."
         )
 
@@ -164,12 +172,16 @@ def report(
         model: name of the model in the report.
         baseline: server to compare the others with.
     """
-    turns = finished.all()
-    rows = [row for level in load.levels for row in rows_of(level, disturbances, finished.turns, baseline)]
+    turns, hardware = finished.all(), machine()
+    rows = [
+        row
+        for level in load.levels
+        for row in rows_of(level, disturbances, finished.turns, baseline, hardware["cores"])
+    ]
     ours = {each.name for each in candidates if not each.is_peer}
     return DisturbanceReport(
         when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        machine=machine(),
+        machine=hardware,
         limits=median_limits([turn.limits for turn in turns]),
         model=model,
         baseline=baseline,
@@ -189,18 +201,27 @@ def report(
 
 
 def rows_of(
-    level: int, disturbances: Sequence[Disturbance], turns: Mapping[str, Sequence[Turn]], baseline: str
+    level: int,
+    disturbances: Sequence[Disturbance],
+    turns: Mapping[str, Sequence[Turn]],
+    baseline: str,
+    cores: int,
 ) -> list[DisturbedRow]:
     """Return the rows of one number of streams: all disturbances, and for each all servers."""
     return [
-        row_of(level, disturbance, server, turns, baseline)
+        row_of(level, disturbance, server, turns, baseline, cores)
         for disturbance in disturbances
         for server in dict.fromkeys(t.candidate for t in turns.get(disturbance.name, ()) if t.figures)
     ]
 
 
 def row_of(
-    level: int, disturbance: Disturbance, server: str, turns: Mapping[str, Sequence[Turn]], baseline: str
+    level: int,
+    disturbance: Disturbance,
+    server: str,
+    turns: Mapping[str, Sequence[Turn]],
+    baseline: str,
+    cores: int,
 ) -> DisturbedRow:
     """Condense a server's turns under one disturbance, of which at least one has figures."""
     metrics = LevelMetrics.of(level)
@@ -211,6 +232,7 @@ def row_of(
     def beside(metric: Metric) -> Ratio | None:
         return ratio_beside(metric, turns, server, disturbance)
 
+    fair, rate_share = disturbance.fair_share(cores), beside(metrics.rate)
     return DisturbedRow(
         disturbance=disturbance.name,
         server=server,
@@ -221,9 +243,11 @@ def row_of(
         probe_p99=entry(metrics.probe_p99).median,
         processor_seconds=entry(metrics.seconds).median,
         processors=entry(metrics.processors).median,
-        rate_share=beside(metrics.rate),
+        rate_share=rate_share,
         processors_share=beside(metrics.processors),
+        fair_share=fair,
         kept=beside(metrics.efficiency),
+        kept_of_fair=None if rate_share is None else _scaled(rate_share, cores / fair),
         against=entry(metrics.rate).ratio,
     )
 
@@ -246,7 +270,9 @@ def failures_of(row: DisturbedRow, baseline: str) -> list[str]:
     streams = f"{row.title}, {row.streams} stream{'s' if row.streams > 1 else ''}"
     found = []
     if row.kept is not None and row.kept.median < LEAST_KEPT:
-        found.append(f"{streams}: keeps {row.kept.median:.2f} of its tokens per processor time")
+        found.append(f"{streams}: keeps {row.kept.median:.2f} of its throughput by time")
+    if row.kept_of_fair is not None and row.kept_of_fair.median < LEAST_KEPT:
+        found.append(f"{streams}: keeps {row.kept_of_fair.median:.2f} of its throughput by fair share")
     if row.disturbance == STANDBY.name and row.rate_share is not None:
         if row.rate_share.median < LEAST_BESIDE_STANDBY:
             found.append(f"{streams}: {row.rate_share.median:.2f} × its throughput without")
@@ -256,7 +282,11 @@ def failures_of(row: DisturbedRow, baseline: str) -> list[str]:
 
 
 def _percent(ratio: Ratio | None) -> str:
-    return "–" if ratio is None else f"{ratio.median:.0%}"
+    return "" if ratio is None else f" ({ratio.median:.0%})"
+
+
+def _scaled(ratio: Ratio, factor: float) -> Ratio:
+    return Ratio(ratio.median * factor, ratio.min * factor, ratio.max * factor)
 
 
 def _ratio(ratio: Ratio | None) -> str:

@@ -49,6 +49,15 @@ class Disturbance:
         """Return whether a server can be disturbed like this."""
         return not (self.options and candidate.is_peer) and not (self.threads and not candidate.threads)
 
+    def fair_share(self, cores: int) -> float:
+        """Return the processors that a fair kernel gives the server at least, if it wants as many as it can.
+
+        A neighbour takes at most one. Where Linux schedules sessions as groups, each neighbour is given as
+        much as the whole server, otherwise as much as one of its threads, which leaves the server more.
+        """
+        left = max(cores - self.neighbours, cores / (1 + self.neighbours))
+        return min(left, 1.0 if self.one_core else left, self.quota or left)
+
     def missing(self) -> str:
         """Return why this machine cannot do it; empty if it can."""
         if self.one_core and shutil.which("taskset") is None:

@@ -18,10 +18,16 @@ import trio
 from tests.benchmarks.compare import comparison_rounds
 from tests.benchmarks.compare.candidates import ServerCandidate, transformers_candidate
 from tests.benchmarks.compare.comparison_rounds import Turn
-from tests.benchmarks.compare.hardware import Limits
+from tests.benchmarks.compare.hardware import Limits, machine
 from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures, RequestsFailed, decode_workload
 from tests.benchmarks.compare.test_compare import SCRIPT
-from tests.benchmarks.disturbance import control_group, disturbance_load, disturbance_rounds, disturbances
+from tests.benchmarks.disturbance import (
+    control_group,
+    disturbance_load,
+    disturbance_report,
+    disturbance_rounds,
+    disturbances,
+)
 from tests.benchmarks.disturbance.control_group import (
     CpuController,
     QuotaUnavailable,
@@ -175,6 +181,22 @@ def test_who_is_disturbed_how(tmp_path: Path) -> None:
         assert disturbance.applies_to(OURS)
         assert disturbance.applies_to(PEER) == (not disturbance.options)
         assert disturbance.applies_to(threadless) == (disturbance.threads == 0 and not disturbance.options)
+
+
+@pytest.mark.parametrize(
+    ("disturbance", "processors"),
+    [
+        (NONE, 2.0),
+        (Disturbance("", neighbours=1), 1.0),
+        (Disturbance("", neighbours=4), 0.4),
+        (Disturbance("", one_core=True), 1.0),
+        (Disturbance("", quota=1.5), 1.5),
+        (Disturbance("", quota=4.0), 2.0),
+        (Disturbance("", threads=4), 2.0),
+    ],
+)
+def test_the_fair_share_of_two_cores(disturbance: Disturbance, processors: float) -> None:
+    assert disturbance.fair_share(2) == processors
 
 
 def test_what_a_machine_cannot_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -363,7 +385,9 @@ def judged(*, ours_beside: float = 60.0, error: str = "") -> DisturbanceReport:
     if error:
         turns.turns[NONE.name].append(Turn(1, "other", None, LIMITS, error))
     load = ComparisonLoad((4,), output_tokens=64)
-    return report([OURS, PEER], [NONE, BESIDE], turns, load, "w.gguf", PEER.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disturbance_report, "machine", lambda: {**machine(), "cores": 2})
+        return report([OURS, PEER], [NONE, BESIDE], turns, load, "w.gguf", PEER.name)
 
 
 def test_what_is_kept_is_measured_by_the_processor_time_that_was_given() -> None:
@@ -376,6 +400,9 @@ def test_what_is_kept_is_measured_by_the_processor_time_that_was_given() -> None
     assert beside.processors_share.median == pytest.approx(0.5)
     assert beside.kept is not None
     assert (beside.kept.min, beside.kept.max) == pytest.approx((1.2, 1.2))  # 0.6 / 0.5
+    assert beside.fair_share == 1.0
+    assert beside.kept_of_fair is not None
+    assert beside.kept_of_fair.median == pytest.approx(1.2)
     assert beside.against is not None
     assert beside.against.median == pytest.approx(6.0)
     assert beside_peer.kept is not None
@@ -389,7 +416,8 @@ def test_the_verdict_is_about_ullm() -> None:
     assert "ullm keeps 80% everywhere and is nowhere behind peer." in good.markdown()
     bad = judged(ours_beside=9.0)
     assert bad.failures == [
-        "1 neighbour: ullm default, 4 streams: keeps 0.18 of its tokens per processor time",
+        "1 neighbour: ullm default, 4 streams: keeps 0.18 of its throughput by time",
+        "1 neighbour: ullm default, 4 streams: keeps 0.18 of its throughput by fair share",
         "1 neighbour: ullm default, 4 streams: 0.90 × peer",
     ]
     assert not bad.good
@@ -400,10 +428,10 @@ def test_the_verdict_is_about_ullm() -> None:
 def test_reports_for_people_and_for_programs() -> None:
     found = judged(error="it fell over")
     text = found.markdown()
-    assert "| 4 streams | tok/s | of undisturbed |" in text
+    assert "| 4 streams | tok/s | processor time, s | processors | fair share | kept by time |" in text
     assert (
-        "| 1 neighbour: ullm default | 90 | 60% | 1.12 | 0.90 | 50% | 1.20 (1.20–1.20) | 40 | 2.00 | 9.00 "
-        "| 6.00 (6.00–6.00) |"
+        "| 1 neighbour: ullm default | 90 (60%) | 1.12 | 0.90 (50%) | 1.00 | 1.20 (1.20–1.20) "
+        "| 1.20 (1.20–1.20) | 40 | 2.00 | 9.00 | 6.00 (6.00–6.00) |"
     ) in text
     assert "Left out: quota 1.5: it takes root." in text
     assert "Not measured: undisturbed: other, round 2: it fell over" in text
