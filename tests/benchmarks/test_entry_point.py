@@ -28,6 +28,7 @@ def test_every_benchmark_has_help(name: str, capsys: pytest.CaptureFixture[str])
         ("defaults --rounds 0", "--rounds must be at least 1"),
         ("offline --gguf no/such.gguf", "--gguf no/such.gguf: no such file"),
         ("offline --gguf x --streams 1,y", "--streams 1,y"),
+        ("offline --gguf x --neighbours -1", "--neighbours must be at least 0"),
         ("disturbance --only nope", "--only nope: expected some of undisturbed, 1 neighbour"),
         ("disturbance --rounds 0", "--rounds must be at least 1"),
         ("disturbance --output-tokens 0", "--output-tokens must be at least 1"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 import trio
 
+T = TypeVar("T")
 SPIN = """
 import os
 parent = os.getppid()
@@ -39,3 +41,9 @@ async def busy_neighbours(count: int) -> AsyncIterator[list[int]]:
             for process in processes:
                 process.kill()
                 await process.wait()
+
+
+async def beside(count: int, work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """Run ``await work(*arguments)`` beside spinning processes."""
+    async with busy_neighbours(count):
+        return await work(*arguments)

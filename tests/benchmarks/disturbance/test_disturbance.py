@@ -53,7 +53,7 @@ from tests.benchmarks.disturbance.disturbances import (
     STANDBY,
     Disturbance,
 )
-from tests.benchmarks.disturbance.neighbours import busy_neighbours
+from tests.benchmarks.disturbance.neighbours import beside, busy_neighbours
 from ullm.bench.stats import BenchRecord, summarise
 from ullm.bench.workload import BenchRequest, Length, Workload
 
@@ -232,6 +232,15 @@ async def test_neighbours_are_busy_and_end() -> None:
         with trio.fail_after(20):
             await trio.to_thread.run_sync(wait_until_busy, pids, abandon_on_cancel=True)
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.process
+async def test_work_is_done_beside_neighbours() -> None:
+    async def children(pid: int) -> int:
+        return len(psutil.Process(pid).children())
+
+    assert await beside(2, children, os.getpid()) == 2
+    assert await children(os.getpid()) == 0
 
 
 # --- measuring ---------------------------------------------------------------------------------------------

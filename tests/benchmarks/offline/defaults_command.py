@@ -14,6 +14,7 @@ from tests.benchmarks.batch.batch_rounds import BatchSetup, FinishedRounds, run_
 from tests.benchmarks.batch.contenders import Contender, ullm_contender
 from tests.benchmarks.batch.engine_load import EngineLoad
 from tests.benchmarks.compare.hardware import MeasuredDevice, ModelShape, measure_device, model_shape
+from tests.benchmarks.disturbance.neighbours import beside
 from tests.benchmarks.offline.defaults_report import DefaultsReport, judge, suspects
 from tests.benchmarks.offline.offline_load import OfflineOptions
 from tests.benchmarks.offline.variants import AGAIN, DEFAULT, VARIANTS, Variant
@@ -56,7 +57,15 @@ def defaults(
     output.mkdir(parents=True, exist_ok=True)
     setup = BatchSetup(path, load, "cpu", output)
     result = run_to_end(
-        measure, setup, model, shape, variants, rounds, lambda line: stderr().print(line, markup=False)
+        beside,
+        load.neighbours,
+        measure,
+        setup,
+        model,
+        shape,
+        variants,
+        rounds,
+        lambda line: stderr().print(line, markup=False),
     )
     publish(result.markdown(f"ullm {DEFAULT.name}"), result.json(), output, "defaults")
     return 1 if result.beaten or result.figures.errors else 0

@@ -19,6 +19,7 @@ from tests.benchmarks.batch.engine_load import EngineLoad
 from tests.benchmarks.compare.comparison_rounds import baseline_of, check_names, choose
 from tests.benchmarks.compare.hardware import ModelShape, model_shape
 from tests.benchmarks.compare.weight_bits import gguf_bits
+from tests.benchmarks.disturbance.neighbours import beside
 from tests.benchmarks.offline.offline_load import OfflineOptions
 from tests.benchmarks.shared_options import JsonObject, Rounds
 from ullm.cli.interrupts import run_to_end
@@ -86,7 +87,13 @@ def offline(
     output.mkdir(parents=True, exist_ok=True)
     setup = BatchSetup(gguf.resolve(), load, "cpu", output)
     finished = run_to_end(
-        run_rounds, participants, setup, rounds, lambda line: stderr().print(line, markup=False)
+        beside,
+        load.neighbours,
+        run_rounds,
+        participants,
+        setup,
+        rounds,
+        lambda line: stderr().print(line, markup=False),
     )
     baselines = [each.name for each in participants if each.is_peer]
     if baseline is not None or not baselines:

@@ -28,6 +28,7 @@ class OfflineLoad:
         levels: numbers of prompts that are decoded at once.
         prompt_tokens, output_tokens: tokens per request while decoding is measured.
         prefill_tokens: tokens of the prompts whose prefill is measured.
+        neighbours: number of spinning processes beside the engines.
     """
 
     levels: tuple[int, ...]
@@ -35,12 +36,14 @@ class OfflineLoad:
     output_tokens: int = 128
     prefill_tokens: int = 900
     seed: int = 0
+    neighbours: int = 0
 
     def check(self) -> None:
         """Raise `UsageError` for a load that cannot be measured."""
         for flag, value, least in (
             ("--output-tokens", self.output_tokens, 2),
             ("--prefill-tokens", self.prefill_tokens, 1),
+            ("--neighbours", self.neighbours, 0),
         ):
             if value < least:
                 raise UsageError(f"{flag} must be at least {least}, got {value}")
@@ -100,13 +103,15 @@ class OfflineLoad:
             "output_tokens": self.output_tokens,
             "prefill_tokens": self.prefill_tokens,
             "seed": self.seed,
+            "neighbours": self.neighbours,
         }
 
     def describe(self) -> str:
         """See `EngineLoad`."""
+        beside = f"; beside {self.neighbours} spinning processes all the time" if self.neighbours else ""
         return (
             f"Prompts of {self.prompt_tokens} random tokens, {self.output_tokens} new tokens for each, "
-            f"greedy; prefill of {PREFILL_REPEATS} prompts, one after the other"
+            f"greedy; prefill of {PREFILL_REPEATS} prompts, one after the other{beside}"
         )
 
 
@@ -121,6 +126,7 @@ class OfflineOptions:
     ] = None
     output_tokens: Annotated[int, Parameter(help="Tokens to generate for each of them.")] = 128
     prefill_tokens: Annotated[int, Parameter(help="Tokens of the prompts whose prefill is measured.")] = 900
+    neighbours: Annotated[int, Parameter(help="Number of spinning processes beside the engines.")] = 0
     seed: Seed = 0
 
     def load(self, default_levels: tuple[int, ...]) -> OfflineLoad:
@@ -137,6 +143,7 @@ class OfflineOptions:
             output_tokens=self.output_tokens,
             prefill_tokens=self.prefill_tokens,
             seed=self.seed,
+            neighbours=self.neighbours,
         )
         load.check()
         return load

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
 import pytest
+from gguf.constants import GGMLQuantizationType as Kind
 
 from tests.benchmarks.batch.batch_report import EngineReport, report
 from tests.benchmarks.batch.batch_rounds import BatchSetup, FinishedRounds
@@ -19,7 +21,7 @@ from tests.benchmarks.compare.comparison_rounds import Turn
 from tests.benchmarks.compare.hardware import Limits, MeasuredDevice, ModelShape, roofline
 from tests.benchmarks.compare.scenarios import Figures, Metric, decode_metric
 from tests.benchmarks.compare.test_compare import write_gguf
-from tests.benchmarks.offline import defaults_command
+from tests.benchmarks.offline import defaults_command, offline_command
 from tests.benchmarks.offline.defaults_command import choose_variants, measure
 from tests.benchmarks.offline.defaults_report import judge, suspects
 from tests.benchmarks.offline.offline_command import OfflinePeers, contenders
@@ -293,6 +295,26 @@ async def test_what_seems_to_beat_the_default_is_measured_again(
         "ullm default",
     ]
     assert found.figures.rounds == 2
+
+
+@pytest.mark.parametrize("module", [defaults_command, offline_command])
+def test_neighbours_are_beside_all_rounds(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def told(count: int, *work: Any) -> Any:
+        raise UsageError(f"beside {count}")
+
+    monkeypatch.setattr(module, "beside", told)
+    monkeypatch.setattr(module, "model_shape", lambda path: SHAPE)
+    file = write_gguf(tmp_path / "w.gguf", Kind.Q4_1)
+    monkeypatch.setattr(defaults_command, "find_model", lambda *names: file)
+    given = ["defaults"] if module is defaults_command else ["offline", "--gguf", str(file)]
+    assert main([*given, "--neighbours", "3", "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "error: beside 3\n"
+    load = OfflineOptions(neighbours=3).load((1,))
+    assert load.describe().endswith("; beside 3 spinning processes all the time")
+    assert load.settings()["neighbours"] == 3
+    assert "beside" not in LOAD.describe()
 
 
 # --- all of it ---------------------------------------------------------------------------------------------
