@@ -6,8 +6,9 @@ import gc
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 UNKNOWN_MEMORY = 4 << 30
@@ -57,20 +58,45 @@ def _cpu_groups(process: Path) -> Iterator[Path]:
     except OSError:  # not Linux
         return
     paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in groups)}
-    for line in mounts:
+    for mount in control_group_mounts(mounts):
+        if mount.version == 2:
+            path = paths.get("", "/")
+        else:
+            path = next((path for names, path in paths.items() if "cpu" in names.split(",")), "/")
+        # Inside a container the mount may begin at the container's own group.
+        inside = path.removeprefix(mount.root.rstrip("/")).strip("/")
+        folder = mount.point / inside
+        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(mount.point))
+
+
+@dataclass(frozen=True)
+class ControlGroupMount:
+    """Where control groups that may limit processor time are mounted.
+
+    Args:
+        root: the group that is mounted there.
+        version: 1 or 2; in version 2 the cpu controller may be missing.
+    """
+
+    root: str
+    point: Path
+    version: int
+
+
+def control_group_mounts(mountinfo: Iterable[str]) -> Iterator[ControlGroupMount]:
+    """Iterate over the mounts that may limit processor time.
+
+    Args:
+        mountinfo: lines of /proc/self/mountinfo, see proc_pid_mountinfo(5).
+    """
+    for line in mountinfo:
         mount, _, filesystem = line.partition(" - ")
         root, point = mount.split()[3:5]
         kind, _, options = filesystem.split(maxsplit=2)
         if kind == "cgroup2":
-            path = paths.get("", "/")
+            yield ControlGroupMount(root, Path(point), 2)
         elif kind == "cgroup" and "cpu" in options.split(","):
-            path = next((path for names, path in paths.items() if "cpu" in names.split(",")), "/")
-        else:
-            continue
-        # Inside a container the mount may begin at the container's own group.
-        inside = path.removeprefix(root.rstrip("/")).strip("/")
-        folder = Path(point, inside)
-        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(point))
+            yield ControlGroupMount(root, Path(point), 1)
 
 
 def _quota(group: Path) -> float | None:

@@ -61,7 +61,7 @@ class Turn:
 
 def order(candidates: Sequence[T], number: int) -> list[T]:
     """Rotate the candidates by one each round, so that none always follows the same one."""
-    shift = number % len(candidates)
+    shift = number % max(1, len(candidates))
     return [*candidates[shift:], *candidates[:shift]]
 
 

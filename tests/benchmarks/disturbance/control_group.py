@@ -15,6 +15,7 @@ from pathlib import Path
 import trio
 
 from ullm.errors import UllmError
+from ullm.machine import control_group_mounts
 from ullm.testing.processes import POLL
 
 PERIOD = 100_000
@@ -54,7 +55,10 @@ class CpuController:
         except OSError as error:
             if folder.is_dir():
                 folder.rmdir()
-            raise QuotaUnavailable(f"control group {folder}: {error.strerror}; it takes root") from None
+            raise QuotaUnavailable(
+                f"control group {folder} cannot be made: {error.strerror}; it takes root, and in a container "
+                "control groups that may be written"
+            ) from None
         return folder
 
     def _enable(self) -> None:
@@ -81,13 +85,9 @@ def find_controller(mountinfo: Path = Path("/proc/self/mountinfo")) -> CpuContro
         lines = mountinfo.read_text().splitlines()
     except OSError:  # not Linux
         lines = []
-    for line in lines:
-        mount, _, filesystem = line.partition(" - ")
-        point, (kind, _, options) = Path(mount.split()[4]), filesystem.split(maxsplit=2)
-        if kind == "cgroup" and "cpu" in options.split(","):
-            return CpuController(point, 1)
-        if kind == "cgroup2" and "cpu" in (point / "cgroup.controllers").read_text().split():
-            return CpuController(point, 2)
+    for mount in control_group_mounts(lines):
+        if mount.version == 1 or "cpu" in (mount.point / "cgroup.controllers").read_text().split():
+            return CpuController(mount.point, mount.version)
     raise QuotaUnavailable("no cpu controller of control groups is mounted")
 
 

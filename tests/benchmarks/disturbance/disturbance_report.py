@@ -98,7 +98,7 @@ class DisturbanceReport(msgspec.Struct, frozen=True):
 
     Args:
         commands: server → its command.
-        left_out: disturbances that the machine cannot do, and why.
+        left_out: disturbances that the machine or a server cannot do, and why.
         failures: what ullm does worse than it must.
         errors: turns that were not measured, and why.
     """

@@ -37,7 +37,7 @@ class DisturbedTurns:
 
     Args:
         turns: name of the disturbance → turns of all servers and rounds.
-        left_out: disturbances that this machine cannot do, and why.
+        left_out: disturbances that this machine or a server cannot do, and why.
     """
 
     turns: dict[str, list[Turn]] = field(default_factory=dict)
@@ -69,9 +69,11 @@ async def run_rounds(
     Raises:
         MachineUnknown: the limits could not be measured.
     """
-    finished = DisturbedTurns(left_out={each.name: each.missing() for each in disturbances if each.missing()})
-    possible = [each for each in disturbances if each.name not in finished.left_out]
-    finished.turns = {each.name: [] for each in possible}
+    left_out = {each.name: why for each in disturbances if (why := each.missing())}
+    possible = [each for each in disturbances if each.name not in left_out]
+    finished = DisturbedTurns(
+        {each.name: [] for each in possible}, left_out | _threadless(candidates, possible)
+    )
     for number in range(rounds):
         limits = await trio.to_thread.run_sync(measure)
         for disturbance in order(possible, number):
@@ -103,6 +105,16 @@ async def measure_disturbed(
         await running.target.aclose()
         await server.stop()
         return figures
+
+
+def _threadless(candidates: Sequence[ServerCandidate], disturbances: Sequence[Disturbance]) -> dict[str, str]:
+    """Return what is left out because servers have no option for their threads, and why."""
+    return {
+        f"{disturbance.name}: {candidate.name}": "it has no option for the number of threads"
+        for disturbance in disturbances
+        for candidate in candidates
+        if disturbance.threads and not candidate.threads
+    }
 
 
 def _line(disturbance: Disturbance, turn: Turn, load: ComparisonLoad) -> str:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ async def test_a_group_is_removed_when_its_processes_are_gone(
 
 
 def test_who_may_not_make_groups_is_told_why(tmp_path: Path) -> None:
-    with pytest.raises(QuotaUnavailable, match=r"No such file or directory; it takes root"):
+    with pytest.raises(
+        QuotaUnavailable, match=r"none/x cannot be made: No such file or directory; it takes root"
+    ):
         CpuController(tmp_path / "none", 1).create("x", 1.0)
     with pytest.raises(QuotaUnavailable, match="it takes root"):  # there is no cgroup.subtree_control
         CpuController(tmp_path, 2).create("x", 1.0)
@@ -346,6 +349,15 @@ async def test_rounds_rotate_and_failures_stay_alone(monkeypatch: pytest.MonkeyP
         "requests failed: it fell over"
     ] * 2
     assert len(found.all()) == 10
+
+
+async def test_a_server_that_cannot_have_more_threads_is_named(tmp_path: Path) -> None:
+    threads, candidate = Disturbance("2 threads per core", threads=2), replace(PEER, threads="")
+    found = await run_rounds(
+        [candidate], [threads], ComparisonLoad((1,)), 1, tmp_path, lambda line: None, lambda: LIMITS
+    )
+    assert found.left_out == {"2 threads per core: peer": "it has no option for the number of threads"}
+    assert not found.all()
 
 
 @pytest.mark.slow
