@@ -131,6 +131,15 @@ class Steady:
         self.running -= 1
 
 
+@pytest.mark.parametrize(("seconds", "requests"), [(0.0, 3), (2.5, 3), (2.6, 6), (1e9, 7)])
+async def test_a_closed_loop_that_ends_by_time(
+    seconds: float, requests: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Each of three clients sends one request of 2.5 seconds, and another one while there is time."""
+    summary, _ = await measure(Steady(), Workload(output_tokens=Length(4, 4)), 3, 7, seconds=seconds)
+    assert (summary.requests, summary.failed) == (requests, 0)
+
+
 async def test_closed_loop(autojump_clock: trio.testing.MockClock) -> None:
     target = Steady()
     summary, records = await measure(target, Workload(output_tokens=Length(4, 4)), 3, 7)

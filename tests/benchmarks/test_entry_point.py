@@ -31,6 +31,7 @@ def test_every_benchmark_has_help(name: str, capsys: pytest.CaptureFixture[str])
         ("offline --gguf x --neighbours -1", "--neighbours must be at least 0"),
         ("disturbance --only nope", "--only nope: expected some of undisturbed, 1 neighbour"),
         ("disturbance --rounds 0", "--rounds must be at least 1"),
+        ("disturbance --seconds 0", "--seconds must be above 0, got 0"),
         ("disturbance --output-tokens 0", "--output-tokens must be at least 1"),
         ("disturbance --concurrency 1,x", "--concurrency 1,x"),
         ("events --only nope", "--only 'nope'"),

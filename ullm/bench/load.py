@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -25,20 +26,35 @@ class BenchTarget(Protocol):
 
 
 async def measure(
-    target: BenchTarget, workload: Workload, concurrency: int, num_requests: int, *, stream: int = 0
+    target: BenchTarget,
+    workload: Workload,
+    concurrency: int,
+    num_requests: int,
+    *,
+    stream: int = 0,
+    seconds: float = math.inf,
 ) -> tuple[RunSummary, list[BenchRecord]]:
     """Run a closed loop: ``concurrency`` clients, each sending its next request when the last has ended.
 
     Args:
         stream: number of the workload's stream of requests; see `Workload.requests`.
+        seconds: how long requests are sent, though each client sends at least one; those sent are finished.
     """
     requests = workload.requests(stream)
     records: list[BenchRecord] = []
-    left = iter(range(num_requests))
+    left = _numbers(num_requests, concurrency, trio.current_time() + seconds)
     async with trio.open_nursery() as nursery:
         for _ in range(min(concurrency, num_requests)):
             nursery.start_soon(_client, target, requests, left, records)
     return summarise(records, concurrency), records
+
+
+def _numbers(count: int, least: int, deadline: float) -> Iterator[int]:
+    """Iterate over the numbers of the requests to send: all, or from ``least`` on those before a deadline."""
+    for number in range(count):
+        if number >= least and trio.current_time() >= deadline:
+            return
+        yield number
 
 
 async def _client(

@@ -12,7 +12,7 @@ from tests.benchmarks.batch.batch_command import publish
 from tests.benchmarks.compare.compare_command import ComparePeers, candidates
 from tests.benchmarks.compare.comparison_rounds import baseline_of, choose
 from tests.benchmarks.compare.hardware import model_shape
-from tests.benchmarks.compare.scenarios import ComparisonLoad
+from tests.benchmarks.disturbance.disturbance_load import DisturbanceLoad
 from tests.benchmarks.disturbance.disturbance_report import report
 from tests.benchmarks.disturbance.disturbance_rounds import run_rounds
 from tests.benchmarks.disturbance.disturbances import DISTURBANCES, Disturbance
@@ -37,10 +37,14 @@ class DisturbanceOptions:
         list[str] | None,
         Parameter(help=f"Numbers of concurrent streams. Default: {','.join(LEVELS)}.", negative=""),
     ] = None
-    output_tokens: Annotated[int, Parameter(help="Tokens to generate per stream.")] = 64
+    output_tokens: Annotated[int, Parameter(help="Tokens to generate per request.")] = 32
+    seconds: Annotated[
+        float,
+        Parameter(help="Seconds to send requests for each number of streams; those sent are finished."),
+    ] = 8.0
     seed: Seed = 0
 
-    def load(self) -> ComparisonLoad:
+    def load(self) -> DisturbanceLoad:
         """Return the load.
 
         Raises:
@@ -49,7 +53,11 @@ class DisturbanceOptions:
         levels = parse_concurrency(split_commas(self.concurrency) or LEVELS)
         if self.output_tokens < 1:
             raise UsageError(f"--output-tokens must be at least 1, got {self.output_tokens}")
-        return ComparisonLoad(tuple(levels), output_tokens=self.output_tokens, seed=self.seed)
+        if self.seconds <= 0:
+            raise UsageError(f"--seconds must be above 0, got {self.seconds:g}")
+        return DisturbanceLoad(
+            tuple(levels), output_tokens=self.output_tokens, seed=self.seed, seconds=self.seconds
+        )
 
 
 NO_PEERS, DEFAULT_LOAD = ComparePeers(), DisturbanceOptions()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import trio
 
 from tests.benchmarks.compare.scenarios import (
-    LEAST_REQUESTS,
     ComparisonLoad,
     Figures,
     Metric,
@@ -22,12 +21,12 @@ from tests.benchmarks.compare.scenarios import (
 from tests.benchmarks.soak.sample import tree_usage
 from ullm.bench.load import BenchTarget, measure
 from ullm.bench.stats import RunSummary, percentile
-from ullm.bench.workload import Workload
 from ullm.client.http import Endpoint
 from ullm.testing.processes import answers
 
 PROBE_PATH = "/health"
 PROBE_PERIOD = 0.1
+MOST_REQUESTS = 1_000_000
 QUIET_SECONDS, QUIET_SHARE = 2.0, 0.05
 """A server is quiet if it uses less than this share of a core for so long."""
 QUIET_LIMIT = 60.0
@@ -89,6 +88,19 @@ class LevelMetrics:
         }
 
 
+@dataclass(frozen=True)
+class DisturbanceLoad(ComparisonLoad):
+    """The requests of the decode scenario.
+
+    Args:
+        seconds: how long requests are sent for each number of streams. How many a disturbed server answers
+            meanwhile differs by a hundred times.
+    """
+
+    output_tokens: int = 32
+    seconds: float = 8.0
+
+
 @dataclass
 class Prober:
     """Asks for a server's health, each time on a new connection, as an orchestrator's probes do.
@@ -115,7 +127,7 @@ class Prober:
                 await self.enough.wait()
 
 
-async def run_levels(target: BenchTarget, endpoint: Endpoint, pid: int, load: ComparisonLoad) -> Figures:
+async def run_levels(target: BenchTarget, endpoint: Endpoint, pid: int, load: DisturbanceLoad) -> Figures:
     """Warm up, then measure each number of streams.
 
     Args:
@@ -132,19 +144,16 @@ async def run_levels(target: BenchTarget, endpoint: Endpoint, pid: int, load: Co
         return await answers(endpoint, PROBE_PATH)
 
     await warm_up(target, load.seed)
-    figures, workload = Figures({}, {}), decode_workload(load)
-    for stream, level in enumerate(load.levels):
-        figures.values |= await run_level(target, workload, level, stream, spent, Prober(ask))
+    figures = Figures({}, {})
+    for level in load.levels:
+        figures.values |= await run_level(target, load, level, spent, Prober(ask))
     return figures
 
 
 async def run_level(
-    target: BenchTarget, workload: Workload, level: int, stream: int, spent: Spent, prober: Prober
+    target: BenchTarget, load: DisturbanceLoad, level: int, spent: Spent, prober: Prober
 ) -> dict[Metric, float]:
     """Measure one number of streams.
-
-    Args:
-        stream: number of the workload's stream of requests.
 
     Raises:
         RequestsFailed: a request or a probe failed.
@@ -152,7 +161,9 @@ async def run_level(
     before = await spent()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(prober.run)
-        summary, _ = await measure(target, workload, level, max(level, LEAST_REQUESTS), stream=stream)
+        summary, _ = await measure(
+            target, decode_workload(load), level, MOST_REQUESTS, stream=level, seconds=load.seconds
+        )
         used = await spent() - before
         prober.enough.set()
     require_answers(summary)

@@ -20,8 +20,8 @@ from tests.benchmarks.compare.candidates import ServerCandidate
 from tests.benchmarks.compare.comparison import Entry, Ratio, line_of, shown
 from tests.benchmarks.compare.comparison_rounds import Turn
 from tests.benchmarks.compare.hardware import Limits, describe, machine, median_limits
-from tests.benchmarks.compare.scenarios import ComparisonLoad, Metric
-from tests.benchmarks.disturbance.disturbance_load import LevelMetrics
+from tests.benchmarks.compare.scenarios import Metric
+from tests.benchmarks.disturbance.disturbance_load import DisturbanceLoad, LevelMetrics
 from tests.benchmarks.disturbance.disturbance_rounds import DisturbedTurns
 from tests.benchmarks.disturbance.disturbances import NO_STANDBY, STANDBY, Disturbance
 from tests.benchmarks.soak.soak_report import table
@@ -110,6 +110,7 @@ class DisturbanceReport(msgspec.Struct, frozen=True):
     baseline: str
     rounds: int
     output_tokens: int
+    seconds: float
     commands: dict[str, list[str]]
     rows: list[DisturbedRow]
     left_out: dict[str, str]
@@ -140,8 +141,9 @@ class DisturbanceReport(msgspec.Struct, frozen=True):
     def _heading(self) -> str:
         return (
             f"{self.when[:10]}, {describe(self.machine)}; {self.limits}. {self.model}. Medians of "
-            f"{self.rounds} rounds, one server at a time, {self.output_tokens} new tokens a stream, over "
-            "HTTP with server-sent events; the client has the same cores, but neither quota nor affinity. "
+            f"{self.rounds} rounds, one server at a time, requests of {self.output_tokens} new tokens sent "
+            f"for {self.seconds:g} s each, over HTTP with server-sent events; the client has the same cores, "
+            "but neither quota nor affinity. "
             "Neighbours are spinning processes, each in a session of its own. *Processors*: processor "
             "seconds of all the server's processes per second; in brackets here and at tok/s the share of "
             "the undisturbed. *Kept by time*: throughput by the undisturbed throughput and the share of the "
@@ -162,7 +164,7 @@ def report(
     candidates: Sequence[ServerCandidate],
     disturbances: Sequence[Disturbance],
     finished: DisturbedTurns,
-    load: ComparisonLoad,
+    load: DisturbanceLoad,
     model: str,
     baseline: str,
 ) -> DisturbanceReport:
@@ -187,6 +189,7 @@ def report(
         baseline=baseline,
         rounds=1 + max((turn.round for turn in turns), default=-1),
         output_tokens=load.output_tokens,
+        seconds=load.seconds,
         commands={each.name: list(each.arguments) for each in candidates},
         rows=rows,
         left_out=finished.left_out,

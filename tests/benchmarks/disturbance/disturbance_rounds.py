@@ -20,8 +20,9 @@ from tests.benchmarks.compare.comparison_rounds import (
     take,
 )
 from tests.benchmarks.compare.hardware import Limits, measure_limits
-from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures
+from tests.benchmarks.compare.scenarios import Figures
 from tests.benchmarks.disturbance.disturbance_load import (
+    DisturbanceLoad,
     LevelMetrics,
     run_levels,
     tree_seconds,
@@ -51,7 +52,7 @@ class DisturbedTurns:
 async def run_rounds(
     candidates: Sequence[ServerCandidate],
     disturbances: Sequence[Disturbance],
-    load: ComparisonLoad,
+    load: DisturbanceLoad,
     rounds: int,
     logs: Path,
     say: Say,
@@ -89,7 +90,7 @@ async def run_rounds(
 
 
 async def measure_disturbed(
-    candidate: ServerCandidate, disturbance: Disturbance, load: ComparisonLoad, log: Path
+    candidate: ServerCandidate, disturbance: Disturbance, load: DisturbanceLoad, log: Path
 ) -> Figures:
     """Start a server, measure it while it is disturbed, stop it.
 
@@ -117,7 +118,7 @@ def _threadless(candidates: Sequence[ServerCandidate], disturbances: Sequence[Di
     }
 
 
-def _line(disturbance: Disturbance, turn: Turn, load: ComparisonLoad) -> str:
+def _line(disturbance: Disturbance, turn: Turn, load: DisturbanceLoad) -> str:
     begin = f"round {turn.round + 1}: {disturbance.name}: {turn.candidate}:"
     if turn.figures is None:
         return f"{begin} {turn.error}"

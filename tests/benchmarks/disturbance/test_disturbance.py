@@ -20,7 +20,7 @@ from tests.benchmarks.compare import comparison_rounds
 from tests.benchmarks.compare.candidates import ServerCandidate, transformers_candidate
 from tests.benchmarks.compare.comparison_rounds import Turn
 from tests.benchmarks.compare.hardware import Limits, machine
-from tests.benchmarks.compare.scenarios import ComparisonLoad, Figures, RequestsFailed, decode_workload
+from tests.benchmarks.compare.scenarios import Figures, RequestsFailed
 from tests.benchmarks.compare.test_compare import SCRIPT
 from tests.benchmarks.disturbance import (
     control_group,
@@ -38,6 +38,7 @@ from tests.benchmarks.disturbance.control_group import (
 )
 from tests.benchmarks.disturbance.disturbance_command import choose_disturbances
 from tests.benchmarks.disturbance.disturbance_load import (
+    DisturbanceLoad,
     LevelMetrics,
     Prober,
     run_level,
@@ -56,7 +57,7 @@ from tests.benchmarks.disturbance.disturbances import (
 )
 from tests.benchmarks.disturbance.neighbours import beside, busy_neighbours
 from ullm.bench.stats import BenchRecord, summarise
-from ullm.bench.workload import BenchRequest, Length, Workload
+from ullm.bench.workload import BenchRequest
 
 LIMITS = Limits(bandwidth=1e9, arithmetic=1e12)
 OURS = ServerCandidate("ullm default", ("ullm", "{port}"), "/live", "/ready", threads="--cpu-threads")
@@ -278,16 +279,15 @@ async def spend_half_a_processor() -> float:
 
 
 async def test_a_level_is_measured(autojump_clock: trio.testing.MockClock) -> None:
-    workload = decode_workload(ComparisonLoad((1,), output_tokens=4))
-    prober = Prober(probe(0.025))
-    found = await run_level(ScriptedTarget(), workload, 4, 0, spend_half_a_processor, prober)
+    load, prober = DisturbanceLoad((4,), output_tokens=4, seconds=9.0), Prober(probe(0.025))
+    found = await run_level(ScriptedTarget(), load, 4, spend_half_a_processor, prober)
     assert found == pytest.approx(
         {
             (metrics := LevelMetrics.of(4)).rate: 4.0,
             metrics.first: 1000.0,
             metrics.probe: 25.0,
             metrics.probe_p99: 25.0,
-            metrics.seconds: 6.0,  # 12 requests of 4 tokens, 4 at a time
+            metrics.seconds: 6.0,  # for 12 s, since what began at 8 s is finished
             metrics.processors: 0.5,
             metrics.efficiency: 8.0,
         }
@@ -296,11 +296,11 @@ async def test_a_level_is_measured(autojump_clock: trio.testing.MockClock) -> No
 
 
 async def test_what_fails_has_no_figures(autojump_clock: trio.testing.MockClock) -> None:
-    workload = Workload(output_tokens=Length(2, 2))
+    load = DisturbanceLoad((1,), output_tokens=2)
     with pytest.raises(RequestsFailed, match="it broke"):
-        await run_level(ScriptedTarget("it broke"), workload, 1, 0, spend_half_a_processor, Prober(probe(0)))
+        await run_level(ScriptedTarget("it broke"), load, 1, spend_half_a_processor, Prober(probe(0)))
     with pytest.raises(RequestsFailed, match=r"\d+ of \d+ probes of /health"):
-        await run_level(ScriptedTarget(), workload, 1, 0, spend_half_a_processor, Prober(probe(0, False)))
+        await run_level(ScriptedTarget(), load, 1, spend_half_a_processor, Prober(probe(0, False)))
 
 
 async def test_a_server_may_finish_what_it_does_first(autojump_clock: trio.testing.MockClock) -> None:
@@ -334,7 +334,7 @@ async def test_rounds_rotate_and_failures_stay_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Disturbance, "missing", lambda self: "needs root" if self.quota else "")
     said: list[str] = []
     chosen = [NONE, BESIDE, Disturbance("quota 1", quota=1.0), STANDBY]
-    load = ComparisonLoad((1,))
+    load = DisturbanceLoad((1,))
     found = await run_rounds([OURS, PEER], chosen, load, 2, tmp_path, said.append, lambda: LIMITS)
     assert [line.split(":")[1:3] for line in said] == [
         *([" undisturbed", " ullm default"], [" undisturbed", " peer"]),
@@ -354,7 +354,7 @@ async def test_rounds_rotate_and_failures_stay_alone(monkeypatch: pytest.MonkeyP
 async def test_a_server_that_cannot_have_more_threads_is_named(tmp_path: Path) -> None:
     threads, candidate = Disturbance("2 threads per core", threads=2), replace(PEER, threads="")
     found = await run_rounds(
-        [candidate], [threads], ComparisonLoad((1,)), 1, tmp_path, lambda line: None, lambda: LIMITS
+        [candidate], [threads], DisturbanceLoad((1,)), 1, tmp_path, lambda line: None, lambda: LIMITS
     )
     assert found.left_out == {"2 threads per core: peer": "it has no option for the number of threads"}
     assert not found.all()
@@ -369,7 +369,7 @@ async def test_a_server_is_measured_beside_a_neighbour_and_on_one_core(
     monkeypatch.setattr(comparison_rounds, "SETTLE", 0.0)
     peer = ServerCandidate("peer", (sys.executable, str(SCRIPT), "{port}"), "/health", "/health")
     disturbance = Disturbance("both", neighbours=1, one_core=True)
-    load = ComparisonLoad((1, 3), output_tokens=4)
+    load = DisturbanceLoad((1, 3), output_tokens=4, seconds=0.3)
     found = await disturbance_rounds.measure_disturbed(peer, disturbance, load, tmp_path / "log")
     assert len(found.values) == 14
     assert all(value > 0 for value in found.values.values())
@@ -405,7 +405,7 @@ def judged(*, ours_beside: float = 60.0, error: str = "") -> DisturbanceReport:
             turns.turns[name].append(turn)
     if error:
         turns.turns[NONE.name].append(Turn(1, "other", None, LIMITS, error))
-    load = ComparisonLoad((4,), output_tokens=64)
+    load = DisturbanceLoad((4,), output_tokens=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(disturbance_report, "machine", lambda: {**machine(), "cores": 2})
         return report([OURS, PEER], [NONE, BESIDE], turns, load, "w.gguf", PEER.name)
@@ -471,7 +471,7 @@ def test_a_standby_worker_that_waits_costs_nothing(with_standby: float, good: bo
             STANDBY.name: [Turn(0, OURS.name, figures(1, with_standby, 1.0), LIMITS)],
         }
     )
-    found = report([OURS], [NONE, NO_STANDBY, STANDBY], turns, ComparisonLoad((1,)), "w.gguf", OURS.name)
+    found = report([OURS], [NONE, NO_STANDBY, STANDBY], turns, DisturbanceLoad((1,)), "w.gguf", OURS.name)
     shares = [row.rate_share.median for row in found.rows if row.rate_share is not None]
     assert shares == pytest.approx([50 / 60, with_standby / 50])
     assert found.good == good
