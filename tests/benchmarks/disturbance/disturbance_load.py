@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import trio
 
@@ -22,7 +24,7 @@ from tests.benchmarks.soak.sample import tree_usage
 from ullm.bench.load import BenchTarget, measure
 from ullm.bench.stats import RunSummary, percentile
 from ullm.client.http import Endpoint
-from ullm.testing.processes import answers
+from ullm.testing.processes import answers, psutil_module
 
 PROBE_PATH = "/health"
 PROBE_PERIOD = 0.1
@@ -33,8 +35,15 @@ QUIET_LIMIT = 60.0
 TICK = 0.01
 """Least processor seconds that are seen."""
 
-Spent = Callable[[], Awaitable[float]]
-"""Returns the processor seconds that a server has used."""
+
+class Spent(NamedTuple):
+    """Processor seconds that a server, and everybody else, has used; see `LevelMetrics`."""
+
+    server: float
+    others: float
+
+
+Account = Callable[[], Awaitable[Spent]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class LevelMetrics:
         seconds: processor seconds that the server's processes used.
         processors: the same, per second.
         efficiency: generated tokens per processor second.
+        others: processors that everybody else used: other programs, and other virtual machines.
     """
 
     rate: Metric
@@ -54,6 +64,7 @@ class LevelMetrics:
     seconds: Metric
     processors: Metric
     efficiency: Metric
+    others: Metric
 
     @classmethod
     def of(cls, level: int) -> LevelMetrics:
@@ -67,24 +78,25 @@ class LevelMetrics:
             Metric(f"{rate.name}: processor time", "s", "lower"),
             Metric(f"{rate.name}: processors", "processors"),
             Metric(f"{rate.name}: tokens per processor second", "tokens"),
+            Metric(f"{rate.name}: processors of others", "processors", "lower"),
         )
 
-    def figures(self, summary: RunSummary, spent: float, probes: list[float]) -> dict[Metric, float]:
+    def figures(self, summary: RunSummary, spent: Spent, probes: list[float]) -> dict[Metric, float]:
         """Return the figures of one run.
 
         Args:
-            spent: processor seconds.
             probes: seconds that each probe took.
         """
-        ordered, spent = sorted(probes), max(spent, TICK)
+        ordered, seconds = sorted(probes), max(spent.server, TICK)
         return {
             self.rate: summary.tokens_per_second,
             self.first: median_first(summary),
             self.probe: percentile(ordered, 0.5) * 1000,
             self.probe_p99: percentile(ordered, 0.99) * 1000,
-            self.seconds: spent,
-            self.processors: spent / summary.seconds,
-            self.efficiency: summary.output_tokens / spent,
+            self.seconds: seconds,
+            self.processors: seconds / summary.seconds,
+            self.efficiency: summary.output_tokens / seconds,
+            self.others: max(0.0, spent.others) / summary.seconds,
         }
 
 
@@ -137,8 +149,8 @@ async def run_levels(target: BenchTarget, endpoint: Endpoint, pid: int, load: Di
         RequestsFailed: a request or a probe failed.
     """
 
-    async def spent() -> float:
-        return await tree_seconds(pid)
+    async def account() -> Spent:
+        return await trio.to_thread.run_sync(look, pid)
 
     async def ask() -> bool:
         return await answers(endpoint, PROBE_PATH)
@@ -146,43 +158,51 @@ async def run_levels(target: BenchTarget, endpoint: Endpoint, pid: int, load: Di
     await warm_up(target, load.seed)
     figures = Figures({}, {})
     for level in load.levels:
-        figures.values |= await run_level(target, load, level, spent, Prober(ask))
+        figures.values |= await run_level(target, load, level, account, Prober(ask))
     return figures
 
 
 async def run_level(
-    target: BenchTarget, load: DisturbanceLoad, level: int, spent: Spent, prober: Prober
+    target: BenchTarget, load: DisturbanceLoad, level: int, account: Account, prober: Prober
 ) -> dict[Metric, float]:
     """Measure one number of streams.
 
     Raises:
         RequestsFailed: a request or a probe failed.
     """
-    before = await spent()
+    before = await account()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(prober.run)
         summary, _ = await measure(
             target, decode_workload(load), level, MOST_REQUESTS, stream=level, seconds=load.seconds
         )
-        used = await spent() - before
+        after = await account()
         prober.enough.set()
     require_answers(summary)
     if prober.failed:
         raise RequestsFailed([f"{prober.failed} of {len(prober.times)} probes of {PROBE_PATH}"])
-    return LevelMetrics.of(level).figures(summary, used, prober.times)
+    spent = Spent(after.server - before.server, after.others - before.others)
+    return LevelMetrics.of(level).figures(summary, spent, prober.times)
 
 
-async def tree_seconds(pid: int) -> float:
-    """Return the processor seconds that a process and its descendants have used."""
-    return (await trio.to_thread.run_sync(tree_usage, pid)).cpu
+def look(pid: int) -> Spent:
+    """Return what a server and its descendants have used, and all that are not this process's descendants."""
+    times = psutil_module().cpu_times()._asdict()
+    unused = {"idle", "iowait", "guest", "guest_nice"}  # the latter two are part of user and nice
+    used = sum(seconds for name, seconds in times.items() if name not in unused)
+    return Spent(tree_usage(pid).cpu, used - tree_usage(os.getpid()).cpu)
 
 
-async def wait_until_quiet(spent: Spent) -> None:
-    """Wait until a server does nothing, such as preparing a standby worker; but not for ever."""
+async def wait_until_quiet(seconds: Callable[[], Awaitable[float]]) -> None:
+    """Wait until a server does nothing, such as preparing a standby worker; but not for ever.
+
+    Args:
+        seconds: returns the processor seconds that it has used.
+    """
     with trio.move_on_after(QUIET_LIMIT):
-        used = await spent()
+        used = await seconds()
         while True:
             await trio.sleep(QUIET_SECONDS)
-            before, used = used, await spent()
+            before, used = used, await seconds()
             if used - before < QUIET_SECONDS * QUIET_SHARE:
                 return

@@ -30,6 +30,8 @@ LEAST_KEPT = 0.80
 """Share of its throughput by the processor time that it is given, or its fair share, that ullm must keep."""
 LEAST_BESIDE_STANDBY = 0.95
 """Share of its throughput that a server must keep beside a standby worker that waits; the rest is noise."""
+QUIET = 0.1
+"""Processors that others may use before the report says so."""
 COLUMNS = (
     "tok/s",
     "processor time, s",
@@ -40,6 +42,7 @@ COLUMNS = (
     "first token, ms",
     "/health, ms",
     "p99",
+    "others",
 )
 
 
@@ -54,6 +57,7 @@ class DisturbedRow(msgspec.Struct, frozen=True):
         fair_share: processors that it should be given at least.
         kept: ratio to the undisturbed server's tokens per processor second.
         kept_of_fair: ratio to the undisturbed server's throughput by the fair share of the cores.
+        others: processors that everybody else used, besides the neighbours and the client.
         against: ratio of its tokens per second to the baseline's under the same disturbance.
     """
 
@@ -71,6 +75,7 @@ class DisturbedRow(msgspec.Struct, frozen=True):
     fair_share: float
     kept: Ratio | None
     kept_of_fair: Ratio | None
+    others: float
     against: Ratio | None
 
     @property
@@ -89,6 +94,7 @@ class DisturbedRow(msgspec.Struct, frozen=True):
             _ratio(self.kept),
             _ratio(self.kept_of_fair),
             *(shown(value) for value in (self.first_token, self.probe, self.probe_p99)),
+            f"{self.others:.2f}",
             _ratio(self.against),
         ]
 
@@ -132,7 +138,7 @@ class DisturbanceReport(msgspec.Struct, frozen=True):
         for streams in dict.fromkeys(row.streams for row in self.rows):
             head = [f"{streams} stream{'s' if streams > 1 else ''}", *COLUMNS, f"against {self.baseline}"]
             parts.append(table([head, *(row.cells() for row in self.rows if row.streams == streams)]))
-        parts.append(self._verdict())
+        parts += [self._verdict(), *self._noise()]
         parts.append("\n".join(f"- {name}: `{' '.join(command)}`" for name, command in self.commands.items()))
         parts += [f"Left out: {name}: {why}." for name, why in self.left_out.items()]
         parts += [f"Not measured: {error}" for error in self.errors]
@@ -149,9 +155,19 @@ class DisturbanceReport(msgspec.Struct, frozen=True):
             "the undisturbed. *Kept by time*: throughput by the undisturbed throughput and the share of the "
             "undisturbed processor time; *kept by share*: by the undisturbed throughput and the fair share "
             "of the cores; round by round, median (least–most), for ullm at least "
-            f"{LEAST_KEPT:.2f}. Standby workers are beside "
-            f"*{NO_STANDBY.name}*."
+            f"{LEAST_KEPT:.2f}. *Others*: processors of all other programs and virtual machines. Standby "
+            f"workers are beside *{NO_STANDBY.name}*."
         )
+
+    def _noise(self) -> list[str]:
+        busy = [row for row in self.rows if row.others > QUIET]
+        if not busy:
+            return []
+        most = max(busy, key=lambda row: row.others)
+        return [
+            f"**The machine was not quiet**: in {len(busy)} of {len(self.rows)} rows other programs or "
+            f"virtual machines used more than {QUIET} processors, most in *{most.title}*: {most.others:.2f}."
+        ]
 
     def _verdict(self) -> str:
         if not self.failures:
@@ -251,6 +267,7 @@ def row_of(
         fair_share=fair,
         kept=beside(metrics.efficiency),
         kept_of_fair=None if rate_share is None else _scaled(rate_share, cores / fair),
+        others=entry(metrics.others).median,
         against=entry(metrics.rate).ratio,
     )
 

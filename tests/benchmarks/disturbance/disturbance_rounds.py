@@ -25,11 +25,11 @@ from tests.benchmarks.disturbance.disturbance_load import (
     DisturbanceLoad,
     LevelMetrics,
     run_levels,
-    tree_seconds,
     wait_until_quiet,
 )
 from tests.benchmarks.disturbance.disturbances import Disturbance
 from tests.benchmarks.disturbance.neighbours import busy_neighbours
+from tests.benchmarks.soak.sample import tree_usage
 
 
 @dataclass
@@ -100,7 +100,7 @@ async def measure_disturbed(
     async with disturbance.around(candidate) as disturbed, start_candidate(disturbed, log) as running:
         server = running.server
         if not disturbance.at_once:
-            await wait_until_quiet(partial(tree_seconds, server.pid))
+            await wait_until_quiet(partial(_seconds, server.pid))
         async with busy_neighbours(disturbance.neighbours):
             figures = await run_levels(running.target, server.endpoint, server.pid, load)
         await running.target.aclose()
@@ -116,6 +116,10 @@ def _threadless(candidates: Sequence[ServerCandidate], disturbances: Sequence[Di
         for candidate in candidates
         if disturbance.threads and not candidate.threads
     }
+
+
+async def _seconds(pid: int) -> float:
+    return (await trio.to_thread.run_sync(tree_usage, pid)).cpu
 
 
 def _line(disturbance: Disturbance, turn: Turn, load: DisturbanceLoad) -> str:

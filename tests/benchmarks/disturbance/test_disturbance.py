@@ -41,8 +41,9 @@ from tests.benchmarks.disturbance.disturbance_load import (
     DisturbanceLoad,
     LevelMetrics,
     Prober,
+    Spent,
+    look,
     run_level,
-    tree_seconds,
     wait_until_quiet,
 )
 from tests.benchmarks.disturbance.disturbance_report import DisturbanceReport, report
@@ -274,8 +275,8 @@ def probe(seconds: float, good: bool = True) -> Callable[[], Awaitable[bool]]:
     return ask
 
 
-async def spend_half_a_processor() -> float:
-    return trio.current_time() / 2
+async def spend_half_a_processor() -> Spent:
+    return Spent(trio.current_time() / 2, trio.current_time() / 4)
 
 
 async def test_a_level_is_measured(autojump_clock: trio.testing.MockClock) -> None:
@@ -290,6 +291,7 @@ async def test_a_level_is_measured(autojump_clock: trio.testing.MockClock) -> No
             metrics.seconds: 6.0,  # for 12 s, since what began at 8 s is finished
             metrics.processors: 0.5,
             metrics.efficiency: 8.0,
+            metrics.others: 0.25,
         }
     )
     assert len(prober.times) == pytest.approx(120, abs=1)
@@ -318,8 +320,9 @@ async def test_a_server_may_finish_what_it_does_first(autojump_clock: trio.testi
 def test_probes_are_summarised() -> None:
     records = [BenchRecord(0.0, [0.5, 1.0, 2.0], 2.0, tokens=3, prompt_tokens=5)]
     metrics = LevelMetrics.of(1)
-    found = metrics.figures(summarise(records, 1), 1.5, [0.001 * n for n in range(100, 0, -1)])
+    found = metrics.figures(summarise(records, 1), Spent(1.5, -0.1), [0.001 * n for n in range(100, 0, -1)])
     assert (found[metrics.probe], found[metrics.probe_p99]) == (50.0, 99.0)
+    assert found[metrics.others] == 0.0  # clock ticks
     assert (found[metrics.first], found[metrics.processors], found[metrics.efficiency]) == (500.0, 0.75, 2.0)
 
 
@@ -371,27 +374,38 @@ async def test_a_server_is_measured_beside_a_neighbour_and_on_one_core(
     disturbance = Disturbance("both", neighbours=1, one_core=True)
     load = DisturbanceLoad((1, 3), output_tokens=4, seconds=0.3)
     found = await disturbance_rounds.measure_disturbed(peer, disturbance, load, tmp_path / "log")
-    assert len(found.values) == 14
-    assert all(value > 0 for value in found.values.values())
+    assert len(found.values) == 16
+    assert all(value > 0 for metric, value in found.values.items() if "others" not in metric.name)
     assert all(found.values[LevelMetrics.of(level).processors] < 1 for level in (1, 3))
     assert not psutil.Process().children()
 
 
 @pytest.mark.process
-async def test_the_processor_time_of_a_tree() -> None:
-    assert 0 < await tree_seconds(os.getpid()) < 1e6
+async def test_the_time_of_others_is_not_that_of_neighbours() -> None:
+    async with busy_neighbours(1) as (pid,):
+        began = time.monotonic()
+        before = look(pid)
+        await trio.to_thread.run_sync(wait_until_busy, [pid])
+        after = look(pid)
+    there_is = psutil.cpu_count() * (time.monotonic() - began)
+    server = after.server - before.server
+    assert server > 0.1
+    assert -0.1 < after.others - before.others < there_is - server + 0.1
 
 
 # --- judging -----------------------------------------------------------------------------------------------
 
 
-def figures(level: int, rate: float, processors: float) -> Figures:
+def figures(level: int, rate: float, processors: float, others: float = 0.0) -> Figures:
     m = LevelMetrics.of(level)
     times = {m.first: 40.0, m.probe: 2.0, m.probe_p99: 9.0, m.seconds: 100 * processors / rate}
-    return Figures({m.rate: rate, **times, m.processors: processors, m.efficiency: rate / processors}, {})
+    return Figures(
+        {m.rate: rate, **times, m.processors: processors, m.efficiency: rate / processors, m.others: others},
+        {},
+    )
 
 
-def judged(*, ours_beside: float = 60.0, error: str = "") -> DisturbanceReport:
+def judged(*, ours_beside: float = 60.0, others: float = 0.0, error: str = "") -> DisturbanceReport:
     """Two rounds on a machine that is twice as fast in the second; beside a neighbour half of the time."""
     turns = DisturbedTurns({NONE.name: [], BESIDE.name: []}, {"quota 1.5": "it takes root"})
     for number, speed in enumerate((1, 2)):
@@ -401,7 +415,7 @@ def judged(*, ours_beside: float = 60.0, error: str = "") -> DisturbanceReport:
             (BESIDE.name, OURS.name, ours_beside, 0.9),
             (BESIDE.name, PEER.name, 10.0, 1.0),
         ):
-            turn = Turn(number, server, figures(4, speed * rate, processors), LIMITS)
+            turn = Turn(number, server, figures(4, speed * rate, processors, others), LIMITS)
             turns.turns[name].append(turn)
     if error:
         turns.turns[NONE.name].append(Turn(1, "other", None, LIMITS, error))
@@ -452,8 +466,11 @@ def test_reports_for_people_and_for_programs() -> None:
     assert "| 4 streams | tok/s | processor time, s | processors | fair share | kept by time |" in text
     assert (
         "| 1 neighbour: ullm default | 90 (60%) | 1.12 | 0.90 (50%) | 1.00 | 1.20 (1.20–1.20) "
-        "| 1.20 (1.20–1.20) | 40 | 2.00 | 9.00 | 6.00 (6.00–6.00) |"
+        "| 1.20 (1.20–1.20) | 40 | 2.00 | 9.00 | 0.00 | 6.00 (6.00–6.00) |"
     ) in text
+    assert "not quiet" not in text
+    says = "in 4 of 4 rows other programs or virtual machines used more than 0.1 processors"
+    assert says in judged(others=0.2).markdown()
     assert "Left out: quota 1.5: it takes root." in text
     assert "Not measured: undisturbed: other, round 2: it fell over" in text
     assert "- peer: `peer {port}`" in text
