@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import os
@@ -34,6 +35,35 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def arm_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Return optional features of this ARM processor, by Linux's names; none on other processors.
+
+    Of macOS only those that the kernels use are known: https://docs.kernel.org/arch/arm64/elf_hwcaps.html and
+    https://developer.apple.com/documentation/kernel/1387446-sysctlbyname.
+    """
+    if sys.platform == "darwin":
+        return frozenset(name for name, key in _APPLE_FEATURES.items() if _sysctl(key))
+    with suppress(OSError):
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("Features"):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+_APPLE_FEATURES = {
+    "asimddp": b"hw.optional.arm.FEAT_DotProd",
+    "bf16": b"hw.optional.arm.FEAT_BF16",
+    "i8mm": b"hw.optional.arm.FEAT_I8MM",
+}
+
+
+def _sysctl(name: bytes) -> int:
+    value = ctypes.c_int(0)
+    size = ctypes.c_size_t(ctypes.sizeof(value))
+    ctypes.CDLL(None).sysctlbyname(name, ctypes.byref(value), ctypes.byref(size), None, 0)
+    return value.value
 
 
 def cpu_quota(process: Path = Path("/proc/self")) -> float | None:

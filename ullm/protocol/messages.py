@@ -190,6 +190,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
         weight_bytes: size of the weights on this rank.
         weight_formats: what the weights are in: names of dtypes, and ``int8`` or ``int4`` where quantized.
         kv_dtype: dtype of the KV.
+        kernels: what computes the layers: ``PyTorch``, ``Triton``, or the instructions that ullm's kernels
+            for CPUs use, such as ``AVX2``.
     """
 
     architecture: str
@@ -205,6 +207,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     weight_bytes: int = 0
     weight_formats: tuple[str, ...] = ()
     kv_dtype: str = ""
+    kernels: str = ""
 
 
 class Ready(Frame, frozen=True):

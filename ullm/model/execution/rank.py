@@ -23,6 +23,7 @@ from ullm.model.attention.varlen import VarlenAttention
 from ullm.model.execution.graphs import DecodeGraphs, make_graphs
 from ullm.model.execution.last_tokens import LastTokens
 from ullm.model.kernels.cpu.ops import KernelAttention, KernelOps
+from ullm.model.layers.layer_ops import TorchOps
 from ullm.model.layers.parallel import ParallelContext, open_parallel
 from ullm.model.loading.checkpoint import Checkpoint, read_checkpoint
 from ullm.model.memory.device_memory import release_cached_memory
@@ -210,6 +211,7 @@ def model_info(
         weight_bytes=model.weight_bytes(),
         weight_formats=model.weight_formats(),
         kv_dtype=str(model.dtype).removeprefix("torch."),
+        kernels=model.ops.name if isinstance(model, Decoder) else TorchOps.name,
     )
 
 

@@ -130,6 +130,10 @@ def layer_by_layer(
 class LayerOps(Protocol):
     """Makes the `StepOps` of each step of a model."""
 
+    @property
+    def name(self) -> str:
+        """What computes, as users are told: see `ullm.protocol.messages.ModelInfo.kernels`."""
+
     def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `ullm.model.sampling.choose.choose_tokens`."""
 
@@ -143,6 +147,8 @@ class TorchOps:
     Args:
         cos, sin: tables of `ullm.model.layers.rope.rope_cache`.
     """
+
+    name = "PyTorch"
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.tables = cos, sin

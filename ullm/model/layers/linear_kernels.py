@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ullm.machine import arm_features
 from ullm.model.layers.quantization import QuantizedWeight
 
 Linear = Callable[[Tensor], Tensor]
@@ -81,9 +82,9 @@ class OneDnnKernel:
 
 
 def fast_bfloat16() -> bool:
-    """Return True if this CPU multiplies bfloat16 faster than float32 (AVX-512 BF16 or AMX)."""
+    """Return True if this CPU multiplies bfloat16 faster than float32 (AVX-512 BF16, AMX or ARM's BF16)."""
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or "bf16" in arm_features())
 
 
 def choose_linear_kernel(device: torch.device, dtype: torch.dtype) -> LinearKernel:

@@ -26,8 +26,15 @@ log = get_logger(__name__)
 FOLDER = Path(__file__).parent
 SOURCES = ("quantized.cpp", "attention.cpp", "linear.cpp", "layer.cpp", "choose.cpp")
 HEADERS = ("common.h", "layer.h", "matrix.h", "pool.h")
+NATIVE = (
+    ("-mcpu=native",)
+    if platform.machine() in ("aarch64", "arm64")
+    else ("-march=native", "-mprefer-vector-width=512")
+)
+"""Flags for what this processor has; GCC and Clang know no ``-march=native`` on every ARM system."""
 FLAGS = (
-    *("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++20", "-pthread", "-fPIC"),
+    *NATIVE,
+    *("-O3", "-std=c++20", "-pthread", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),  # needed to vectorize
     "-Wno-psabi",
 )

@@ -17,7 +17,7 @@ constexpr int VECTORS = 4;  // independent comparisons in flight
 constexpr int STRIDE = VECTORS * LANES;
 constexpr int SPAN = 128;  // neighbouring tokens whose weights are summed first
 
-typedef double doubles __attribute__((vector_size(8 * LANES), aligned(8)));
+typedef double doubles __attribute__((vector_size(8 * LANES)));
 
 // The filter of a row, as in sampling/choose.py, and its uniform number. Temperature 0: the most likely
 // token.
@@ -110,7 +110,7 @@ void collect(const std::vector<float>& weights, float least, std::vector<float>&
     float* to = kept_weights.data();
     for (size_t i = 0; i < weights.size(); i += LANES) {
         const floats here = load_floats(weights.data() + i);
-#ifdef __AVX512F__
+#ifdef ULLM_AVX512
         const __mmask16 kept = _mm512_cmp_ps_mask((__m512)here, _mm512_set1_ps(least), _CMP_GE_OQ);
         _mm512_storeu_ps(to, _mm512_maskz_compress_ps(kept, (__m512)here));
         to += __builtin_popcount(kept);

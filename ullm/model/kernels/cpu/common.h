@@ -1,24 +1,77 @@
 // Floats and bfloat16, and vectors of them.
 //
 // This is plain C++20 with the vector extensions that GCC and Clang share, and intrinsics where a compiler
-// makes slow code of those. A vector is one register of AVX-512 or AVX2 and two of NEON: GCC computes
-// vectors that are wider than a register element by element (measured with GCC 12: a tenth of the speed).
+// makes slow code of those. A vector is one register: GCC computes vectors that are wider than a register
+// element by element (measured with GCC 12: a tenth of the speed).
+//
+// The compiler's target decides what is used: ULLM_AVX512, ULLM_AVX2, ULLM_SSE or ULLM_NEON, else plain vectors
+// of four.
+// ULLM_LANES asks for plain vectors of that many floats, whatever the target: so tests run the tiles of
+// AVX-512 on machines without it.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__) || defined(__AVX2__)
+
+#ifdef ULLM_LANES
+#define ULLM_REGISTERS (ULLM_LANES == 8 ? 16 : 32)
+#elif defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
+#define ULLM_AVX512 1
+#define ULLM_LANES 16
+#define ULLM_REGISTERS 32
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define ULLM_AVX2 1
+#define ULLM_LANES 8
+#define ULLM_REGISTERS 16
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define ULLM_NEON 1
+#define ULLM_LANES 4
+#define ULLM_REGISTERS 32
+#else
+#ifdef __SSSE3__
+#include <immintrin.h>
+#define ULLM_SSE 1
+#endif
+#define ULLM_LANES 4
+#define ULLM_REGISTERS 16
 #endif
 
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-constexpr int REGISTERS = 32;
+#if defined(ULLM_AVX512)
+#define ULLM_VECTORS "AVX-512"
+#elif defined(ULLM_AVX2)
+#define ULLM_VECTORS "AVX2"
+#elif defined(ULLM_SSE)
+#define ULLM_VECTORS "SSSE3"
+#elif defined(ULLM_NEON)
+#define ULLM_VECTORS "NEON"
 #else
-constexpr int LANES = 8;
-constexpr int REGISTERS = 16;
+#define ULLM_VECTORS "plain C++"
 #endif
+#if (defined(ULLM_AVX512) && defined(__AVX512VNNI__)) || (defined(ULLM_AVX2) && defined(__AVXVNNI__))
+#define ULLM_VNNI 1
+#define ULLM_DOTS ", VNNI"
+#elif defined(ULLM_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#define ULLM_DOTS ", dotprod"
+#else
+#define ULLM_DOTS ""
+#endif
+#if (defined(ULLM_AVX512) && defined(__AVX512BF16__)) || \
+    (defined(ULLM_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
+#define ULLM_BF16 1
+#define ULLM_PAIRS_OF_BF16 ", BF16"
+#else
+#define ULLM_PAIRS_OF_BF16 ""
+#endif
+
+// The instructions that are used, for users.
+constexpr const char* VARIANT = ULLM_VECTORS ULLM_DOTS ULLM_PAIRS_OF_BF16;
+
+constexpr int LANES = ULLM_LANES;
+constexpr int REGISTERS = ULLM_REGISTERS;
 
 // How many of `vectors` neighbouring vectors to compute at once for `rows` rows, so that the sums, the
 // weights and an input fit into registers. A divisor of `vectors`.
@@ -27,10 +80,18 @@ constexpr int at_once(int rows, int vectors) {
     return vectors;
 }
 
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint32_t uints __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
+
+// A vector in memory of any alignment: compilers make one instruction of the copy.
+template <typename V>
+inline V load_vector(const void* from) {
+    V vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
 
 struct bfloat16 {
     uint16_t bits;
@@ -55,31 +116,35 @@ inline void store(bfloat16* to, float value) {
     to->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline floats load_floats(const float* from) { return *reinterpret_cast<const floats*>(from); }
+inline floats load_floats(const float* from) { return load_vector<floats>(from); }
 inline floats load_floats(const bfloat16* from) {
-#ifdef __AVX512F__  // GCC 12 compiles the conversion below to five instructions
+#if defined(ULLM_AVX512)  // GCC 12 compiles the conversion below to five instructions
     return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
-#elif defined(__AVX2__)
+#elif defined(ULLM_AVX2)
     return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#elif defined(ULLM_NEON)
+    return (floats)vshll_n_u16(vld1_u16(&from->bits), 16);
 #else
-    const shorts halves = *reinterpret_cast<const shorts*>(from);
+    const shorts halves = load_vector<shorts>(from);
     return (floats)(__builtin_convertvector(halves, uints) << 16);
 #endif
 }
 inline floats load_floats(const float16* from) {
-#ifdef __AVX512F__
+#if defined(ULLM_AVX512)
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif defined(ULLM_AVX2) && defined(__F16C__)
     return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#elif defined(ULLM_NEON)
+    return (floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits)));
 #else
-    const uints bits = __builtin_convertvector(*reinterpret_cast<const shorts*>(from), uints);
+    const uints bits = __builtin_convertvector(load_vector<shorts>(from), uints);
     const floats size = (floats)((bits & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112: the exponents' bias
     // Infinity and NaN keep their largest exponent.
     const uints special = (bits & 0x7c00) == 0x7c00 ? uints{} + 0x7f800000 : uints{};
     return (floats)((uints)size | special | (bits & 0x8000) << 16);
 #endif
 }
-inline void store_floats(float* to, floats values) { *reinterpret_cast<floats*>(to) = values; }
+inline void store_floats(float* to, floats values) { std::memcpy(to, &values, sizeof values); }
 
 inline float total(floats values) {
     float sum = 0;

@@ -103,6 +103,11 @@ class CpuKernels:
         blocks = (POINTER(StepStruct), POINTER(BlockStruct))
         self._decoder_layers = function("decoder_layers", *blocks, c_int64, c_int64, *(pointer,) * 4)
 
+    @property
+    def variant(self) -> str:
+        """The instructions that the kernels use, such as ``AVX-512, VNNI, BF16``."""
+        return variant(self._library)
+
     def use_threads(self, threads: int) -> None:
         """Set how many threads compute, the calling one included, for all kernels of this process."""
         self._library.use_threads(c_int64(threads), c_int64(usable_cores()))
@@ -225,6 +230,13 @@ def weight_formats(weight: Tensor) -> set[str]:
     num_parts = int(weight[:8].view(torch.int64))
     parts = weight[64 : 64 + 32 * num_parts].view(torch.int64).view(num_parts, 4)
     return {f"int{bits}" for bits in parts[:, 0].tolist()}
+
+
+def variant(library: ctypes.CDLL) -> str:
+    """Return the instructions that compiled kernels use, such as ``AVX-512, VNNI, BF16``."""
+    library.variant.restype = ctypes.c_char_p
+    name: bytes = library.variant()
+    return name.decode()
 
 
 def weight_dtypes(dtype: torch.dtype) -> frozenset[torch.dtype]:

@@ -131,6 +131,11 @@ class KernelOps:
         self._biases: list[Tensor] = []
         self._weights: dict[RMSNorm, Tensor] = {}
 
+    @property
+    def name(self) -> str:
+        """See `LayerOps`."""
+        return self.kernels.variant
+
     def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `LayerOps`."""
         kernel = self.kernels.choose_tokens if logits.dtype == torch.float32 else choose_tokens

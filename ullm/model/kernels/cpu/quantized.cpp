@@ -37,8 +37,8 @@ constexpr int VECTORS = COLUMNS / LANES;
 constexpr int ROWS = 6;
 constexpr int ZERO = 128;  // the eight-bit code of zero: the instruction takes unsigned weights
 
-typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int8_t signed_bytes __attribute__((vector_size(LANES), aligned(1)));
+typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
+typedef int8_t signed_bytes __attribute__((vector_size(LANES)));
 
 // Bytes of a group of inputs for COLUMNS outputs: codes, and in float16 scales and, with four bits, minima.
 // Four-bit codes of even steps are the low halves of bytes, those of odd steps the high halves.
@@ -50,13 +50,37 @@ inline int32_t load_four(const int8_t* from) {
     std::memcpy(&four, from, 4);
     return four;
 }
+inline bytes repeat(int32_t four) { return (bytes)(ints{} + four); }
 
+// Whether the processor multiplies four unsigned codes by four signed ones and adds all products in 32 bits. If it
+// does not, or only with signed codes, codes become signed, so that nothing has to be subtracted for their zero.
+#if defined(ULLM_VNNI)
+constexpr bool SIGNED_CODES = false;
+#elif defined(ULLM_AVX512) || defined(ULLM_AVX2) || defined(ULLM_SSE)
+#define ULLM_PAIRS 1
+constexpr bool SIGNED_CODES = true;
+#elif defined(ULLM_NEON)
+constexpr bool SIGNED_CODES = true;
+#else
+constexpr bool SIGNED_CODES = false;
+#endif
+
+#ifndef ULLM_PAIRS
 // sums + codes * x, four neighbouring products per sum; x repeats the same four inputs LANES times.
 inline ints multiply_add(ints sums, bytes codes, int32_t four) {
-#ifdef __AVX512VNNI__
+#if defined(ULLM_AVX512)
     return (ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(four));
-#elif defined(__AVXVNNI__)
+#elif defined(ULLM_AVX2)
     return (ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, _mm256_set1_epi32(four));
+#elif defined(ULLM_NEON)
+    const int8x16_t a = vreinterpretq_s8_u8((uint8x16_t)codes), b = vreinterpretq_s8_s32(vdupq_n_s32(four));
+#ifdef __ARM_FEATURE_DOTPROD
+    return (ints)vdotq_s32((int32x4_t)sums, a, b);
+#else
+    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)));
+    const int32x4_t high = vpaddlq_s16(vmull_high_s8(a, b));
+    return sums + (ints)vpaddq_s32(low, high);
+#endif
 #else
     typedef int16_t products __attribute__((vector_size(8 * LANES)));
     typedef int32_t pairs __attribute__((vector_size(8 * LANES)));
@@ -68,14 +92,40 @@ inline ints multiply_add(ints sums, bytes codes, int32_t four) {
     return sums + __builtin_convertvector((quads)two, ints) + __builtin_convertvector((quads)two >> 32, ints);
 #endif
 }
-
-// AVX2 without VNNI adds pairs of products of bytes in 16 bits, which unsigned eight-bit codes can overflow.
-// There codes become signed, and their sign moves to the inputs.
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
-#define ULLM_MADDUBS 1
-constexpr bool SIGNED_CODES = true;
 #else
-constexpr bool SIGNED_CODES = false;
+// x86 processors without VNNI add pairs of products of bytes in 16 bits, which unsigned eight-bit codes can
+// overflow. There the sign of the codes moves to the inputs.
+typedef int16_t words __attribute__((vector_size(4 * LANES)));
+
+#if defined(ULLM_AVX512)
+inline words sums_of_two(bytes sizes, bytes inputs) {
+    return (words)_mm512_maddubs_epi16((__m512i)sizes, (__m512i)inputs);
+}
+inline ints sums_of_two(words a) { return (ints)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi16(1)); }
+inline bytes sizes_of(bytes codes) { return (bytes)_mm512_abs_epi8((__m512i)codes); }
+inline bytes with_signs_of(bytes codes, bytes inputs) {
+    const __mmask64 negative = _mm512_movepi8_mask((__m512i)codes);
+    return (bytes)_mm512_mask_sub_epi8((__m512i)inputs, negative, _mm512_setzero_si512(), (__m512i)inputs);
+}
+#elif defined(ULLM_AVX2)
+inline words sums_of_two(bytes sizes, bytes inputs) {
+    return (words)_mm256_maddubs_epi16((__m256i)sizes, (__m256i)inputs);
+}
+inline ints sums_of_two(words a) { return (ints)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1)); }
+inline bytes sizes_of(bytes codes) { return (bytes)_mm256_abs_epi8((__m256i)codes); }
+inline bytes with_signs_of(bytes codes, bytes inputs) {
+    return (bytes)_mm256_sign_epi8((__m256i)inputs, (__m256i)codes);
+}
+#else
+inline words sums_of_two(bytes sizes, bytes inputs) {
+    return (words)_mm_maddubs_epi16((__m128i)sizes, (__m128i)inputs);
+}
+inline ints sums_of_two(words a) { return (ints)_mm_madd_epi16((__m128i)a, _mm_set1_epi16(1)); }
+inline bytes sizes_of(bytes codes) { return (bytes)_mm_abs_epi8((__m128i)codes); }
+inline bytes with_signs_of(bytes codes, bytes inputs) {
+    return (bytes)_mm_sign_epi8((__m128i)inputs, (__m128i)codes);
+}
+#endif
 #endif
 
 // Inputs as codes times scales.
@@ -96,7 +146,7 @@ struct Inputs {
 // Reduce all lanes, by halves.
 template <typename F>
 inline int32_t reduce(ints values, const F& combine) {
-#ifdef __AVX512F__
+#if ULLM_LANES == 16
     values = combine(values, __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4,
                                                      5, 6, 7));
     values = combine(values, __builtin_shufflevector(values, values, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8,
@@ -105,10 +155,13 @@ inline int32_t reduce(ints values, const F& combine) {
                                                      15, 12, 13));
     values = combine(values, __builtin_shufflevector(values, values, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13,
                                                      12, 15, 14));
-#else
+#elif ULLM_LANES == 8
     values = combine(values, __builtin_shufflevector(values, values, 4, 5, 6, 7, 0, 1, 2, 3));
     values = combine(values, __builtin_shufflevector(values, values, 2, 3, 0, 1, 6, 7, 4, 5));
     values = combine(values, __builtin_shufflevector(values, values, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+    values = combine(values, __builtin_shufflevector(values, values, 2, 3, 0, 1));
+    values = combine(values, __builtin_shufflevector(values, values, 1, 0, 3, 2));
 #endif
     return values[0];
 }
@@ -135,11 +188,12 @@ void quantize_group(const T* x, int64_t count, Inputs& to, int64_t group) {
     float most;
     std::memcpy(&most, &bits, 4);
     const float inverse = most > 0 ? 127 / most : 0, scale = most / 127;
-    signed_bytes* codes = reinterpret_cast<signed_bytes*>(to.codes.data() + group * GROUP);
+    int8_t* codes = to.codes.data() + group * GROUP;
     ints sums = {};
     for (int i = 0; i < PARTS; ++i) {
         const ints rounded = (ints)(values[i] * inverse + 12582912.0f) - 0x4B400000;  // see exponential()
-        codes[i] = __builtin_convertvector(rounded, signed_bytes);
+        const signed_bytes narrow = __builtin_convertvector(rounded, signed_bytes);
+        std::memcpy(codes + i * LANES, &narrow, LANES);
         sums += rounded;
     }
     const int32_t sum = total(sums);
@@ -159,42 +213,38 @@ void quantize(const T* x, Inputs& to, int64_t rows, int64_t in) {
 // dots += the products of the codes of a group for V neighbouring vectors of outputs.
 template <int BITS, int R, int V>
 inline void add_codes(const uint8_t* packed, const int8_t* x, int64_t stride, ints (&dots)[R][V]) {
-#ifdef ULLM_MADDUBS
-    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), zero = _mm256_set1_epi8(char(ZERO));
+#ifdef ULLM_PAIRS
     if constexpr (BITS == 4) {
         // The sums of 16 products below 15 * 127 fit into 16 bits.
-        __m256i sums[R][V] = {};
+        words sums[R][V] = {};
         for (int step = 0; step < GROUP / STEP; step += 2, packed += VECTORS * sizeof(bytes))
             for (int v = 0; v < V; ++v) {
-                const __m256i codes = _mm256_loadu_si256((const __m256i*)(packed + v * sizeof(bytes)));
-                const __m256i even = _mm256_and_si256(codes, low);
-                const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low);
+                const bytes codes = load_vector<bytes>(packed + v * sizeof(bytes));
+                const bytes even = codes & 15, odd = codes >> 4;
                 for (int r = 0; r < R; ++r) {
                     const int8_t* inputs = x + r * stride + step * STEP;
-                    const __m256i a = _mm256_maddubs_epi16(even, _mm256_set1_epi32(load_four(inputs)));
-                    const __m256i b = _mm256_maddubs_epi16(odd, _mm256_set1_epi32(load_four(inputs + STEP)));
-                    sums[r][v] = _mm256_add_epi16(sums[r][v], _mm256_add_epi16(a, b));
+                    const words a = sums_of_two(even, repeat(load_four(inputs)));
+                    sums[r][v] += a + sums_of_two(odd, repeat(load_four(inputs + STEP)));
                 }
             }
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) dots[r][v] += (ints)_mm256_madd_epi16(sums[r][v], ones);
+            for (int v = 0; v < V; ++v) dots[r][v] += sums_of_two(sums[r][v]);
         return;
     }
     for (int step = 0; step < GROUP / STEP; ++step, packed += VECTORS * sizeof(bytes))
         for (int v = 0; v < V; ++v) {
-            const __m256i codes =
-                _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(packed + v * sizeof(bytes))), zero);
-            const __m256i sizes = _mm256_abs_epi8(codes);
+            const bytes codes = load_vector<bytes>(packed + v * sizeof(bytes)) ^ ZERO;
+            const bytes sizes = sizes_of(codes);
             for (int r = 0; r < R; ++r) {
-                const __m256i four = _mm256_set1_epi32(load_four(x + r * stride + step * STEP));
-                const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(four, codes));
-                dots[r][v] += (ints)_mm256_madd_epi16(pairs, ones);
+                const bytes inputs = repeat(load_four(x + r * stride + step * STEP));
+                dots[r][v] += sums_of_two(sums_of_two(sizes, with_signs_of(codes, inputs)));
             }
         }
 #else
     for (int step = 0; step < GROUP / STEP; step += 8 / BITS, packed += VECTORS * sizeof(bytes))
         for (int v = 0; v < V; ++v) {
-            const bytes codes = *reinterpret_cast<const bytes*>(packed + v * sizeof(bytes));
+            bytes codes = load_vector<bytes>(packed + v * sizeof(bytes));
+            if constexpr (BITS == 8 && SIGNED_CODES) codes ^= ZERO;
             for (int r = 0; r < R; ++r) {
                 const int8_t* inputs = x + r * stride + step * STEP;
                 if constexpr (BITS == 8) {

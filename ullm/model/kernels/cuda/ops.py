@@ -48,6 +48,8 @@ class FusedOps(TorchOps):
         choose_kernel: chooses tokens; see `ullm.model.sampling.choose.choose_tokens`.
     """
 
+    name = "Triton"
+
     def __init__(self, cos: Tensor, sin: Tensor, kernels: FusedKernels, choose_kernel: ChooseTokens) -> None:
         super().__init__(cos, sin)
         self.kernels, self._choose = kernels, choose_kernel
