@@ -42,7 +42,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "model.memory": frozenset({"errors", "config", "logs", "machine"}),
     "model.sampling": frozenset({"sampling", "protocol", "model.memory"}),
     "model.attention": frozenset({"errors", "model.memory", "model.sampling"}),
-    "model.layers": frozenset({"errors", "protocol", "model.sampling", "model.attention"}),
+    "model.layers": frozenset({"errors", "machine", "protocol", "model.sampling", "model.attention"}),
     "model.loading": frozenset({"errors", "config", "logs", "hub", "model.layers"}),
     "model.kernels": frozenset(
         {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ullm import machine
-from ullm.machine import YOUNG_OBJECTS, collect_rarely, cpu_quota, usable_cores
+from ullm.machine import YOUNG_OBJECTS, arm_features, collect_rarely, cpu_quota, usable_cores
 
 
 @pytest.fixture
@@ -112,3 +112,21 @@ def test_affinity_counts() -> None:
         assert usable_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+# --- the processor -----------------------------------------------------------------------------------------
+
+
+def test_features_of_an_arm_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm bf16\nCPU part\t: 0xd4f\n")
+    assert arm_features(cpuinfo) == {"fp", "asimd", "asimddp", "i8mm", "bf16"}
+
+
+def test_other_processors_have_no_features_of_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n")
+    assert arm_features(cpuinfo) == frozenset()
+    assert arm_features(tmp_path / "missing") == frozenset()

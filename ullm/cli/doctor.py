@@ -23,6 +23,7 @@ from ullm.cli.pull import folder_size
 from ullm.config import GIB, ServerConfig
 from ullm.hub import cache_dir, embedded
 from ullm.machine import available_memory
+from ullm.model.kernels.cpu.build import compiled_variant, find_compiler
 
 Status = Literal["ok", "warn", "fail"]
 PROBE_TIMEOUT = 120.0
@@ -75,7 +76,8 @@ def diagnose(server: ServerConfig) -> Diagnosis:
         "packages": {name: _version(name) for name in PACKAGES},
         "other_distribution": other_distribution(),
         "torch": torch,
-        "compiler": _compiler(),
+        "compiler": find_compiler(),
+        "kernels": compiled_variant(),
         "memory_available": available_memory(),
         "disk_free": shutil.disk_usage(_existing(cache_dir())).free,
         "cache": str(cache_dir()),
@@ -95,8 +97,12 @@ def _checks(data: dict[str, Any], problem: str | None) -> Iterator[Check]:
     if data["other_distribution"]:
         yield Check("distribution", "warn", data["other_distribution"])
     yield from _device_checks(data["torch"], problem)
-    compiler = data["compiler"]
-    yield Check("compiler", "ok" if compiler else "warn", compiler or "none; no kernels can be compiled")
+    if compiler := data["compiler"]:
+        kernels = data["kernels"]
+        state = f"kernels use {kernels}" if kernels else "kernels are compiled at the first start on a CPU"
+        yield Check("compiler", "ok", f"{compiler}; {state}")
+    else:
+        yield Check("compiler", "warn", "none; no kernels can be compiled")
     short = data["memory_available"] < MEMORY_NEEDED
     memory = f"{_gib(data['memory_available'])} available" + (", 1 GiB needed" * short)
     yield Check("memory", "fail" if short else "ok", memory)
@@ -177,11 +183,6 @@ def port_is_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _compiler() -> str | None:
-    names = (os.environ.get("CXX"), "g++", "clang++", "cl")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def _existing(path: Path) -> Path:

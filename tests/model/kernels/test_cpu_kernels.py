@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.model.model_fixtures import MODELS, LogitsModel, outputs, random_tokens, save_tiny
+from tests.model.model_fixtures import MODELS, LogitsModel, config, outputs, random_tokens, save_tiny
 from ullm.model.architectures.decoder import Decoder
 from ullm.model.attention.batch import BatchLayout
 from ullm.model.attention.gather import GatherAttention
+from ullm.model.execution.runner import ModelRunner
 from ullm.model.kernels.cpu import build
 from ullm.model.kernels.cpu.kernels import NAMES, CpuKernels, load_kernels
 from ullm.model.kernels.cpu.ops import KernelAttention, KernelOps, tiles
 from ullm.model.layers.quantization import Bits, quantize
 from ullm.model.sampling.choose import choose_tokens
+from ullm.protocol.messages import RankSpec, Start
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -31,7 +33,7 @@ BITS: tuple[Bits, ...] = (8, 4)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-INSTRUCTION_SETS = ["native", "x86-64-v3", "x86-64-v2"]
+INSTRUCTION_SETS = ["native", "x86-64-v3", pytest.param("x86-64-v2", marks=pytest.mark.slow)]
 """What kernels are compiled for: this machine, AVX2 without AVX-512, and neither."""
 
 
@@ -63,6 +65,19 @@ def threads() -> Iterator[None]:
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_the_instructions_are_named(instruction_set: str, tmp_path: Path) -> None:
+    expected = {"x86-64-v3": "AVX2", "x86-64-v2": "SSSE3"}.get(instruction_set)
+    kernels = load_kernels(torch.float32)
+    assert kernels is not None
+    assert kernels.variant
+    assert expected in (None, kernels.variant)
+    assert build.compiled_variant() == kernels.variant
+    save_tiny(tmp_path, "llama")
+    for cpu_kernels, name in ((True, kernels.variant), (False, "PyTorch")):
+        start = Start(config(tmp_path, cpu_kernels=cpu_kernels), RankSpec(), str(tmp_path))
+        assert ModelRunner().load(start, lambda _: None).kernels == name
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 24, 25, 100])

@@ -87,6 +87,24 @@ def _open_library() -> ctypes.CDLL:
         ) from None
 
 
+def compiled_variant() -> str | None:
+    """Return the instructions that the kernels use; None if they are not compiled yet, or cannot be."""
+    path = library_path()
+    if path is None or not path.exists():
+        return None
+    try:
+        return variant(ctypes.CDLL(str(path)))
+    except OSError:
+        return None
+
+
+def variant(library: ctypes.CDLL) -> str:
+    """Return the instructions that compiled kernels use, such as ``AVX-512, VNNI, BF16``."""
+    library.variant.restype = ctypes.c_char_p
+    name: bytes = library.variant()
+    return name.decode()
+
+
 def library_path() -> Path | None:
     """Return the path of the compiled kernels, which may not exist yet; None without a compiler."""
     compiler = find_compiler()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ullm.machine import usable_cores
-from ullm.model.kernels.cpu.build import open_library
+from ullm.model.kernels.cpu.build import open_library, variant
 from ullm.model.layers.linear_kernels import Linear
 from ullm.model.layers.quantization import QuantizedWeight, num_groups
 from ullm.model.sampling.choose import SamplingFilter
@@ -230,13 +230,6 @@ def weight_formats(weight: Tensor) -> set[str]:
     num_parts = int(weight[:8].view(torch.int64))
     parts = weight[64 : 64 + 32 * num_parts].view(torch.int64).view(num_parts, 4)
     return {f"int{bits}" for bits in parts[:, 0].tolist()}
-
-
-def variant(library: ctypes.CDLL) -> str:
-    """Return the instructions that compiled kernels use, such as ``AVX-512, VNNI, BF16``."""
-    library.variant.restype = ctypes.c_char_p
-    name: bytes = library.variant()
-    return name.decode()
 
 
 def weight_dtypes(dtype: torch.dtype) -> frozenset[torch.dtype]:
