@@ -23,7 +23,6 @@ from ullm.cli.pull import folder_size
 from ullm.config import GIB, ServerConfig
 from ullm.hub import cache_dir, embedded
 from ullm.machine import available_memory
-from ullm.model.kernels.cpu.build import compiled_variant, find_compiler
 
 Status = Literal["ok", "warn", "fail"]
 PROBE_TIMEOUT = 120.0
@@ -76,8 +75,6 @@ def diagnose(server: ServerConfig) -> Diagnosis:
         "packages": {name: _version(name) for name in PACKAGES},
         "other_distribution": other_distribution(),
         "torch": torch,
-        "compiler": find_compiler(),
-        "kernels": compiled_variant(),
         "memory_available": available_memory(),
         "disk_free": shutil.disk_usage(_existing(cache_dir())).free,
         "cache": str(cache_dir()),
@@ -97,12 +94,6 @@ def _checks(data: dict[str, Any], problem: str | None) -> Iterator[Check]:
     if data["other_distribution"]:
         yield Check("distribution", "warn", data["other_distribution"])
     yield from _device_checks(data["torch"], problem)
-    if compiler := data["compiler"]:
-        kernels = data["kernels"]
-        state = f"kernels use {kernels}" if kernels else "kernels are compiled at the first start on a CPU"
-        yield Check("compiler", "ok", f"{compiler}; {state}")
-    else:
-        yield Check("compiler", "warn", "none; no kernels can be compiled")
     short = data["memory_available"] < MEMORY_NEEDED
     memory = f"{_gib(data['memory_available'])} available" + (", 1 GiB needed" * short)
     yield Check("memory", "fail" if short else "ok", memory)
@@ -134,6 +125,12 @@ def _device_checks(torch: dict[str, Any] | None, problem: str | None) -> Iterato
         yield Check(f"cuda:{index}", "ok", f"{device['name']}, {memory}; {_dtypes(torch, f'cuda:{index}')}")
     if not torch["cuda"]:
         yield Check("cuda", "ok", "no CUDA device; models run on the CPU")
+    if torch["compiler"]:
+        kernels = torch["kernels"]
+        state = f"kernels use {kernels}" if kernels else "kernels are compiled at the first start on a CPU"
+        yield Check("compiler", "ok", f"{torch['compiler']}; {state}")
+    else:
+        yield Check("compiler", "warn", "none; no kernels can be compiled")
 
 
 def _threads(torch: dict[str, Any]) -> str:

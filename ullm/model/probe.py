@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from ullm.machine import cpu_quota, usable_cores
+from ullm.model.kernels.cpu.build import compiled_variant, find_compiler
 
 SIZE = 512
 REPEATS = 8
@@ -25,6 +26,8 @@ def probe() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": min(torch.get_num_threads(), usable_cores()),
         "quota": cpu_quota(),
+        "compiler": find_compiler(),
+        "kernels": compiled_variant(),
         "cuda": [],
         "gflops": {"cpu": speeds("cpu")},
     }
