@@ -47,7 +47,8 @@ def test_folder_size(tmp_path: Path) -> None:
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine on which all is well, without asking torch."""
     torch = {
-        "torch": "2", "cpu": "AVX512", "threads": 2, "quota": None, "compiler": "/usr/bin/c++", "kernels": "AVX2",
+        "torch": "2", "cpu": "AVX512", "threads": 2, "quota": None,
+        "compiler": "/usr/bin/c++", "kernels": "AVX2",
         "cuda": [{"name": "H", "capability": "9.0", "free": 1 << 30, "total": 2 << 30}],
         "gflops": {
             "cpu": {"float32": 100.0, "bfloat16": 400.0, "float16": 3.0},

@@ -304,3 +304,24 @@ def test_a_compiler_that_fails_is_told_and_survived(
     assert load_kernels(torch.float32) is None
     assert "without fused kernels" in caplog.text
     assert not list((tmp_path / "kernels").glob("*.so"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block_size", [4, 5, 16])
+def test_what_is_left_in_the_pages_counts_for_nothing(block_size: int, dtype: str, tmp_path: Path) -> None:
+    """Not even a NaN of another sequence beside the last token of a block, or of this sequence."""
+    save_tiny(tmp_path, "llama")
+    blocks, tokens = list(range(-(-24 // block_size))), random_tokens(24, seed=3)
+    results = []
+    for left_over in (0.0, torch.nan):
+        model = LogitsModel(tmp_path, dtype=dtype, block_size=block_size)
+        assert isinstance(model.backend, KernelAttention)
+        for pages in model.backend.pages:
+            pages.fill_(left_over)
+        model.add(0, tokens, blocks)
+        results.append(
+            [model.step((0, start, count))[0] for start, count in ((0, 7), (7, 1), (8, 1), (9, 14))]
+        )
+    for fresh, reused in zip(*results, strict=True):
+        assert fresh.isfinite().all()
+        assert torch.equal(fresh, reused)

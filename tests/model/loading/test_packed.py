@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.model.model_fixtures import LogitsModel, random_tokens, save_tiny
@@ -179,3 +182,24 @@ def test_what_was_left_unfinished_is_deleted(tmp_path: Path) -> None:
     mine.touch()
     make_room(tmp_path / "new-1.safetensors", 0)
     assert list(tmp_path.iterdir()) == [mine]
+
+
+def test_files_are_written_in_huge_pages(tmp_path: Path) -> None:
+    """Whatever the sizes of the tensors: so the system's cache keeps the file in such pages."""
+    sizes: list[int] = []
+
+    class Recorder(io.FileIO):
+        def write(self, data: Any, /) -> int:
+            sizes.append(len(data))
+            return super().write(data)
+
+    weights = {
+        f"w{i}": torch.full((size,), i, dtype=torch.uint8)
+        for i, size in enumerate((100, 3 << 20, 7, 5 << 20))
+    }
+    with Recorder(tmp_path / "file.safetensors", "w") as file:
+        packed.write_safetensors(packed.WholePages(file), weights, lambda: None)
+    assert sizes[:-1] == [packed.HUGE_PAGE] * 4
+    assert sizes[-1] < packed.HUGE_PAGE
+    read = load_file(tmp_path / "file.safetensors")
+    assert all(torch.equal(read[name], weights[name]) for name in weights)

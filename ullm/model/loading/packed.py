@@ -9,22 +9,29 @@ A file's name is a digest of everything that its content depends on, so a file i
 Files of other versions of the code are deleted when a new one is written, and the oldest ones when there are
 too many. If the cache cannot be written, the weights are packed in memory at each start.
 
+Linux maps a file with huge pages where its cache has it in such parts, and it has if they were written at
+once, or if the mapping asks for it before they are read. Then fewer addresses have to be looked up: decoding
+one sequence of SmolLM2-135M in four bits takes 3.6 to 4.5 ms per step instead of 4.4 to 5.1 on two cores of
+Zen 4 (ext4, Linux 6.18).
+
 A new file is renamed into place once it is written, but not synced to the disk, which would take many times
 as long. If the machine loses power before it is, parts may be missing. A sample of every MiB detects that.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,6 +60,8 @@ _NAMES = {
     torch.uint8: "U8",
 }
 """Names of dtypes in the safetensors format; kernels may pack into dtypes of their own."""
+HUGE_PAGE = 2 << 20
+"""Bytes of a huge page of x86, and of most ARM systems."""
 SAMPLE_EVERY, SAMPLE_BYTES = 1 << 20, 64
 """Distance and length of the samples that show whether a file is whole: filesystems write larger parts."""
 MODEL_CODE = Path(__file__).parents[1]
@@ -73,6 +82,7 @@ class PackedFile:
             with safe_open(self.path, framework="pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}
                 expected = (file.metadata() or {}).get("sample")
+            ask_for_huge_pages(weights.values())
             if sample(weights) != expected:
                 raise OSError("the file is incomplete")
         except FileNotFoundError:
@@ -97,8 +107,8 @@ class PackedFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             make_room(self.path, size)
-            with partial.open("wb") as file:
-                write_safetensors(file, weights, progress)
+            with partial.open("wb", buffering=0) as file:
+                write_safetensors(WholePages(file), weights, progress)
             partial.replace(self.path)
         except OSError as error:
             log.info("packed weights are not kept", file=str(self.path), reason=str(error))
@@ -163,7 +173,45 @@ def sample(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_safetensors(file: BinaryIO, weights: dict[str, Tensor], progress: Callable[[], None]) -> None:
+class WholePages:
+    """Writes a file in huge pages, whatever the sizes of its parts; `flush` writes the rest."""
+
+    def __init__(self, file: RawIOBase) -> None:
+        self._file, self._page, self._used = file, bytearray(HUGE_PAGE), 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        data = memoryview(data)
+        while data:
+            count = min(len(data), HUGE_PAGE - self._used)
+            self._page[self._used : self._used + count] = data[:count]
+            self._used, data = self._used + count, data[count:]
+            if self._used == HUGE_PAGE:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is left."""
+        left = memoryview(self._page)[: self._used]
+        while left:
+            left = left[self._file.write(left) :]
+        self._used = 0
+
+
+def ask_for_huge_pages(weights: Iterable[Tensor]) -> None:
+    """Ask Linux to read mapped weights in huge pages; call it before they are touched.
+
+    Without effect on filesystems that cannot, and on other systems.
+    """
+    ends = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in weights]
+    if not ends or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    first = min(start for start, _ in ends) // mmap.PAGESIZE * mmap.PAGESIZE
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    madvise(first, max(end for _, end in ends) - first, mmap.MADV_HUGEPAGE)
+
+
+def write_safetensors(file: WholePages, weights: dict[str, Tensor], progress: Callable[[], None]) -> None:
     """Write the weights in safetensors' format (https://github.com/huggingface/safetensors), aligned.
 
     The library's own writer aligns to 8 bytes. Tensors whose size is not a multiple of the alignment come
@@ -183,6 +231,7 @@ def write_safetensors(file: BinaryIO, weights: dict[str, Tensor], progress: Call
     for name in order:
         file.write(_bytes(weights[name]))
         progress()
+    file.flush()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

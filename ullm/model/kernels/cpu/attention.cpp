@@ -10,8 +10,10 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
+#include "dot.h"
 #include "layer.h"
 #include "pool.h"
 
@@ -30,11 +32,62 @@ void rotate(float* head, const float* cosines, const float* sines, int64_t half)
     }
 }
 
+// Whether keys and values are multiplied in pairs. Without an instruction for that it would only cost.
+#ifdef ULLM_BF16
+template <typename T>
+constexpr bool PAIRED = std::is_same_v<std::remove_const_t<T>, bfloat16>;
+#else
+template <typename T>
+constexpr bool PAIRED = false;
+#endif
+
+// What keys are multiplied by: queries, and values: weights.
+template <typename T>
+using Factor = std::conditional_t<PAIRED<T>, bfloat16, float>;
+
+// The numbers of LANES neighbouring keys, or outputs, for one step.
+template <typename T>
+inline auto load_step(const T* from) {
+    if constexpr (PAIRED<T>)
+        return load_vector<uints>(from);
+    else
+        return load_floats(from);
+}
+
 // The pages of one layer are [block][KV head][keys, values]: keys as [head_dim][block_size], so that scores
-// of neighbouring keys are computed side by side, and values as [block_size][head_dim].
+// of neighbouring keys are computed side by side, and values as [block_size][head_dim]. Where they are paired,
+// keys are [head_dim / 2][block_size][2] and values [block_size / 2][head_dim][2], with an even block_size.
+template <typename T>
+inline int64_t page_keys(int64_t block_size) {
+    return PAIRED<T> ? (block_size + 1) / 2 * 2 : block_size;
+}
 template <typename T>
 inline T* page_of(T* pages, const Step& step, const Layer& layer, int64_t block, int64_t head) {
-    return pages + (block * layer.kv_heads + head) * 2 * step.block_size * layer.head_dim;
+    return pages + (block * layer.kv_heads + head) * 2 * page_keys<T>(step.block_size) * layer.head_dim;
+}
+template <typename T>
+inline T* values_of(T* page, const Step& step, const Layer& layer) {
+    return page + page_keys<T>(step.block_size) * layer.head_dim;
+}
+
+// Store the key or the value of one token at `offset` of its block.
+template <typename T>
+inline void store_key(T* page, const float* key, int64_t offset, int64_t keys, int64_t dim) {
+    constexpr int EACH = PAIRED<T> ? 2 : 1;
+    for (int64_t i = 0; i < dim; ++i) store(page + (i / EACH * keys + offset) * EACH + i % EACH, key[i]);
+}
+template <typename T>
+inline void store_value(T* values, const float* value, int64_t offset, int64_t dim, bool is_last) {
+    constexpr int EACH = PAIRED<T> ? 2 : 1;
+    T* const to = values + offset / EACH * dim * EACH + offset % EACH;
+    if (EACH == 1) {
+        for (int64_t i = 0; i < dim; i += LANES) store_floats(to + i, load_floats(value + i));
+    } else {
+        for (int64_t i = 0; i < dim; ++i) store(to + i * EACH, value[i]);
+    }
+    // The other of the pair may be left over from another sequence, and its weight of 0 does not help against a NaN.
+    if (PAIRED<T> && is_last && offset % 2 == 0)
+        for (int64_t i = 0; i < dim; ++i) store(to + i * EACH + 1, 0.0f);
 }
 
 // Normalise and rotate queries and keys in place, and store keys and values in their pages.
@@ -53,13 +106,13 @@ void rotate_and_store(const Step& step, const Layer& layer, float* qkv, T* pages
                 rotate(row + head * dim, cosines, sines, half);
             }
             const int64_t block = step.slots[token] / size, offset = step.slots[token] % size;
+            const bool is_last = offset + 1 == size || token + 1 == step.tokens ||
+                                 step.slots[token + 1] != step.slots[token] + 1;
             for (int64_t head = 0; head < layer.kv_heads; ++head) {
                 const float* key = row + (layer.heads + head) * dim;
-                const float* value = key + layer.kv_heads * dim;
-                T* keys = page_of(pages, step, layer, block, head) + offset;
-                T* values = keys - offset + size * dim + offset * dim;
-                for (int64_t i = 0; i < dim; ++i) store(keys + i * size, key[i]);
-                for (int64_t i = 0; i < dim; ++i) store(values + i, value[i]);
+                T* page = page_of(pages, step, layer, block, head);
+                store_key(page, key, offset, page_keys<T>(size), dim);
+                store_value(values_of(page, step, layer), key + layer.kv_heads * dim, offset, dim, is_last);
             }
         }
     });
@@ -89,7 +142,7 @@ class NextPages {
             if (line_ == page_end_) {
                 if (block_ >= end_) return;
                 line_ = reinterpret_cast<const char*>(page_of(pages_, step_, layer_, table_[block_++], head_));
-                page_end_ = line_ + 2 * step_.block_size * layer_.head_dim * sizeof(T);
+                page_end_ = line_ + 2 * page_keys<T>(step_.block_size) * layer_.head_dim * sizeof(T);
             }
             __builtin_prefetch(line_, 0, 2);
         }
@@ -109,16 +162,16 @@ constexpr int BESIDE = 64 / LANES;  // vectors of keys, or of values, that are c
 // Scores of R queries with K times LANES neighbouring keys. The sums are independent of each other, which
 // hides the latency of each addition.
 template <int R, int K, typename T>
-void score(const float* queries, const T* const* keys, const int64_t* places, float* scores,
+void score(const Factor<T>* queries, const T* const* keys, const int64_t* places, float* scores,
            int64_t score_stride, int64_t dim, int64_t size, NextPages<T>& next) {
-    constexpr int N = at_once(R, K);
+    constexpr int N = at_once(R, K), EACH = STEP<Factor<T>>;
     for (int first = 0; first < K; first += N) {
         floats sums[R][N] = {};
-        for (int64_t i = 0; i < dim; ++i) {
-            if (first == 0) next.fetch(K * LANES / 32);
+        for (int64_t i = 0; i < dim; i += EACH) {
+            if (first == 0) next.fetch(K * LANES * EACH / 32);
             for (int k = 0; k < N; ++k) {
-                const floats key = load_floats(keys[first + k] + i * size);
-                for (int r = 0; r < R; ++r) sums[r][k] += queries[r * dim + i] * key;
+                const auto key = load_step(keys[first + k] + i * size);
+                for (int r = 0; r < R; ++r) sums[r][k] = multiply_add(sums[r][k], key, queries + r * dim + i);
             }
         }
         for (int r = 0; r < R; ++r)
@@ -128,19 +181,20 @@ void score(const float* queries, const T* const* keys, const int64_t* places, fl
 
 // Add `count` weighted values to LANES * V neighbouring outputs of R queries.
 template <int R, int V, typename T>
-void add_values(const float* weights, int64_t weight_stride, const T* values, float* out, int64_t count,
+void add_values(const Factor<T>* weights, int64_t weight_stride, const T* values, float* out, int64_t count,
                 int64_t dim, NextPages<T>& next) {
-    constexpr int N = at_once(R, V);
+    constexpr int N = at_once(R, V), EACH = STEP<Factor<T>>;
     for (int first = 0; first < V; first += N) {
         floats sums[R][N];
         float* const to = out + first * LANES;
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < N; ++v) sums[r][v] = load_floats(to + r * dim + v * LANES);
-        for (int64_t key = 0; key < count; ++key) {
-            if (first == 0) next.fetch(V * LANES / 32);
+        for (int64_t key = 0; key < count; key += EACH) {
+            if (first == 0) next.fetch(V * LANES * EACH / 32);
             for (int v = 0; v < N; ++v) {
-                const floats value = load_floats(values + key * dim + (first + v) * LANES);
-                for (int r = 0; r < R; ++r) sums[r][v] += weights[r * weight_stride + key] * value;
+                const auto value = load_step(values + key * dim + (first + v) * LANES * EACH);
+                for (int r = 0; r < R; ++r)
+                    sums[r][v] = multiply_add(sums[r][v], value, weights + r * weight_stride + key);
             }
         }
         for (int r = 0; r < R; ++r)
@@ -149,12 +203,14 @@ void add_values(const float* weights, int64_t weight_stride, const T* values, fl
 }
 
 template <int R, typename T>
-void add_all_values(const float* weights, int64_t weight_stride, const T* values, float* out, int64_t count,
+void add_all_values(const Factor<T>* weights, int64_t weight_stride, const T* values, float* out, int64_t count,
                     int64_t dim, NextPages<T>& next) {
+    constexpr int EACH = STEP<Factor<T>>;
     int64_t i = 0;
     for (; i + BESIDE * LANES <= dim; i += BESIDE * LANES)
-        add_values<R, BESIDE>(weights, weight_stride, values + i, out + i, count, dim, next);
-    for (; i < dim; i += LANES) add_values<R, 1>(weights, weight_stride, values + i, out + i, count, dim, next);
+        add_values<R, BESIDE>(weights, weight_stride, values + i * EACH, out + i, count, dim, next);
+    for (; i < dim; i += LANES)
+        add_values<R, 1>(weights, weight_stride, values + i * EACH, out + i, count, dim, next);
 }
 
 float largest(const float* values, int64_t count) {
@@ -265,13 +321,18 @@ void attend_part(const Queries<T>& q, const float* qkv, int64_t part, NextPages<
     const int64_t last_block = std::min(q.last_block, (part + 1) * q.part_blocks);
     const int64_t width = (last_block - first_block) * size, begin = first_block * size;
     const int64_t stride = width + LANES;  // scores are stored LANES at a time
+    constexpr int EACH = STEP<Factor<T>>;
+    const int64_t keys_of_page = page_keys<T>(size);
     thread_local std::vector<float> scratch;
-    scratch.resize(rows * (stride + dim));
-    float *scores = scratch.data(), *queries = scores + rows * stride;
+    thread_local std::vector<Factor<T>> factors;
+    scratch.resize(rows * stride), factors.resize(rows * (PAIRED<T> ? stride + dim : dim));
+    float* scores = scratch.data();
+    Factor<T>* queries = factors.data();
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t all = q.layer.heads + 2 * q.layer.kv_heads;
         const float* query = qkv + ((q.token + row / q.group) * all + q.head * q.group + row % q.group) * dim;
-        for (int64_t i = 0; i < dim; ++i) queries[row * dim + i] = query[i] * q.layer.scale;
+        for (int64_t i = 0; i < dim; i += LANES)
+            store_floats(queries + row * dim + i, load_floats(query + i) * q.layer.scale);
     }
     // In ascending order: in blocks smaller than a vector, the following scores overwrite the excess.
     const int64_t each = (size + LANES - 1) / LANES, vectors = (last_block - first_block) * each;
@@ -281,16 +342,17 @@ void attend_part(const Queries<T>& q, const float* qkv, int64_t part, NextPages<
         const int64_t count = std::min<int64_t>(BESIDE, vectors - vector);
         for (int64_t k = 0; k < count; ++k) {
             const int64_t block = (vector + k) / each, lane = (vector + k) % each * LANES;
-            keys[k] = page_of(q.pages, q.step, q.layer, q.table[first_block + block], q.head) + lane;
+            keys[k] = page_of(q.pages, q.step, q.layer, q.table[first_block + block], q.head) +
+                      lane * EACH;
             places[k] = block * size + lane;
         }
         by_rows(rows, [&](auto r, int64_t row) {
             constexpr int R = r.value;
-            const float* from = queries + row * dim;
+            const Factor<T>* from = queries + row * dim;
             float* to = scores + row * stride;
-            if (count == BESIDE) return score<R, BESIDE>(from, keys, places, to, stride, dim, size, next);
+            if (count == BESIDE) return score<R, BESIDE>(from, keys, places, to, stride, dim, keys_of_page, next);
             for (int64_t k = 0; k < count; ++k)
-                score<R, 1>(from, keys + k, places + k, to, stride, dim, size, next);
+                score<R, 1>(from, keys + k, places + k, to, stride, dim, keys_of_page, next);
         });
     }
     int64_t seen = begin;  // the end of the keys that some row sees
@@ -303,12 +365,22 @@ void attend_part(const Queries<T>& q, const float* qkv, int64_t part, NextPages<
             to.sums[row] = softmax(row_scores, from - begin, end - begin, width, to.most[row]);
         else
             std::fill(row_scores, row_scores + width, 0.0f);
+        std::fill(row_scores + width, row_scores + stride, 0.0f);
+        if constexpr (PAIRED<T>)
+            for (int64_t i = 0; i < width + EACH; i += LANES)
+                store_floats(queries + rows * dim + row * stride + i, load_floats(row_scores + i));
     }
+    const Factor<T>* weights;
+    if constexpr (PAIRED<T>)
+        weights = queries + rows * dim;
+    else
+        weights = scores;
     std::fill(to.values, to.values + rows * dim, 0.0f);
     for (int64_t block = first_block; block * size < seen; ++block) {
-        const T* values = page_of(q.pages, q.step, q.layer, q.table[block], q.head) + size * dim;
+        const T* page = page_of(q.pages, q.step, q.layer, q.table[block], q.head);
+        const T* values = values_of(page, q.step, q.layer);
         by_rows(rows, [&](auto r, int64_t row) {
-            add_all_values<r.value>(scores + row * stride + block * size - begin, stride, values,
+            add_all_values<r.value>(weights + row * stride + block * size - begin, stride, values,
                                     to.values + row * dim, std::min(size, seen - block * size), dim, next);
         });
     }
@@ -318,8 +390,8 @@ template <typename T>
 void store_attended(const Queries<T>& q, const Attended& attended, T* out) {
     for (int64_t row = 0; row < q.rows; ++row) {
         T* to = out + ((q.token + row / q.group) * q.layer.heads + q.head * q.group + row % q.group) * q.dim;
-        for (int64_t i = 0; i < q.dim; ++i)
-            store(to + i, attended.values[row * q.dim + i] / attended.sums[row]);
+        for (int64_t i = 0; i < q.dim; i += LANES)
+            store_floats(to + i, load_floats(attended.values + row * q.dim + i) / attended.sums[row]);
     }
 }
 

@@ -145,6 +145,18 @@ inline floats load_floats(const float16* from) {
 #endif
 }
 inline void store_floats(float* to, floats values) { std::memcpy(to, &values, sizeof values); }
+inline void store_floats(bfloat16* to, floats values) {  // as store() does
+    const uints bits = (uints)values;
+    const uints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#if defined(ULLM_AVX512)
+    const __m256i narrow = _mm512_cvtepi32_epi16((__m512i)rounded);
+#elif defined(ULLM_NEON)
+    const uint16x4_t narrow = vmovn_u32((uint32x4_t)rounded);
+#else
+    const shorts narrow = __builtin_convertvector(rounded, shorts);
+#endif
+    std::memcpy(to, &narrow, sizeof narrow);
+}
 
 inline float total(floats values) {
     float sum = 0;

@@ -35,7 +35,8 @@ void add_rms_norm(float* x, const float* delta, const float* weight, T* out, int
             if (delta)
                 for (int64_t i = 0; i < size; ++i) values[i] += delta[row * size + i];
             const float factor = 1 / std::sqrt(sum_of_squares(values, size) / size + eps);
-            for (int64_t i = 0; i < size; ++i) store(out + row * size + i, values[i] * factor * weight[i]);
+            for (int64_t i = 0; i < size; i += LANES)
+                store_floats(out + row * size + i, load_floats(values + i) * factor * load_floats(weight + i));
         }
     });
 }
@@ -48,7 +49,7 @@ void silu_and_mul(const float* gate_up, T* out, int64_t rows, int64_t size) {
             for (int64_t i = 0; i < size; i += LANES) {
                 const floats gate = load_floats(gates + i);
                 const floats product = gate / (1 + exponential(-gate)) * load_floats(ups + i);
-                for (int j = 0; j < LANES; ++j) store(out + row * size + i + j, product[j]);
+                store_floats(out + row * size + i, product);
             }
         }
     });

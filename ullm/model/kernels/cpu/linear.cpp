@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "dot.h"
 #include "matrix.h"
 #include "pool.h"
 
@@ -21,12 +22,8 @@ constexpr int COLUMNS = 64;
 constexpr int VECTORS = COLUMNS / LANES;
 constexpr int ROWS = 6;
 
-// Weights are packed in groups of COLUMNS outputs: for each step of the inputs, the weights of each output.
-// With inputs in bfloat16 a step is two inputs, which one instruction of the processor multiplies.
-template <typename X>
-constexpr int STEP = 1;
-template <>
-constexpr int STEP<bfloat16> = 2;
+// Weights are packed in groups of COLUMNS outputs: for each step of the inputs, see dot.h, the weights of each
+// output.
 
 // The weights of LANES neighbouring outputs for one step.
 template <typename W>
@@ -35,23 +32,6 @@ inline floats load_step(const float*, const W* weights) {
 }
 inline uints load_step(const bfloat16*, const bfloat16* weights) {
     return load_vector<uints>(weights);
-}
-
-inline floats multiply_add(floats sum, floats weights, const float* x) { return sum + weights * *x; }
-inline floats multiply_add(floats sum, uints pairs, const bfloat16* x) {
-#if defined(ULLM_AVX512) && defined(ULLM_BF16)
-    int32_t pair;
-    std::memcpy(&pair, x, 4);
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)pairs, (__m512bh)_mm512_set1_epi32(pair));
-#elif defined(ULLM_BF16)
-    uint32_t pair;
-    std::memcpy(&pair, x, 4);
-    return (floats)vbfdotq_f32((float32x4_t)sum, vreinterpretq_bf16_u32((uint32x4_t)pairs),
-                               vreinterpretq_bf16_u32(vdupq_n_u32(pair)));
-#else
-    sum += (floats)(pairs << 16) * load(x);
-    return sum + (floats)(pairs & 0xffff0000u) * load(x + 1);
-#endif
 }
 
 template <int R, typename X, typename W>

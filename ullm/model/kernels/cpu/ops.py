@@ -50,7 +50,8 @@ class KernelAttention:
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.tile_tokens = max(1, TILE_ROWS * shape.num_kv_heads // shape.num_query_heads)
-        size = (num_blocks, 2 * shape.num_kv_heads * block_size * shape.head_dim)
+        keys = block_size + block_size % 2  # keys and values may be in pairs
+        size = (num_blocks, 2 * shape.num_kv_heads * keys * shape.head_dim)
         self.pages = [lazy_zeros(size, dtype) for _ in range(shape.num_layers)]
         self.pointers = (c_void_p * shape.num_layers)(*(pages.data_ptr() for pages in self.pages))
 
