@@ -24,10 +24,41 @@ MAX_THREADS = 1024
 MAX_SLEEP_LEVEL = 3
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """The embedded default model; see `ullm.hub`."""
+DEFAULT_RUNNER = "ullm.model.execution.runner:ModelRunner"
 
 SleepMode = Literal["wait", "abort", "keep"]
 """How requests in flight are treated when the engine is put to sleep."""
 Transport = Literal["auto", "process", "thread", "ray", "fake"]
+
+
+class Tuning(msgspec.Struct, frozen=True):
+    """How the CPU kernels divide a product. Every choice gives the same result, bit by bit.
+
+    Args:
+        chunk_tiles: tiles of rows that are multiplied by the same weights in turn.
+        piece: groups of quantized weights that a thread takes at a time.
+        prefetch: whether the next weights are prefetched.
+        origin: ``default``, or ``calibrated on`` a date.
+        model: the model that it was measured for.
+    """
+
+    chunk_tiles: int = 8
+    piece: int = 48
+    prefetch: bool = True
+    origin: str = "default"
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.chunk_tiles <= 1024 and 1 <= self.piece <= 1024):
+            raise ValueError("out of range")
+
+    @property
+    def label(self) -> str:
+        """What differs from the default."""
+        default = Tuning()
+        names = ("chunk_tiles", "piece", "prefetch")
+        changed = [f"{n}={getattr(self, n)}" for n in names if getattr(self, n) != getattr(default, n)]
+        return ", ".join(changed) or "default"
 
 
 def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), **metadata: Any) -> Any:
@@ -80,13 +111,23 @@ class ModelConfig:
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
     enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
     cpu_kernels: bool = option(True, "Compile fused kernels for the CPU where a C++ compiler is found.")
+    cpu_calibration: bool = option(
+        True,
+        "Use what was measured for the CPU kernels on this machine; if nothing was, measure it beside the "
+        "first start of a process that serves.",
+    )
     gpu_kernels: bool = option(
         True, "Compile fused kernels for CUDA where Triton works and agrees with PyTorch."
     )
     runner: str = option(
-        "ullm.model.execution.runner:ModelRunner",
+        DEFAULT_RUNNER,
         "Class that workers run, as module:class; for tests and experiments.",
     )
+
+    @property
+    def calibrates_kernels(self) -> bool:
+        """Whether measurements of the CPU kernels are of use; other runners have none."""
+        return self.cpu_kernels and self.cpu_calibration and self.runner == DEFAULT_RUNNER
 
     @property
     def model_names(self) -> tuple[str, ...]:

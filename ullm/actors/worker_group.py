@@ -15,7 +15,7 @@ import trio
 
 from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
 from ullm.actors.worker_rank import WorkerRank
-from ullm.config import EngineConfig
+from ullm.config import EngineConfig, Tuning
 from ullm.errors import WorkerLost, first_cause
 from ullm.logs import get_logger
 from ullm.protocol import stop_budget
@@ -60,6 +60,7 @@ class WorkerGroup:
         self.slot = slot
         self.incarnation = 0
         self.model_path = ""
+        self.tuning = Tuning()
         self.info: ModelInfo | None = None
         self.stop_reports: list[StopReport] = []
         self._starts = 0
@@ -147,9 +148,9 @@ class WorkerGroup:
         """Note that the next start is requested: it follows a stop, not a loss."""
         self._requested_starts += 1
 
-    def load_from(self, model_path: str) -> None:
-        """Have the ranks load the model from there when they are started the next time."""
-        self.model_path = model_path
+    def load_from(self, model_path: str, tuning: Tuning) -> None:
+        """Have the ranks load the model from there, so tuned, when they are started the next time."""
+        self.model_path, self.tuning = model_path, tuning
 
     def continue_after(self, other: WorkerGroup) -> None:
         """Count incarnations on from those of another group in the same slot; see `rendezvous_port`."""
@@ -228,7 +229,7 @@ class WorkerGroup:
 
     async def _start_rank(self, index: int, infos: list[ModelInfo]) -> None:
         rank, config = self._ranks[index], self._config
-        start = Start(config, self._spec(index).rank, self.model_path)
+        start = Start(config, self._spec(index).rank, self.model_path, self.tuning)
         ready = await rank.start(start, config.start_timeout)
         log.info("worker ready", worker=rank.transport.name, incarnation=self.incarnation, **ready.timings)
         infos.append(ready.info)

@@ -178,10 +178,25 @@ def pull(name: Name = None, /, **options: Any) -> int:
 
 @app.command
 @with_options([option for option in server_options() if option.name in DOCTOR_OPTIONS])
-def doctor(*, json: Json = False, **options: Any) -> int:
+def doctor(
+    name: Name = None,
+    /,
+    *,
+    calibrate: Annotated[
+        bool, Parameter(help="Measure the CPU kernels for the model, and keep the choice.", negative="")
+    ] = False,
+    json: Json = False,
+    **options: Any,
+) -> int:
     """Report what this machine can do, and what would keep ullm from running."""
     from ullm.cli.doctor import doctor as run
 
+    if name is not None and not calibrate:
+        raise UsageError(f"{name}: only ullm doctor --calibrate takes a model")
+    if calibrate:
+        from ullm.cli.calibrate import calibrate as measure
+
+        return measure(_quiet({} if name is None else {"model": name}), as_json=json)
     return run(build(ServerConfig, options), as_json=json)
 
 

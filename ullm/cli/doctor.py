@@ -22,6 +22,7 @@ from ullm.cli.distribution import other_distribution
 from ullm.cli.pull import folder_size
 from ullm.config import GIB, ServerConfig
 from ullm.hub import cache_dir, embedded
+from ullm.hub.tuning import list_tunings
 from ullm.machine import available_memory
 
 Status = Literal["ok", "warn", "fail"]
@@ -79,6 +80,7 @@ def diagnose(server: ServerConfig) -> Diagnosis:
         "disk_free": shutil.disk_usage(_existing(cache_dir())).free,
         "cache": str(cache_dir()),
         "models": cached_models(),
+        "calibrations": list_tunings(),
         "port": {"host": server.host, "port": server.port, "free": port_is_free(server.host, server.port)},
     }
     return Diagnosis(list(_checks(data, problem)), data)
@@ -104,6 +106,8 @@ def _checks(data: dict[str, Any], problem: str | None) -> Iterator[Check]:
         for m in data["models"]
     )
     yield Check("models", "ok", models or "none yet; the first start fetches the default, or ullm pull does")
+    calibrations = ", ".join(f"{model}: {choice}" for model, choice in data["calibrations"].items())
+    yield Check("calibration", "ok", calibrations or "none; the kernels divide products by default")
     port = data["port"]
     where = f"{port['host']}:{port['port']}"
     yield Check(

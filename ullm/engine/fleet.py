@@ -11,10 +11,11 @@ import trio
 from ullm.actors.router import Router
 from ullm.actors.standby_pool import StandbyPool, StandbyStatistics
 from ullm.actors.transports import OpenTransport
-from ullm.config import EngineConfig
+from ullm.config import EngineConfig, Tuning
 from ullm.engine.replica import Replica
 from ullm.errors import StartFailed, WorkerLost, first_cause
 from ullm.faults import FaultInjector
+from ullm.hub.tuning import read_tuning
 from ullm.logs import get_logger
 from ullm.machine import resident_memory
 from ullm.protocol import stop_budget
@@ -38,6 +39,7 @@ class Fleet:
 
     Attributes:
         replicas: one for each slot.
+        tuning: how all CPU workers divide products, in every replica, after restarts and reloads.
         former_restarts: worker restarts of replicas that were retired.
     """
 
@@ -51,6 +53,8 @@ class Fleet:
         standby: StandbyPool | None = None,
     ) -> None:
         self.former_restarts = 0
+        self.tuning = Tuning()
+        self._config = config
         self._router = router
         self._transport = transport
         self._on_failure = on_failure
@@ -69,8 +73,10 @@ class Fleet:
 
     def specs(self, model_path: str) -> list[ChildSpec]:
         """Return the children that the engine starts with; see `supervised_by`."""
+        if self._config.calibrates_kernels:
+            self.tuning = read_tuning(self._config, model_path) or Tuning()
         for replica in self.replicas:
-            replica.group.load_from(model_path)
+            replica.group.load_from(model_path, self.tuning)
         standbys = []
         if self._standby is not None:
             standbys = [ChildSpec("standby", self._standby.run, shutdown=stop_budget.STANDBY_POOL)]

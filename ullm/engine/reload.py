@@ -150,7 +150,7 @@ class Reloader:
         swap = self._needs_swap()
         for place, old in enumerate(fleet.replicas):
             new = fleet.make(old.slot, candidate.config)
-            new.group.load_from(str(candidate.local.path))
+            new.group.load_from(str(candidate.local.path), self._fleet.tuning)
             new.group.continue_after(old.group)
             await self._start_beside(old, new, swap=swap)
             fleet.replicas[place] = new

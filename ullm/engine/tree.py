@@ -10,6 +10,7 @@ import trio
 
 from ullm.actors.router import Router
 from ullm.actors.tokenizer import TokenizerActor
+from ullm.engine.calibration import calibrate_for_next_start
 from ullm.engine.current_model import CurrentModel, FindModel
 from ullm.engine.fleet import Fleet
 from ullm.engine.life import EngineLife
@@ -20,6 +21,7 @@ from ullm.errors import StartCancelled, first_cause
 from ullm.faults import FaultInjector
 from ullm.logs import get_logger
 from ullm.protocol import stop_budget
+from ullm.protocol.messages import ModelInfo
 from ullm.supervision import ChildInfo, ChildSpec, Supervisor, open_supervisor
 
 log = get_logger(__name__)
@@ -114,8 +116,16 @@ class EngineTree:
                 life.run()
                 log.info("engine running", model=current.config.model_name)
                 task_status.started()
-                await self._parts.stop.requested.wait()
+                await self._wait_for_stop(info)
                 await self._parts.stop.run(root, self._parts.lifecycle)
+
+    async def _wait_for_stop(self, info: ModelInfo) -> None:
+        current = self._parts.current
+        assert current.local is not None, "an engine that runs has a model"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(calibrate_for_next_start, current.config, str(current.local.path), info)
+            await self._parts.stop.requested.wait()
+            nursery.cancel_scope.cancel()
 
     def _take_root(self, root: Supervisor) -> None:
         """Make the tree visible while it starts."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ullm.config import EngineConfig
+from ullm.config import EngineConfig, Tuning
 from ullm.sampling import SamplingParams
 
 
@@ -55,11 +55,13 @@ class Start(Frame, frozen=True):
         config: the engine's configuration; ``config.model`` is as the user wrote it.
         rank: the worker's place.
         model_path: the local folder or GGUF file that ``config.model`` resolved to.
+        tuning: how the CPU kernels divide products; the same for all workers of an engine.
     """
 
     config: EngineConfig
     rank: RankSpec
     model_path: str
+    tuning: Tuning = Tuning()
 
 
 class NewSequence(Frame, frozen=True):
@@ -192,6 +194,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
         kv_dtype: dtype of the KV.
         kernels: what computes the layers: ``PyTorch``, ``Triton``, or the instructions that ullm's kernels
             for CPUs use, such as ``AVX2``.
+        tuning: where the choice of how these kernels divide products is from: ``default``, or
+            ``calibrated on`` a date; empty without such kernels.
     """
 
     architecture: str
@@ -208,6 +212,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     weight_formats: tuple[str, ...] = ()
     kv_dtype: str = ""
     kernels: str = ""
+    tuning: str = ""
 
 
 class Ready(Frame, frozen=True):

@@ -34,7 +34,7 @@ NATIVE: dict[str, type[Decoder]] = {
 NOT_IN_WEIGHTS = frozenset(
     {
         *("model", "revision", "tokenizer", "served_model_name", "chat_template"),
-        *("context_len", "enforce_eager", "gpu_kernels", "runner"),
+        *("context_len", "enforce_eager", "gpu_kernels", "cpu_calibration", "runner"),
     }
 )
 """Options of a model that its packed weights do not depend on."""

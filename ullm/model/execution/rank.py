@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullm.config import EngineConfig
+from ullm.config import EngineConfig, Tuning
 from ullm.errors import OutOfMemory, one_line
 from ullm.machine import usable_cores
 from ullm.model.architectures.decoder import Decoder
@@ -54,6 +54,7 @@ class RankContext:
         device: where the model runs.
         parallel: the other ranks of the replica.
         threads: number of threads that compute on a CPU: the kernels' or PyTorch's.
+        tuning: how the CPU kernels divide products.
     """
 
     checkpoint: Checkpoint
@@ -61,6 +62,7 @@ class RankContext:
     device: torch.device
     parallel: ParallelContext
     threads: int
+    tuning: Tuning = Tuning()
 
 
 @dataclass
@@ -118,7 +120,8 @@ def open_context(start: Start) -> RankContext:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config = config.on_device(device.type)
-    return RankContext(checkpoint, config, device, open_parallel(start.rank, device), torch.get_num_threads())
+    parallel = open_parallel(start.rank, device)
+    return RankContext(checkpoint, config, device, parallel, torch.get_num_threads(), start.tuning)
 
 
 def read_model(context: RankContext, progress: Callable[[Progress], None]) -> CausalModel:
@@ -138,7 +141,9 @@ def assign_threads(context: RankContext, model: CausalModel) -> CausalModel:
     """Give the threads to the kernels, where the model has some, else to PyTorch."""
     if isinstance(model, Decoder) and isinstance(model.ops, KernelOps):
         # The little work left to PyTorch is not worth waiting for OpenMP's threads; see kernels/cpu/pool.h.
+        tuning = context.tuning
         model.ops.kernels.use_threads(context.threads)
+        model.ops.kernels.use_tuning(tuning.chunk_tiles, tuning.piece, prefetch=tuning.prefetch)
         torch.set_num_threads(1)
     return model
 
@@ -197,6 +202,7 @@ def model_info(
 ) -> ModelInfo:
     """Describe the model for the engine. A pool smaller than the model's context limits the context."""
     checkpoint = context.checkpoint
+    kernels = isinstance(model, Decoder) and isinstance(model.ops, KernelOps)
     return ModelInfo(
         architecture=checkpoint.architecture,
         num_parameters=model.num_parameters(),
@@ -212,6 +218,7 @@ def model_info(
         weight_formats=model.weight_formats(),
         kv_dtype=str(model.dtype).removeprefix("torch."),
         kernels=model.ops.name if isinstance(model, Decoder) else TorchOps.name,
+        tuning=context.tuning.origin if kernels else "",
     )
 
 

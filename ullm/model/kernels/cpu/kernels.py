@@ -112,6 +112,13 @@ class CpuKernels:
         """Set how many threads compute, the calling one included, for all kernels of this process."""
         self._library.use_threads(c_int64(threads), c_int64(usable_cores()))
 
+    def use_tuning(self, chunk_tiles: int, piece: int, *, prefetch: bool) -> None:
+        """Set how products are divided, for all kernels of this process; no choice changes a result.
+
+        See `ullm.config.Tuning`.
+        """
+        self._library.use_tuning(c_int64(chunk_tiles), c_int64(piece), c_int64(prefetch))
+
     def pack(self, weight: Tensor) -> Tensor:
         """See `LinearKernel.pack`; returns an ordinary tensor, which may be kept in a file.
 

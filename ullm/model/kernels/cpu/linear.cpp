@@ -75,16 +75,17 @@ template <typename X, typename W>
 void linear(const Matrix& matrix, const X* x, float* out, int64_t rows) {
     const W* packed = static_cast<const W*>(matrix.packed);
     const int64_t in = matrix.inputs, steps = in / STEP<X>, group_size = in * COLUMNS;
-    const int64_t threads = pool().threads(), chunk = 8 * ROWS, chunks = (rows + chunk - 1) / chunk;
+    const int64_t threads = pool().threads(), chunk = tuning.chunk_tiles * ROWS, chunks = (rows + chunk - 1) / chunk;
     const int64_t all = groups(matrix.outputs);
+    const bool fetch = rows > ROWS && tuning.prefetch;
     pool().run(chunks * all, [&](int64_t i) {
         const int64_t part = i / all * chunk, end = std::min(rows, part + chunk), group = i % all;
         const int64_t first = group * COLUMNS, columns = std::min<int64_t>(COLUMNS, matrix.outputs - first);
         const int64_t tiles = (end - part + ROWS - 1) / ROWS, lines = COLUMNS * STEP<X> * sizeof(W) / 64;
         // The weights that this thread multiplies next. Few rows are limited by memory bandwidth anyway, and
         // later chunks find the weights in the cache.
-        const W* next = rows > ROWS && !part && group + threads < all ? packed + (group + threads) * group_size
-                                                                     : nullptr;
+        const W* next =
+            fetch && !part && group + threads < all ? packed + (group + threads) * group_size : nullptr;
         Ahead ahead{reinterpret_cast<const char*>(next), (lines + tiles - 1) / tiles};
         for (int64_t row = part; row < end; row += ROWS) {
             rows_tile(std::min<int64_t>(ROWS, end - row), x + row * in, in, packed + group * group_size, ahead,
@@ -127,6 +128,10 @@ void multiply(const Matrix& matrix, const bfloat16* x, float* out, int64_t rows)
 extern "C" {
 
 const char* variant() { return VARIANT; }
+
+void use_tuning(int64_t chunk_tiles, int64_t piece, int64_t prefetch) {
+    tuning.chunk_tiles = chunk_tiles, tuning.piece = piece, tuning.prefetch = prefetch;
+}
 
 void use_threads(int64_t threads, int64_t cores) { pool().resize(int(threads), int(cores)); }
 

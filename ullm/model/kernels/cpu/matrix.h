@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <atomic>
+
 #include "common.h"
 
 enum class Format : int64_t { FLOAT32, BFLOAT16, FLOAT16, QUANTIZED };
@@ -21,3 +23,12 @@ void multiply(const Matrix&, const bfloat16* x, float* out, int64_t rows);
 // The same for quantized weights alone. Defined in quantized.cpp.
 void multiply_quantized(const Matrix&, const float* x, float* out, int64_t rows);
 void multiply_quantized(const Matrix&, const bfloat16* x, float* out, int64_t rows);
+
+// How products are divided. No choice changes a result: each output is summed in one order in any case. Set by
+// use_tuning, see calibration.py.
+struct Tuning {
+    std::atomic<int64_t> chunk_tiles{8};  // tiles of rows that are multiplied by the same weights in turn
+    std::atomic<int64_t> piece{48};       // groups of quantized weights that a thread takes at a time
+    std::atomic<int64_t> prefetch{1};     // 0: the next weights are not prefetched
+};
+inline Tuning tuning;

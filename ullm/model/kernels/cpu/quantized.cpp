@@ -350,13 +350,13 @@ void linear(const Matrix& matrix, const T* x, float* out, int64_t rows) {
     quantize(x, inputs, rows, matrix.inputs);
     int64_t all = 0;
     for (int64_t i = 0; i < header.num_parts; ++i) all += column_groups(header.parts()[i].count);
-    const int64_t chunk = 8 * ROWS, chunks = (rows + chunk - 1) / chunk;
+    const int64_t chunk = tuning.chunk_tiles * ROWS, chunks = (rows + chunk - 1) / chunk;
     // About 50 KB of weights at a time, but few enough that every thread has work.
-    const int64_t together = std::max<int64_t>(1, std::min<int64_t>(48 / inputs.groups, all / 8));
+    const int64_t together = std::max<int64_t>(1, std::min<int64_t>(tuning.piece / inputs.groups, all / 8));
     const int64_t pieces = (all + together - 1) / together, threads = pool().threads();
     // One row is limited by memory bandwidth anyway: prefetching would cost up to a tenth; with 2 to 4 rows
     // it saves as much.
-    const bool fetch = rows > 1;
+    const bool fetch = rows > 1 && tuning.prefetch;
     pool().run(chunks * pieces, [&](int64_t i) {
         const int64_t row = i / pieces * chunk, end = std::min(rows, row + chunk);
         const int64_t from = i % pieces * together, to = std::min(all, from + together);
