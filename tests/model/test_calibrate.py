@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from torch import Tensor
 
 from tests.model.model_fixtures import config, save_tiny
 from ullm.config import Tuning
+from ullm.hub import cache_dir
 from ullm.hub.tuning import list_tunings, read_tuning, tuning_path, write_tuning
 from ullm.model import calibrate
 from ullm.model.calibrate import CANDIDATES, choose, measure
@@ -143,3 +148,25 @@ def test_a_tiny_model_is_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all({"default", "PyTorch"} <= timing.seconds.keys() for timing in result.timings)
     assert msgspec.json.decode(msgspec.json.encode(result), type=calibrate.Calibration) == result
     assert result.tuning.origin.startswith("calibrated on ")
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
+def test_doctor_prints_the_table_and_keeps_the_choice(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "llama")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernels").symlink_to(cache_dir() / "kernels")  # compiled already
+    environ = os.environ | {"ULLM_CACHE": str(tmp_path / "cache")}
+
+    def doctor(*arguments: object) -> str:
+        command = [sys.executable, "-m", "ullm", "doctor", *map(str, arguments)]
+        return subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout
+
+    load_kernels(torch.float32)
+    table = doctor("--calibrate", tmp_path / "model")
+    assert "PyTorch" in table
+    assert [line.split()[0] for line in table.splitlines()[1:6]] == ["1", "4", "16", "64", "512"]
+    assert len(list((tmp_path / "cache" / "tuning").glob("*.json"))) == 1
+    (choice,) = json.loads(doctor("--json"))["data"]["calibrations"].values()
+    assert "calibrated on " in choice

@@ -26,7 +26,7 @@ CPU_LINES = ("flags", "Features", "model name", "CPU part")
 
 def tuning_path(config: ModelConfig, model_path: str) -> Path:
     """Return the file for a model on this machine, which may not exist."""
-    parts = [_version("ullm"), _version("torch"), _cpu(), os.path.realpath(model_path)]
+    parts = [_version("ullm-engine"), _version("torch"), _cpu(), os.path.realpath(model_path)]
     parts += [config.dtype, config.quantization, os.environ.get("CXX", "")]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     return cache_dir() / "tuning" / f"{digest}.json"
