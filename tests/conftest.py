@@ -34,7 +34,6 @@ def pytest_configure() -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("ULLM_CPU_CALIBRATION", "false")  # of servers that live for more than ten seconds
     for number, default in ((signal.SIGINT, signal.default_int_handler), *_HANGUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, default)

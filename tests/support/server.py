@@ -29,6 +29,9 @@ UNCLEAN = re.compile(
 WARNINGS = "default,ignore::ResourceWarning:importlib._bootstrap_external"
 """A signal may end a worker in the middle of an import, with the file of a module still open."""
 
+ENVIRON = {"PYTHONWARNINGS": WARNINGS, "ULLM_CPU_CALIBRATION": "false"}
+"""Variables of servers. After ten seconds they would measure a machine that is busy with other tests."""
+
 ORPHAN_SECONDS = 10.0
 
 
@@ -60,7 +63,7 @@ class Server(ServerProcess):
         self._left: list[str] = []
         super().__init__(
             *arguments,
-            environ={"PYTHONWARNINGS": WARNINGS, "TMPDIR": str(self._temporary), **environ},
+            environ={**ENVIRON, "TMPDIR": str(self._temporary), **environ},
             wait=wait,
             log=self.folder / "log",
             admin=True,
