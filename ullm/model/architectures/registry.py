@@ -62,9 +62,11 @@ def load_model(
     model = build(native, checkpoint, parallel)
     use_kernels = config.cpu_kernels and device.type == "cpu" and model.suits_kernels()
     packed = find_packed(checkpoint, config, parallel) if use_kernels else None
-    if packed is not None and restore(model, packed, checkpoint.dtype):
+    kernels = load_kernels(checkpoint.dtype, progress) if use_kernels else None
+    if kernels is None:
+        packed = None  # only the kernels can read it, and PyTorch's own packed weights cannot be written
+    if packed is not None and kernels is not None and restore(model, packed, kernels, checkpoint.dtype):
         return model
-    kernels = load_kernels(checkpoint.dtype) if use_kernels else None
     scheme = choose_scheme(checkpoint, config, kernels)
     if scheme is not None:
         model.quantize(scheme)
@@ -75,10 +77,8 @@ def load_model(
     else:
         load_weights(model, checkpoint.path, progress)
     model.prepare(device, kernels, fuse=config.gpu_kernels)
-    if packed is not None and packed.write(model.packed_weights(), progress):
-        restore(
-            model, packed, checkpoint.dtype
-        )  # mapped weights are shared, and the packed ones can be freed
+    if packed is not None and kernels is not None and packed.write(model.packed_weights(), progress):
+        restore(model, packed, kernels, checkpoint.dtype)  # shared with others, and the unmapped are freed
     return model
 
 
@@ -118,9 +118,10 @@ def map_model(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelCo
     native = NATIVE.get(checkpoint.architecture)
     model = build(native, checkpoint, parallel) if native is not None and config.cpu_kernels else None
     packed = find_packed(checkpoint, config, parallel) if model is not None else None
-    if model is None or packed is None or not restore(model, packed, checkpoint.dtype):
+    if model is None or packed is None or not packed.path.exists():
         return None
-    return model
+    kernels = load_kernels(checkpoint.dtype)
+    return model if kernels is not None and restore(model, packed, kernels, checkpoint.dtype) else None
 
 
 def find_packed(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelContext) -> PackedFile | None:
@@ -140,14 +141,11 @@ def find_packed(checkpoint: Checkpoint, config: EngineConfig, parallel: Parallel
         return None  # loading raises the error
 
 
-def restore(model: Decoder, packed: PackedFile, dtype: torch.dtype) -> bool:
+def restore(model: Decoder, packed: PackedFile, kernels: CpuKernels, dtype: torch.dtype) -> bool:
     """Map the weights instead of loading them; return False if that is not possible."""
     weights = packed.read()
     if weights is None or sum(tensor.nbytes for tensor in weights.values()) > available_memory():
         return False  # mapped weights that do not fit into memory would be read again and again
-    kernels = load_kernels(dtype)
-    if kernels is None:
-        return False
     model.restore(weights, kernels, dtype)
     return True
 

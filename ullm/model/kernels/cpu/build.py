@@ -15,11 +15,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
+
+import filelock
 
 from ullm.hub import cache_dir
+from ullm.hub.guarded import end_guarded, open_guarded
 from ullm.logs import get_logger
+from ullm.machine import usable_cores
+from ullm.model.kernels.cpu.library_file import is_intact, keep, open_folder
 
 log = get_logger(__name__)
 
@@ -39,17 +46,26 @@ FLAGS = (
     "-Wno-psabi",
 )
 COMPILERS = ("c++", "g++", "clang++")
-COMPILE_SECONDS = 120.0
+COMPILE_SECONDS = 400.0
+"""Limit of one start, less than ``--start-timeout``: compiling takes 20 to 40 s of a processor, and a
+container may have a fraction of one."""
+HEARTBEAT, POLL_SECONDS = 0.25, 0.05
+"""Seconds between looks at another process's lock, and at the compilers."""
+_PARTIAL = ".partial"
 
 
 class NoLibrary(Exception):
     """The kernels are not available; the message says why, and the remedy."""
 
 
-def open_library() -> ctypes.CDLL | None:
-    """Return the compiled kernels; None, and a log line, if they are not available."""
+def open_library(progress: Callable[[], None] = lambda: None) -> ctypes.CDLL | None:
+    """Return the compiled kernels; None, and a log line, if they are not available.
+
+    Args:
+        progress: called several times a second while they are compiled, by this process or another one.
+    """
     try:
-        return _open_library()
+        return _open_library(progress)
     except NoLibrary as error:
         level = logging.INFO if find_compiler() is None else logging.WARNING
         log.log(level, "decoding without fused kernels", reason=str(error))
@@ -59,31 +75,32 @@ def open_library() -> ctypes.CDLL | None:
 def why_no_library() -> str:
     """Return why the kernels are not available, and the remedy; empty if they are."""
     try:
-        _open_library()
+        _open_library(lambda: None)
     except NoLibrary as error:
         return str(error)
     return ""
 
 
-def _open_library() -> ctypes.CDLL:
+def _open_library(progress: Callable[[], None]) -> ctypes.CDLL:
     compiler, path = find_compiler(), library_path()
     if compiler is None or path is None:
         names = os.environ.get("CXX") or ", ".join(COMPILERS)
         raise NoLibrary(f"there is no C++ compiler ({names}); install g++ or clang")
     try:
-        if not path.exists():
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
-    except subprocess.SubprocessError as error:
-        output = " ".join(str(getattr(error, "stderr", None) or error).split())[-400:]
-        raise NoLibrary(
-            f"{compiler} could not compile them: {output}; set CXX to another compiler, such as g++ or "
-            "clang++, and make sure that its folder for temporary files and ULLM_CACHE have free space"
-        ) from None
+        open_folder(path.parent)
+        if not is_intact(path):
+            _compile_once(compiler, path, progress)
     except OSError as error:
         raise NoLibrary(
             f"they cannot be kept in {path.parent}: {error.strerror or error}; let this user write and run "
             "programs there, or set ULLM_CACHE to another folder"
+        ) from None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoLibrary(
+            f"they cannot be loaded: {error}; let this user run programs in {path.parent}, or set ULLM_CACHE "
+            "to another folder"
         ) from None
 
 
@@ -119,31 +136,120 @@ def find_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def _compile(compiler: str, path: Path) -> None:
-    """Compile beside the final path and rename, so that two processes may compile at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        objects = [str(Path(folder) / f"{name}.o") for name in SOURCES]
-        commands = [
-            [compiler, *FLAGS, "-c", str(FOLDER / name), "-o", to]
-            for name, to in zip(SOURCES, objects, strict=True)
-        ]
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(_run, commands))
-        _run([compiler, *FLAGS, "-shared", *objects, "-o", str(built)])
-        built.replace(path)
+def _compile_once(compiler: str, path: Path, progress: Callable[[], None]) -> None:
+    """Compile unless another process does; then wait for that one.
+
+    Raises:
+        NoLibrary: the compiler fails, or takes longer than `COMPILE_SECONDS`.
+        OSError: the results cannot be kept.
+    """
+    deadline = time.monotonic() + COMPILE_SECONDS
+    lock = filelock.FileLock(path.parent / ".lock", mode=0o600)
+    while True:
+        try:
+            lock.acquire(timeout=HEARTBEAT)
+            break
+        except filelock.Timeout:
+            progress()
+            if time.monotonic() > deadline:
+                raise NoLibrary(
+                    f"another process has been compiling them for {COMPILE_SECONDS:g} s; start again later"
+                ) from None
+    try:
+        if not is_intact(path):
+            log.info("compiling fused kernels, once for this machine", compiler=compiler)
+            _compile(compiler, path, _Patience(deadline, progress))
+    finally:
+        lock.release()
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(
-        command,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=COMPILE_SECONDS,
-        stdin=subprocess.DEVNULL,
+class _Patience(NamedTuple):
+    """How long the compilers may take, and whom to tell that they still run."""
+
+    deadline: float
+    progress: Callable[[], None]
+
+
+def _compile(compiler: str, path: Path, patience: _Patience) -> None:
+    """Compile each source, then link; what was compiled before a start was cut short is used again."""
+    key = path.stem
+    for left in path.parent.glob(f"*{_PARTIAL}"):  # of a process that was killed: this one has the lock
+        left.unlink(missing_ok=True)
+    objects = {path.with_name(f"{key}.{name}.o"): name for name in SOURCES}
+    _run_all(
+        {
+            to: [compiler, *FLAGS, "-pipe", "-c", str(FOLDER / name)]
+            for to, name in objects.items()
+            if not is_intact(to)
+        },
+        patience,
     )
+    try:
+        _run_all({path: [compiler, *FLAGS, "-shared", *map(str, objects)]}, patience)
+    finally:
+        for left in path.parent.glob(f"{key}.*.o*"):
+            left.unlink(missing_ok=True)
+
+
+def _run_all(commands: Mapping[Path, list[str]], patience: _Patience) -> None:
+    """Run compilers side by side, one for each file to make, and keep each file as soon as it is made."""
+    waiting = list(commands.items())
+    running: list[_Compilation] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < usable_cores():
+                running.append(_Compilation(*waiting.pop(0)))
+            time.sleep(POLL_SECONDS)
+            patience.progress()
+            if time.monotonic() > patience.deadline:
+                raise NoLibrary(
+                    f"{running[0].command[0]} did not end within {COMPILE_SECONDS:g} s; what it has compiled "
+                    "is kept for the next start"
+                )
+            running = [each for each in running if not each.finish()]
+    finally:
+        for each in running:
+            each.abandon()
+
+
+class _Compilation:
+    """One compiler that runs; it does not outlive this process."""
+
+    def __init__(self, path: Path, command: list[str]) -> None:
+        self.path, self.command = path, command
+        self.built = path.with_name(f"{path.name}{_PARTIAL}")
+        self.errors = tempfile.TemporaryFile()
+        self.process = open_guarded(
+            [*command, "-o", str(self.built)], [self.built], stdout=subprocess.DEVNULL, stderr=self.errors
+        )
+
+    def finish(self) -> bool:
+        """Keep what was made, if the compiler has ended; return whether it has.
+
+        Raises:
+            NoLibrary: it failed.
+        """
+        status = self.process.poll()
+        if status is None:
+            return False
+        if status or not self.built.exists():
+            self.errors.seek(0)
+            output = self.errors.read().decode(errors="replace")
+            said = " ".join(output.split())[-400:] or f"it ended with status {status}"
+            raise NoLibrary(
+                f"{self.command[0]} could not compile them: {said}; set CXX to another compiler, such as g++ "
+                "or clang++, and make sure that its folder for temporary files and ULLM_CACHE have free space"
+            )
+        self.abandon(made=True)
+        keep(self.built, self.path)
+        return True
+
+    def abandon(self, *, made: bool = False) -> None:
+        """End the compiler, if it still runs; remove what it has begun."""
+        end_guarded(self.process)
+        self.errors.close()
+        if not made:
+            self.built.unlink(missing_ok=True)
 
 
 def _key(compiler: str) -> str:

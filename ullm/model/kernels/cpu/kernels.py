@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Array, byref, c_float, c_int64, c_void_p
 
 import numpy as np
@@ -245,7 +245,11 @@ def weight_dtypes(dtype: torch.dtype) -> frozenset[torch.dtype]:
     return frozenset((dtype, *widened))
 
 
-def load_kernels(dtype: torch.dtype) -> CpuKernels | None:
-    """Return the kernels for ``dtype``; None, and a log line, if they are not available."""
-    library = open_library() if dtype in NAMES else None
+def load_kernels(dtype: torch.dtype, progress: Callable[[], None] = lambda: None) -> CpuKernels | None:
+    """Return the kernels for ``dtype``; None, and a log line, if they are not available.
+
+    Args:
+        progress: called several times a second while they are compiled.
+    """
+    library = open_library(progress) if dtype in NAMES else None
     return None if library is None else CpuKernels(library, dtype)
