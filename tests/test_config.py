@@ -19,6 +19,19 @@ def test_defaults_are_valid_and_frozen() -> None:
         config.max_bs = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("link", ["tcp://10.96.12.7:8000", "udp://[fd00::7]:53", "TCP://10.96.12.7:80"])
+@pytest.mark.parametrize(
+    ("cls", "field"), [(ServerConfig, "port"), (EngineConfig, "nccl_port"), (EngineConfig, "model")]
+)
+def test_links_to_services_are_no_options(
+    cls: Any, field: str, link: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = from_env(cls, {f"ULLM_{field.upper()}": link})
+    assert getattr(config, field) == getattr(cls(), field)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "enableServiceLinks" in caplog.text
+
+
 def test_round_trip_through_a_frame() -> None:
     config = EngineConfig(model="x", device_ids=(0, 1), tp_size=2, kv_cache_memory=5, dtype="float32")
     config = dataclasses.replace(config, served_model_name=("a", "b"))

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from ullm import machine
-from ullm.machine import YOUNG_OBJECTS, arm_features, collect_rarely, cpu_quota, usable_cores
+from ullm.machine import (
+    YOUNG_OBJECTS,
+    arm_features,
+    available_memory,
+    collect_rarely,
+    cpu_quota,
+    usable_cores,
+)
 
 
 @pytest.fixture
@@ -102,6 +109,68 @@ def test_a_quota_is_rounded_up(quota: float | None, cores: int, monkeypatch: pyt
     monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5}, raising=False)
     assert usable_cores() == cores
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+V1_MEMORY = "33 31 0:30 {root} {{}}/memory rw,relatime - cgroup cgroup rw,memory"
+NO_LIMIT_V1 = str((1 << 63) - 4096)
+
+
+@pytest.fixture
+def plenty(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A machine with 64 GiB free."""
+    monkeypatch.setattr(machine, "_meminfo_available", lambda: 64 << 30)
+    return 64 << 30
+
+
+def memory(group: Path, **files: int | str) -> None:
+    """Write the files of a group, sizes in MiB."""
+    limit(group, **{f"memory_{k}": str(v if isinstance(v, str) else v * MIB) for k, v in files.items()})
+
+
+def test_page_cache_that_is_not_in_use_is_free(plenty: int, tmp_path: Path) -> None:
+    proc = process(tmp_path, "0::/pod\n", V2)
+    stat = f"anon {90 * MIB}\ninactive_file {850 * MIB}\nactive_file {50 * MIB}"
+    memory(tmp_path / "cgroup" / "pod", max=1000, current=990, stat=stat)
+    assert available_memory(proc, tmp_path) == 860 * MIB
+
+
+def test_the_tightest_of_all_levels_counts(plenty: int, tmp_path: Path) -> None:
+    proc = process(tmp_path, "0::/system.slice/ullm.service\n", V2)
+    memory(tmp_path / "cgroup" / "system.slice", max=600, current=100, high="max")
+    memory(tmp_path / "cgroup" / "system.slice" / "ullm.service", max="max", current=80)
+    assert available_memory(proc, tmp_path) == 500 * MIB
+    memory(tmp_path / "cgroup" / "system.slice" / "ullm.service", high=200)
+    assert available_memory(proc, tmp_path) == 120 * MIB
+
+
+@pytest.mark.parametrize("root", ["/", "/docker/1"])
+def test_limits_of_version_1_count(root: str, plenty: int, tmp_path: Path) -> None:
+    proc = process(tmp_path, "4:memory:/docker/1\n2:cpu,cpuacct:/\n0::/\n", V1_MEMORY.format(root=root))
+    group = tmp_path / "memory" / ("docker/1" if root == "/" else "")
+    stat = f"inactive_file 1\ntotal_inactive_file {300 * MIB}"
+    memory(group, limit_in_bytes=600, usage_in_bytes=500, stat=stat)
+    assert available_memory(proc, tmp_path) == 400 * MIB
+    memory(group, limit_in_bytes=NO_LIMIT_V1)
+    assert available_memory(proc, tmp_path) == plenty
+
+
+def test_files_at_the_usual_place_count_without_a_mount(plenty: int, tmp_path: Path) -> None:
+    memory(tmp_path / "laid-over", max=600, current=700)
+    assert available_memory(tmp_path / "none", tmp_path / "laid-over") == 0
+    assert available_memory(tmp_path / "none", tmp_path) == plenty
+
+
+def test_the_kv_cache_fits_into_what_a_group_leaves(
+    plenty: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ullm.model.memory import kv_pool
+
+    memory(tmp_path, max=600, current=200)
+    monkeypatch.setattr(kv_pool, "available_memory", lambda: available_memory(tmp_path / "none", tmp_path))
+    assert 0 < kv_pool.cpu_budget() <= 400 * MIB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")

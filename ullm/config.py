@@ -9,7 +9,9 @@ flags, ``ULLM_*`` variables and docs/reference/configuration.md are derived from
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -25,6 +27,11 @@ MAX_SLEEP_LEVEL = 3
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """The embedded default model; see `ullm.hub`."""
 DEFAULT_RUNNER = "ullm.model.execution.runner:ModelRunner"
+
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+:\d+", re.IGNORECASE)
+"""The value of a variable by which Kubernetes tells a pod where a Service is."""
+
+log = logging.getLogger(__name__)
 
 SleepMode = Literal["wait", "abort", "keep"]
 """How requests in flight are treated when the engine is put to sleep."""
@@ -436,7 +443,8 @@ def from_env(cls: type[C], environ: Mapping[str, str] = os.environ, **overrides:
     """Build ``cls`` from ``ULLM_<FIELD>`` variables; ``overrides`` win.
 
     Lists are separated by commas. An empty variable counts as unset. Variables that name no field of
-    ``cls`` are ignored, because the engine and the server share the prefix.
+    ``cls`` are ignored, because the engine and the server share the prefix. So are those that Kubernetes
+    sets for a Service called ullm, as in ``ULLM_PORT=tcp://10.96.12.7:8000``; a log line says so.
 
     Raises:
         ConfigError: a value of the wrong type; names the variable.
@@ -446,6 +454,14 @@ def from_env(cls: type[C], environ: Mapping[str, str] = os.environ, **overrides:
         name = f"ULLM_{spec.name.upper()}"
         text = environ.get(name, "")
         if not text or spec.name in overrides:
+            continue
+        if _SERVICE_LINK.fullmatch(text):
+            log.warning(
+                "%s=%s ignored: Kubernetes sets it for a Service; enableServiceLinks: false in the pod's spec "
+                "avoids that",
+                name,
+                text,
+            )
             continue
         value: Any = (
             [part.strip() for part in text.split(",") if part.strip()] if "tuple" in str(spec.type) else text

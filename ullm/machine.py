@@ -12,6 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+"""The usual place of control groups, and in most containers the container's own."""
+
 UNKNOWN_MEMORY = 4 << 30
 """Bytes of memory to assume where the system does not tell."""
 
@@ -19,12 +22,19 @@ YOUNG_OBJECTS = 20_000
 """Number of new objects, less those freed, after which garbage is collected."""
 
 
-def available_memory() -> int:
-    """Return the bytes of memory that this process can still use, within its container's limit."""
+def available_memory(process: Path = Path("/proc/self"), root: Path = CGROUP_ROOT) -> int:
+    """Return the bytes of memory that this process can still use, within the limits of its control groups.
+
+    Of each group and of all above it the limit counts, less what is in use, less inactive page cache, which
+    the kernel gives up first: files that were read, such as weights, fill a group up to its limit.
+
+    Args:
+        process: the process's folder in /proc.
+        root: a group that counts in any case.
+    """
     free = _meminfo_available() or _physical_memory()
-    limit = _read_int("/sys/fs/cgroup/memory.max")
-    used = _read_int("/sys/fs/cgroup/memory.current")
-    return min(free, limit - used) if limit is not None and used is not None else free
+    groups = {*_groups(process, "memory"), root}
+    return max(0, min([free, *(left for group in groups if (left := _memory_left(group)) is not None)]))
 
 
 def usable_cores() -> int:
@@ -76,23 +86,27 @@ def cpu_quota(process: Path = Path("/proc/self")) -> float | None:
     Args:
         process: the process's folder in /proc.
     """
-    quotas = [quota for folder in _cpu_groups(process) if (quota := _quota(folder)) is not None]
+    quotas = [quota for folder in _groups(process, "cpu") if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
 
 
-def _cpu_groups(process: Path) -> Iterator[Path]:
-    """Iterate over the folders of the control groups that limit this process, and of all above them."""
+def _groups(process: Path, controller: str) -> Iterator[Path]:
+    """Iterate over the folders of the control groups that limit this process, and of all above them.
+
+    Args:
+        controller: which of version 1's hierarchies: ``cpu`` or ``memory``.
+    """
     try:
         groups = (process / "cgroup").read_text().splitlines()
         mounts = (process / "mountinfo").read_text().splitlines()
     except OSError:  # not Linux
         return
     paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in groups)}
-    for mount in control_group_mounts(mounts):
+    for mount in control_group_mounts(mounts, controller):
         if mount.version == 2:
             path = paths.get("", "/")
         else:
-            path = next((path for names, path in paths.items() if "cpu" in names.split(",")), "/")
+            path = next((path for names, path in paths.items() if controller in names.split(",")), "/")
         # Inside a container the mount may begin at the container's own group.
         inside = path.removeprefix(mount.root.rstrip("/")).strip("/")
         folder = mount.point / inside
@@ -101,11 +115,11 @@ def _cpu_groups(process: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class ControlGroupMount:
-    """Where control groups that may limit processor time are mounted.
+    """Where control groups that may limit a resource are mounted.
 
     Args:
         root: the group that is mounted there.
-        version: 1 or 2; in version 2 the cpu controller may be missing.
+        version: 1 or 2; in version 2 the resource's controller may be missing.
     """
 
     root: str
@@ -113,11 +127,12 @@ class ControlGroupMount:
     version: int
 
 
-def control_group_mounts(mountinfo: Iterable[str]) -> Iterator[ControlGroupMount]:
-    """Iterate over the mounts that may limit processor time.
+def control_group_mounts(mountinfo: Iterable[str], controller: str = "cpu") -> Iterator[ControlGroupMount]:
+    """Iterate over the mounts that may limit processor time, or another resource.
 
     Args:
         mountinfo: lines of /proc/self/mountinfo, see proc_pid_mountinfo(5).
+        controller: which of version 1's hierarchies: ``cpu`` or ``memory``.
     """
     for line in mountinfo:
         mount, _, filesystem = line.partition(" - ")
@@ -125,7 +140,7 @@ def control_group_mounts(mountinfo: Iterable[str]) -> Iterator[ControlGroupMount
         kind, _, options = filesystem.split(maxsplit=2)
         if kind == "cgroup2":
             yield ControlGroupMount(root, Path(point), 2)
-        elif kind == "cgroup" and "cpu" in options.split(","):
+        elif kind == "cgroup" and controller in options.split(","):
             yield ControlGroupMount(root, Path(point), 1)
 
 
@@ -138,6 +153,31 @@ def _quota(group: Path) -> float | None:
         _read_int(str(group / "cpu.cfs_period_us")),
     )
     return quota_us / period_us if quota_us is not None and period_us and quota_us > 0 else None
+
+
+def _memory_left(group: Path) -> int | None:
+    """Return what a group may still use; None if it has no limit.
+
+    Reads ``memory.max``, ``memory.high``, above which the group is slowed down, and ``memory.current`` of
+    version 2, and their counterparts of version 1.
+    """
+    limits = [_read_int(str(group / f"memory.{name}")) for name in ("max", "high", "limit_in_bytes")]
+    used = [_read_int(str(group / f"memory.{name}")) for name in ("current", "usage_in_bytes")]
+    limit = min((each for each in limits if each is not None), default=None)
+    in_use = next((each for each in used if each is not None), None)
+    if limit is None or in_use is None:
+        return None
+    return limit - max(0, in_use - _inactive_files(group))
+
+
+def _inactive_files(group: Path) -> int:
+    """Return the bytes of page cache that a group, with those below it, has not used lately."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+        entries = {name: int(value) for name, value in (line.split() for line in lines)}
+    except (OSError, ValueError):
+        return 0
+    return entries.get("total_inactive_file", entries.get("inactive_file", 0))
 
 
 def resident_memory(pid: int) -> int:
