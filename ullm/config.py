@@ -457,8 +457,8 @@ def from_env(cls: type[C], environ: Mapping[str, str] = os.environ, **overrides:
             continue
         if _SERVICE_LINK.fullmatch(text):
             log.warning(
-                "%s=%s ignored: Kubernetes sets it for a Service; enableServiceLinks: false in the pod's spec "
-                "avoids that",
+                "%s=%s ignored: Kubernetes sets it for a Service; enableServiceLinks: false in the pod's "
+                "spec avoids that",
                 name,
                 text,
             )

@@ -626,6 +626,42 @@ async def test_a_requested_reload_needs_nobody_to_wait(clock: MockClock, opened:
         assert engine.health().ready
 
 
+async def test_many_requests_at_once_are_one_further_reload(clock: MockClock, opened: Open) -> None:
+    async with opened() as (engine, workers):
+        engine.request_reload()
+        await wait_all_tasks_blocked()  # the first one has begun
+        for _ in range(59):
+            engine.request_reload()
+        await trio.sleep(60)
+        assert len(workers.started) == 3
+        engine.request_reload()
+        await trio.sleep(60)
+        assert len(workers.started) == 4
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_no_reload_begins_once_a_stop_was_requested(
+    begun: bool, clock: MockClock, opened: Open, expected: list[int]
+) -> None:
+    """Requested with the stop, before it, or in the drain; one that has begun is finished."""
+    running = BackgroundRequest()
+    async with opened() as (engine, workers), trio.open_nursery() as nursery:
+        nursery.start_soon(running.run, engine)
+        await trio.sleep(2.5 * STEP)
+        if begun:
+            engine.request_reload()
+            await wait_all_tasks_blocked()
+        engine.request_reload()
+        engine.request_shutdown()
+        engine.request_reload()
+        await trio.sleep(STEP)
+        engine.request_reload()
+        report = await engine.wait_stopped()
+        assert (report.exit_code, report.aborted) == (0, 0)
+    assert tokens_of(running.outputs) == expected
+    assert len(workers.started) == 1 + begun
+
+
 async def test_a_stop_overtakes_a_reload(clock: MockClock, opened: Open) -> None:
     behaviour = {1: FakeBehaviour(load_seconds=1000.0)}
     seen = iter(range(100))

@@ -83,7 +83,14 @@ class Engine:
         workers, standby = _open_workers(config, transport, faults)
         self._fleet = Fleet(config, self._router, workers, self._stop.give_up, faults, standby)
         reloader = Reloader(self._current, self._router, self._fleet, find_model, faults)
-        self._lifecycle = Lifecycle(self._current, self._router, self._fleet, reloader, self._stop.give_up)
+        self._lifecycle = Lifecycle(
+            self._current,
+            self._router,
+            self._fleet,
+            reloader,
+            self._stop.give_up,
+            self._stop.requested.is_set,
+        )
         self._admission = Admission(self._life, self._router, self._lifecycle, readers)
         parts = EngineParts(
             self._life, self._current, self._router, self._fleet, self._lifecycle, self._stop, faults
@@ -223,8 +230,8 @@ class Engine:
             return await self._lifecycle.reload(model, revision)
 
     def request_reload(self) -> None:
-        """Begin a reload, if the engine runs; return at once. The log says how it goes."""
-        if self.state is EngineState.RUNNING:
+        """Begin a reload, if the engine runs and none waits already; return at once. The log says more."""
+        if self.state is EngineState.RUNNING and not self._stop.requested.is_set():
             self._lifecycle.request_reload()
 
     async def _change(self, change: Callable[..., Awaitable[None]], *arguments: Any) -> SleepHealth:

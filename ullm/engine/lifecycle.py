@@ -38,6 +38,9 @@ log = get_logger(__name__)
 
 AWAKE, FALLING_ASLEEP, ASLEEP, WAKING = "awake", "falling_asleep", "asleep", "waking"
 
+MAX_RELOADS = 2
+"""Reloads that were requested without a caller who waits: one that runs, and one that follows."""
+
 
 @dataclass(frozen=True, slots=True)
 class FallAsleep:
@@ -72,6 +75,7 @@ class Lifecycle:
 
     Args:
         on_failure: called with the cause when the engine cannot be woken.
+        stopping: returns whether a stop was requested, after which no reload begins.
 
     Attributes:
         state: ``awake``, ``falling_asleep``, ``asleep`` or ``waking``.
@@ -89,6 +93,7 @@ class Lifecycle:
         fleet: Fleet,
         reloader: Reloader,
         on_failure: Callable[[BaseException], None],
+        stopping: Callable[[], bool],
     ) -> None:
         self.mailbox: Mailbox[Command] = Mailbox(float("inf"), "lifecycle")
         self.state = AWAKE
@@ -103,6 +108,8 @@ class Lifecycle:
         self._fleet = fleet
         self._reloader = reloader
         self._on_failure = on_failure
+        self._stopping = stopping
+        self._requested: list[ReloadModel] = []  # by `request_reload`, and not done yet
         self._quieting: trio.CancelScope | None = None
         self._since: float | None = None
         self._stopped = False  # all worker processes, at the deepest level
@@ -159,8 +166,16 @@ class Lifecycle:
         return await ask(self.mailbox, lambda reply: ReloadModel(model, revision, reply), float("inf"))
 
     def request_reload(self) -> None:
-        """Begin a reload without waiting for it; the log says how it goes."""
-        self.mailbox.send_nowait(ReloadModel(None, None, Reply()))
+        """Begin a reload without waiting for it; the log says how it goes.
+
+        At most one waits while another one runs: it will read the files as they are then, so that further
+        requests ask for the same.
+        """
+        if len(self._requested) >= MAX_RELOADS:
+            log.info("a reload is waiting already")
+            return
+        self._requested.append(ReloadModel(None, None, Reply()))
+        self.mailbox.send_nowait(self._requested[-1])
 
     # --- the supervised child -------------------------------------------------------------------------
 
@@ -195,6 +210,9 @@ class Lifecycle:
             command.reply.fail(error)
         except ActorLost:
             await trio.sleep_forever()  # the tree is being stopped, and this task with it
+        finally:
+            if command in self._requested:
+                self._requested.remove(command)
 
     async def _sleep_when_idle(self) -> None:
         """Fall asleep after ``--sleep-after`` seconds without requests."""
@@ -297,6 +315,9 @@ class Lifecycle:
 
     async def _reload(self, model: str | None, revision: str | None) -> ReloadReport:
         began = trio.current_time()
+        if self._stopping():
+            log.info("not reloading: a stop was requested")
+            raise EngineBusy("a stop was requested; it overtook the reload")
         self._reloader.check(model, revision)
         await self._wake()
         return await self._reloader.reload(model, revision, began)
