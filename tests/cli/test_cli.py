@@ -157,6 +157,34 @@ def test_generate(scripted: list[str]) -> None:
     assert raw.stdout != done.stdout
 
 
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_optimized_bytecode_changes_nothing(scripted: list[str], level: str) -> None:
+    """``-OO`` drops docstrings, ``-O`` assertions; workers get the variable as well."""
+    done, optimized = (
+        run("generate", "hello", *scripted, "--max-tokens", "5", **environ)
+        for environ in ({}, {"PYTHONOPTIMIZE": level})
+    )
+    assert (optimized.returncode, optimized.stdout) == (0, done.stdout), optimized.stderr
+    shown = run("generate", "--help", PYTHONOPTIMIZE=level)
+    assert shown.returncode == 0
+    assert "--max-tokens" in shown.stdout
+
+
+def test_characters_that_the_terminal_lacks_are_replaced(scripted: list[str]) -> None:
+    several = [*scripted, "--max-tokens", "200", "--ignore-eos"]
+    done = run("generate", "hello", *several)
+    ascii_only = run("generate", "hello", *several, PYTHONIOENCODING="ascii")
+    assert ascii_only.returncode == 0, ascii_only.stderr
+    assert not done.stdout.isascii()
+    assert ascii_only.stdout == done.stdout.encode("ascii", "replace").decode()
+
+
+def test_a_prompt_on_stdin_in_another_encoding_is_told(scripted: list[str]) -> None:
+    done = run("generate", "-", *scripted, stdin="Grüße", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2
+    assert "stdin is not ascii text" in one_error_line(done)
+
+
 def test_generate_says_why_a_prompt_is_refused(scripted: list[str]) -> None:
     done = run("generate", "hello " * 100, *scripted, "--context-len", "16")
     assert done.returncode == 1

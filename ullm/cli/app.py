@@ -7,6 +7,7 @@ command line is wrong; 70, 71 and 128 + N as docs/reference/exit-status.md lists
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -203,6 +204,8 @@ def doctor(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     line = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model writes what an encoding such as ASCII has not
     return run_command_line(app, line, hint_for, with_both_names)
 
 

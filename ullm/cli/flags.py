@@ -135,7 +135,7 @@ def sampling_options(defaults: Mapping[str, Any]) -> list[Option]:
             name,
             hints[name],
             defaults.get(name, fields[name].default),
-            helps[name],
+            helps.get(name, ""),
             "Sampling",
             SAMPLING_ALIASES.get(name, ()),
         )
@@ -160,7 +160,7 @@ def fields_of(cls: type[Any], group: str) -> list[Option]:
 
 
 def docstring_arguments(cls: type[Any]) -> dict[str, str]:
-    """Return the ``Args:`` section of a docstring: name → text."""
+    """Return the ``Args:`` section of a docstring: name → text; ``python -OO`` leaves none."""
     section = inspect.getdoc(cls).partition("Args:\n")[2].partition("\n\n")[0]  # type: ignore[union-attr]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: _sentence(" ".join(text.split())) for name, text in entries}

@@ -18,16 +18,25 @@ def read_prompt(prompt: str | None) -> str:
     """Return the prompt, or all of stdin for ``-``.
 
     Raises:
-        UsageError: there is no prompt, or it is empty.
+        UsageError: there is no prompt, it is empty, or it is not text.
     """
     if prompt is None:
         raise UsageError('generate needs a prompt: ullm generate "Why is the sky blue?", or - to read stdin')
     if prompt.startswith("--"):
         raise UsageError(f"unknown option: {prompt}; see ullm generate --help")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty")
     return text
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"stdin is not {error.encoding} text; convert it, or set PYTHONIOENCODING to its encoding"
+        ) from None
 
 
 def compose(prompt: str, system: str | None, *, raw: bool) -> str | list[Message]:
