@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -305,3 +305,50 @@ def test_a_cleanup_that_fails_does_not_keep_the_process() -> None:
         watchdog.arm(0.0)
         assert exit.called.wait(30)
     assert exit.code == 71
+
+
+# --- a limit of processes ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function from whose call on no thread can be started."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    return lambda: monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def test_a_watchdog_is_armed_without_a_new_thread(no_threads: Callable[[], None]) -> None:
+    ended = threading.Event()
+    codes: list[int] = []
+
+    def exit(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    with Watchdog(exit_code=71, exit=exit) as watchdog:
+        no_threads()
+        watchdog.arm(0.0)
+        assert ended.wait(60)
+    assert codes == [71]
+
+
+def test_a_watchdog_without_a_thread_is_told_and_survived(
+    no_threads: Callable[[], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    no_threads()
+    watchdog = Watchdog()
+    watchdog.arm(0.0)
+    watchdog.cancel()
+    assert "can't start new thread" in caplog.text
+
+
+def test_a_watchdog_can_be_armed_again(no_threads: Callable[[], None]) -> None:
+    ended = threading.Event()
+    watchdog = Watchdog(exit=lambda code: ended.set())
+    watchdog.arm(1000.0)
+    watchdog.cancel()
+    watchdog.arm(0.0)
+    assert ended.wait(60)

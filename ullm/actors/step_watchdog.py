@@ -10,6 +10,10 @@ LOOK_SECONDS = 0.5
 LATE_SECONDS = 0.2
 """How long an overdue answer may still be read before its worker is given up."""
 
+FROZEN_SECONDS = 2.0
+"""How late this process may notice a time that has come. Later than that, it was itself suspended, as in a
+frozen control group, and its workers with it: what they owe is due as much later."""
+
 SUSPENDED_SECONDS = 1.0
 """How long a rank may be suspended, by SIGSTOP, before it is given up."""
 
@@ -25,6 +29,7 @@ class StepWatchdog:
         self.scope = trio.CancelScope()
         self._patience = patience
         self._owed: dict[object, float] = {}
+        self._thawed = False
 
     def renewed(self) -> trio.CancelScope:
         """Return the scope to wait in, which is cancelled when a sign of life is overdue; then a new one."""
@@ -52,7 +57,18 @@ class StepWatchdog:
 
     def extend(self, seconds: float) -> None:
         """Note a sign of life; the next one is due in ``seconds``."""
+        self._thawed = False
         self.scope.deadline = trio.current_time() + seconds
+
+    def thawed(self) -> None:
+        """Note that this process was suspended until now: the worker has all its time again."""
+        self._thawed = self.scope.deadline <= trio.current_time()
+        self.scope.deadline = max(self.scope.deadline, trio.current_time() + self._patience)
+
+    def excused(self) -> bool:
+        """Return whether this process was suspended before the deadline that has passed."""
+        thawed, self._thawed = self._thawed, False
+        return thawed and self.scope.cancel_called
 
     @property
     def is_idle(self) -> bool:

@@ -35,9 +35,14 @@ from ullm.protocol.messages import (
     Wake,
 )
 from ullm.supervision.actor import cleanup_scope
+from ullm.supervision.policy import exponential_backoff
 
 log = get_logger(__name__)
 
+
+BACKOFF_SECONDS, BACKOFF_LIMIT = 1.0, 10.0
+"""Delay of a start after one that failed: doubled with each in a row, up to the limit. The first start after
+a loss comes at once."""
 
 RENDEZVOUS_ROUNDS = 16
 """Incarnations of a group after which its rendezvous port is used again."""
@@ -63,7 +68,7 @@ class WorkerGroup:
         self.tuning = Tuning()
         self.info: ModelInfo | None = None
         self.stop_reports: list[StopReport] = []
-        self._starts = 0
+        self._starts = self._failed_starts = 0
         self._requested_starts = 1
         self._config = config
         self._open_transport = open_transport
@@ -147,6 +152,7 @@ class WorkerGroup:
     def expect_start(self) -> None:
         """Note that the next start is requested: it follows a stop, not a loss."""
         self._requested_starts += 1
+        self._failed_starts = 0
 
     def load_from(self, model_path: str, tuning: Tuning) -> None:
         """Have the ranks load the model from there, so tuned, when they are started the next time."""
@@ -195,6 +201,9 @@ class WorkerGroup:
         self._known.clear()
         self._ready = False
         self._round_trip = None
+        if self._failed_starts:
+            await trio.sleep(exponential_backoff(BACKOFF_SECONDS, BACKOFF_LIMIT)(self._failed_starts))
+        self._failed_starts += 1
         async with AsyncExitStack() as stack:
             self._ranks = [
                 WorkerRank(transport, self._config.step_timeout)
@@ -222,7 +231,7 @@ class WorkerGroup:
                     watching.start_soon(rank.watch, partial(self._take, index))
                     watching.start_soon(rank.watch_suspension)
                 watching.start_soon(self._send_canaries)
-                self._ready = True
+                self._ready, self._failed_starts = True, 0
                 task_status.started(infos[0])
         except BaseExceptionGroup as group:
             raise first_cause(group) from group

@@ -6,7 +6,13 @@ from collections.abc import Callable
 
 import trio
 
-from ullm.actors.step_watchdog import LATE_SECONDS, LOOK_SECONDS, SUSPENDED_SECONDS, StepWatchdog
+from ullm.actors.step_watchdog import (
+    FROZEN_SECONDS,
+    LATE_SECONDS,
+    LOOK_SECONDS,
+    SUSPENDED_SECONDS,
+    StepWatchdog,
+)
 from ullm.actors.transports.base import Transport
 from ullm.actors.worker_failure import checked
 from ullm.errors import WorkerLost
@@ -28,6 +34,7 @@ class WorkerRank:
         self.transport = transport
         self._step_timeout = step_timeout
         self.watchdog = StepWatchdog(step_timeout)
+        self._starting = trio.CancelScope()
 
     async def send(self, message: ToWorker, owed: object) -> None:
         """Send a message whose answer is ``owed`` from now on.
@@ -60,7 +67,7 @@ class WorkerRank:
 
     async def _start(self, start: Start, seconds: float) -> Ready:
         last = Progress("start", seconds)
-        with trio.move_on_after(seconds):
+        with trio.move_on_after(seconds) as self._starting:
             await self.transport.send(start)
             while not isinstance(message := await self._sign_of_life(last), Ready):
                 log.debug("worker starting", worker=self.transport.name, progress=message)
@@ -70,8 +77,11 @@ class WorkerRank:
 
     async def _sign_of_life(self, last: Progress) -> FromWorker:
         """Return the next message of a worker that starts; ``last`` announced how long it may take."""
-        with trio.move_on_after(last.budget):
-            return checked(self.transport, await self.transport.receive())
+        slept_through = True
+        while slept_through:
+            with trio.move_on_after(last.budget) as scope:
+                return checked(self.transport, await self.transport.receive())
+            slept_through = trio.current_time() - scope.deadline > FROZEN_SECONDS
         raise WorkerLost(
             self.transport.name, f"gave no sign of life for {last.budget:g} s at stage {last.stage!r}"
         )
@@ -88,10 +98,10 @@ class WorkerRank:
             with self.watchdog.renewed():
                 while True:
                     self._take(await self.transport.receive(), handle)
-            # If this process itself was suspended, the answer has been waiting all the time.
+            # The event loop may have been busy, and the answer waiting all the time.
             with trio.move_on_after(LATE_SECONDS) as late:
                 self._take(await self.transport.receive(), handle)
-            if late.cancelled_caught:
+            if late.cancelled_caught and not self.watchdog.excused():
                 break
         raise WorkerLost(self.transport.name, f"made no progress for {self._step_timeout:g} s")
 
@@ -99,7 +109,14 @@ class WorkerRank:
         """Raise `WorkerLost` for a worker that is suspended: as good as hung, and noticed much sooner."""
         since = float("inf")
         while True:
-            await trio.sleep(LOOK_SECONDS)
+            due = trio.current_time() + LOOK_SECONDS
+            await trio.sleep_until(due)
+            late = trio.current_time() - due
+            if late > FROZEN_SECONDS:
+                self.watchdog.thawed()
+                log.info("this process was suspended", seconds=round(late, 1), worker=self.transport.name)
+                self._starting.deadline += late
+                since = float("inf")
             suspended = not self.watchdog.is_idle and self.transport.suspended()
             since = min(since, trio.current_time()) if suspended else float("inf")
             if trio.current_time() - since >= SUSPENDED_SECONDS:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Final
 
@@ -51,7 +52,10 @@ def leave_now(signum: signal.Signals) -> None:
 def _flush_log(seconds: float) -> None:
     """Flush the handlers that this library's log lines reach; leave behind one that takes too long."""
     flushing = threading.Thread(target=_flush_handlers, name="log flush", daemon=True)
-    flushing.start()
+    try:
+        flushing.start()
+    except RuntimeError:  # a limit of processes is reached; leaving matters more than the log
+        return
     flushing.join(seconds)
 
 
@@ -146,7 +150,9 @@ class Watchdog:
     """A daemon thread that ends the process if an orderly stop has not done so in time.
 
     It works without the event loop, so also when that is blocked, but needs the interpreter: it cannot
-    run while a C extension holds the GIL. As a context manager it is cancelled on leaving the block.
+    run while a C extension holds the GIL. As a context manager its thread runs from the start, so that arming
+    it, in a signal handler maybe, needs no new thread where a limit of them is reached; it is cancelled on
+    leaving the block.
 
     Args:
         exit_code: exit code of the process.
@@ -162,6 +168,7 @@ class Watchdog:
         self._exit = exit
         self._changed = threading.Condition()
         self._deadline: float | None = None
+        self._cancelled = False
         self._thread: threading.Thread | None = None
 
     def arm(self, seconds: float) -> None:
@@ -169,21 +176,21 @@ class Watchdog:
         with self._changed:
             deadline = time.monotonic() + seconds
             self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-                self._thread.start()
+            self._start()
             self._changed.notify()
 
     def cancel(self) -> None:
         """Disarm: everything ended in time. It can be armed again."""
         with self._changed:
-            self._deadline = None
+            self._deadline, self._cancelled = None, True
             thread, self._thread = self._thread, None
             self._changed.notify()
         if thread is not None:
             thread.join()
 
     def __enter__(self) -> Watchdog:
+        with self._changed:
+            self._start()
         return self
 
     def __exit__(
@@ -191,10 +198,22 @@ class Watchdog:
     ) -> None:
         self.cancel()
 
+    def _start(self) -> None:
+        if self._thread is not None:
+            return
+        self._cancelled = False
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.warning("no watchdog of the stop: %s", error)
+        else:
+            self._thread = thread
+
     def _watch(self) -> None:
         with self._changed:
-            while self._deadline is not None:
-                left = self._deadline - time.monotonic()
+            while not self._cancelled:
+                left = math.inf if self._deadline is None else self._deadline - time.monotonic()
                 if left <= 0.0:
                     break
                 # Longer waits than this overflow on some platforms.
@@ -204,8 +223,9 @@ class Watchdog:
             self._deadline = None
         # In another thread, because a write blocks if nobody reads stderr.
         report = threading.Thread(target=self._report, daemon=True)
-        report.start()
-        report.join(REPORT_SECONDS)
+        with suppress(RuntimeError):  # a limit of threads is reached: no report
+            report.start()
+            report.join(REPORT_SECONDS)
         try:
             self.cleanup()
         finally:

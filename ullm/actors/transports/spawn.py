@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import trio
 
 from ullm.actors.transports.base import WorkerSpec
+from ullm.hub.guarded import working_folder
+from ullm.logs import get_logger
+from ullm.supervision import exponential_backoff
+
+FIRST_DELAY, LAST_DELAY = 0.1, 2.0
+"""Seconds between two attempts to start a process: doubled each time, up to the limit."""
+PERSIST_SECONDS = 60.0
+"""Seconds of such attempts, after which it counts as a failed start."""
+SHORT = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+"""Errors of a system that may have room for a process a moment later."""
+
+log = get_logger(__name__)
 
 
 @contextmanager
@@ -30,6 +45,8 @@ def lifeline() -> Iterator[int | None]:
 async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
     """Start the process, which inherits one descriptor; close that here.
 
+    Where the system has no room for a process just now, as at a limit of processes, wait and try again.
+
     Raises:
         OSError: it cannot be started.
     """
@@ -45,18 +62,35 @@ async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
         command += ["--lifeline", str(inherited)]
         options["pass_fds"] = [inherited]
     pipe = subprocess.PIPE
+    options |= {"stdin": pipe, "stdout": pipe, "stderr": pipe}
+    options |= {"cwd": working_folder(), "env": _environment(spec)}
     try:
-        return await trio.lowlevel.open_process(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(spec), **options
-        )
+        return await _persistently(partial(trio.lowlevel.open_process, command, **options), spec.rank.name)
     finally:
         if inherited is not None:
             os.close(inherited)
 
 
+async def _persistently(start: Callable[[], Awaitable[trio.Process]], name: str) -> trio.Process:
+    """Return what ``start`` returns, trying again while resources are short, for `PERSIST_SECONDS`."""
+    delay = exponential_backoff(FIRST_DELAY, LAST_DELAY)
+    give_up_at = trio.current_time() + PERSIST_SECONDS
+    for attempt in itertools.count(1):
+        try:
+            return await start()
+        except (OSError, RuntimeError) as error:  # RuntimeError: trio cannot start a thread for it
+            short = error.errno in SHORT if isinstance(error, OSError) else "thread" in str(error)
+            if not short or trio.current_time() >= give_up_at:
+                raise error if isinstance(error, OSError) else OSError(errno.EAGAIN, str(error)) from error
+            log.warning("no process can be started now, trying again", worker=name, cause=str(error))
+        await trio.sleep(delay(attempt))
+    raise AssertionError("counting has no end")
+
+
 def _environment(spec: WorkerSpec) -> dict[str, str]:
     """Return this process's environment with its module search path and the number of compute threads."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    here = working_folder() or os.getcwd()
+    path = os.pathsep.join(entry or here for entry in sys.path)
     environment = dict(os.environ, PYTHONPATH=path)
     if spec.cpu_threads is not None:
         for library in ("OMP", "MKL", "OPENBLAS"):
