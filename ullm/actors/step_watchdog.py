@@ -62,13 +62,13 @@ class StepWatchdog:
 
     def thawed(self) -> None:
         """Note that this process was suspended until now: the worker has all its time again."""
-        self._thawed = self.scope.deadline <= trio.current_time()
+        self._thawed = self.scope.cancel_called
         self.scope.deadline = max(self.scope.deadline, trio.current_time() + self._patience)
 
     def excused(self) -> bool:
         """Return whether this process was suspended before the deadline that has passed."""
         thawed, self._thawed = self._thawed, False
-        return thawed and self.scope.cancel_called
+        return thawed
 
     @property
     def is_idle(self) -> bool:
