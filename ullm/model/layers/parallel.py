@@ -6,9 +6,11 @@ process group at all, so several engines can run in one process.
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,9 @@ from torch import Tensor
 
 from ullm.errors import ModelUnsupported
 from ullm.protocol.messages import RankSpec
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
 
 RENDEZVOUS_TIMEOUT = 300.0
 """Seconds that ranks wait for each other; a collective that takes longer raises an error."""
@@ -87,12 +92,36 @@ def open_parallel(rank: RankSpec, device: torch.device) -> ParallelContext:
     """Connect to the replica's other ranks at ``rank.rendezvous``; return at once if there are none."""
     if rank.world_size == 1:
         return ParallelContext()
+    stay_on_loopback()
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{rank.rendezvous}",
+        store=rendezvous_store(rank),
         rank=rank.rank,
         world_size=rank.world_size,
         timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT),
         device_id=device if device.type == "cuda" else None,
     )
     return ParallelContext(rank.rank, rank.world_size, dist.group.WORLD)
+
+
+def rendezvous_store(rank: RankSpec) -> TCPStore:
+    """Return where the ranks meet; rank 0 listens there, on that address only.
+
+    PyTorch would listen on all addresses, and whoever connects could take a rank's place.
+    """
+    from torch._C._distributed_c10d import TCPStore  # `torch.distributed` has it without a type
+
+    host, _, port = rank.rendezvous.rpartition(":")
+    options: dict[str, Any] = {"timeout": timedelta(seconds=RENDEZVOUS_TIMEOUT)}
+    if rank.rank == 0:
+        listener = socket.create_server((host, int(port)))
+        options["master_listen_fd"] = listener.detach()  # the store closes it
+    return TCPStore(host, int(port), rank.world_size, rank.rank == 0, **options)
+
+
+def stay_on_loopback() -> None:
+    """Have Gloo and NCCL connect the ranks, all on one machine, over loopback, unless told otherwise."""
+    names = [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
+    for loopback in {"lo", "lo0"}.intersection(names):
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, loopback)
