@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import re
 import subprocess
 import sys
@@ -107,3 +108,33 @@ def test_a_command_ends_with_one_line_for_errors_of_either_base(
 )
 def test_one_line(error: Exception, line: str) -> None:
     assert one_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(24, "Too many open files"), "error: Too many open files\n"),
+        (OSError(13, "Permission denied", "/a/key"), "error: /a/key: Permission denied\n"),
+    ],
+)
+def test_a_system_error_is_told_by_its_own_cause(error, line, capsys):
+    app = App()
+
+    @app.default
+    def fail() -> None:
+        raise error
+
+    assert run_command_line(app, []) == 1
+    assert capsys.readouterr().err == line
+
+
+def test_an_output_that_cannot_be_flushed_is_told_as_stdout(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    app = App(result_action="return_value")
+    app.default(lambda: None)
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert run_command_line(app, []) == 1
+    assert capsys.readouterr().err == "error: stdout: No space left on device\n"

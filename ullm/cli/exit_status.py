@@ -41,7 +41,7 @@ def run_command_line(
 
     try:
         status = app(list(arguments), exit_on_error=False, print_error=False)
-        sys.stdout.flush()
+        _flush_output()
     except UnknownOptionError as error:
         advice = hint(str(error.token.keyword or error.token.value))
         return _complain(advice or " ".join(str(error).split()), EXIT_USAGE)
@@ -60,6 +60,14 @@ def run_command_line(
     return int(status or 0)
 
 
+def _flush_output() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = "stdout"  # the operating system names no file for a descriptor
+        raise
+
+
 def _failed(error: BaseException, complain: Callable[[str, int], int], *, debug: bool) -> int:
     """Return the exit status for an exception; re-raise one that is a bug."""
     from ullm.supervision.errors import SupervisionError, root_cause  # trio comes with it
@@ -72,7 +80,8 @@ def _failed(error: BaseException, complain: Callable[[str, int], int], *, debug:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_START_FAILED
         case OSError() as cause if cause.errno is not None:
-            return _complain(f"{cause.filename or 'stdout'}: {cause.strerror}", EXIT_START_FAILED)
+            place = "" if cause.filename is None else f"{cause.filename}: "
+            return _complain(f"{place}{cause.strerror}", EXIT_START_FAILED)
         case (UllmError() | SupervisionError()) as cause:
             if debug:
                 traceback.print_exception(error)
