@@ -234,6 +234,24 @@ class EngineNotReady(RequestError):
         super().__init__(f"the engine is {state}; try again later")
 
 
+class LifespanMissing(RequestError):
+    """The ASGI application was called, but nobody has run its lifespan, which starts the engine.
+
+    Raised by: ``ullm.app``, below an application that does not forward the lifespan, or a server without one.
+    Remedy: put ``ullm.app.app.lifespan`` into the outer application's lifespan; see docs/how-to/hosting.md.
+    """
+
+    status = 503
+    type = "service_unavailable"
+    code = "no_lifespan"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the engine was never started: the server or the application around ullm.app does not run its "
+            "lifespan; use FastAPI(lifespan=ullm.app.app.lifespan), or enter that in a lifespan of your own"
+        )
+
+
 class EngineSleeping(EngineNotReady):
     """The engine is asleep, and requests do not wake it.
 
