@@ -39,6 +39,7 @@ __all__ = [
     "FaultInjected",
     "FrameBroken",
     "InvalidParameter",
+    "LifespanMissing",
     "MailboxClosed",
     "MailboxFull",
     "ModelError",

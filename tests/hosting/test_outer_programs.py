@@ -270,3 +270,29 @@ def test_uvicorn_stops_and_drains(number: signal.Signals, model: Path) -> None:
         texts([stream])
         server.wait()
         assert "0 aborted, 0 killed, 0 abandoned" in server.errors()
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_mounted_in_starlette(model: Path) -> None:
+    """With and without a lifespan; the program's logging and garbage collection stay, and a stop drains."""
+    pytest.importorskip("starlette")
+    with starting_servers() as serve:
+        server = serve(
+            command=[
+                *(sys.executable, "-m", "hypercorn", "-b", "127.0.0.1:0"),
+                "tests.hosting.outer_program:app",
+            ],
+            environ={"ULLM_MODEL": str(model), "ULLM_RUNNER": "ullm.testing:ScriptedRunner"},
+            ready=r"Running on (http://\S+)",
+        )
+        assert server.get("/threshold").text == "(5000, 7, 7)"
+        forgotten = server.get("/forgotten/ready")
+        assert (forgotten.status_code, forgotten.json()["error"]["code"]) == (503, "no_lifespan")
+        assert "retry-after" not in forgotten.headers
+        (stream,) = wait_begun([Stream(server, 100)])
+        server.signal(signal.SIGTERM)
+        texts([stream])
+        assert server.wait() == 0
+        assert "OUTER ullm.engine.stop" in server.errors()
+        assert server.errors().count("OUTER ullm.hosting.asgi the engine was never started") == 1
