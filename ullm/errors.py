@@ -36,6 +36,7 @@ __all__ = [
     "EngineDraining",
     "EngineNotReady",
     "EngineSleeping",
+    "EngineStopped",
     "FaultInjected",
     "FrameBroken",
     "InvalidParameter",
@@ -339,6 +340,21 @@ class EngineDead(RequestError):
     status = 500
     type = "server_error"
     code = "engine_dead"
+
+
+class EngineStopped(EngineDead):
+    """The program has shut its own engine down, and asks it for something.
+
+    Raised by: `LLM`, after its ``shutdown()``, and its streams that had not ended before.
+    Remedy: none is needed; make another `LLM` to generate more.
+    """
+
+    status = 503
+    type = "service_unavailable"
+    code = "engine_stopped"
+
+    def __init__(self) -> None:
+        super().__init__("the engine was stopped: this program has shut it down")
 
 
 # --- the model ---------------------------------------------------------------------------------

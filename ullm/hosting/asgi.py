@@ -255,7 +255,7 @@ class App:
         except EngineDead as error:
             if began:
                 raise
-            await _refuse(scope, send, error)
+            await _refuse(scope, send, EngineDead(error.message))  # to a client it makes no difference why
         finally:
             pumping.cancel()
             await asyncio.gather(pumping, return_exceptions=True)

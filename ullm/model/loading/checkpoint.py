@@ -60,7 +60,7 @@ def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> C
     if not architectures:
         raise ModelUnsupported(f"{path}: its config names no architecture")
     if not isinstance(architectures, list) or not isinstance(architectures[0], str):
-        raise ModelFileBroken(path, f"'architectures' must be a list of names, is {str(architectures):.40}")
+        raise ModelFileBroken(path, f"'architectures' must be a list of names, is {architectures!s:.40}")
     check_sizes(hf, path)
     return Checkpoint(
         path=path,
@@ -78,14 +78,15 @@ def check_sizes(hf: dict[str, Any], path: Path) -> None:
     Raises:
         ModelFileBroken: names the number and its limit.
     """
+    file = path if path.suffix == ".gguf" else path / "config.json"
     for name in ("max_position_embeddings", "n_positions"):
         if not isinstance(hf.get(name) or 1, int | float):
-            raise ModelFileBroken(path, f"{name!r} must be a number, is {str(hf[name]):.40}")
+            raise ModelFileBroken(file, f"{name!r} must be a number, is {hf[name]!s:.40}")
     for part in (hf, *(value for value in hf.values() if isinstance(value, dict))):
         for name in LAYER_COUNTS & part.keys():
             count = part[name]
             if isinstance(count, int | float) and count > MAX_LAYERS:
-                raise ModelFileBroken(path, f"{name!r} is {count}; at most {MAX_LAYERS} are possible")
+                raise ModelFileBroken(file, f"{name!r} is {count}; at most {MAX_LAYERS} are possible")
 
 
 def choose_dtype(wanted: str, hf: dict[str, Any], device: torch.device) -> torch.dtype:
