@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_contracts import PACKAGE
-from ullm.interpreter import module_search_path, python_command, python_environment
+from ullm.system.interpreter import module_search_path, python_command, python_environment
 
 PLANTED = ("json", "transformers", "pip", "torch", "safetensors", "ullm", "own_module")
 ROOT = str(PACKAGE.parent)

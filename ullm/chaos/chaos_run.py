@@ -26,7 +26,7 @@ from ullm.chaos.world import MAX_CRASHES, NOTHING, FaultKind, InjectedFault, Wor
 from ullm.client.completions import first_model
 from ullm.client.http import Endpoint
 from ullm.errors import UsageError
-from ullm.interpreter import python_command
+from ullm.system.interpreter import python_command
 from ullm.testing.processes import free_port, open_server
 
 START_SECONDS = 120.0

@@ -23,8 +23,8 @@ from ullm.cli.pull import folder_size
 from ullm.config import GIB, ServerConfig
 from ullm.hub import cache_dir, embedded
 from ullm.hub.tuning import list_tunings
-from ullm.interpreter import python_command, python_environment
 from ullm.machine import available_memory
+from ullm.system.interpreter import python_command, python_environment
 
 Status = Literal["ok", "warn", "fail"]
 PROBE_TIMEOUT = 120.0

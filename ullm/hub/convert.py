@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ullm.errors import ModelError, ModelFileBroken, ModelUnsupported
 from ullm.hub.files import HEARTBEAT, Progress, build_folder, cache_dir
-from ullm.interpreter import python_command, python_environment
+from ullm.system.interpreter import python_command, python_environment
 
 _TAIL_LINES = 20
 

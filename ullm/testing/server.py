@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from ullm.faults import FaultReport
-from ullm.interpreter import python_command, python_environment
+from ullm.system.interpreter import python_command, python_environment
 from ullm.testing.leaks import import_psutil
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from ullm.actors.transports.base import WorkerSpec
-from ullm.interpreter import python_command, python_environment
+from ullm.system.interpreter import python_command, python_environment
 
 
 @contextmanager

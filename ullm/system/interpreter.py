@@ -32,6 +32,6 @@ def module_search_path() -> list[str]:
     except OSError:  # it has been removed
         return [entry for entry in sys.path if entry]
     entries = list(dict.fromkeys(entry or here for entry in sys.path))
-    if os.path.realpath(Path(__file__).parents[1]) == here:
+    if os.path.realpath(Path(__file__).parents[2]) == here:
         return entries
     return sorted(entries, key=lambda entry: os.path.realpath(entry) == here)
