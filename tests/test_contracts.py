@@ -18,7 +18,7 @@ from ullm.config import EngineConfig, ServerConfig
 
 PACKAGE = Path(ullm.__file__).parent
 
-_BASE = frozenset({"errors", "logs", "config", "sampling", "machine", "protocol"})
+_BASE = frozenset({"errors", "logs", "config", "sampling", "machine", "system", "protocol"})
 _ENGINE = _BASE | {"scheduling", "tokenization", "supervision", "faults", "hub", "worker", "actors"}
 
 LAYERS: dict[str, frozenset[str]] = {
@@ -28,16 +28,17 @@ LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset({"supervision"}),
     "logs": frozenset(),
     "machine": frozenset(),
+    "system": frozenset(),
     "config": frozenset({"errors"}),
     "sampling": frozenset({"errors"}),
     # what engine and worker share
     "protocol": frozenset({"errors", "config", "sampling"}),
     "scheduling": frozenset({"errors", "config", "sampling", "protocol"}),
     "tokenization": frozenset({"errors"}),
-    "hub": frozenset({"errors", "config", "logs"}),
+    "hub": frozenset({"errors", "config", "logs", "system"}),
     "faults": frozenset({"errors", "logs", "protocol"}),
     # the worker
-    "worker": frozenset({"errors", "logs", "machine", "protocol"}),
+    "worker": frozenset({"errors", "logs", "machine", "system", "protocol"}),
     "model": _BASE | {"scheduling", "hub"},
     "model.memory": frozenset({"errors", "config", "logs", "machine"}),
     "model.sampling": frozenset({"sampling", "protocol", "model.memory"}),
@@ -68,7 +69,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "hosting.bridge": frozenset({"errors"}),
     "llm": frozenset({"errors", "config", "sampling", "supervision", "engine", "hosting.bridge"}),
     "server.api": _BASE | {"tokenization", "supervision", "engine"},
-    "server.http": frozenset({"errors", "logs", "server.api"}),
+    "server.http": frozenset({"errors", "logs", "system", "server.api"}),
     "server.routes": _BASE | {"supervision", "engine", "server.api", "server.http", "server"},
     "server": _BASE | {"supervision", "engine"},
     "hosting": _BASE | {"supervision", "engine", "server"},
@@ -76,7 +77,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "client": frozenset({"errors"}),
     "bench": frozenset({"errors", "config", "sampling", "engine", "client"}),
     "testing": _ENGINE | {"engine", "client"},
-    "chaos": frozenset({"errors", "client", "bench", "testing"}),
+    "chaos": frozenset({"errors", "system", "client", "bench", "testing"}),
     "cli": _BASE
     | {"supervision", "hub", "engine", "server", "hosting", "client", "bench", "testing", "chaos"},
     "entrypoints": frozenset({"cli"}),
@@ -338,3 +339,28 @@ def test_every_module_can_be_imported_by_its_name() -> None:
         except ModuleNotFoundError as error:
             if error.name not in EXTRAS:
                 raise
+
+
+POSIX_ONLY = frozenset(
+    {"fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty", "crypt"}
+)
+"""Modules of the standard library that Windows does not have."""
+
+
+def test_one_file_imports_what_only_posix_has() -> None:
+    """Elsewhere such an import fails on Windows, maybe in a function that no test calls there."""
+    found = {
+        (name, imported)
+        for name, path in modules()
+        for imported, _ in imports(path)
+        if imported.partition(".")[0] in POSIX_ONLY
+    }
+    assert {name for name, _ in found} == {"system.posix"}
+
+
+def test_fast_tests_run_on_the_other_systems() -> None:
+    """GitHub's runners for Windows, macOS and ARM; .ci/run is Linux on x86-64."""
+    workflow = (PACKAGE.parent / ".github" / "workflows" / "fast-tests.yml").read_text("utf-8")
+    for system in ("windows-", "macos-", "ubuntu-24.04-arm"):
+        assert system in workflow
+    assert "python -m pytest -q\n" in workflow

@@ -23,7 +23,7 @@ MIGRATION = DOCS / "how-to" / "migrating-from-vllm.md"
 FOREIGN_OPTIONS = frozenset(
     {"--check", "--help", "--json", "--no-install-recommends", "--unix-socket", "--index-url", "--quiet"}
     | {"--no-cache-dir", "--extra-index-url", "--create-home", "--uid", "--now", "--version"}
-    | {"--no-", "--use-threading"}
+    | {"--no-", "--use-threading", "--timeout-graceful-shutdown"}
 )
 """Options of other programs, and those that every command has."""
 BENCHMARK = re.compile(r"tests\.benchmarks \w+[^\n]*(?:\\\n[^\n]*)*")

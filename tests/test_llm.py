@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from ullm.config import EngineConfig
-from ullm.errors import EngineDead, InvalidParameter, ModelNotFound
+from ullm.errors import EngineStopped, InvalidParameter, ModelNotFound
 from ullm.llm import LLM, GenerateOutput, SamplingParams
 from ullm.testing import ScriptedSettings, scripted_tokens, write_scripted_model
 
@@ -202,8 +202,32 @@ def test_shutdown_in_a_loop_drains_the_streams_of_that_loop(model: Path) -> None
         assert outputs[-1].finish_reason == "length"
         assert report is not None
         assert (report.drained, report.aborted) == (1, 0)
-        with pytest.raises(EngineDead):
+        with pytest.raises(EngineStopped, match="this program has shut it down"):
             await collect(llm)
+
+    asyncio.run(main())
+
+
+def test_reading_with_a_time_limit_after_a_close_and_after_ones_own_shutdown(model: Path) -> None:
+    llm = build(model)
+    params = SamplingParams(temperature=0, max_tokens=50)
+
+    async def main() -> None:
+        stream = llm.generate(PROMPT, params)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(anext(stream), 0)
+        outputs = [output async for output in stream]
+        assert (outputs[-1].finish_reason, outputs[-1].num_generated_tokens) == ("length", 50)
+        closed, left = llm.generate(PROMPT, params), llm.generate(PROMPT, params)
+        await anext(closed)
+        await closed.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(closed)
+        await anext(left)
+        await llm.shutdown(0)
+        assert [output async for output in left][-1].finish_reason == "abort"
+        with pytest.raises(EngineStopped):
+            await anext(llm.generate(PROMPT, params))
 
     asyncio.run(main())
 

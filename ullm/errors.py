@@ -36,9 +36,11 @@ __all__ = [
     "EngineDraining",
     "EngineNotReady",
     "EngineSleeping",
+    "EngineStopped",
     "FaultInjected",
     "FrameBroken",
     "InvalidParameter",
+    "LifespanMissing",
     "MailboxClosed",
     "MailboxFull",
     "ModelError",
@@ -234,6 +236,24 @@ class EngineNotReady(RequestError):
         super().__init__(f"the engine is {state}; try again later")
 
 
+class LifespanMissing(RequestError):
+    """The ASGI application was called, but nobody has run its lifespan, which starts the engine.
+
+    Raised by: ``ullm.app``, below an application that does not forward the lifespan, or a server without one.
+    Remedy: put ``ullm.app.app.lifespan`` into the outer application's lifespan; see docs/how-to/hosting.md.
+    """
+
+    status = 503
+    type = "service_unavailable"
+    code = "no_lifespan"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the engine was never started: the server or the application around ullm.app does not run its "
+            "lifespan; use FastAPI(lifespan=ullm.app.app.lifespan), or enter that in a lifespan of your own"
+        )
+
+
 class EngineSleeping(EngineNotReady):
     """The engine is asleep, and requests do not wake it.
 
@@ -320,6 +340,21 @@ class EngineDead(RequestError):
     status = 500
     type = "server_error"
     code = "engine_dead"
+
+
+class EngineStopped(EngineDead):
+    """The program has shut its own engine down, and asks it for something.
+
+    Raised by: `LLM`, after its ``shutdown()``, and its streams that had not ended before.
+    Remedy: none is needed; make another `LLM` to generate more.
+    """
+
+    status = 503
+    type = "service_unavailable"
+    code = "engine_stopped"
+
+    def __init__(self) -> None:
+        super().__init__("the engine was stopped: this program has shut it down")
 
 
 # --- the model ---------------------------------------------------------------------------------

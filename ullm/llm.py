@@ -20,7 +20,7 @@ from ullm.engine import Engine, open_engine
 from ullm.engine.output import Output
 from ullm.engine.shutdown_report import ShutdownReport
 from ullm.engine.status import Health, ReloadReport, SleepHealth
-from ullm.errors import EngineDead, first_cause
+from ullm.errors import EngineStopped, first_cause
 from ullm.hosting.bridge import Stream, TrioThread
 from ullm.sampling import SamplingParams
 
@@ -287,7 +287,7 @@ class _Host:
         except Exception as error:
             self._error = error
         finally:
-            self._error = self._error or EngineDead("the engine was shut down")
+            self._error = self._error or EngineStopped()
             self._ready.set()
             self.ended.set()
 

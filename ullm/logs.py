@@ -192,6 +192,15 @@ def configure(level: str = "info", *, as_json: bool = False) -> None:
     root.propagate = False
 
 
+def is_configured() -> bool:
+    """Return whether somebody else than `configure` has decided where the logs of ullm go."""
+    own, root = logging.getLogger("ullm"), logging.getLogger()
+    if any(isinstance(handler.formatter, KeyValueFormatter | JsonFormatter) for handler in own.handlers):
+        return False
+    handled = any(not isinstance(handler, logging.NullHandler) for handler in (*own.handlers, *root.handlers))
+    return handled or own.level != logging.NOTSET or not own.propagate
+
+
 def _event(record: logging.LogRecord) -> str:
     """Return the message, or its constant part where its arguments are values that it names."""
     return str(record.msg).partition("  ")[0] if isinstance(record.args, Mapping) else record.getMessage()

@@ -61,6 +61,16 @@ def pipe(name: str) -> Callable[[Path], None]:
     return replace
 
 
+def brackets(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+
+
+def pickled(folder: Path) -> None:
+    change_config(folder, architectures=["OlmoForCausalLM"], model_type="olmo")
+    (folder / "model.safetensors").rename(folder / "adapter.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
 DAMAGES = [
     (pipe("config.json"), ["config.json", "named pipe"]),
     (truncate, ["model.safetensors", "truncated"]),
@@ -76,6 +86,10 @@ MORE_DAMAGES = [
     (lambda folder: change_config(folder, quantization_config={"quant_method": "awq"}), ["awq"]),
     (lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["tokenizer"]),
+    (brackets, ["config.json", "nested too deeply"]),
+    (pickled, ["must have model.safetensors"]),
+    (lambda folder: change_config(folder, architectures=[5]), ["architectures", "[5]"]),
+    (lambda folder: change_config(folder, num_hidden_layers=100_000), ["num_hidden_layers", "100000"]),
 ]
 
 

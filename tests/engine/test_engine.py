@@ -446,6 +446,37 @@ async def test_cancelling_the_scope_around_it_drains(clock: MockClock, opened: O
     assert engine.state is EngineState.STOPPED
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [
+        ValueError("alone"),
+        ExceptionGroup("of one", [ValueError()]),
+        ExceptionGroup("outer", [ExceptionGroup("inner", [ValueError()])]),
+        ExceptionGroup("of two", [ValueError(), KeyError()]),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
+async def test_what_its_body_raises_comes_out_as_it_was(
+    raised: BaseException, clock: MockClock, opened: Open
+) -> None:
+    with pytest.raises(type(raised)) as caught:
+        async with opened():
+            raise raised
+    assert caught.value is raised
+
+
+async def test_a_failing_task_of_its_body_comes_out_in_its_group(clock: MockClock, opened: Open) -> None:
+    async def fail() -> None:
+        await trio.lowlevel.checkpoint()
+        raise ValueError
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with opened(), trio.open_nursery() as nursery:
+            nursery.start_soon(fail)
+    assert [type(error) for error in caught.value.exceptions] == [ValueError]
+
+
 async def test_a_stop_while_loading_is_quick(clock: MockClock, opened: Open) -> None:
     began = trio.current_time()
     with trio.move_on_after(5):

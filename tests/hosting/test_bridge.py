@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -248,17 +248,63 @@ def test_break_in_asyncio_cancels_it_by_refcount(thread: TrioThread) -> None:
         gc.enable()
 
 
-def test_cancelled_wait_cancels_the_stream(thread: TrioThread) -> None:
-    source = Source(0, hold=True)
-    keep: list[Stream[int]] = []
+def test_a_wait_with_a_time_limit_loses_nothing(thread: TrioThread) -> None:
+    """The next wait goes on, and those before leave nothing behind."""
+    gate = thread.call(_make_event)
+
+    @asynccontextmanager
+    async def late() -> AsyncIterator[AsyncIterator[int]]:
+        async def items() -> AsyncIterator[int]:
+            await gate.wait()
+            for number in range(3):
+                yield number
+
+        yield items()
 
     async def main() -> None:
-        keep.append(thread.stream(source))
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(anext(keep[0]), 0.01)
+        stream: Stream[int] = thread.stream(late)
+        for _ in range(10):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(anext(stream), 0.001)
+        assert stream._channel._waiting == []
+        thread.post(gate.set)
+        assert [item async for item in stream] == [0, 1, 2]
 
     asyncio.run(main())
-    assert source.ended.wait(60)
+
+
+def test_a_cancelled_task_cancels_the_stream_that_it_reads(thread: TrioThread) -> None:
+    source = Source(0, hold=True)
+
+    async def read() -> None:
+        async for _ in thread.stream(source):
+            raise AssertionError("there are no items")
+
+    async def main() -> None:
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(source.ended.wait, 5)
+
+    asyncio.run(main())
+
+
+def test_a_closed_stream_has_no_more_items(thread: TrioThread) -> None:
+    async def main() -> None:
+        stream = thread.stream(Source(5, hold=True))
+        assert await anext(stream) == 0
+        await stream.aclose()
+        for _ in range(2):
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+        assert await stream.next_batch() == []
+
+    asyncio.run(main())
+    with thread.stream(Source(5, hold=True)) as stream:
+        assert next(stream) == 0
+    assert list(stream) == []
 
 
 def test_close_waits_for_the_end(thread: TrioThread) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ullm.chaos.world import MAX_CRASHES, NOTHING, FaultKind, InjectedFault, Wor
 from ullm.client.completions import first_model
 from ullm.client.http import Endpoint
 from ullm.errors import UsageError
+from ullm.system.interpreter import python_command
 from ullm.testing.processes import free_port, open_server
 
 START_SECONDS = 120.0
@@ -81,7 +81,7 @@ class ChaosPlan:
             "--sse-keep-alive": 0.5,
         }
         flags = [text for flag, value in options.items() for text in (flag, str(value))]
-        return [sys.executable, "-m", "ullm", "serve", "--model", self.model, *flags, *self.arguments]
+        return python_command("-m", "ullm", "serve", "--model", self.model, *flags, *self.arguments)
 
 
 def all_kinds() -> list[FaultKind]:

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from ullm.cli.terminal import fetch_model, stderr
 from ullm.config import EngineConfig
 from ullm.errors import ConfigError
+from ullm.system.interpreter import python_command, python_environment
 
 TIMEOUT = 120.0
 """Seconds: 3 for the measurements, the rest for importing torch and compiling the kernels."""
@@ -26,10 +27,17 @@ def calibrate(config: EngineConfig, *, as_json: bool) -> int:
         ConfigError: the kernels do not compute it here, or could not be measured.
     """
     model = fetch_model(config, stderr(), refresh=False)
-    command = [sys.executable, "-m", "ullm.model.calibrate"]
+    command = python_command("-m", "ullm.model.calibrate")
     message = msgspec.json.encode((config, str(model.path)))
     try:
-        done = subprocess.run(command, input=message, capture_output=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(
+            command,
+            input=message,
+            capture_output=True,
+            timeout=TIMEOUT,
+            check=False,
+            env=python_environment(),
+        )
     except subprocess.TimeoutExpired:
         raise ConfigError(f"calibration took more than {TIMEOUT:g} s; try it on an idle machine") from None
     if done.returncode:

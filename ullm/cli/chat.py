@@ -26,6 +26,7 @@ from ullm.cli.terminal import fetch_model, stderr
 from ullm.config import EngineConfig
 from ullm.errors import RequestError, ServerRefused, ServerUnreachable
 from ullm.sampling import SamplingParams
+from ullm.system.posix import enable_line_editing
 
 PROMPT = "› "
 BLOCK = '"""'
@@ -255,8 +256,7 @@ def chat(
 def read_line(prompt: str) -> str:
     """Read a line with `input`, with line editing and history where the platform has them."""
     if prompt:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # importing it is what changes input()
+        enable_line_editing()
         return input(prompt)
     line = sys.stdin.readline()
     if not line:
@@ -270,7 +270,9 @@ def _terminal_restored() -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    import termios
+    import ullm.system.posix
+
+    termios = ullm.system.posix.termios
 
     try:
         before = termios.tcgetattr(sys.stdin)

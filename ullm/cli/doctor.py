@@ -24,6 +24,7 @@ from ullm.config import GIB, ServerConfig
 from ullm.hub import cache_dir, embedded
 from ullm.hub.tuning import list_tunings
 from ullm.machine import available_memory
+from ullm.system.interpreter import python_command, python_environment
 
 Status = Literal["ok", "warn", "fail"]
 PROBE_TIMEOUT = 120.0
@@ -150,9 +151,16 @@ def _dtypes(torch: dict[str, Any], device: str) -> str:
 
 def probe_torch() -> tuple[dict[str, Any] | None, str | None]:
     """Return what ``ullm.model.probe`` reports, or why it cannot be run."""
-    command = [sys.executable, "-m", "ullm.model.probe"]
+    command = python_command("-m", "ullm.model.probe")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT,
+            check=False,
+            env=python_environment(),
+        )
     except subprocess.TimeoutExpired:
         return None, f"importing torch took more than {PROBE_TIMEOUT:g} s"
     if done.returncode:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 import msgspec
 import trio
@@ -13,6 +12,7 @@ from ullm.config import EngineConfig, Tuning
 from ullm.hub.tuning import read_tuning
 from ullm.logs import get_logger
 from ullm.protocol.messages import ModelInfo
+from ullm.system.interpreter import python_command, python_environment
 
 log = get_logger(__name__)
 
@@ -42,7 +42,8 @@ async def calibrate_for_next_start(config: EngineConfig, model_path: str, info: 
     await trio.sleep(DELAY)
     try:
         done = await trio.run_process(
-            [sys.executable, "-c", PROGRAM],
+            python_command("-c", PROGRAM),
+            env=python_environment(),
             stdin=msgspec.json.encode((config, model_path)),
             stdout=subprocess.DEVNULL,
             capture_stderr=True,

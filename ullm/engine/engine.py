@@ -225,6 +225,7 @@ class Engine:
             EngineNotReady, EngineDraining, EngineDead: it does not run.
             EngineBusy: a stop overtook it.
         """
+        await trio.lowlevel.checkpoint_if_cancelled()  # else a stop that it began would be the answer
         self._life.check_running()
         with self._overtaken_by_stop():
             return await self._lifecycle.reload(model, revision)
@@ -235,6 +236,7 @@ class Engine:
             self._lifecycle.request_reload()
 
     async def _change(self, change: Callable[..., Awaitable[None]], *arguments: Any) -> SleepHealth:
+        await trio.lowlevel.checkpoint_if_cancelled()  # else a stop that it began would be the answer
         self._life.check_running()
         with self._overtaken_by_stop():
             await change(*arguments)
@@ -312,7 +314,8 @@ async def open_engine(
 ) -> AsyncIterator[Engine]:
     """Start an engine, and stop it in order on leaving; the arguments are those of `Engine`.
 
-    If the engine fails beyond its restart limits, the block is cancelled and `EngineDead` raised.
+    If the engine fails beyond its restart limits, the block is cancelled and `EngineDead` raised. What the
+    block itself raises comes out as it was.
 
     Raises:
         UllmError: it could not start; one line that names the cause and the remedy.
@@ -320,14 +323,28 @@ async def open_engine(
         EngineDead: it failed while it ran.
     """
     engine = Engine(config, first_children=first_children, transport=transport, find_model=find_model)
+    own: BaseException | None = None
+    failure: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
             try:
                 yield engine
+            except trio.Cancelled:
+                raise
+            except BaseException as error:  # raised below: the nursery would wrap it, and rebuild a group
+                if nursery.cancel_scope.cancel_called:  # the engine has failed; its cancellation ends here
+                    raise
+                own = error
             finally:
                 engine.request_shutdown(by="the end of its block")
                 with trio.CancelScope(shield=True):
                     await engine.wait_stopped()
     except BaseExceptionGroup as group:
-        raise root_cause(group) from None
+        failure = root_cause(group)
+    if own is not None and (failure is None or isinstance(failure, trio.Cancelled)):
+        raise own
+    if own is not None and failure is not None:
+        raise BaseExceptionGroup("the engine and its block", [failure, own])
+    if failure is not None:
+        raise failure

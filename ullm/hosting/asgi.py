@@ -9,23 +9,29 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import trio
 
 from ullm.config import EngineConfig, ServerConfig, from_env
-from ullm.errors import EngineDead, EngineNotReady, RequestError
+from ullm.errors import EngineDead, EngineNotReady, LifespanMissing, RequestError
 from ullm.hosting.bridge import BackgroundTask, TrioThread
-from ullm.hosting.hypercorn import DrainFirst, asyncio_either, survive_hangups, trio_either
-from ullm.logs import configure, get_logger
-from ullm.machine import collect_rarely
+from ullm.hosting.hosted_app import HostedApp
+from ullm.hosting.hypercorn import (
+    DrainFirst,
+    asyncio_either,
+    is_command,
+    serves,
+    survive_hangups,
+    trio_either,
+)
+from ullm.hosting.process_settings import settings_of_the_process
+from ullm.logs import configure, get_logger, is_configured
 from ullm.protocol import stop_budget
 
 if TYPE_CHECKING:
     from ullm.engine import Engine
-    from ullm.hosting.engine_host import EngineHost
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -39,55 +45,9 @@ async def open_from_env() -> AsyncIterator[tuple[Engine, ServerConfig]]:
     from ullm.engine import open_engine
 
     config, server_config = from_env(EngineConfig), from_env(ServerConfig)
-    configure(config.log_level)
-    collect_rarely()
-    async with open_engine(config) as engine:
-        yield engine, server_config
-
-
-@dataclass
-class HostedApp:
-    """A running engine and the app around it, in a trio loop.
-
-    Args:
-        stop: set to leave the engine's block.
-        stop_server: makes the server stop; may be called from any thread.
-    """
-
-    host: EngineHost
-    server_config: ServerConfig
-    stop: trio.Event = field(default_factory=trio.Event)
-    stop_server: Callable[[], object] = bool
-
-    def __post_init__(self) -> None:
-        from ullm.server import create_app
-
-        self.app: Any = create_app(self.host.engine, self.server_config, shutdown=self.shutdown)
-
-    def shutdown(self, timeout: float | None) -> None:
-        """Stop the engine and the server, as ``POST /admin/shutdown`` requests it."""
-        self.host.request_stop(timeout)
-        self.stop_server()
-
-    async def drain(self) -> None:
-        """Let admitted requests run to their ends, within the shutdown timeout, and stop the engine."""
-        await self.host.stop()
-
-    @asynccontextmanager
-    async def admin_listener(self) -> AsyncIterator[None]:
-        """Serve the admin endpoints on a listener of their own, if there is to be one."""
-        if self.server_config.admin_listen is None:
-            yield
-            return
-        from ullm.server import file_remover, open_admin_socket, serve_admin
-        from ullm.supervision import ChildSpec, open_supervisor
-
-        engine, config = self.host.engine, self.server_config
-        with open_admin_socket(self.server_config.admin_listen) as sock:
-            self.host.watchdog.cleanup = file_remover(sock)
-            serve = partial(serve_admin, engine, config, sock=sock, shutdown=self.shutdown)
-            async with open_supervisor("admin", [ChildSpec("admin", serve)], intensity=3, period=60):
-                yield
+    with settings_of_the_process(config.log_level):
+        async with open_engine(config) as engine:
+            yield engine, server_config
 
 
 class App:
@@ -101,19 +61,70 @@ class App:
         self._open_engine = open_engine
         self._hosted: HostedApp | None = None
         self._thread: TrioThread | None = None
+        self._had_lifespan = False
+        self._said_absence = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve one connection or lifespan, in whichever loop this is called."""
-        native = trio.lowlevel.in_trio_task()
         if scope["type"] == "lifespan":
             survive_hangups()
-            await (self._trio_lifespan if native else self._asyncio_lifespan)(receive, send)
+            await self._lifespan(receive, send)
         elif self._hosted is None:
-            await _refuse(scope, send, EngineNotReady("not started, or has stopped"))
-        elif native:
+            await _refuse(scope, send, self._absence())
+        elif trio.lowlevel.in_trio_task():
             await self._hosted.app(scope, receive, send)
         else:
             await self._carry(self._hosted, scope, receive, send)
+
+    def _absence(self) -> RequestError:
+        """Return why there is no engine; say it in the log once if it will not come by itself."""
+        if self._had_lifespan:
+            return EngineNotReady("not started, or has stopped")
+        error = LifespanMissing()
+        if not self._said_absence:
+            self._said_absence = True
+            if not is_configured():
+                configure("warning")
+            get_logger(__name__).error(str(error))
+        return error
+
+    @asynccontextmanager
+    async def lifespan(self, outer: object = None) -> AsyncIterator[None]:
+        """Have the engine run, for the lifespan of an application that mounts this one, on asyncio or trio.
+
+        Starlette and FastAPI do not run the lifespan of what is mounted in them. Either
+        ``FastAPI(lifespan=ullm.app.app.lifespan)``, or ``async with ullm.app.app.lifespan():`` in their own.
+
+        Args:
+            outer: the application around this one, which those frameworks pass.
+
+        Raises:
+            UllmError: the engine could not start; one line that names the cause and the remedy.
+        """
+        self._had_lifespan = True
+        native = trio.lowlevel.in_trio_task()
+        try:
+            async with self._open_in_trio() if native else self._open_in_asyncio():
+                yield
+        finally:
+            self._hosted = self._thread = None
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        """Follow the ASGI protocol; the server ends this task when all of the engine is gone."""
+        await receive()
+        started = False
+        try:
+            async with self.lifespan():
+                started = True
+                await send({"type": "lifespan.startup.complete"})
+                await receive()
+        except Exception as error:
+            if started:
+                raise
+            get_logger(__name__).error("could not start", cause=_one_line(error))
+            await send({"type": "lifespan.startup.failed", "message": _one_line(error)})
+        else:
+            await send({"type": "lifespan.shutdown.complete"})
 
     async def _host(self, *, task_status: trio.TaskStatus[HostedApp]) -> None:
         """Keep the engine open until the lifespan ends. If it fails meanwhile, the probes report it."""
@@ -134,66 +145,55 @@ class App:
 
     # --- under a trio server ---
 
-    async def _trio_lifespan(self, receive: Receive, send: Send) -> None:
-        await receive()
-        failure: Exception | None = None
+    @asynccontextmanager
+    async def _open_in_trio(self) -> AsyncIterator[None]:
+        failure: BaseException | None = None
         async with trio.open_nursery() as nursery:
             try:
-                hosted: HostedApp = await nursery.start(self._host)
-            except Exception as error:
-                failure = error
-            else:
-                self._hosted = hosted
-                with self._draining_in_trio(hosted):
-                    await send({"type": "lifespan.startup.complete"})
-                    await receive()
+                self._hosted = hosted = await nursery.start(self._host)
+                try:
+                    with self._draining_in_trio(hosted):
+                        yield
+                finally:
                     hosted.stop.set()
-        await self._end(failure, send)
+            except BaseException as error:  # raised again outside of the nursery, which would wrap it
+                failure = error
+        if failure is not None:
+            raise failure
 
     def _draining_in_trio(self, hosted: HostedApp) -> AbstractContextManager[object]:
         signalled = trio.Event()
         token = trio.lowlevel.current_trio_token()
         drain_first = DrainFirst(
-            "hypercorn.trio.run",
+            "hypercorn.trio.run" if serves() else None,
             hosted.drain,
             signalled.wait,
             trio_either,
             partial(token.run_sync_soon, signalled.set, idempotent=True),
             partial(token.run_sync_soon, hosted.host.engine.request_reload, idempotent=True),
+            signals=is_command(),
         )
-        hosted.stop_server = drain_first.stop_server
+        hosted.stop_server = drain_first.stop_server if serves() else None
         return drain_first
-
-    async def _end(self, failure: Exception | None, send: Send) -> None:
-        """Tell the server, which then ends this task: all of the engine is gone."""
-        self._hosted = self._thread = None
-        if failure is None:
-            await send({"type": "lifespan.shutdown.complete"})
-        else:
-            get_logger(__name__).error("could not start", cause=_one_line(failure))
-            await send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
 
     # --- under an asyncio server ---
 
-    async def _asyncio_lifespan(self, receive: Receive, send: Send) -> None:
-        await receive()
-        failure: Exception | None = None
+    @asynccontextmanager
+    async def _open_in_asyncio(self) -> AsyncIterator[None]:
         thread = self._thread = TrioThread().start()
         try:
-            try:
-                task = await thread.start_task_async(self._host)
-            except Exception as error:
-                failure = error
-            else:
-                self._hosted = task.value
-                with self._draining_in_asyncio(thread, task.value):
-                    await send({"type": "lifespan.startup.complete"})
-                    await receive()
+            task = await thread.start_task_async(self._host)
+            self._hosted = task.value
+            with self._draining_in_asyncio(thread, task.value):
+                try:
+                    yield
+                except Exception:  # not a cancellation, which does not wait for a drain
                     await self._leave(thread, task)
+                    raise
+                await self._leave(thread, task)
         finally:
             thread.stop(timeout=0)  # also when this task is cancelled
-        await thread.stop_async(stop_budget.WATCHDOG_MARGIN)
-        await self._end(failure, send)
+            await thread.stop_async(stop_budget.WATCHDOG_MARGIN)
 
     async def _leave(self, thread: TrioThread, task: BackgroundTask) -> None:
         with suppress(EngineDead):  # the thread has died; there is nothing left to stop
@@ -217,14 +217,15 @@ class App:
         signalled = asyncio.Event()
         loop = asyncio.get_running_loop()
         drain_first = DrainFirst(
-            "hypercorn.asyncio.run",
+            "hypercorn.asyncio.run" if serves() else None,
             drain,
             wait_signalled,
             asyncio_either,
             partial(loop.call_soon_threadsafe, signalled.set),
             reload,
+            signals=is_command(),
         )
-        hosted.stop_server = drain_first.stop_server
+        hosted.stop_server = drain_first.stop_server if serves() else None
         return drain_first
 
     async def _carry(self, hosted: HostedApp, scope: Message, receive: Receive, send: Send) -> None:
@@ -254,7 +255,7 @@ class App:
         except EngineDead as error:
             if began:
                 raise
-            await _refuse(scope, send, error)
+            await _refuse(scope, send, EngineDead(error.message))  # to a client it makes no difference why
         finally:
             pumping.cancel()
             await asyncio.gather(pumping, return_exceptions=True)
@@ -280,7 +281,9 @@ async def _refuse(scope: Message, send: Send, error: RequestError) -> None:
         return
     from ullm.server.api.errors import error_body
 
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close"), (b"retry-after", b"1")]
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    if not isinstance(error, LifespanMissing):  # which no waiting mends
+        headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": 503, "headers": headers})
     await send({"type": "http.response.body", "body": error_body(error), "more_body": False})
 

@@ -9,6 +9,9 @@ that means, and everything else still works. `tests/hosting/test_hypercorn.py` f
 A worker process of Hypercorn has no handler for SIGTERM, which would kill it on the spot when a whole
 process group gets the signal; `DrainFirst` installs one. Hypercorn's parent sends SIGTERM more than once,
 so further ones are ignored.
+
+Whether Hypercorn serves is told by the tasks of the loop, not by what is imported: Quart imports Hypercorn
+under any server. A program that calls Hypercorn's ``serve`` keeps its signal handlers; it gets the drain.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable
-from types import FrameType, TracebackType
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import PurePath
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 import trio
@@ -31,32 +35,71 @@ log = get_logger(__name__)
 
 _NAME = "raise_shutdown"
 """The private function of Hypercorn's that is replaced."""
+_MAIN = "worker_serve"
+"""The coroutine function that Hypercorn's command runs as a loop's first task."""
 Trigger = Callable[[], Awaitable[Any]]
+
+
+def serves() -> bool:
+    """Return whether Hypercorn serves in the loop of the calling task."""
+    return any(_is_hypercorns(code) for code in _tasks())
+
+
+def is_command() -> bool:
+    """Return whether the loop of the calling task is that of Hypercorn's own command."""
+    return any(code.co_name == _MAIN and _is_hypercorns(code) for code in _tasks())
+
+
+def _tasks() -> Iterator[CodeType]:
+    """Yield what runs in the loop's tasks: all of them in asyncio, in trio those around the caller."""
+    coroutines: list[Any] = []
+    if trio.lowlevel.in_trio_task():
+        task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
+        while task is not None:
+            coroutines.append(task.coro)
+            task = task.parent_nursery.parent_task if task.parent_nursery is not None else None
+    else:
+        import asyncio
+
+        coroutines += [each.get_coro() for each in asyncio.all_tasks()]
+    for coroutine in coroutines:
+        code = getattr(coroutine, "cr_code", None)  # compiled coroutines have none
+        if code is not None:
+            yield code
+
+
+def _is_hypercorns(code: CodeType) -> bool:
+    package = getattr(sys.modules.get("hypercorn"), "__file__", None)
+    return package is not None and PurePath(package).parent in PurePath(code.co_filename).parents
 
 
 class DrainFirst:
     """While entered, Hypercorn's server in this process drains before it stops.
 
     Args:
-        module: the server's module, ``hypercorn.trio.run`` or ``hypercorn.asyncio.run``.
+        module: the server's module, ``hypercorn.trio.run`` or ``hypercorn.asyncio.run``; None: not Hypercorn.
         drain: returns when every admitted request has ended; awaited in the server's own loop.
         wait_signalled: waits, in that loop, until `signalled` was called.
         wait_either: waits, in that loop, until one of two awaitables has finished.
         signalled: called in a signal handler, and by `stop_server`.
         reload: called in the handler of SIGHUP. Hypercorn's own parent answers SIGHUP differently: it stops
             its workers, which drain, and starts new ones.
+        signals: whether to answer signals; not in a program that calls Hypercorn, whose handlers are its own.
     """
 
     def __init__(
         self,
-        module: str,
+        module: str | None,
         drain: Callable[[], Awaitable[None]],
         wait_signalled: Callable[[], Awaitable[None]],
         wait_either: Callable[[Trigger, Trigger], Awaitable[None]],
         signalled: Callable[[], object],
         reload: Callable[[], object] = bool,
+        *,
+        signals: bool = True,
     ) -> None:
-        self._module: Any = sys.modules.get(module)
+        self._module: Any = sys.modules.get(module) if module is not None else None
+        self._signals = signals
         self._drain = drain
         self._wait_signalled = wait_signalled
         self._wait_either = wait_either
@@ -76,7 +119,7 @@ class DrainFirst:
             )
             return self
         setattr(self._module, _NAME, self._raise_shutdown)
-        if threading.current_thread() is threading.main_thread():
+        if self._signals and threading.current_thread() is threading.main_thread():
             self._install_handlers()
         return self
 
@@ -93,7 +136,7 @@ class DrainFirst:
 
         Hypercorn's parent would replace a worker that ends by itself, so the parent gets the signal.
         """
-        parent = multiprocessing.parent_process()
+        parent = multiprocessing.parent_process() if self._signals else None
         if self._original is not None and parent is not None and parent.pid is not None:
             os.kill(parent.pid, signal.SIGTERM)
         self._signalled()
@@ -121,7 +164,7 @@ class DrainFirst:
 
 def survive_hangups() -> None:
     """Ignore SIGHUP in a worker process of Hypercorn until `DrainFirst` handles it: the model is loading."""
-    if multiprocessing.parent_process() is None or "hypercorn" not in sys.modules:
+    if multiprocessing.parent_process() is None or not is_command():
         return
     in_main = threading.current_thread() is threading.main_thread()
     if in_main and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:

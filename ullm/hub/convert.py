@@ -7,7 +7,6 @@ import hashlib
 import os
 import queue
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from ullm.errors import ModelError, ModelFileBroken, ModelUnsupported
 from ullm.hub.files import HEARTBEAT, Progress, build_folder, cache_dir, cannot_keep
 from ullm.hub.guarded import end_guarded, open_guarded
+from ullm.system.interpreter import python_command, python_environment
 
 _TAIL_LINES = 20
 
@@ -62,7 +62,7 @@ def convert(
         if len(words) == 4 and words[0] == "Progress":
             progress(label, int(words[1]), int(words[3]))
 
-    command = [sys.executable, "-m", "ullm.model.loading.convert", what, str(source), str(target)]
+    command = python_command("-m", "ullm.model.loading.convert", what, str(source), str(target))
     code, tail = run(command, on_line, lambda: progress(label, 0, None), scratch or target)
     if code:
         check_space(tail)
@@ -98,6 +98,7 @@ def run(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        env=python_environment(),
     ) as process:
         reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
         reader.start()

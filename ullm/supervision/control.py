@@ -146,7 +146,12 @@ class Control:
             self._send.send_nowait(event)
 
     async def call(self, operation: Callable[[], Awaitable[R]]) -> R:
-        """Have the control task carry out ``operation``, and return its result."""
+        """Have the control task carry out ``operation``, and return its result.
+
+        The cancellation that stops the supervisor may reach it before the caller: then the caller is told of
+        the cancellation, not of its consequence.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
         if self.stopping:
             raise ActorLost(f"supervisor {self.name!r} is stopping")
         call = _Call(operation)
@@ -158,6 +163,7 @@ class Control:
             self._calls.discard(call)
             call.scope.cancel()
         if call.error is not None:
+            await trio.lowlevel.checkpoint_if_cancelled()
             raise call.error
         return cast(R, call.result)
 

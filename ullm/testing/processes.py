@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import trio
 
 from ullm.client.http import Connection, Endpoint
 from ullm.errors import ServerRefused, ServerUnreachable, UllmError, UsageError
+from ullm.system.interpreter import python_environment
 
 POLL = 0.02
 """Seconds between two checks of something that sends no event."""
@@ -150,7 +150,7 @@ async def open_server(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | dict(environ or {}),
+                env=python_environment() | dict(environ or {}),
             )
         except OSError as error:
             raise UsageError(f"{name}: cannot run {command[0]}: {error.strerror}") from None

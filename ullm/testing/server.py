@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
 import socket
@@ -20,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from ullm.faults import FaultReport
+from ullm.system.interpreter import python_command, python_environment
 from ullm.testing.leaks import import_psutil
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ class ServerProcess:
         self.url = self.output = self._errors = ""
         self.faults = ServerFaults(self)
         self._admin_folder = tempfile.TemporaryDirectory(prefix="ullm-") if admin else None
-        own = [sys.executable, "-m", "ullm", "serve", "--port", "0"]
+        own = python_command("-m", "ullm", "serve", "--port", "0")
         self.process = subprocess.Popen(
             [*(command or own), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | self._admin_options() | dict(environ),
+            env=python_environment() | self._admin_options() | dict(environ),
             encoding="utf-8",
             errors="replace",
             start_new_session=new_session,

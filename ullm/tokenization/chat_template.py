@@ -153,6 +153,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         content = json.loads(_read_text(path))
     except ValueError as error:
         raise ChatTemplateBroken(f"{path.name}: not readable as JSON: {error}") from None
+    except RecursionError:
+        raise ChatTemplateBroken(f"{path.name}: not readable as JSON: it is nested too deeply") from None
     if not isinstance(content, dict):
         raise ChatTemplateBroken(f"{path.name}: must hold a JSON object, holds a {type(content).__name__}")
     return content
@@ -215,7 +217,7 @@ def _with_parsed_arguments(call: Any) -> Any:
         return call
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}}
 

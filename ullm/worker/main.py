@@ -163,8 +163,11 @@ def arm_lifeline(descriptor: int) -> None:
     """
     if sys.platform != "linux":
         raise AssertionError("only Linux signals the end of a pipe")
-    import fcntl
     import select
+
+    import ullm.system.posix
+
+    fcntl = ullm.system.posix.fcntl
 
     fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -75,6 +76,7 @@ class Disturbance:
         before: tuple[str, ...] = ()
         after = self.options
         if self.one_core:
+            assert sys.platform == "linux", "there is taskset"
             before = ("taskset", "--cpu-list", str(min(os.sched_getaffinity(0))))
         if self.threads:
             after += (candidate.threads, str(self.threads * usable_cores()))

@@ -32,9 +32,8 @@ async def busy_neighbours(count: int) -> AsyncIterator[list[int]]:
     try:
         for _ in range(count):
             command = [sys.executable, "-S", "-E", "-c", SPIN]
-            processes.append(
-                await trio.lowlevel.open_process(command, stdin=subprocess.DEVNULL, start_new_session=True)
-            )
+            options: dict[str, Any] = {"start_new_session": os.name == "posix"}
+            processes.append(await trio.lowlevel.open_process(command, stdin=subprocess.DEVNULL, **options))
         yield [process.pid for process in processes]
     finally:
         with trio.CancelScope(shield=True):

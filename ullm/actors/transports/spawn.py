@@ -18,6 +18,7 @@ from ullm.actors.transports.base import WorkerSpec
 from ullm.hub.guarded import working_folder
 from ullm.logs import get_logger
 from ullm.supervision import exponential_backoff
+from ullm.system.interpreter import python_command, python_environment
 
 FIRST_DELAY, LAST_DELAY = 0.1, 2.0
 """Seconds between two attempts to start a process: doubled each time, up to the limit."""
@@ -50,7 +51,7 @@ async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
     Raises:
         OSError: it cannot be started.
     """
-    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "ullm.worker.main"]
+    command = python_command("-X", "faulthandler", "-m", "ullm.worker.main")
     command += ["--name", spec.rank.name, "--runner", spec.runner]
     command += ["--standby"] if spec.standby else []
     options: dict[str, Any] = {}
@@ -89,9 +90,7 @@ async def _persistently(start: Callable[[], Awaitable[trio.Process]], name: str)
 
 def _environment(spec: WorkerSpec) -> dict[str, str]:
     """Return this process's environment with its module search path and the number of compute threads."""
-    here = working_folder() or os.getcwd()
-    path = os.pathsep.join(entry or here for entry in sys.path)
-    environment = dict(os.environ, PYTHONPATH=path)
+    environment = python_environment()
     if spec.cpu_threads is not None:
         for library in ("OMP", "MKL", "OPENBLAS"):
             environment[f"{library}_NUM_THREADS"] = str(spec.cpu_threads)

@@ -118,8 +118,15 @@ class Channel(Generic[T]):
     async def wait(self, consumer: ConsumerLoop, *, until_end: bool) -> None:
         """Wait in the consumer's loop until there is an item, or the end."""
         event = consumer.event()
-        if self._arm(partial(consumer.post, event, self.cancel), until_end):
+        wake = partial(consumer.post, event, self.cancel)
+        if not self._arm(wake, until_end):
+            return
+        try:
             await event.wait()
+        except BaseException:  # a consumer that waits with a time limit may do so any number of times
+            with self._lock:
+                self._waiting = [entry for entry in self._waiting if entry[0] is not wake]
+            raise
 
     def _arm(self, wake: Callable[[], None], until_end: bool) -> bool:
         with self._lock:

@@ -54,14 +54,16 @@ class Stream(Generic[T]):
     """The items that a task in a `TrioThread` yields, for one consumer in asyncio, in trio, or in no loop.
 
     Iterate with ``async for`` or ``for``. After the last item the task's error is raised, if there was one,
-    and `EngineDead` when the loop stops. The task is cancelled when the stream is closed, when a wait for an
-    item is cancelled, or when nobody refers to the stream any more.
+    and `EngineDead` when the loop stops. The task is cancelled when the stream is closed, or when nobody
+    refers to the stream any more. A wait for an item that is cancelled, by a time limit maybe, loses nothing:
+    the next one goes on. A closed stream has no more items.
     """
 
     def __init__(self, current_loop: Callable[[], ConsumerLoop], channel: Channel[T]) -> None:
         self._current_loop = current_loop
         self._channel = channel
         self._ready: deque[T] = deque()
+        self._closed = False
 
     def __del__(self) -> None:
         self._channel.cancel()
@@ -98,12 +100,12 @@ class Stream(Generic[T]):
 
     def close(self) -> None:
         """Cancel the task and block until it has ended."""
-        self._channel.cancel()
+        self._close()
         self._channel.block(until_end=True)
 
     async def aclose(self) -> None:
         """Cancel the task and wait until it has ended."""
-        self._channel.cancel()
+        self._close()
         loop = self._current_loop()
         with loop.shield():
             await self._channel.wait(loop, until_end=True)
@@ -120,24 +122,24 @@ class Stream(Generic[T]):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _close(self) -> None:
+        self._closed = True
+        self._ready.clear()
+        self._channel.cancel()
+
     async def _take_async(self) -> list[T]:
-        if not self._channel.ready:
-            try:
-                await self._channel.wait(self._current_loop(), until_end=False)
-            except BaseException:
-                self._channel.cancel()
-                raise
+        if not self._channel.ready and not self._closed:
+            await self._channel.wait(self._current_loop(), until_end=False)
         return self._items()
 
     def _take(self) -> list[T]:
-        try:
+        if not self._closed:
             self._channel.block(until_end=False)
-        except BaseException:
-            self._channel.cancel()
-            raise
         return self._items()
 
     def _items(self) -> list[T]:
+        if self._closed:
+            return []
         items = self._channel.take()
         if not items:
             self._channel.check()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from ullm.errors import EngineDead
+from ullm.errors import EngineStopped
 from ullm.hosting.bridge.channel import Channel
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ def without_cancelled(error: BaseException) -> BaseException:
     """Return the error as another loop may see it: without this loop's own cancellations."""
     if not isinstance(error, BaseExceptionGroup):
         return error
-    return error.split(trio.Cancelled)[1] or EngineDead("the engine was stopped")
+    return error.split(trio.Cancelled)[1] or EngineStopped()
 
 
 async def call(async_fn: Callable[..., Awaitable[T]], args: tuple[Any, ...], channel: Channel[T]) -> None:

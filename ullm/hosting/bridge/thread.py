@@ -13,12 +13,14 @@ from typing import Any, TypeVar, cast
 import sniffio
 import trio
 
-from ullm.errors import EngineDead
+from ullm.errors import EngineDead, EngineStopped
 from ullm.hosting.bridge import tasks
 from ullm.hosting.bridge.channel import AsyncioLoop, Channel, ConsumerLoop, TrioLoop
 from ullm.hosting.bridge.handles import BackgroundTask, Stream
 
 T = TypeVar("T")
+STOPPED = "it was stopped"
+"""Why the loop of a thread does not run, if nothing failed."""
 
 
 def in_trio() -> bool:
@@ -184,7 +186,7 @@ class TrioThread:
         return await asyncio.to_thread(self.stop, timeout)
 
     def _main(self) -> None:
-        cause = "it was stopped"
+        cause = STOPPED
         try:
             trio.run(self._serve, instruments=[_EndOfTurn(self._flush)])
         except BaseException as error:  # the callers get it, below
@@ -206,6 +208,8 @@ class TrioThread:
                 await trio.sleep_forever()
 
     def _death(self) -> EngineDead:
+        if self._dead == STOPPED:
+            return EngineStopped()
         return EngineDead(f"the engine's event loop does not run: {self._dead or 'it was never started'}")
 
     def _post_if_alive(self, function: Callable[[], object]) -> None:
@@ -240,7 +244,7 @@ class TrioThread:
             if channel.scope.cancelled_caught:
                 error = EngineDead("the work was cancelled")
         except trio.Cancelled:  # the loop is being stopped
-            error = EngineDead("the engine was stopped")
+            error = EngineStopped()
             raise
         except BaseException as raised:  # belongs to the caller, whatever it is
             error = tasks.without_cancelled(raised)

@@ -230,6 +230,7 @@ def _stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: boo
             dtype=checkpoint.dtype,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
+            use_safetensors=True,  # a .bin is a pickle, whose loading may run code
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
         )

@@ -9,13 +9,20 @@ from typing import Any
 import torch
 
 from ullm.config import EngineConfig
-from ullm.errors import ModelUnsupported
+from ullm.errors import ModelFileBroken, ModelUnsupported
 from ullm.model.layers.linear_kernels import fast_bfloat16
 from ullm.model.loading.eos_tokens import eos_token_ids
 from ullm.model.loading.weights import read_config, reject_quantized
 
 DEFAULT_CONTEXT_LEN = 2048
 """Context length, in tokens, of configs that name none."""
+
+LAYER_COUNTS = frozenset(
+    {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_local_experts", "num_experts"}
+)
+"""Keys of a config that say how many modules are made."""
+MAX_LAYERS = 2048
+"""Of layers, or of experts in a layer; published models have at most a few hundred of each."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,9 @@ def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> C
     architectures = hf.get("architectures")
     if not architectures:
         raise ModelUnsupported(f"{path}: its config names no architecture")
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise ModelFileBroken(path, f"'architectures' must be a list of names, is {architectures!s:.40}")
+    check_sizes(hf, path)
     return Checkpoint(
         path=path,
         hf=hf,
@@ -60,6 +70,23 @@ def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> C
         eos_token_ids=eos_token_ids(hf, path, config),
         dtype=choose_dtype(config.dtype, hf, device),
     )
+
+
+def check_sizes(hf: dict[str, Any], path: Path) -> None:
+    """Refuse lengths that are no numbers, and counts that keep the loading busy for minutes to no end.
+
+    Raises:
+        ModelFileBroken: names the number and its limit.
+    """
+    file = path if path.suffix == ".gguf" else path / "config.json"
+    for name in ("max_position_embeddings", "n_positions"):
+        if not isinstance(hf.get(name) or 1, int | float):
+            raise ModelFileBroken(file, f"{name!r} must be a number, is {hf[name]!s:.40}")
+    for part in (hf, *(value for value in hf.values() if isinstance(value, dict))):
+        for name in LAYER_COUNTS & part.keys():
+            count = part[name]
+            if isinstance(count, int | float) and count > MAX_LAYERS:
+                raise ModelFileBroken(file, f"{name!r} is {count}; at most {MAX_LAYERS} are possible")
 
 
 def choose_dtype(wanted: str, hf: dict[str, Any], device: torch.device) -> torch.dtype:

@@ -23,7 +23,7 @@ if sys.platform == "win32":
         return ENOUGH
 
 else:
-    import resource
+    from ullm.system.posix import resource
 
     def raise_limit() -> None:
         """Raise the soft limit of descriptors, usually 1024, to what the hard limit allows."""

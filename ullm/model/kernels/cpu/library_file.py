@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 
 FOLDER_MODE = 0o700
@@ -26,7 +27,7 @@ def open_folder(folder: Path) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
-    if os.name == "nt":
+    if sys.platform == "win32":
         return
     status = folder.lstat()
     if status.st_uid == os.geteuid() and stat.S_ISDIR(status.st_mode):
@@ -85,7 +86,7 @@ def _record(path: Path) -> Path:
 
 def _is_trusted(status: os.stat_result) -> bool:
     """Return whether only this user or root can have written it."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         return True
     links = not stat.S_ISLNK(status.st_mode)
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & _OTHERS_WRITE and links

@@ -1,0 +1,1 @@
+"""What differs between systems: how Python is started, and the modules that only POSIX has."""
