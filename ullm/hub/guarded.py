@@ -65,7 +65,8 @@ def working_folder() -> str | None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program to its end; return its exit status, or 128 + the signal that ended it."""
-    assert sys.platform != "win32", "programs are not guarded there"
+    if sys.platform == "win32":
+        raise OSError("programs are not guarded there")
     count = int(arguments[0])
     scratch, command = arguments[1 : 1 + count], arguments[1 + count :]
     ended, at_end = os.pipe()
@@ -89,7 +90,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _abandon(scratch: Sequence[str]) -> None:
     """Kill the group, this process last of all, because it removes what the others still write."""
-    assert sys.platform != "win32"
+    if sys.platform == "win32":
+        raise OSError("programs are not guarded there")
     me = os.getpid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for path in scratch:
@@ -103,7 +105,8 @@ def _abandon(scratch: Sequence[str]) -> None:
 
 def _group(group: int) -> list[int]:
     """Return the processes of a group other than its leader, on Linux; none elsewhere."""
-    assert sys.platform != "win32"
+    if sys.platform == "win32":
+        raise OSError("programs are not guarded there")
     found = []
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
         try:

@@ -16,6 +16,7 @@ from tests.benchmarks.disturbance.control_group import (
     find_controller,
     quota_group,
 )
+from ullm.errors import UsageError
 from ullm.machine import usable_cores
 
 UNDISTURBED = "undisturbed"
@@ -76,8 +77,7 @@ class Disturbance:
         before: tuple[str, ...] = ()
         after = self.options
         if self.one_core:
-            assert sys.platform == "linux", "there is taskset"
-            before = ("taskset", "--cpu-list", str(min(os.sched_getaffinity(0))))
+            before = ("taskset", "--cpu-list", str(first_core()))
         if self.threads:
             after += (candidate.threads, str(self.threads * usable_cores()))
         candidate = replace(candidate, start_seconds=SLOWER * candidate.start_seconds)
@@ -106,3 +106,10 @@ DISTURBANCES = (
 
 def _wrap(before: tuple[str, ...], candidate: ServerCandidate, after: tuple[str, ...]) -> ServerCandidate:
     return replace(candidate, arguments=(*before, *candidate.arguments, *after))
+
+
+def first_core() -> int:
+    """Return the number of the first core that this process may use."""
+    if sys.platform != "linux":
+        raise UsageError("only Linux has taskset")
+    return min(os.sched_getaffinity(0))
