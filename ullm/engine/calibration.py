@@ -9,7 +9,7 @@ import sys
 import msgspec
 import trio
 
-from ullm.config import EngineConfig, Tuning
+from ullm.config import EngineConfig, Tuning, without_secrets
 from ullm.hub.tuning import read_tuning
 from ullm.logs import get_logger
 from ullm.protocol.messages import ModelInfo
@@ -47,6 +47,7 @@ async def calibrate_for_next_start(config: EngineConfig, model_path: str, info: 
             stdout=subprocess.DEVNULL,
             capture_stderr=True,
             check=False,
+            env=without_secrets(),
         )
     except OSError as error:
         log.warning("the CPU kernels were not calibrated", reason=str(error))

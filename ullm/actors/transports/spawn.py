@@ -15,6 +15,7 @@ from typing import Any
 import trio
 
 from ullm.actors.transports.base import WorkerSpec
+from ullm.config import without_secrets
 from ullm.hub.guarded import working_folder
 from ullm.logs import get_logger
 from ullm.supervision import exponential_backoff
@@ -88,10 +89,10 @@ async def _persistently(start: Callable[[], Awaitable[trio.Process]], name: str)
 
 
 def _environment(spec: WorkerSpec) -> dict[str, str]:
-    """Return this process's environment with its module search path and the number of compute threads."""
+    """Return this process's environment without keys, with its module path and the compute threads."""
     here = working_folder() or os.getcwd()
     path = os.pathsep.join(entry or here for entry in sys.path)
-    environment = dict(os.environ, PYTHONPATH=path)
+    environment = without_secrets() | {"PYTHONPATH": path}
     if spec.cpu_threads is not None:
         for library in ("OMP", "MKL", "OPENBLAS"):
             environment[f"{library}_NUM_THREADS"] = str(spec.cpu_threads)
