@@ -39,7 +39,7 @@ from ullm.engine.status import EngineStatistics, Health, ReloadReport, SleepHeal
 from ullm.engine.stop import EngineStop
 from ullm.engine.tree import EngineParts, EngineTree
 from ullm.engine.view import EngineView
-from ullm.errors import ActorLost, EngineBusy, EngineNotReady, ReloadFailed
+from ullm.errors import ActorLost, EngineBusy, EngineDead, EngineNotReady, ReloadFailed
 from ullm.faults import FaultInjector
 from ullm.hub import LocalModel
 from ullm.protocol.messages import ModelInfo
@@ -344,7 +344,7 @@ async def open_engine(
         failure = root_cause(group)
     if own is not None and (failure is None or isinstance(failure, trio.Cancelled)):
         raise own
-    if own is not None and failure is not None:
+    if own is not None and failure is not None and not isinstance(own, EngineDead):  # else it is that failure
         raise BaseExceptionGroup("the engine and its block", [failure, own])
     if failure is not None:
         raise failure

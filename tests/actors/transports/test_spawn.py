@@ -44,6 +44,18 @@ def opening(monkeypatch: pytest.MonkeyPatch) -> Opening:
     return prepare
 
 
+async def test_a_worker_gets_no_keys(
+    clock: MockClock, opening: Opening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ULLM_API_KEY", "ULLM_ADMIN_KEY", "ULLM_CACHE"):
+        monkeypatch.setenv(name, "x")
+    started = opening(OSError(errno.ENOMEM, "no"), 0.0)
+    await module.spawn(SPEC, None)
+    given = {name for name in started[0]["env"] if name.startswith("ULLM_")}
+    assert given >= {"ULLM_CACHE"}
+    assert not given & {"ULLM_API_KEY", "ULLM_ADMIN_KEY"}
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -90,7 +102,9 @@ async def test_a_working_folder_that_is_gone_is_not_used(
     (tmp_path / "gone").rmdir()
     await module.spawn(SPEC, None)
     assert [options["cwd"] for options in started] == [None, "/"]
-    assert [options["env"]["PYTHONPATH"].split(os.pathsep)[0] for options in started] == [str(tmp_path), "/"]
+    first, second = (options["env"]["PYTHONPATH"].split(os.pathsep) for options in started)
+    assert first[-1] == str(tmp_path)
+    assert not any(entry in ("", str(tmp_path / "gone")) for entry in second)
 
 
 async def test_workers_that_cannot_start_are_started_again_by_a_backoff(
