@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,6 +12,7 @@ import pytest
 
 from ullm.config import DEFAULT_MODEL, EngineConfig, ServerConfig, from_env
 from ullm.errors import ConfigError
+from ullm.system.interpreter import SECRET_VARIABLES, without_secrets
 
 
 def test_defaults_are_valid_and_frozen() -> None:
@@ -73,11 +76,62 @@ def test_refusals_name_the_option(options: dict[str, Any], says: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"port": -1}, "--port"), ({"port": 65536}, "--port"), ({"api_key": ""}, "--api-key is empty")],
+    [
+        ({"port": -1}, "--port"),
+        ({"port": 65536}, "--port"),
+        ({"api_key": ""}, "--api-key is empty"),
+        ({"api_key": ("a", "")}, "--api-key is empty"),
+        ({"api_key": "k\n"}, "--api-key: the key begins or ends with white space"),
+        ({"admin_key": "a\x07b"}, "--admin-key: .* control characters"),
+        ({"api_key": ("a", "b"), "admin_key": "b"}, "--admin-key equals --api-key"),
+        ({"api_key_file": "/nowhere/keys"}, "--api-key-file /nowhere/keys: No such file or directory"),
+        ({"api_key_file": "/"}, "--api-key-file /: Is a directory"),
+    ],
 )
 def test_server_refusals(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         ServerConfig(**options)
+
+
+def test_keys_come_from_options_and_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of the web front end\n\n  k1 \nk2, with a comma\r\n#k3\n", encoding="utf-8-sig")
+    assert ServerConfig().api_keys == ()
+    assert ServerConfig(api_key="one").api_keys == ("one",)
+    both = ServerConfig(api_key=("one", "two"), api_key_file=str(file))
+    assert both.api_keys == ("one", "two", "k1", "k2, with a comma")
+    with pytest.raises(ConfigError, match="--admin-key equals --api-key"):
+        ServerConfig(api_key_file=str(file), admin_key="k1")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "no keys"), (b"# none\n \n", "no keys"), (b"s\xe9same\n", "not UTF-8"), (b"a\tb\n", "control")],
+)
+def test_a_file_without_usable_keys_is_refused_and_not_shown(
+    tmp_path: Path, content: bytes, says: str
+) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=says) as caught:
+        ServerConfig(api_key_file=str(file))
+    assert str(caught.value).startswith(f"--api-key-file {file}: ")
+    assert "same" not in str(caught.value)
+
+
+def test_a_key_in_a_variable_is_one_key_whatever_it_looks_like(caplog: pytest.LogCaptureFixture) -> None:
+    for key in ("a,b", "null", "tcp://10.96.12.7:8000"):
+        assert from_env(ServerConfig, {"ULLM_API_KEY": key}).api_keys == (key,)
+    assert not caplog.records
+
+
+def test_keys_are_in_no_text_form_and_in_no_childs_environment() -> None:
+    config = ServerConfig(api_key=("sesame", "other"), admin_key="simsim")
+    assert not {"sesame", "other", "simsim"} & set(re.findall(r"\w+", repr(config)))
+    secret = {spec.name for spec in dataclasses.fields(ServerConfig) if spec.metadata["secret"]}
+    assert {f"ULLM_{name.upper()}" for name in secret} == SECRET_VARIABLES
+    environ = {"ULLM_API_KEY": "k", "ULLM_ADMIN_KEY": "a", "ULLM_CACHE": "/c", "HOME": "/h"}
+    assert without_secrets(environ) == {"ULLM_CACHE": "/c", "HOME": "/h"}
 
 
 @pytest.mark.parametrize(

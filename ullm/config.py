@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -68,13 +69,17 @@ class Tuning(msgspec.Struct, frozen=True):
         return ", ".join(changed) or "default"
 
 
-def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), **metadata: Any) -> Any:
+def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), secret: bool = False) -> Any:
     """Return a dataclass field with the help text that the command line and the docs show.
 
     Args:
         aliases: further names of the flag: those that vLLM gives to the same option.
+        secret: no text form of the configuration shows it, no child process gets its variable, and a
+            comma is part of the value.
     """
-    return field(default=default, metadata={"help": help, "aliases": aliases, **metadata})
+    return field(
+        default=default, repr=not secret, metadata={"help": help, "aliases": aliases, "secret": secret}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,13 +399,21 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.")
     port: int = option(8000, "Port to listen on; 0 picks a free one.")
-    api_key: str | None = option(
-        None, "Key that clients must send as a bearer token; default: none is needed."
+    api_key: str | tuple[str, ...] | None = option(
+        None,
+        "Key that clients must send, as a bearer token or in X-Api-Key; several: repeat the option. Other "
+        "users of the machine see the command line, but neither variables nor --api-key-file. Default: none "
+        "is needed.",
+        secret=True,
+    )
+    api_key_file: str | None = option(
+        None, "File of further such keys, one per line; blank lines and lines that begin with # are ignored."
     )
     admin_key: str | None = option(
         None,
         "Key that opens the admin endpoints on the API's port to those who send it as a bearer token; "
         "default: they are closed there.",
+        secret=True,
     )
     admin_listen: str | None = option(
         None,
@@ -430,10 +443,48 @@ class ServerConfig:
                 raise ConfigError(f"{_flag(name)} must be above 0 seconds, got {getattr(self, name)}")
         if self.admin_key == "":
             raise ConfigError("--admin-key is empty; leave it out, or give a key")
-        if self.api_key == "":
-            raise ConfigError("--api-key is empty; leave it out, or give a key")
-        if self.admin_key is not None and self.admin_key == self.api_key:
+        _check_key("--admin-key", self.admin_key)
+        if self.admin_key in self.api_keys:  # reads the file, too, before anything is started
             raise ConfigError("--admin-key equals --api-key: each client could stop the server; change it")
+
+    @cached_property
+    def api_keys(self) -> tuple[str, ...]:
+        """All API keys, those of the file as they were when this was made; none: everybody is let in.
+
+        Raises:
+            ConfigError: a key that no client could send, or a file that has none; does not show keys.
+        """
+        given = self.api_key
+        keys = (given,) if isinstance(given, str) else given or ()
+        for key in keys:
+            _check_key("--api-key", key)
+        return keys if self.api_key_file is None else keys + _keys_in(self.api_key_file)
+
+
+def _check_key(option_name: str, key: str | None) -> None:
+    if key == "":
+        raise ConfigError(f"{option_name} is empty; leave it out, or give a key")
+    if key is not None and not (key == key.strip() and key.isprintable()):
+        raise ConfigError(
+            f"{option_name}: the key begins or ends with white space, or has control characters, and no "
+            "header can carry that; remove them"
+        )
+
+
+def _keys_in(path: str) -> tuple[str, ...]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
+    except OSError as error:
+        raise ConfigError(f"--api-key-file {path}: {error.strerror or error}") from None
+    except ValueError:  # the text of the error would show bytes of keys
+        raise ConfigError(f"--api-key-file {path}: not UTF-8 text; write one key per line") from None
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ConfigError(f"--api-key-file {path}: no keys; write one per line, or leave the option out")
+    for key in keys:
+        _check_key(f"--api-key-file {path}", key)
+    return keys
 
 
 C = TypeVar("C", EngineConfig, ServerConfig)
@@ -442,9 +493,10 @@ C = TypeVar("C", EngineConfig, ServerConfig)
 def from_env(cls: type[C], environ: Mapping[str, str] = os.environ, **overrides: Any) -> C:
     """Build ``cls`` from ``ULLM_<FIELD>`` variables; ``overrides`` win.
 
-    Lists are separated by commas. An empty variable counts as unset. Variables that name no field of
-    ``cls`` are ignored, because the engine and the server share the prefix. So are those that Kubernetes
-    sets for a Service called ullm, as in ``ULLM_PORT=tcp://10.96.12.7:8000``; a log line says so.
+    Lists are separated by commas, but a secret is one value. An empty variable counts as unset. Variables
+    that name no field of ``cls`` are ignored, because the engine and the server share the prefix. So are
+    those that Kubernetes sets for a Service called ullm, as in ``ULLM_PORT=tcp://10.96.12.7:8000``; a log
+    line says so.
 
     Raises:
         ConfigError: a value of the wrong type; names the variable.
@@ -455,7 +507,7 @@ def from_env(cls: type[C], environ: Mapping[str, str] = os.environ, **overrides:
         text = environ.get(name, "")
         if not text or spec.name in overrides:
             continue
-        if _SERVICE_LINK.fullmatch(text):
+        if _SERVICE_LINK.fullmatch(text) and not spec.metadata["secret"]:
             log.warning(
                 "%s=%s ignored: Kubernetes sets it for a Service; enableServiceLinks: false in the pod's "
                 "spec avoids that",
@@ -463,9 +515,8 @@ def from_env(cls: type[C], environ: Mapping[str, str] = os.environ, **overrides:
                 text,
             )
             continue
-        value: Any = (
-            [part.strip() for part in text.split(",") if part.strip()] if "tuple" in str(spec.type) else text
-        )
+        lists = "tuple" in str(spec.type) and not spec.metadata["secret"]
+        value: Any = [part.strip() for part in text.split(",") if part.strip()] if lists else text
         try:
             values[spec.name] = msgspec.convert({spec.name: value}, _single(cls, spec.name), strict=False)
         except msgspec.ValidationError as error:

@@ -53,6 +53,13 @@ def test_signature_has_own_and_derived_parameters_and_only_given_ones_arrive() -
     assert seen == {"max_bs": 4}
 
 
+def test_api_keys_are_repeated_and_keep_their_commas() -> None:
+    parameter = next(o for o in server_options() if o.name == "api_key").parameter()
+    assert "list[str]" in str(parameter.annotation)
+    assert build(ServerConfig, {"api_key": ["a,b"]}) == ServerConfig(api_key="a,b")
+    assert build(ServerConfig, {"api_key": ["a", "b"]}).api_keys == ("a", "b")
+
+
 def test_a_flag_wins_over_a_variable_and_that_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ULLM_MAX_BS", "7")
     monkeypatch.setenv("ULLM_TP_SIZE", "2")

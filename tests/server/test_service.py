@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hmac
 import re
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,7 +26,7 @@ from ullm.errors import (
     RequestError,
     TooManyTokens,
 )
-from ullm.server import create_app
+from ullm.server import access, create_app
 from ullm.server.metrics import Histogram, Metrics, RequestTimer
 from ullm.server.metrics_table import METRICS, MetricSpec, MetricType, reference_rows
 
@@ -171,6 +173,51 @@ async def test_the_key_guards_the_api_and_not_the_probes(engine: FakeEngine) -> 
                 assert response.headers["www-authenticate"] == "Bearer"
         right = {b"Authorization": "Bearer sésame".encode()}
         assert (await client.get("/v1/models", headers=right)).status_code == 200
+
+
+async def test_each_of_several_keys_opens_the_api_in_either_header(
+    engine: FakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# keys\nthird\n")
+    keys = {"api_key": ("first", "second,half"), "api_key_file": str(file), "admin_key": "admin"}
+    caplog.set_level(0)
+    async with serving(engine, **keys) as url, httpx.AsyncClient(base_url=url) as client:
+
+        async def status(path: str, **headers: str) -> int:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            return (await client.get(path, headers=named)).status_code
+
+        for key in ("first", "second,half", "third"):
+            assert await status("/v1/models", Authorization=f"Bearer {key}") == 200
+            assert await status("/v1/models", Authorization=f"bearer {key}") == 200
+            assert await status("/v1/models", X_Api_Key=key) == 200
+            assert await status("/v1/models", X_Api_Key=key, Authorization="Basic eA==") == 200
+            assert await status("/admin/tree", Authorization=f"Bearer {key}") == 401
+            assert await status("/admin/tree", X_Api_Key=key) == 401
+        for key in ("", "firs", "first2", "second", "half", "first,second,half", "# keys", "admin"):
+            assert await status("/v1/models", X_Api_Key=key) == 401
+            assert await status("/v1/models", Authorization=f"Bearer {key}x") == 401
+        assert await status("/admin/tree", Authorization="Bearer admin") == 200
+        backend = await client.get("/backend", headers={"X-Api-Key": "first"})
+        assert backend.status_code == 200
+        tree = await client.get("/admin/tree", headers={"Authorization": "Bearer admin"})
+        for key in ("second,half", "third"):
+            assert key not in backend.text + tree.text + caplog.text
+
+
+def test_a_key_is_compared_with_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return a == b
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    digests = access._digests(["a", "longer", "c"])
+    assert access._is_among(b"a", digests)
+    assert len(compared) == 3
+    assert {len(each) for pair in compared for each in pair} == {32}, "their lengths tell nothing"
 
 
 async def test_request_ids_come_back(client: httpx.AsyncClient) -> None:

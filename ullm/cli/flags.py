@@ -54,6 +54,8 @@ SAMPLING_FIELDS = (
     "skip_special_tokens timeout"
 ).split()
 SAMPLING_ALIASES: Mapping[str, tuple[str, ...]] = {"max_tokens": ("--max-new-tokens",)}
+UNSPLIT = frozenset({"stop", "api_key"})
+"""Fields that list, of whose values a comma may be part: half a key would be a key that nobody chose."""
 
 Command = Callable[..., int]
 C = TypeVar("C", EngineConfig, ServerConfig)
@@ -212,8 +214,9 @@ def _converted(name: str, value: Any, annotation: Any) -> Any:
     """Convert the values of an option that lists: it may be repeated, and a value may hold commas."""
     if "tuple[" not in str(annotation):
         return value
-    if name == "stop":  # a stop string may contain a comma
-        return tuple(value)
+    if name in UNSPLIT:
+        values = (value,) if isinstance(value, str) else tuple(value)
+        return values[0] if name == "api_key" and len(values) == 1 else values  # as most programs give it
     parts = split_commas([value] if isinstance(value, str) else value)
     try:
         return msgspec.convert([part for part in parts if part], annotation, strict=False)

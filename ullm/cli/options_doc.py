@@ -31,11 +31,11 @@ INTRODUCTION = """\
 
 Every option below is at once a flag of the command line (`--max-bs 32`), an environment variable
 (`ULLM_MAX_BS=32`) and a field of a frozen dataclass (`EngineConfig(max_bs=32)`). A flag wins over a
-variable, a variable over the default. An option that lists may be repeated and takes several values at once,
-separated by commas (`--device-ids 0,1`; `--stop` may only be repeated, because a stop string may contain a
-comma); of any other option given twice the last one counts. A switch is turned off by its `--no-` form, its
-variable by `false`. An empty variable counts as unset. Further names of a flag are
-vLLM's; they are flags only, not variables or fields. See also
+variable, a variable over the default. An option that lists may be repeated and takes several values at
+once, separated by commas (`--device-ids 0,1`; `--stop` and `--api-key` may only be repeated, because a stop
+string or a key may contain a comma); of any other option given twice the last one counts. A switch is
+turned off by its `--no-` form, its variable by `false`. An empty variable counts as unset. Further names of
+a flag are vLLM's; they are flags only, not variables or fields. See also
 [migrating from vLLM](../how-to/migrating-from-vllm.md#flags).
 
 `EngineConfig` has all options but those of the server, which are in `ServerConfig`. A value that

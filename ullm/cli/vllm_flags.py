@@ -66,7 +66,7 @@ NOTES: Mapping[str, str] = {
     "--pipeline-parallel-size": "Only 1 is supported.",
     "-pp": "Only 1 is supported.",
     "--chat-template": "A file; the text of a template is not taken.",
-    "--api-key": "One key.",
+    "--api-key": "Several keys: repeat the option.",
     "--max-model-len": "A number of tokens; neither auto nor a suffix as in 8k.",
     "--num-speculative-tokens": "A flag of older versions; later ones have it in --speculative-config.",
 }

@@ -30,8 +30,12 @@ def open_guarded(
 
     Args:
         scratch: files and folders to remove if this process is killed meanwhile.
-        options: those of `subprocess.Popen`, except for ``stdin``, which is empty.
+        options: those of `subprocess.Popen`, except for ``stdin``, which is empty; the environment is by
+            default this process's without its keys.
     """
+    from ullm.system.interpreter import without_secrets  # not at the top: the guard itself runs without it
+
+    options = {"env": without_secrets(), **options}
     if os.name != "posix":
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
     guard = [sys.executable, "-I", "-S", os.path.abspath(__file__), str(len(scratch)), *map(str, scratch)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
 import re
 import uuid
+from collections.abc import Iterable, Sequence
 
 import trio
 from quart import Response, g, request
@@ -41,30 +43,48 @@ def install_common_headers(app: QuartTrio) -> None:
 
 
 def install_keys(app: QuartTrio, config: ServerConfig) -> None:
-    """Require the API key of clients, if there is one, and the admin key of administrators.
+    """Require an API key of clients, if there are any, and the admin key of administrators.
 
-    Without an admin key, admin endpoints answer 403. Neither key is accepted in place of the other.
-    Comparing takes the same time for every key.
+    Without an admin key, admin endpoints answer 403. Neither kind of key is accepted in place of the other.
     """
+    api_keys, admin_keys = _digests(config.api_keys), _digests(filter(None, [config.admin_key]))
 
     async def check() -> None:
         access = access_of(request.path)
         if access is Access.ADMIN:
             if config.admin_key is None:
                 raise errors.AdminDisabled
-            if not _has_key(config.admin_key):
+            if not _is_among(_bearer_token(), admin_keys):
                 raise errors.AdminUnauthorized(
                     "the admin key is missing or wrong; send 'Authorization: Bearer <admin key>'"
                 )
-        elif access is Access.KEY and config.api_key is not None and not _has_key(config.api_key):
-            raise errors.Unauthorized("the API key is missing or wrong; send 'Authorization: Bearer <key>'")
+        elif access is Access.KEY and api_keys and not _sends_one_of(api_keys):
+            raise errors.Unauthorized(
+                "the API key is missing or wrong; send 'Authorization: Bearer <key>' or 'X-Api-Key: <key>'"
+            )
 
     app.before_request(check)
 
 
-def _has_key(key: str) -> bool:
-    sent = request.headers.get("Authorization", "").encode("latin-1")  # the bytes that were sent
-    return hmac.compare_digest(sent, f"Bearer {key}".encode())
+def _digests(keys: Iterable[str]) -> list[bytes]:
+    return [hashlib.sha256(key.encode()).digest() for key in keys]
+
+
+def _sends_one_of(digests: Sequence[bytes]) -> bool:
+    tokens = (_bearer_token(), request.headers.get("X-Api-Key", "").encode("latin-1"))
+    return any([_is_among(token, digests) for token in tokens])
+
+
+def _bearer_token() -> bytes:
+    """Return the token of the Authorization header (RFC 6750, 2.1), or nothing."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # the bytes that were sent
+
+
+def _is_among(sent: bytes, digests: Sequence[bytes]) -> bool:
+    """Compare with all keys, in a time that depends neither on the keys nor on which one it is."""
+    digest = hashlib.sha256(sent).digest()
+    return any([hmac.compare_digest(digest, each) for each in digests])  # a list: every comparison is made
 
 
 def install_local_only(app: QuartTrio, *, by_name: bool) -> None:

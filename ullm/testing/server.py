@@ -90,7 +90,7 @@ class ServerProcess:
             [*(command or own), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=python_environment() | self._admin_options() | dict(environ),
+            env=dict(os.environ) | python_environment() | self._admin_options() | dict(environ),
             encoding="utf-8",
             errors="replace",
             start_new_session=new_session,

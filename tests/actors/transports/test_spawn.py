@@ -44,6 +44,18 @@ def opening(monkeypatch: pytest.MonkeyPatch) -> Opening:
     return prepare
 
 
+async def test_a_worker_gets_no_keys(
+    clock: MockClock, opening: Opening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ULLM_API_KEY", "ULLM_ADMIN_KEY", "ULLM_CACHE"):
+        monkeypatch.setenv(name, "x")
+    started = opening(OSError(errno.ENOMEM, "no"), 0.0)
+    await module.spawn(SPEC, None)
+    given = {name for name in started[0]["env"] if name.startswith("ULLM_")}
+    assert given >= {"ULLM_CACHE"}
+    assert not given & {"ULLM_API_KEY", "ULLM_ADMIN_KEY"}
+
+
 @pytest.mark.parametrize(
     "error",
     [

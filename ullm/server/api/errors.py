@@ -32,8 +32,8 @@ _FIELD = re.compile(r"field `(?P<field>[^`]+)`")
 class Unauthorized(RequestError):
     """The API key is missing or wrong.
 
-    Raised by: the server, if it was started with ``--api-key``.
-    Remedy: send ``Authorization: Bearer KEY``.
+    Raised by: the server, if it was started with ``--api-key`` or ``--api-key-file``.
+    Remedy: send ``Authorization: Bearer KEY`` or ``X-Api-Key: KEY``.
     """
 
     status = 401

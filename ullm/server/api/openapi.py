@@ -30,6 +30,7 @@ DESCRIPTIONS = {
 
 _REF = "#/components/schemas/{name}"
 _BEARER = {"type": "http", "scheme": "bearer"}
+_KEY_HEADER = {"type": "apiKey", "in": "header", "name": "X-Api-Key"}
 _PARAMETER = re.compile(r"\{(\w+)\}")
 
 
@@ -43,7 +44,7 @@ def openapi_document(routes: Sequence[Route], *, secured: bool = False) -> dict[
     paths: dict[str, Any] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, components, secured)
-    schemes = {"admin": _BEARER, "key": _BEARER} if secured else {"admin": _BEARER}
+    schemes = {"admin": _BEARER} | ({"key": _BEARER, "key_header": _KEY_HEADER} if secured else {})
     return {
         "openapi": "3.1.0",
         "info": {"title": "ullm", "version": ullm.__version__},
@@ -68,7 +69,7 @@ def _operation(route: Route, components: dict[str, Any], secured: bool) -> dict[
     if route.access is Access.ADMIN:
         operation["security"] = [{"admin": []}]
     elif route.access is Access.KEY and secured:
-        operation["security"] = [{"key": []}]
+        operation["security"] = [{"key": []}, {"key_header": []}]
     return operation
 
 

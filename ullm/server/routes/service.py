@@ -48,7 +48,7 @@ class Service:
     @cached_property
     def document(self) -> bytes:
         """The OpenAPI document, built when it is first asked for."""
-        return msgspec.json.encode(openapi_document(self.routes, secured=self.config.api_key is not None))
+        return msgspec.json.encode(openapi_document(self.routes, secured=bool(self.config.api_keys)))
 
     def outputs(self, submission: Submission) -> Outputs:
         """Return the outputs of a submission; they are to be opened."""
