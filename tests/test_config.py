@@ -85,6 +85,8 @@ def test_refusals_name_the_option(options: dict[str, Any], says: str) -> None:
         ({"admin_key": "a\x07b"}, "--admin-key: .* control characters"),
         ({"api_key": ("a", "b"), "admin_key": "b"}, "--admin-key equals --api-key"),
         ({"api_key_file": "/nowhere/keys"}, "--api-key-file /nowhere/keys: No such file or directory"),
+        ({"ssl_certfile": "c"}, "--ssl-certfile needs --ssl-keyfile"),
+        ({"ssl_keyfile": "k"}, "--ssl-keyfile needs --ssl-certfile"),
         ({"api_key_file": "/"}, "--api-key-file /: Is a directory"),
     ],
 )

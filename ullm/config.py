@@ -409,6 +409,14 @@ class ServerConfig:
     api_key_file: str | None = option(
         None, "File of further such keys, one per line; blank lines and lines that begin with # are ignored."
     )
+    ssl_certfile: str | None = option(
+        None,
+        "PEM file of the certificate, with its chain, by which the API is served over TLS; needs "
+        "--ssl-keyfile. Default: plain HTTP.",
+    )
+    ssl_keyfile: str | None = option(
+        None, "PEM file of the certificate's private key, without a password; needs --ssl-certfile."
+    )
     admin_key: str | None = option(
         None,
         "Key that opens the admin endpoints on the API's port to those who send it as a bearer token; "
@@ -443,6 +451,9 @@ class ServerConfig:
                 raise ConfigError(f"{_flag(name)} must be above 0 seconds, got {getattr(self, name)}")
         if self.admin_key == "":
             raise ConfigError("--admin-key is empty; leave it out, or give a key")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            given, missing = ("cert", "key") if self.ssl_keyfile is None else ("key", "cert")
+            raise ConfigError(f"--ssl-{given}file needs --ssl-{missing}file; give both, or neither")
         _check_key("--admin-key", self.admin_key)
         if self.admin_key in self.api_keys:  # reads the file, too, before anything is started
             raise ConfigError("--admin-key equals --api-key: each client could stop the server; change it")

@@ -53,6 +53,13 @@ def scramble(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\xff" * 4096)
 
 
+@pytest.mark.parametrize("option", ["--api-key-file", "--ssl-certfile"])
+def test_files_of_the_server_are_read_before_anything_is_started(option: str, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    also = ["--ssl-keyfile", missing] if option == "--ssl-certfile" else []
+    assert start(option, missing, *also) == f"error: {option} {missing}: No such file or directory"
+
+
 def pipe(name: str) -> Callable[[Path], None]:
     def replace(folder: Path) -> None:
         (folder / name).unlink()

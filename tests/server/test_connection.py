@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -16,7 +17,7 @@ from fake_engine import FakeEngine, serving
 
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError, PortTaken
-from ullm.server import bind, serve_http, urls
+from ullm.server import bind, serve_http, urls, warn_if_open
 from ullm.server.http.listener import Listener
 from ullm.supervision.actor import Lifetime
 
@@ -146,6 +147,7 @@ def test_an_address_that_is_not_ours() -> None:
 def test_urls_have_the_real_port() -> None:
     with bind(ServerConfig(port=0)) as sock:
         assert urls([sock]) == [f"http://127.0.0.1:{sock.getsockname()[1]}"]
+        assert urls([sock], "https") == [f"https://127.0.0.1:{sock.getsockname()[1]}"]
 
 
 async def test_running_requests_finish_when_the_server_is_stopped(engine: FakeEngine) -> None:
@@ -212,7 +214,7 @@ async def start(nursery: trio.Nursery, engine: FakeEngine, deadline: float | Non
 
 
 def _address(url: str) -> tuple[str, int]:
-    host, port = url.removeprefix("http://").split(":")
+    host, port = url.partition("://")[2].split(":")
     return host, int(port)
 
 
@@ -249,3 +251,32 @@ async def test_a_server_that_failed_can_be_started_again(
         async with httpx.AsyncClient() as client:
             assert (await client.get(f"{address[0]}/live")).status_code == 200
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("options", "warnings"),
+    [
+        ({"host": "0.0.0.0"}, 1),
+        ({"host": ""}, 1),
+        ({"host": "0.0.0.0", "api_key": "k"}, 0),
+        ({"host": "127.0.0.1"}, 0),
+        ({"host": "localhost"}, 0),
+    ],
+)
+def test_an_open_server_without_a_key_is_warned_about(
+    options: dict[str, Any], warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ServerConfig(port=0, **options)
+    with bind(config) as sock:
+        warn_if_open(config, sock)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warnings
+
+
+@pytest.mark.parametrize(("host", "warnings"), [("::", 1), ("::1", 0), ("fe80::1%eth0", 1)])
+def test_so_it_is_over_ipv6(host: str, warnings: int, caplog: pytest.LogCaptureFixture) -> None:
+    class Listening:
+        def getsockname(self) -> tuple[str, int, int, int]:
+            return host, 8000, 0, 0
+
+    warn_if_open(ServerConfig(host=host), cast(socket.socket, Listening()))
+    assert len(caplog.records) == warnings

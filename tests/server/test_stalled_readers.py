@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 from fake_engine import FakeEngine, serving
-from test_connection import Running, connected, read_until, request, start
+from test_connection import RunningServer, connected, read_until, request, start
 
 pytestmark = pytest.mark.process
 
@@ -89,7 +89,7 @@ async def test_a_slow_reader_is_no_stalled_one(engine: FakeEngine) -> None:
 async def test_a_stalled_reader_does_not_hold_up_the_stop(engine: FakeEngine) -> None:
     """Its connection is cut shortly before the deadline; others end as usual."""
     async with trio.open_nursery() as nursery:
-        running: Running = await start(nursery, engine, deadline=trio.current_time() + 1.5)
+        running: RunningServer = await start(nursery, engine, deadline=trio.current_time() + 1.5)
         async with stalled(running.url), connected(running.url) as other:
             engine.script = lambda index: [70] * 20
             engine.hold_after = 10

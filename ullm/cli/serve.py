@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 import trio
 
@@ -25,7 +27,9 @@ from ullm.server import (
     raise_limit,
     serve_admin,
     serve_http,
+    tls_context,
     urls,
+    warn_if_open,
 )
 from ullm.supervision import ChildSpec
 from ullm.supervision.signals import remember_signals
@@ -36,34 +40,40 @@ def serve(config: EngineConfig, server: ServerConfig) -> int:
 
     Raises:
         PortTaken: before anything is loaded.
+        ConfigError: an address or a certificate that cannot be used; likewise.
         UllmError: the engine could not start, or failed.
     """
     early = remember_signals()
     raise_limit()
     configure(config.log_level)
+    tls = tls_context(server.ssl_certfile, server.ssl_keyfile)
     with bind(server) as listener:
+        warn_if_open(server, listener)
+        run = partial(run_server, config, server, (listener, tls))
         if server.admin_listen is None:
-            return trio.run(run_server, config, server, listener, None, early)
+            return trio.run(run, None, early)
         with open_admin_socket(server.admin_listen) as admin_listener:
-            return trio.run(run_server, config, server, listener, admin_listener, early)
+            return trio.run(run, admin_listener, early)
 
 
 async def run_server(
     config: EngineConfig,
     server: ServerConfig,
-    listener: socket.socket,
+    endpoint: tuple[socket.socket, ssl.SSLContext | None],
     admin_listener: socket.socket | None,
     early: Sequence[signal.Signals],
 ) -> int:
     """Run the engine with the servers as its first children until a signal stops it; return the exit status.
 
     Args:
+        endpoint: what listens for the API, and what encrypts its connections.
         early: signals that came before they could be answered.
     """
+    listener, tls = endpoint
 
     async def http(*, task_status: trio.TaskStatus[list[str]]) -> None:
         await serve_http(
-            engine, server, sockets=[listener], shutdown=host.request_stop, task_status=task_status
+            engine, server, sockets=[listener], shutdown=host.request_stop, tls=tls, task_status=task_status
         )
 
     async def admin(*, task_status: trio.TaskStatus[list[str]]) -> None:
@@ -75,6 +85,7 @@ async def run_server(
     servers = [ChildSpec("http", http, shutdown=stop_budget.HTTP_SERVER)]
     if admin_listener is not None:
         servers.append(ChildSpec("admin", admin, shutdown=stop_budget.HTTP_SERVER))
+    url = urls([listener], "http" if tls is None else "https")[0]
     engine = Engine(config, first_children=servers, find_model=find_model)
     host = EngineHost(engine)
     with host.watchdog:
@@ -87,7 +98,7 @@ async def run_server(
                 signal.raise_signal(number)
             try:
                 with suppress(StartCancelled):  # stopped before it had started; the report says how that went
-                    await engine.run(task_status=Announcement(engine, listener))
+                    await engine.run(task_status=Announcement(engine, url))
             finally:
                 nursery.cancel_scope.cancel()
     assert engine.report is not None, "an engine that has stopped has a report"
@@ -98,9 +109,9 @@ async def run_server(
 class Announcement:
     """A task status for the engine, which announces on stdout that the server is ready."""
 
-    def __init__(self, engine: Engine, listener: socket.socket) -> None:
+    def __init__(self, engine: Engine, url: str) -> None:
         self._engine = engine
-        self._url = urls([listener])[0]
+        self._url = url
         self._began = trio.current_time()
 
     def started(self, value: object = None) -> None:

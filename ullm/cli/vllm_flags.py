@@ -39,8 +39,6 @@ REFUSED: Mapping[str, str] = {
     "--hf-token": "set the environment variable HF_TOKEN",
     "--allowed-origins": "use --cors-origins, a list separated by commas",
     "--uvicorn-log-level": "use --log-level",
-    "--ssl-keyfile": "ullm does not speak TLS; put a proxy in front that does",
-    "--ssl-certfile": "ullm does not speak TLS; put a proxy in front that does",
     "--root-path": "have the proxy strip the prefix",
     "--enable-lora": "LoRA adapters are not supported",
     "--lora-modules": "LoRA adapters are not supported",
@@ -55,6 +53,7 @@ SAME = (
     *("--model", "--revision", "--tokenizer", "--served-model-name", "--chat-template", "--dtype"),
     *("--quantization", "--load-format", "--trust-remote-code", "--enforce-eager", "--block-size"),
     *("--gpu-memory-utilization", "--max-num-batched-tokens", "--host", "--port", "--api-key"),
+    *("--ssl-keyfile", "--ssl-certfile"),
 )
 """Flags that both programs have under the same name."""
 
@@ -67,6 +66,7 @@ NOTES: Mapping[str, str] = {
     "-pp": "Only 1 is supported.",
     "--chat-template": "A file; the text of a template is not taken.",
     "--api-key": "Several keys: repeat the option.",
+    "--ssl-certfile": "Needs --ssl-keyfile, also where one file holds both.",
     "--max-model-len": "A number of tokens; neither auto nor a suffix as in 8k.",
     "--num-speculative-tokens": "A flag of older versions; later ones have it in --speculative-config.",
 }

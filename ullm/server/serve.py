@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
+import ssl
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,13 +14,17 @@ import trio
 
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError, PortTaken
+from ullm.logs import get_logger
 from ullm.protocol import stop_budget
 from ullm.server.api.types import EngineInterface
 from ullm.server.app import create_app
 from ullm.server.http.descriptors import connection_limit
 from ullm.server.http.listener import Listener
+from ullm.server.http.tls import tls_context
 from ullm.server.routes.service import Shutdown
 from ullm.supervision.actor import current_lifetime
+
+log = get_logger(__name__)
 
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
@@ -73,7 +79,7 @@ def _bind_error(error: OSError, host: str, port: int) -> Exception:
     return ConfigError(f"cannot listen on --host {host} --port {port}: {error.strerror or error}")
 
 
-def urls(sockets: Sequence[socket.socket]) -> list[str]:
+def urls(sockets: Sequence[socket.socket], scheme: str = "http") -> list[str]:
     """Return the URLs of the sockets, with the real port where ``--port 0`` was given."""
     addresses = []
     for sock in sockets:
@@ -81,8 +87,19 @@ def urls(sockets: Sequence[socket.socket]) -> list[str]:
             addresses.append(f"unix:{sock.getsockname()}")
             continue
         host, port = sock.getsockname()[:2]
-        addresses.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        addresses.append(f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}")
     return addresses
+
+
+def warn_if_open(server_config: ServerConfig, sock: socket.socket) -> None:
+    """Warn once if other machines can reach the API and no key is asked for."""
+    host = sock.getsockname()[0]
+    if not server_config.api_keys and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        log.warning(
+            "other machines can reach the API, and no key is asked for; use --api-key-file, or --host "
+            "127.0.0.1 behind a proxy",
+            host=host,
+        )
 
 
 async def serve_http(
@@ -91,16 +108,19 @@ async def serve_http(
     *,
     sockets: Sequence[socket.socket],
     shutdown: Shutdown | None = None,
+    tls: ssl.SSLContext | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve the whole API until cancelled; see `serve_app`. Runs as a supervised child.
 
     Args:
         shutdown: see `ullm.server.app.create_app`.
+        tls: made from the configured files before; default: they are read now.
         task_status: gets the URLs.
     """
     app = create_app(engine, server_config, shutdown=shutdown)
-    await serve_app(app, server_config, sockets=sockets, task_status=task_status)
+    tls = tls or tls_context(server_config.ssl_certfile, server_config.ssl_keyfile)
+    await serve_app(app, server_config, sockets=sockets, tls=tls, task_status=task_status)
 
 
 async def serve_app(
@@ -109,6 +129,7 @@ async def serve_app(
     *,
     sockets: Sequence[socket.socket],
     max_connections: int | None = None,
+    tls: ssl.SSLContext | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve an app until cancelled.
@@ -120,10 +141,11 @@ async def serve_app(
     Args:
         sockets: from `bind`. A stop closes them; a failure does not, so that a supervisor can restart this.
         max_connections: connections at a time; default: what the limit of descriptors allows.
+        tls: what to encrypt connections with; None: nothing.
         task_status: gets the URLs.
     """
     limit = connection_limit() if max_connections is None else max_connections
-    listener = Listener(app, stall_timeout=server_config.stall_timeout, max_connections=limit)
+    listener = Listener(app, stall_timeout=server_config.stall_timeout, max_connections=limit, tls=tls)
     ended = trio.Event()
     scope = trio.CancelScope(shield=True)
 
@@ -136,7 +158,7 @@ async def serve_app(
 
     async with trio.open_nursery() as nursery:
         await nursery.start(run)
-        task_status.started(urls(sockets))
+        task_status.started(urls(sockets, "http" if tls is None else "https"))
         try:
             await trio.sleep_forever()
         finally:

@@ -27,6 +27,7 @@ from hypercorn.utils import wrap_app
 
 from ullm.logs import get_logger
 from ullm.server.http.sse import CHUNKS
+from ullm.server.http.tls import TlsStream
 
 log = get_logger(__name__)
 
@@ -34,6 +35,8 @@ KEEP_ALIVE = 75.0
 """Seconds that an idle connection stays open; longer than the usual load balancer's 60."""
 REQUEST_WITHIN = 20.0
 """Seconds from the beginning of a connection to the end of its first request's head."""
+TLS_RECORD = 16 << 10
+"""Bytes that are encrypted and sent at a time; each piece that the client reads is progress."""
 _RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 """Value of SO_LINGER: forget what has not been sent, and tell the client with a reset."""
 
@@ -83,9 +86,11 @@ class ConnectionState(enum.Enum):
 class HypercornConnection(TCPServer):
     """One connection; a send ends it when the client stops reading."""
 
-    def __init__(self, worker: HypercornWorker, stream: trio.SocketStream) -> None:
+    def __init__(self, worker: HypercornWorker, stream: trio.SocketStream | TlsStream) -> None:
         super().__init__(worker.app, worker.config, worker.context, LifespanState(), stream)  # type: ignore[arg-type]  # takes either
-        self._socket = sock = stream.socket
+        self._tls = stream if isinstance(stream, TlsStream) else None
+        transport = stream.transport_stream if isinstance(stream, TlsStream) else stream
+        self._socket = sock = transport.socket
         # The same descriptor, to send without a turn of the event loop where the kernel has room.
         self._direct = socket.socket(sock.family, sock.type, sock.proto, sock.fileno())
         self.app = cast(AppWrapper, self._call_app)  # Hypercorn calls this one instead
@@ -127,9 +132,11 @@ class HypercornConnection(TCPServer):
     async def run(self) -> None:
         """Serve the connection until it ends."""
         try:
-            await super().run()
+            if self._tls is None or await _shake_hands(self._tls):
+                await super().run()
         finally:
             self._direct.detach()
+            self._socket.close()  # Hypercorn leaves it open where a handshake fails
             # These refer back to the connection, so that only the garbage collector would free it.
             self.__dict__.pop("protocol", None)
             self.__dict__.pop("app", None)
@@ -184,11 +191,15 @@ class HypercornConnection(TCPServer):
 
     async def _send_bytes(self, data: bytes) -> None:
         try:
-            rest = data if self.send_lock.locked() else self._send_now(data)
+            rest = data if self._tls or self.send_lock.locked() else self._send_now(data)
             if rest:
                 async with self.send_lock:
                     await self._send(rest)
-        except (OSError, trio.ClosedResourceError):  # the client has left, or the connection was cut
+        except (
+            OSError,
+            trio.ClosedResourceError,
+            trio.BrokenResourceError,
+        ):  # the client has left, or the connection was cut
             await self.protocol.handle(Closed())
 
     def _send_now(self, data: bytes) -> bytes | memoryview:
@@ -206,15 +217,34 @@ class HypercornConnection(TCPServer):
         with trio.CancelScope(shield=True) as scope:
             while rest:
                 scope.deadline = trio.current_time() + self._stall_timeout
-                rest = rest[await self._socket.send(rest) :]
+                rest = rest[await self._send_some(rest) :]
         if rest:
             log.warning("client does not read; its connection is cut", seconds=self._stall_timeout)
             self.cut()
             raise trio.ClosedResourceError
 
+    async def _send_some(self, data: memoryview) -> int:
+        """Send the beginning of the data; return its length."""
+        if self._tls is None:
+            return await self._socket.send(data)
+        piece = data[:TLS_RECORD]
+        await self._tls.send_all(piece)
+        return len(piece)
+
     @property
     def _is_open(self) -> bool:
         return self._socket.fileno() != -1
+
+
+async def _shake_hands(tls: TlsStream) -> bool:
+    """Return True if the client agrees on TLS in time."""
+    with trio.move_on_after(REQUEST_WITHIN):
+        try:
+            await tls.do_handshake()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return False
+        return True
+    return False
 
 
 def _has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:

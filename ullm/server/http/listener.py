@@ -6,6 +6,7 @@ Many connections are accepted in one turn of the event loop, and only as many as
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import trio
 from ullm.logs import get_logger
 from ullm.server.http.connection_slots import ConnectionSlots
 from ullm.server.http.hypercorn_connection import HypercornConnection, HypercornWorker
+from ullm.server.http.tls import TlsStream
 
 log = get_logger(__name__)
 
@@ -28,9 +30,13 @@ class Listener:
     Args:
         stall_timeout: seconds that a client may leave what it was sent unread.
         max_connections: connections at a time; others wait until one of these ends.
+        tls: what to encrypt connections with; None: nothing.
     """
 
-    def __init__(self, app: Any, *, stall_timeout: float, max_connections: int) -> None:
+    def __init__(
+        self, app: Any, *, stall_timeout: float, max_connections: int, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self._tls = tls
         self._worker = HypercornWorker(app, stall_timeout)
         self._slots = ConnectionSlots(max_connections)
         self._stop = trio.Event()
@@ -67,7 +73,9 @@ class Listener:
         await trio.serve_listeners(self._handle, listeners, handler_nursery=handlers)
 
     async def _handle(self, stream: trio.SocketStream) -> None:
-        connection = HypercornConnection(self._worker, stream)
+        connection = HypercornConnection(
+            self._worker, stream if self._tls is None else TlsStream(stream, self._tls)
+        )
         with self._slots.occupy(connection):
             try:
                 await connection
