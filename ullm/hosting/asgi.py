@@ -47,7 +47,7 @@ async def open_from_env() -> AsyncIterator[tuple[Engine, ServerConfig]]:
     config, server_config = from_env(EngineConfig), from_env(ServerConfig)
     with settings_of_the_process(config.log_level):
         if server_config.ssl_certfile is not None:
-            log.warning("ULLM_SSL_CERTFILE ignored: this server's own options configure TLS")
+            get_logger(__name__).warning("ULLM_SSL_CERTFILE ignored: this server's own options configure TLS")
         async with open_engine(config) as engine:
             yield engine, server_config
 
