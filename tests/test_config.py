@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from ullm.config import DEFAULT_MODEL, EngineConfig, ServerConfig, from_env, without_secrets
+from ullm.config import DEFAULT_MODEL, EngineConfig, ServerConfig, from_env
 from ullm.errors import ConfigError
+from ullm.system.interpreter import SECRET_VARIABLES, without_secrets
 
 
 def test_defaults_are_valid_and_frozen() -> None:
@@ -129,6 +130,8 @@ def test_a_key_in_a_variable_is_one_key_whatever_it_looks_like(caplog: pytest.Lo
 def test_keys_are_in_no_text_form_and_in_no_childs_environment() -> None:
     config = ServerConfig(api_key=("sesame", "other"), admin_key="simsim")
     assert not {"sesame", "other", "simsim"} & set(re.findall(r"\w+", repr(config)))
+    secret = {spec.name for spec in dataclasses.fields(ServerConfig) if spec.metadata["secret"]}
+    assert {f"ULLM_{name.upper()}" for name in secret} == SECRET_VARIABLES
     environ = {"ULLM_API_KEY": "k", "ULLM_ADMIN_KEY": "a", "ULLM_CACHE": "/c", "HOME": "/h"}
     assert without_secrets(environ) == {"ULLM_CACHE": "/c", "HOME": "/h"}
 

@@ -498,17 +498,6 @@ def _keys_in(path: str) -> tuple[str, ...]:
     return keys
 
 
-SECRET_VARIABLES = frozenset(
-    f"ULLM_{spec.name.upper()}" for spec in dataclasses.fields(ServerConfig) if spec.metadata["secret"]
-)
-"""Environment variables that hold keys."""
-
-
-def without_secrets(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return an environment for a child process, without the keys that only the HTTP server needs."""
-    return {name: value for name, value in environ.items() if name not in SECRET_VARIABLES}
-
-
 C = TypeVar("C", EngineConfig, ServerConfig)
 
 

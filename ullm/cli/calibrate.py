@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ullm.cli.terminal import fetch_model, stderr
-from ullm.config import EngineConfig, without_secrets
+from ullm.config import EngineConfig
 from ullm.errors import ConfigError
 from ullm.system.interpreter import python_command, python_environment
 
@@ -36,7 +36,7 @@ def calibrate(config: EngineConfig, *, as_json: bool) -> int:
             capture_output=True,
             timeout=TIMEOUT,
             check=False,
-            env=without_secrets(python_environment()),
+            env=python_environment(),
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(f"calibration took more than {TIMEOUT:g} s; try it on an idle machine") from None

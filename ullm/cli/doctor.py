@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ullm.cli.distribution import other_distribution
 from ullm.cli.pull import folder_size
-from ullm.config import GIB, ServerConfig, without_secrets
+from ullm.config import GIB, ServerConfig
 from ullm.hub import cache_dir, embedded
 from ullm.hub.tuning import list_tunings
 from ullm.machine import available_memory
@@ -159,7 +159,7 @@ def probe_torch() -> tuple[dict[str, Any] | None, str | None]:
             text=True,
             timeout=PROBE_TIMEOUT,
             check=False,
-            env=without_secrets(python_environment()),
+            env=python_environment(),
         )
     except subprocess.TimeoutExpired:
         return None, f"importing torch took more than {PROBE_TIMEOUT:g} s"

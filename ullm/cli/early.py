@@ -33,6 +33,20 @@ def answer_signals(arguments: Sequence[str]) -> None:
         _handle(("SIGHUP",), _nothing)
 
 
+def fill_closed_descriptors() -> None:
+    """Open the null device in place of descriptors 0, 1 and 2 that are closed; give errors a stream.
+
+    Otherwise sockets and pipes would get their numbers, and in a child its own output would replace those.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, this one
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
 @contextmanager
 def python_handlers_after() -> Iterator[None]:
     """Restore Python's own handlers afterwards, for commands that install none."""
@@ -68,6 +82,7 @@ def _nothing(number: int, frame: FrameType | None) -> None:
 
 def main() -> int:
     """Run the command line, with early signals handled; return the exit status."""
+    fill_closed_descriptors()
     answer_signals(sys.argv[1:])
     with python_handlers_after():
         from ullm.cli.app import main as run

@@ -61,6 +61,8 @@ def run_command_line(
 
 
 def _flush_output() -> None:
+    if sys.stdout is None:  # closed when Python started
+        return
     try:
         sys.stdout.flush()
     except OSError as error:

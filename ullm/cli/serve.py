@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 import socket
 import ssl
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
 import trio
 
-from ullm.cli.terminal import progress_bar, stderr
+from ullm.cli.terminal import announce, progress_bar, stderr
 from ullm.config import EngineConfig, ServerConfig
 from ullm.engine import Engine
 from ullm.errors import StartCancelled
@@ -117,8 +116,7 @@ class Announcement:
     def started(self, value: object = None) -> None:
         """Print the address, the model and the duration of the start on one line."""
         seconds = trio.current_time() - self._began
-        sys.stdout.write(f"ready: {self._url}/v1 model {self._engine.model_name} in {seconds:.1f} s\n")
-        sys.stdout.flush()
+        announce(f"ready: {self._url}/v1 model {self._engine.model_name} in {seconds:.1f} s\n")
 
 
 def find_model(config: EngineConfig) -> LocalModel:

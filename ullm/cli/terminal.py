@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +13,29 @@ from rich.console import Console
 from ullm import hub
 from ullm.config import EngineConfig
 from ullm.hub import LocalModel
+from ullm.logs import get_logger
+
+log = get_logger(__name__)
+
+
+def announce(line: str) -> None:
+    """Write a line to stdout for whoever waits for it; where it cannot be written, one warning says so."""
+    try:
+        if sys.stdout is None:  # the descriptor was closed when Python started
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        sys.stdout.write(line)
+        sys.stdout.flush()
+    except OSError as error:
+        log.warning("stdout takes no output", cause=error.strerror, lost=line.strip())
+        discard_output()
+
+
+def discard_output() -> None:
+    """Send what is written to stdout to the null device, so that Python has no complaint at exit either."""
+    if sys.stdout is not None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def stderr() -> Console:

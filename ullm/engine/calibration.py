@@ -8,7 +8,7 @@ import subprocess
 import msgspec
 import trio
 
-from ullm.config import EngineConfig, Tuning, without_secrets
+from ullm.config import EngineConfig, Tuning
 from ullm.hub.tuning import read_tuning
 from ullm.logs import get_logger
 from ullm.protocol.messages import ModelInfo
@@ -43,7 +43,7 @@ async def calibrate_for_next_start(config: EngineConfig, model_path: str, info: 
     try:
         done = await trio.run_process(
             python_command("-c", PROGRAM),
-            env=without_secrets(python_environment()),
+            env=python_environment(),
             stdin=msgspec.json.encode((config, model_path)),
             stdout=subprocess.DEVNULL,
             capture_stderr=True,

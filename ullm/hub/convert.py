@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ullm.config import without_secrets
 from ullm.errors import ModelError, ModelFileBroken, ModelUnsupported
 from ullm.hub.files import HEARTBEAT, Progress, build_folder, cache_dir, cannot_keep
 from ullm.hub.guarded import end_guarded, open_guarded
@@ -99,7 +98,7 @@ def run(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=without_secrets(python_environment()),
+        env=python_environment(),
     ) as process:
         reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
         reader.start()

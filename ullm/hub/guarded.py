@@ -33,7 +33,7 @@ def open_guarded(
         options: those of `subprocess.Popen`, except for ``stdin``, which is empty; the environment is by
             default this process's without its keys.
     """
-    from ullm.config import without_secrets  # not at the top: the guard itself runs without it
+    from ullm.system.interpreter import without_secrets  # not at the top: the guard itself runs without it
 
     options = {"env": without_secrets(), **options}
     if os.name != "posix":

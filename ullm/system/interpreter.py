@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+SECRET_VARIABLES = frozenset({"ULLM_API_KEY", "ULLM_ADMIN_KEY"})
+"""Environment variables of the options that `ullm.config` marks as secret."""
 
 
 def python_command(*arguments: str) -> list[str]:
@@ -17,12 +21,17 @@ def python_command(*arguments: str) -> list[str]:
 
 
 def python_environment() -> dict[str, str]:
-    """Return this process's environment, with its module search path in ``PYTHONPATH``.
+    """Return this process's environment without keys, with its module search path in ``PYTHONPATH``.
 
     The working directory comes last, so that modules of the user's own are found there, but shadow nothing;
     except where ullm itself lies in it, as in a checkout.
     """
-    return dict(os.environ, PYTHONPATH=os.pathsep.join(module_search_path()))
+    return without_secrets() | {"PYTHONPATH": os.pathsep.join(module_search_path())}
+
+
+def without_secrets(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return an environment for a child process, without the keys that only the HTTP server needs."""
+    return {name: value for name, value in environ.items() if name not in SECRET_VARIABLES}
 
 
 def module_search_path() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -150,7 +151,7 @@ async def open_server(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=python_environment() | dict(environ or {}),
+                env=dict(os.environ) | python_environment() | dict(environ or {}),
             )
         except OSError as error:
             raise UsageError(f"{name}: cannot run {command[0]}: {error.strerror}") from None

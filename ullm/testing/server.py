@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -90,7 +91,7 @@ class ServerProcess:
             [*(command or own), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=python_environment() | self._admin_options() | dict(environ),
+            env=dict(os.environ) | python_environment() | self._admin_options() | dict(environ),
             encoding="utf-8",
             errors="replace",
             start_new_session=new_session,

@@ -15,7 +15,6 @@ from typing import Any
 import trio
 
 from ullm.actors.transports.base import WorkerSpec
-from ullm.config import without_secrets
 from ullm.hub.guarded import working_folder
 from ullm.logs import get_logger
 from ullm.supervision import exponential_backoff
@@ -91,7 +90,7 @@ async def _persistently(start: Callable[[], Awaitable[trio.Process]], name: str)
 
 def _environment(spec: WorkerSpec) -> dict[str, str]:
     """Return this process's environment without keys, with its module path and the compute threads."""
-    environment = without_secrets(python_environment())
+    environment = python_environment()
     if spec.cpu_threads is not None:
         for library in ("OMP", "MKL", "OPENBLAS"):
             environment[f"{library}_NUM_THREADS"] = str(spec.cpu_threads)

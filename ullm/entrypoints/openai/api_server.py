@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from ullm.cli.early import answer_signals
+    from ullm.cli.early import answer_signals, fill_closed_descriptors
 
+    fill_closed_descriptors()
     answer_signals(["serve"])
     sys.exit(main())
