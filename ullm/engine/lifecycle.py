@@ -73,6 +73,9 @@ Command = FallAsleep | WakeUp | ReloadModel
 class Lifecycle:
     """The actor that puts an engine to sleep, wakes it up, and reloads its model.
 
+    It is one class because sleeps, wake-ups and reloads wait for each other, and each has to know what the
+    others are about to do.
+
     Args:
         on_failure: called with the cause when the engine cannot be woken.
         stopping: returns whether a stop was requested, after which no reload begins.
