@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from ullm.model.calibrate import CANDIDATES, choose, measure
 from ullm.model.kernels.cpu import build
 from ullm.model.kernels.cpu.kernels import NAMES, load_kernels
 from ullm.model.layers.quantization import quantize
+from ullm.testing import write_tiny_model
 
 FAST = CANDIDATES[1]
 
@@ -154,9 +156,7 @@ def test_a_tiny_model_is_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.process
 @pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 def test_doctor_prints_the_table_and_keeps_the_choice(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "model", "llama")
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "kernels").symlink_to(cache_dir() / "kernels")  # compiled already
+    write_tiny_model(tmp_path / "model")
     environ = os.environ | {"ULLM_CACHE": str(tmp_path / "cache")}
 
     def doctor(*arguments: object) -> str:
@@ -164,6 +164,7 @@ def test_doctor_prints_the_table_and_keeps_the_choice(tmp_path: Path) -> None:
         return subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout
 
     load_kernels(torch.float32)
+    shutil.copytree(cache_dir() / "kernels", tmp_path / "cache" / "kernels")  # compiled already
     table = doctor("--calibrate", tmp_path / "model")
     assert "PyTorch" in table
     assert [line.split()[0] for line in table.splitlines()[1:6]] == ["1", "4", "16", "64", "512"]

@@ -55,6 +55,7 @@ class EngineTree:
         self._first_children = list(first_children)
         self._find_model = find_model
         self._root: Supervisor | None = None
+        self._background: trio.Nursery  # since run() began
 
     def children(self) -> tuple[ChildInfo, ...]:
         """Return the tree as it is now; empty before it is started."""
@@ -64,6 +65,7 @@ class EngineTree:
         """See `Engine.run`."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._notice_cancellation)
+            self._background = nursery
             try:
                 with trio.CancelScope(shield=True):
                     await self._run_to_end(task_status)
@@ -116,15 +118,16 @@ class EngineTree:
                 life.run()
                 log.info("engine running", model=current.config.model_name)
                 task_status.started()
-                await self._wait_for_stop(info)
+                self._background.start_soon(self._calibrate_until_stop, info)
+                await self._parts.stop.requested.wait()
                 await self._parts.stop.run(root, self._parts.lifecycle)
 
-    async def _wait_for_stop(self, info: ModelInfo) -> None:
-        current = self._parts.current
+    async def _calibrate_until_stop(self, info: ModelInfo) -> None:
+        current, stop = self._parts.current, self._parts.stop
         assert current.local is not None, "an engine that runs has a model"
         async with trio.open_nursery() as nursery:
             nursery.start_soon(calibrate_for_next_start, current.config, str(current.local.path), info)
-            await self._parts.stop.requested.wait()
+            await stop.requested.wait()
             nursery.cancel_scope.cancel()
 
     def _take_root(self, root: Supervisor) -> None:
