@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.support import workers
@@ -22,6 +23,14 @@ from tests.support.engine import model as model
 from tests.support.engine import opened as opened
 from tests.support.engine import script as script
 from ullm.testing.leaks import LeakCheck
+
+hypothesis.settings.register_profile(
+    "ullm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("ullm")  # how long an example takes is up to who else runs here
+
+collect_ignore = ["outsider/project"]
+"""Tests of a project that is not this one."""
 
 
 def pytest_configure() -> None:

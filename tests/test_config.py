@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
-from ullm.config import DEFAULT_MODEL, EngineConfig, ServerConfig, from_env
+from ullm.config import DEFAULT_MODEL, EngineConfig, ServerConfig
 from ullm.errors import ConfigError
+from ullm.hosting.config_sources import from_env
 from ullm.system.interpreter import SECRET_VARIABLES, without_secrets
 
 
@@ -63,8 +65,18 @@ def test_round_trip_through_a_frame() -> None:
         ({"transport": "thread", "tp_size": 2}, "use --transport process"),
         ({"standby_workers": -1}, "--standby-workers must be at least 0"),
         ({"transport": "thread", "standby_workers": 1}, "--standby-workers 1 needs processes"),
-        ({"pp_size": 2}, "--pp-size above 1 is not supported"),
+        ({"transport": "thread", "pp_size": 2}, "use --transport process"),
+        ({"master_addr": "10.0.0.1"}, "and there is one host; use 127.0.0.1, or --nnodes for several"),
+        ({"master_addr": "localhost"}, "--master-addr localhost is not a loopback address"),
+        ({"nccl_port": 65536}, "--nccl-port must be between 0 and 65535"),
         ({"device_ids": (0,), "tp_size": 2}, "--device-ids names 1 devices"),
+        ({"roles": ("prefill", "decode")}, "--roles prefill,decode names 2 role(s), but --replicas is 1"),
+        ({"roles": ("decode", "decode"), "replicas": 2}, "needs a replica with prefill, or with both"),
+        ({"roles": ("encode",)}, "--roles encode: 'encode' is none of prefill, decode, both"),
+        ({"roles": ("prefill",)}, "needs a replica with decode, or with both"),
+        ({"roles": ("both",), "prefix_cache": False}, "leave out --no-prefix-cache, or --roles"),
+        ({"roles": ("both",), "kv_handover": False}, "leave out --no-kv-handover, or --roles"),
+        ({"prefill_threshold": 0}, "--prefill-threshold must be at least 1, got 0"),
     ],
 )
 def test_refusals_name_the_option(options: dict[str, Any], says: str) -> None:
@@ -72,6 +84,49 @@ def test_refusals_name_the_option(options: dict[str, Any], says: str) -> None:
         EngineConfig(**options)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "says"),
+    [
+        (
+            EngineConfig,
+            {"dtype": "fp8"},
+            "--dtype must be one of auto, float32, bfloat16, float16, got 'fp8'",
+        ),
+        (EngineConfig, {"device": "tpu"}, "--device must be one of auto, cpu, cuda, got 'tpu'"),
+        (EngineConfig, {"max_bs": 2.5}, "--max-bs must be a whole number, got 2.5"),
+        (EngineConfig, {"max_bs": True}, "--max-bs must be a whole number, got True"),
+        (EngineConfig, {"max_bs": None}, "--max-bs must be a whole number, got None"),
+        (EngineConfig, {"cpu_kernels": "0"}, "--cpu-kernels must be True or False, got '0'"),
+        (EngineConfig, {"cpu_kernels": 0}, "--cpu-kernels must be True or False, got 0"),
+        (EngineConfig, {"step_timeout": "20"}, "--step-timeout must be a number, got '20'"),
+        (EngineConfig, {"model": 5}, "--model must be a text, got 5"),
+        (EngineConfig, {"context_len": "2k"}, "--context-len must be a whole number or None, got '2k'"),
+        (EngineConfig, {"device_ids": ["0"]}, "--device-ids must be a list, each a whole number or None"),
+        (EngineConfig, {"sleep_after": object}, "--sleep-after must be a number or None"),
+        (EngineConfig, {"log_level": "loud"}, "--log-level must be one of debug, info, warning, error"),
+        (ServerConfig, {"port": "http"}, "--port must be a whole number, got 'http'"),
+        (ServerConfig, {"cors_origins": 5}, "--cors-origins must be a list, each a text, got 5"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_by_name(cls: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cls(**options)
+    assert says in str(caught.value)
+
+
+def test_values_of_other_libraries_become_pythons() -> None:
+    config = EngineConfig(
+        model=Path("/models/x"),  # type: ignore[arg-type]
+        max_bs=np.int64(3),  # type: ignore[arg-type]
+        step_timeout=np.float32(2.5),  # type: ignore[arg-type]
+        shutdown_timeout=3,
+        device_ids=[np.int64(1)],  # type: ignore[arg-type]
+    )
+    values = (config.model, config.max_bs, config.step_timeout, config.shutdown_timeout, config.device_ids)
+    assert values == ("/models/x", 3, 2.5, 3.0, (1,))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
 
 
 @pytest.mark.parametrize(
@@ -131,7 +186,7 @@ def test_keys_are_in_no_text_form_and_in_no_childs_environment() -> None:
     config = ServerConfig(api_key=("sesame", "other"), admin_key="simsim")
     assert not {"sesame", "other", "simsim"} & set(re.findall(r"\w+", repr(config)))
     secret = {spec.name for spec in dataclasses.fields(ServerConfig) if spec.metadata["secret"]}
-    assert {f"ULLM_{name.upper()}" for name in secret} == SECRET_VARIABLES
+    assert {f"ULLM_{name.upper()}" for name in secret} | {"ULLM_ENGINE_KEY"} == SECRET_VARIABLES
     environ = {"ULLM_API_KEY": "k", "ULLM_ADMIN_KEY": "a", "ULLM_CACHE": "/c", "HOME": "/h"}
     assert without_secrets(environ) == {"ULLM_CACHE": "/c", "HOME": "/h"}
 
@@ -142,6 +197,7 @@ def test_keys_are_in_no_text_form_and_in_no_childs_environment() -> None:
 )
 def test_model_name(model: str, name: str) -> None:
     assert EngineConfig(model=model).model_name == name
+    assert {*EngineConfig(model=model).model_names} == {name, model}
     assert EngineConfig(model=model, served_model_name="mine").model_names == ("mine",)
     assert EngineConfig(model=model, served_model_name=("a", "b")).model_names == ("a", "b")
     assert EngineConfig(model=model, served_model_name=("a", "b")).model_name == "a"
@@ -181,7 +237,7 @@ def test_from_env_names_the_variable(cls: type[EngineConfig], name: str, text: s
 
 
 def test_a_variable_out_of_range_names_the_option() -> None:
-    with pytest.raises(ConfigError, match="--max-bs must be at least 0"):
+    with pytest.raises(ConfigError, match=r"--max-bs \(ULLM_MAX_BS\) must be at least 0"):
         from_env(EngineConfig, {"ULLM_MAX_BS": "-1"})
 
 

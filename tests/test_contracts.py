@@ -19,7 +19,17 @@ from ullm.config import EngineConfig, ServerConfig
 PACKAGE = Path(ullm.__file__).parent
 
 _BASE = frozenset({"errors", "logs", "config", "sampling", "machine", "system", "protocol"})
-_ENGINE = _BASE | {"scheduling", "tokenization", "supervision", "faults", "hub", "worker", "actors"}
+_ENGINE = _BASE | {
+    "parsing",
+    "grammars",
+    "scheduling",
+    "tokenization",
+    "supervision",
+    "faults",
+    "hub",
+    "worker",
+    "actors",
+}
 
 LAYERS: dict[str, frozenset[str]] = {
     # a library of its own
@@ -29,21 +39,26 @@ LAYERS: dict[str, frozenset[str]] = {
     "logs": frozenset(),
     "machine": frozenset(),
     "system": frozenset(),
+    "release": frozenset(),
     "config": frozenset({"errors"}),
-    "sampling": frozenset({"errors"}),
+    "grammars": frozenset({"errors"}),
+    "sampling": frozenset({"errors", "grammars"}),
+    "parsing": frozenset({"errors", "grammars", "sampling"}),
     # what engine and worker share
     "protocol": frozenset({"errors", "config", "sampling"}),
+    "tls": frozenset({"errors", "config"}),
     "scheduling": frozenset({"errors", "config", "sampling", "protocol"}),
-    "tokenization": frozenset({"errors"}),
+    "tokenization": frozenset({"errors", "logs", "parsing"}),
     "hub": frozenset({"errors", "config", "logs", "system"}),
     "faults": frozenset({"errors", "logs", "protocol"}),
+    "journal": frozenset({"errors", "logs"}),
     # the worker
     "worker": frozenset({"errors", "logs", "machine", "system", "protocol"}),
-    "model": _BASE | {"scheduling", "hub"},
+    "model": _BASE | {"grammars", "scheduling", "tokenization", "hub"},
     "model.memory": frozenset({"errors", "config", "logs", "machine"}),
-    "model.sampling": frozenset({"sampling", "protocol", "model.memory"}),
+    "model.sampling": frozenset({"grammars", "sampling", "protocol", "model.memory"}),
     "model.attention": frozenset({"errors", "model.memory", "model.sampling"}),
-    "model.layers": frozenset({"errors", "machine", "protocol", "model.sampling", "model.attention"}),
+    "model.layers": frozenset({"errors", "logs", "machine", "protocol", "model.sampling", "model.attention"}),
     "model.loading": frozenset({"errors", "config", "logs", "hub", "model.layers"}),
     "model.kernels": frozenset(
         {
@@ -58,31 +73,41 @@ LAYERS: dict[str, frozenset[str]] = {
         }
     ),
     "model.architectures": frozenset(
-        {"errors", "config", "machine", "model.memory", "model.sampling", "model.attention"}
+        {"errors", "logs", "config", "machine", "model.memory", "model.sampling", "model.attention"}
         | {"model.layers", "model.loading", "model.kernels"}
     ),
-    "model.execution": _BASE | {"scheduling", "model"},
+    "model.execution": _BASE | {"grammars", "scheduling", "tokenization", "model"},
     # the engine
     "actors": _ENGINE - {"actors"},
-    "engine": _ENGINE,
+    "nodes": frozenset(
+        {"supervision", "errors", "logs", "system", "config", "protocol", "hub", "actors", "release", "tls"}
+    ),
+    "engine": _ENGINE | {"nodes"},
+    "link": _ENGINE | {"engine", "release", "tls"},
     # its surfaces
-    "hosting.bridge": frozenset({"errors"}),
-    "llm": frozenset({"errors", "config", "sampling", "supervision", "engine", "hosting.bridge"}),
-    "server.api": _BASE | {"tokenization", "supervision", "engine"},
-    "server.http": frozenset({"errors", "logs", "system", "server.api"}),
-    "server.routes": _BASE | {"supervision", "engine", "server.api", "server.http", "server"},
-    "server": _BASE | {"supervision", "engine"},
-    "hosting": _BASE | {"supervision", "engine", "server"},
+    "hosting.bridge": frozenset({"errors", "system"}),
+    "llm": frozenset(
+        {"errors", "config", "parsing", "sampling", "tokenization", "supervision", "engine", "hosting.bridge"}
+    ),
+    "server.api": _BASE | {"grammars", "parsing", "tokenization", "supervision", "engine"},
+    "server.http": frozenset({"errors", "logs", "system", "tls", "server.api"}),
+    "server.stored": _BASE | {"parsing", "supervision", "hub", "journal", "engine", "server.api"},
+    "server.routes": _BASE
+    | {"grammars", "parsing"}
+    | {"supervision", "engine", "server.api", "server.http", "server.stored", "server"},
+    "server": _BASE | {"supervision", "hub", "journal", "engine"},
+    "hosting": _BASE | {"supervision", "engine", "link", "server", "tls"},
     "app": frozenset({"hosting"}),
     "client": frozenset({"errors"}),
     "bench": frozenset({"errors", "config", "sampling", "engine", "client"}),
     "testing": _ENGINE | {"engine", "client"},
-    "chaos": frozenset({"errors", "system", "client", "bench", "testing"}),
+    "chaos": frozenset({"errors", "system", "faults", "client", "bench", "testing"}),
     "cli": _BASE
-    | {"supervision", "hub", "engine", "server", "hosting", "client", "bench", "testing", "chaos"},
+    | {"supervision", "hub", "engine", "link", "server", "hosting", "client", "bench", "testing", "chaos"}
+    | {"nodes", "tls"},
     "entrypoints": frozenset({"cli"}),
     "__main__": frozenset({"cli"}),
-    "": frozenset({"config", "sampling", "engine", "llm"}),
+    "": frozenset({"release", "config", "sampling", "engine", "llm"}),
 }
 """What each folder and top-level module may import of ullm, besides itself; "" is ``ullm/__init__.py``.
 
@@ -294,7 +319,7 @@ def test_import_ullm_is_light() -> None:
     assert took < 0.3
 
 
-EXTRAS = {"ray", "opentelemetry"}
+EXTRAS = {"ray", "trio_asyncio", "opentelemetry"}
 """Packages that only the extras of pyproject.toml install."""
 
 TIMED = "import time; t = time.process_time(); import ullm; print(time.process_time() - t)"

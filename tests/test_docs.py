@@ -23,7 +23,15 @@ MIGRATION = DOCS / "how-to" / "migrating-from-vllm.md"
 FOREIGN_OPTIONS = frozenset(
     {"--check", "--help", "--json", "--no-install-recommends", "--unix-socket", "--index-url", "--quiet"}
     | {"--no-cache-dir", "--extra-index-url", "--create-home", "--uid", "--now", "--version"}
-    | {"--no-", "--use-threading", "--timeout-graceful-shutdown"}
+    | {
+        "--memory",
+        "--cpus",
+        "--build-arg",
+        "--no-",
+        "--use-threading",
+        "--timeout-graceful-shutdown",
+        "--preload",
+    }
 )
 """Options of other programs, and those that every command has."""
 BENCHMARK = re.compile(r"tests\.benchmarks \w+[^\n]*(?:\\\n[^\n]*)*")
@@ -67,10 +75,10 @@ def test_every_page_is_in_the_index(page: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page != MIGRATION], ids=name)
 def test_options_exist(page: Path) -> None:
     text = BENCHMARK.sub("", page.read_text("utf-8"))
-    named = set(re.findall(r"`(--[a-z][a-z-]*)", text))
+    named = set(re.findall(r"`(--[a-z][a-z0-9-]*)", text))
     for _, block in FENCE.findall(text):
         for command in re.findall(r"\bullm (?:serve|chat|generate|bench|chaos|pull|doctor)[^\n]*", block):
-            named |= set(re.findall(r"(?<!\S)(--[a-z][a-z-]*)", command))
+            named |= set(re.findall(r"(?<!\S)(--[a-z][a-z0-9-]*)", command))
     assert named - known_options() - FOREIGN_OPTIONS == set()
 
 
@@ -86,7 +94,8 @@ def known_options() -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_environment_variables_exist(page: Path) -> None:
     options = [*engine_options(), *server_options(), *sampling_options({})]
-    known = {f"ULLM_{option.name.upper()}" for option in options} | {"ULLM_CACHE", "ULLM_NAME"}
+    named = {f"ULLM_{option.name.upper()}" for option in options}
+    known = named | {"ULLM_CACHE", "ULLM_CONFIG", "ULLM_NAME", "ULLM_ENGINE_KEY"}
     assert set(re.findall(r"\bULLM_[A-Z_]*[A-Z]\b", page.read_text("utf-8"))) - known == set()
 
 
@@ -94,7 +103,7 @@ def test_environment_variables_exist(page: Path) -> None:
 def test_series_exist(page: Path) -> None:
     known = metrics.series_names()
     fixtures = {"ullm_engine", "ullm_clock", "ullm_server", "ullm_faults", "ullm_no_leaks"}
-    fixtures |= {"ullm_scripted_model", "ullm_tiny_model"}
+    fixtures |= {"ullm_scripted_model", "ullm_tiny_model", "ullm_module_server", "ullm_session_server"}
     named = set(re.findall(r"(?<![\w.])ullm_[a-z0-9_]*[a-z0-9]", page.read_text("utf-8")))
     bare = {re.sub("_(bucket|sum|count)$", "", each) for each in named}
     assert {

@@ -13,7 +13,7 @@ from cyclopts import App
 
 from ullm import errors, supervision
 from ullm.cli.exit_status import run_command_line
-from ullm.errors import EngineDead, ModelNotFound, SupervisionError, UllmError, one_line
+from ullm.errors import EngineDead, InvalidParameter, ModelNotFound, SupervisionError, UllmError, one_line
 from ullm.supervision import InvalidSpec, RestartLimitReached, StartFailed
 
 CLASSES = [
@@ -29,6 +29,7 @@ OF_SUPERVISION = [
     "MailboxFull",
     "RestartLimitReached",
     "StartFailed",
+    "StartTimeout",
     "SupervisionError",
     "first_cause",
 ]
@@ -138,3 +139,12 @@ def test_an_output_that_cannot_be_flushed_is_told_as_stdout(monkeypatch, capsys)
     monkeypatch.setattr(sys, "stdout", Full())
     assert run_command_line(app, []) == 1
     assert capsys.readouterr().err == "error: stdout: No space left on device\n"
+
+
+def test_a_field_has_the_name_that_was_sent() -> None:
+    error = InvalidParameter("max_tokens is 9, but min_max_tokens and --max_tokens stay", "max_tokens")
+    error.rename_field("max_tokens", "max_completion_tokens")
+    assert error.param == "max_completion_tokens"
+    assert (
+        str(error) == error.message == "max_completion_tokens is 9, but min_max_tokens and --max_tokens stay"
+    )

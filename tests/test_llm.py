@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import subprocess
 import sys
 import threading
@@ -12,13 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import trio
 
 from ullm.config import EngineConfig
-from ullm.errors import EngineStopped, InvalidParameter, ModelNotFound
+from ullm.errors import ConfigError, EngineStopped, InvalidParameter, ModelNotFound
 from ullm.llm import LLM, GenerateOutput, SamplingParams
 from ullm.testing import ScriptedSettings, scripted_tokens, write_scripted_model
+from ullm.testing.models import write_tiny_model
 
 PROMPT = [300, 301]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
@@ -74,7 +78,8 @@ async def test_it_works_the_same_under_trio(llm: LLM, model: Path) -> None:
 
 
 def test_it_survives_the_loop_that_used_it(llm: LLM) -> None:
-    assert asyncio.run(collect(llm)) == asyncio.run(collect(llm))
+    tokens = [[id for output in asyncio.run(collect(llm)) for id in output.token_ids] for _ in range(2)]
+    assert tokens[0] == tokens[1] != []  # how many come together may differ
 
 
 def test_many_streams_at_once(llm: LLM) -> None:
@@ -118,6 +123,45 @@ def test_a_bad_request_is_one_error_and_harms_nothing(llm: LLM) -> None:
     with pytest.raises(InvalidParameter, match="empty"):
         llm.generate_sync([PROMPT, []], GREEDY)
     assert llm.generate_sync([PROMPT], GREEDY)[0][0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("prompt", [np.array(PROMPT), torch.tensor(PROMPT), tuple(map(np.int64, PROMPT))])
+def test_prompts_of_other_libraries_are_converted(llm: LLM, model: Path, prompt: Any) -> None:
+    params = SamplingParams(
+        temperature=np.float64(0), max_new_tokens=np.int64(8), stop_token_ids=np.array([])
+    )  # type: ignore[arg-type]
+    (completions,) = llm.generate_sync([prompt], params)
+    assert completions[0].token_ids == expected(model)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[300, True], [300, 1.5], b"bytes", 5, None, {"a": 1}, "\ud800", [300, -1], [2**70], [[300]], [{}, 5]],
+)
+def test_what_is_no_prompt_is_refused_and_harms_nobody(llm: LLM, model: Path, prompt: Any) -> None:
+    async def main() -> list[list[GenerateOutput]]:
+        async def other() -> None:
+            with pytest.raises(InvalidParameter):
+                _ = [token async for token in llm.generate(prompt, GREEDY)]
+
+        neighbour, _ = await asyncio.gather(collect(llm), other())
+        return [neighbour, await collect(llm)]
+
+    for outputs in asyncio.run(main()):
+        assert [token for output in outputs for token in output.token_ids] == expected(model)
+
+
+@pytest.mark.parametrize(
+    "other", [{"max_bs": 3}, {"context_len": 5}, {"dtype": "float32"}, {"use_threading": True}]
+)
+def test_arguments_beside_a_config_are_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"set {next(iter(other))} there"):
+        LLM(EngineConfig(), **other)
+
+
+def test_an_unknown_option_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="LLM has no option contxt_len; did you mean context_len"):
+        LLM(contxt_len=3)
 
 
 def test_it_sleeps_wakes_and_reloads_under_asyncio(llm: LLM, model: Path) -> None:
@@ -267,7 +311,7 @@ from ullm.llm import LLM, SamplingParams
 llm = LLM({str(model)!r}, use_threading=True, load_format="dummy", runner="ullm.testing:ScriptedRunner")
 async def collect():
     params = SamplingParams(temperature=0, max_tokens=6)
-    return [token.token_ids async for token in llm.generate([300, 301], params)]
+    return [id async for output in llm.generate([300, 301], params) for id in output.token_ids]
 async def main():
     async with trio_asyncio.open_loop():
         in_trio = await collect()
@@ -310,3 +354,36 @@ print(llm._thread.call(llm._host.health).replicas[0].worker_pids[0])
     )
     pid = int(done.stdout.split()[-1])
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_chat_calls_tools(tmp_path: Path) -> None:
+    """A model of random weights, held to a valid call."""
+    model = write_tiny_model(tmp_path)
+    function = {
+        "name": "pick",
+        "parameters": {
+            "type": "object",
+            "properties": {"one": {"enum": ["a", "b"]}},
+            "required": ["one"],
+            "additionalProperties": False,
+        },
+    }
+    with LLM(str(model), use_threading=True, dtype="float32", log_level="warning") as llm:
+        turns = llm.chat(
+            [{"role": "user", "content": "Hi"}],
+            SamplingParams(n=2, max_tokens=100, seed=1),
+            tools=[{"type": "function", "function": function}],
+            tool_choice="required",
+            parallel_tool_calls=False,
+        )
+        assert [turn.finish_reason for turn in turns] == ["tool_calls"] * 2
+        for turn in turns:
+            (call,) = turn.tool_calls
+            assert call.name == "pick"
+            assert json.loads(call.arguments)["one"] in ("a", "b")
+            assert turn.content == ""
+        (plain,) = llm.chat([{"role": "user", "content": "Hi"}], SamplingParams(max_tokens=5))
+        assert plain.tool_calls == []
+        assert plain.finish_reason == "length"
+        with pytest.raises(InvalidParameter, match="tool_choice"):
+            llm.chat([{"role": "user", "content": "Hi"}], tool_choice="required")

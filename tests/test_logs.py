@@ -6,11 +6,21 @@ import io
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 
-from ullm.logs import MAX_QUEUED, JsonFormatter, KeyValueFormatter, PatientWriter, get_logger
+from ullm.logs import (
+    MAX_QUEUED,
+    JsonFormatter,
+    KeyValueFormatter,
+    PatientWriter,
+    configure,
+    flush,
+    get_logger,
+)
 
 
 @pytest.fixture
@@ -80,3 +90,23 @@ def test_a_reader_that_has_stopped_to_read_holds_up_nobody() -> None:
     writer.emit(record)  # nobody will ever read it
     writer.flush(1.0)
     os.close(write)
+
+
+@pytest.mark.parametrize("formatter", [KeyValueFormatter(), JsonFormatter()], ids=["text", "json"])
+def test_each_line_has_its_date(stream: io.StringIO, formatter: logging.Formatter) -> None:
+    before = time.time()
+    line = write(stream, formatter)
+    date = json.loads(line)["date"] if line.startswith("{") else line.split()[0]
+    logged = datetime.fromisoformat(date)
+    assert logged.tzinfo is not None
+    assert before - 0.001 <= logged.timestamp() <= time.time()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_form_of_lines_is_configured(as_json: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    configure("info", as_json=as_json)
+    get_logger("ullm.test_logs").info("asleep", seconds=0.5)
+    flush(5.0)
+    line = capfd.readouterr().err
+    assert line.startswith("{") == as_json
+    assert ("seconds=0.5" in line) != as_json

@@ -17,6 +17,7 @@ from ullm.machine import (
     available_memory,
     collect_rarely,
     cpu_quota,
+    memory_limit,
     usable_cores,
 )
 
@@ -144,6 +145,7 @@ def test_the_tightest_of_all_levels_counts(plenty: int, tmp_path: Path) -> None:
     assert available_memory(proc, tmp_path) == 500 * MIB
     memory(tmp_path / "cgroup" / "system.slice" / "ullm.service", high=200)
     assert available_memory(proc, tmp_path) == 120 * MIB
+    assert memory_limit(proc, tmp_path) == 200 * MIB
 
 
 @pytest.mark.parametrize("root", ["/", "/docker/1"])
@@ -153,8 +155,10 @@ def test_limits_of_version_1_count(root: str, plenty: int, tmp_path: Path) -> No
     stat = f"inactive_file 1\ntotal_inactive_file {300 * MIB}"
     memory(group, limit_in_bytes=600, usage_in_bytes=500, stat=stat)
     assert available_memory(proc, tmp_path) == 400 * MIB
+    assert memory_limit(proc, tmp_path) == 600 * MIB
     memory(group, limit_in_bytes=NO_LIMIT_V1)
     assert available_memory(proc, tmp_path) == plenty
+    assert memory_limit(proc, tmp_path) is None
 
 
 def test_files_at_the_usual_place_count_without_a_mount(plenty: int, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """ullm: an LLM inference engine and OpenAI-compatible server in which everything is supervised.
 
-Nothing is imported here, so that entry points are reached quickly: `LLM`, `open_engine` and the rest load on
-first use.
+Nothing else is imported here, so that entry points are reached quickly: `LLM`, `open_engine` and the rest
+load on first use.
 """
 
 from __future__ import annotations
@@ -9,17 +9,27 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ullm.release import __version__
+
 if TYPE_CHECKING:
     from ullm.config import EngineConfig as EngineConfig
     from ullm.config import ServerConfig as ServerConfig
     from ullm.engine import Engine as Engine
     from ullm.engine import open_engine as open_engine
+    from ullm.grammars.structured_outputs import StructuredOutputs as StructuredOutputs
     from ullm.llm import LLM as LLM
     from ullm.sampling import SamplingParams as SamplingParams
 
-__version__ = "0.1.0"
-
-__all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "ServerConfig", "__version__", "open_engine"]
+__all__ = [
+    "LLM",
+    "Engine",
+    "EngineConfig",
+    "SamplingParams",
+    "ServerConfig",
+    "StructuredOutputs",
+    "__version__",
+    "open_engine",
+]
 
 _LAZY = {
     "LLM": "ullm.llm",
@@ -27,6 +37,7 @@ _LAZY = {
     "EngineConfig": "ullm.config",
     "SamplingParams": "ullm.sampling",
     "ServerConfig": "ullm.config",
+    "StructuredOutputs": "ullm.grammars.structured_outputs",
     "open_engine": "ullm.engine",
 }
 
@@ -35,3 +46,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'ullm' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names as well, which `dir` would show only once they are loaded."""
+    return sorted({*globals(), *__all__})

@@ -9,34 +9,36 @@ flags, ``ULLM_*`` variables and docs/reference/configuration.md are derived from
 from __future__ import annotations
 
 import dataclasses
-import logging
+import functools
+import ipaddress
+import operator
 import os
 import re
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, cast
 
 import msgspec
 
-from ullm.errors import ConfigError
+from ullm.errors import ConfigError, ResourceUnavailable
 
 MINUTES = 60.0
 GIB = 1 << 30
 MAX_THREADS = 1024
 MAX_SLEEP_LEVEL = 3
+MAX_PORT = 65535
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """The embedded default model; see `ullm.hub`."""
 DEFAULT_RUNNER = "ullm.model.execution.runner:ModelRunner"
 
-_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+:\d+", re.IGNORECASE)
-"""The value of a variable by which Kubernetes tells a pod where a Service is."""
-
-log = logging.getLogger(__name__)
-
 SleepMode = Literal["wait", "abort", "keep"]
 """How requests in flight are treated when the engine is put to sleep."""
 Transport = Literal["auto", "process", "thread", "ray", "fake"]
+Role = Literal["prefill", "decode", "both"]
+"""What a replica is for: the prompts of long requests, all tokens after them, or everything."""
 
 
 class Tuning(msgspec.Struct, frozen=True):
@@ -96,10 +98,20 @@ class ModelConfig:
     served_model_name: str | tuple[str, ...] | None = option(
         None,
         "Names by which the API serves the model; the first one is shown in responses. Default: the last "
-        "part of the model's name.",
+        "part of the model's name, and the whole of it.",
     )
     chat_template: str | None = option(
         None, "File with a Jinja chat template that replaces the model's; default: the model's own."
+    )
+    special_tokens_in_text: bool = option(
+        True,
+        "Let special tokens that users' and tools' messages spell out be those tokens, as transformers does; "
+        "if not, they are text, and no message can forge another turn.",
+    )
+    generation_config: Literal["auto", "vllm"] = option(
+        "auto",
+        "Sampling parameters of requests that name none; auto: those of the model's generation_config.json, "
+        "vllm: the API's defaults.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
@@ -111,9 +123,21 @@ class ModelConfig:
         "Precision of the weights on a CPU: int8 and int4 quantize them while loading, none dequantizes "
         "them; auto: as stored in the checkpoint.",
     )
+    verify: bool = option(
+        False,
+        "Compare a native model with transformers' code on 16 tokens when it is loaded, unless it is large "
+        "or a GGUF file, and refuse it if they differ. ullm doctor MODEL does so, too.",
+    )
+    lora: tuple[str, ...] = option(
+        (),
+        "LoRA adapters, each as NAME=FOLDER: served under that name beside the model. Several: separate them "
+        "by commas, or repeat the option.",
+        aliases=("--lora-modules",),
+    )
     context_len: int | None = option(
         None,
-        "Maximum number of tokens of a prompt and its output together; default, and limit: the model's own.",
+        "Maximum number of tokens of a prompt and its output together; default: the model's own. The limit "
+        "is that, too, or what linear, dynamic or YaRN scaling of its rotary embedding extends it to.",
         aliases=("--max-model-len",),
     )
     load_format: Literal["auto", "dummy"] = option(
@@ -147,7 +171,27 @@ class ModelConfig:
         names = self.served_model_name
         if isinstance(names, str):
             names = (names,)
-        return names or (os.path.basename(self.model.rstrip("/")) or self.model,)
+        if names:
+            return names
+        return tuple(dict.fromkeys((os.path.basename(self.model.rstrip("/")) or self.model, self.model)))
+
+    @property
+    def lora_paths(self) -> dict[str, str]:
+        """The adapters to start with: name → folder.
+
+        Raises:
+            ConfigError: an entry is not NAME=FOLDER, or a name is taken.
+        """
+        paths = dict[str, str]()
+        for entry in self.lora:
+            name, _, path = entry.partition("=")
+            if not name or not path:
+                raise ConfigError(f"--lora {entry!r} must be NAME=FOLDER")
+            if name in paths or name in self.model_names:
+                other = "another adapter" if name in paths else "the model itself"
+                raise ConfigError(f"--lora {entry!r}: {name!r} is the name of {other}; choose a new one")
+            paths[name] = path
+        return paths
 
     @property
     def model_name(self) -> str:
@@ -223,17 +267,80 @@ class ParallelConfig:
     )
     pp_size: int = option(
         1,
-        "Number of pipeline stages per replica; only 1 is supported.",
+        "Number of pipeline stages per replica: each has a part of the layers, in --tp-size ranks.",
         aliases=("--pipeline-parallel-size", "-pp"),
     )
     replicas: int = option(
         1, "Number of data-parallel replicas of the whole model.", aliases=("--data-parallel-size", "-dp")
     )
+    routing: Literal["prefix", "least-loaded", "round-robin"] = option(
+        "prefix",
+        "Which of several replicas a request goes to; prefix: the one with most of its prompt cached, "
+        "weighed against the load, least-loaded: that with the fewest requests, round-robin: each in turn.",
+    )
+    roles: tuple[str, ...] = option(
+        (),
+        "What each replica is for, one entry each: prefill computes long prompts, decode all else, both "
+        "everything. A request whose prompt is computed moves on with its KV. Default: both for all.",
+    )
+    prefill_threshold: int = option(
+        256,
+        "With --roles, tokens to compute from which a request goes to a replica for prefill first; shorter "
+        "ones, and those whose beginning is cached, are computed where they decode.",
+    )
+    kv_handover: bool = option(
+        True,
+        "Copy the KV of requests that move to another replica on purpose, as in a reload; otherwise it is "
+        "computed again there.",
+    )
+    migration_limit: int | None = option(
+        None,
+        "Number of times that a request goes on after the workers that computed it were lost; after one more "
+        "loss it ends with an error. Default: no limit.",
+    )
     device_ids: tuple[int, ...] | None = option(
-        None, "Indices of the GPUs to use, --tp-size of them for each replica; default: the first ones."
+        None,
+        "Indices of the GPUs to use, --tp-size × --pp-size for each replica; default: the first ones.",
     )
     nccl_port: int = option(
-        29500, "First port for the rendezvous of a replica's ranks; each replica uses 16 ports in turn."
+        0,
+        "First port for the rendezvous of a replica's ranks, of which each replica uses 16 in turn; 0: a "
+        "free one, which the operating system chooses. With --nnodes: the port at which the engine waits for "
+        "the other hosts; 0: 29501.",
+        aliases=("--master-port",),
+    )
+    master_addr: str = option(
+        "127.0.0.1",
+        "Address at which a replica's ranks meet, one of loopback; with --nnodes, the address of the "
+        "engine's host at which it waits for the other hosts.",
+    )
+    nnodes: int = option(
+        1,
+        "Number of hosts that share the ranks of all replicas; each runs the same command, with its own "
+        "--node-rank.",
+    )
+    node_rank: int = option(
+        0, "Index of this host: 0 has the engine and its server, the others only run workers for it."
+    )
+    node_secret_file: str | None = option(
+        None,
+        "File with a secret by which the hosts know each other, at least 16 bytes, the same on all; needed "
+        "with --nnodes.",
+    )
+    link_certfile: str | None = option(
+        None,
+        "File with this host's certificate for connections between hosts (PEM, with intermediates): those of "
+        "--listen HOST:PORT, --connect HOST:PORT and --nnodes are encrypted by TLS, and both ends show a "
+        "certificate. Needs --link-keyfile and --link-ca-file.",
+    )
+    link_keyfile: str | None = option(None, "File with the key of --link-certfile, without a password.")
+    link_ca_file: str | None = option(
+        None,
+        "File with the authority whose certificates are let in over --link-certfile: an own one, since each "
+        "certificate of it is.",
+    )
+    node_timeout: float = option(
+        5.0, "Seconds without a sign of life after which a host counts as lost, and its workers with it."
     )
     transport: Transport = option(
         "auto",
@@ -243,7 +350,7 @@ class ParallelConfig:
     cpu_threads: int | None = option(
         None,
         "Number of threads that a CPU worker computes with; default: the cores that affinity and the "
-        "container's quota leave, rounded up.",
+        "container's quota leave, rounded up, divided among the ranks of a replica.",
     )
 
 
@@ -304,14 +411,19 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
     log_level: Literal["debug", "info", "warning", "error"] = option(
         "info", "Least severe level that is logged."
     )
+    log_format: Literal["text", "json"] = option(
+        "text", "Form of log lines: text, or one JSON object per line with all values."
+    )
 
     def __post_init__(self) -> None:
+        _convert_fields(self)
         for name in (
             "block_size",
             "max_queue",
             "tp_size",
             "pp_size",
             "replicas",
+            "nnodes",
         ):
             _at_least(self, name, 1)
         for name in ("context_len", "num_blocks", "kv_cache_memory", "cpu_threads", "max_admitted_tokens"):
@@ -329,7 +441,17 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
             "sleep_level",
         ):
             _at_least(self, name, 0)
-        for name in ("restart_period", "start_timeout", "step_timeout", "health_interval", "sleep_after"):
+        if self.migration_limit is not None:
+            _at_least(self, "migration_limit", 0)
+        _at_least(self, "prefill_threshold", 1)
+        for name in (
+            "restart_period",
+            "start_timeout",
+            "step_timeout",
+            "health_interval",
+            "sleep_after",
+            "node_timeout",
+        ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{_flag(name)} must be above 0 seconds, got {getattr(self, name)}")
         self._check_combinations()
@@ -357,7 +479,13 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
         """Ranks of one replica."""
         return self.tp_size * self.pp_size
 
+    @property
+    def lead_rank(self) -> int:
+        """The rank of a replica that chooses the tokens: the first one of the last stage."""
+        return self.tp_size * (self.pp_size - 1)
+
     def _check_combinations(self) -> None:
+        _ = self.lora_paths  # raises for what cannot be served
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
@@ -384,13 +512,104 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
                 f"--transport thread runs one rank, but --tp-size {self.tp_size} × --pp-size {self.pp_size} "
                 "needs more; use --transport process"
             )
-        if self.pp_size > 1:
-            raise ConfigError("--pp-size above 1 is not supported yet; use --tp-size")
-        if self.device_ids is not None and len(self.device_ids) < self.world_size * self.replicas:
+        self._check_roles()
+        self._check_link_files()
+        self._check_hosts()
+        if not 0 <= self.nccl_port <= MAX_PORT:
+            raise ConfigError(f"--nccl-port must be between 0 and {MAX_PORT}, got {self.nccl_port}")
+        workers = -(-self.world_size * self.replicas // self.nnodes)  # of the host that has the most
+        if self.device_ids is not None and len(self.device_ids) < workers:
             raise ConfigError(
                 f"--device-ids names {len(self.device_ids)} devices, but {self.replicas} replica(s) of "
-                f"{self.world_size} rank(s) need {self.world_size * self.replicas}"
+                f"{self.world_size} rank(s) on {self.nnodes} host(s) need {workers}"
             )
+
+    def role_of(self, slot: int) -> Role:
+        """Return what the replica in a slot is for."""
+        return cast(Role, self.roles[slot]) if self.roles else "both"
+
+    def _check_roles(self) -> None:
+        if not self.roles:
+            return
+        listed, known = ",".join(self.roles), typing.get_args(Role)
+        for role in self.roles:
+            if role not in known:
+                raise ConfigError(f"--roles {listed}: {role!r} is none of {', '.join(known)}")
+        if len(self.roles) != self.replicas:
+            raise ConfigError(
+                f"--roles {listed} names {len(self.roles)} role(s), but --replicas is {self.replicas}; name "
+                "one for each"
+            )
+        for needed in ("prefill", "decode"):
+            if not {needed, "both"} & set(self.roles):
+                raise ConfigError(f"--roles {listed} needs a replica with {needed}, or with both")
+        if not (self.prefix_cache and self.kv_handover):
+            option_name = "--no-kv-handover" if self.prefix_cache else "--no-prefix-cache"
+            raise ConfigError(
+                f"--roles {listed} moves requests by the prefix cache; leave out {option_name}, or --roles"
+            )
+
+    def _check_link_files(self) -> None:
+        names = ("link_certfile", "link_keyfile", "link_ca_file")
+        missing = [name for name in names if getattr(self, name) is None]
+        if 0 < len(missing) < len(names):
+            given = next(name for name in names if name not in missing)
+            raise ConfigError(f"{_flag(given)} needs {_flag(missing[0])}; give all three, or none")
+
+    def _check_hosts(self) -> None:
+        workers = self.world_size * self.replicas
+        if self.nnodes == 1:
+            if self.node_rank:
+                raise ConfigError(f"--node-rank {self.node_rank} needs --nnodes, the number of hosts")
+            if not is_loopback(self.master_addr):
+                raise ConfigError(
+                    f"--master-addr {self.master_addr} is not a loopback address, and there is one host; "
+                    "use 127.0.0.1, or --nnodes for several"
+                )
+            return
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ConfigError(
+                f"--node-rank {self.node_rank} must be from 0 to {self.nnodes - 1}, since --nnodes is "
+                f"{self.nnodes}"
+            )
+        if self.nnodes > workers:
+            raise ConfigError(
+                f"--nnodes {self.nnodes}: there are only {workers} worker(s) for them; raise --tp-size, "
+                "--pp-size or --replicas"
+            )
+        if self.node_secret_file is None:
+            raise ConfigError(
+                "--nnodes needs --node-secret-file: whoever reaches --master-addr could take a host's place"
+            )
+        if self.worker_transport not in ("process", "fake"):
+            raise ConfigError(f"--nnodes needs --transport process, not {self.worker_transport}")
+
+
+_OF_THE_API = (
+    *("host", "port", "uds", "api_key", "api_key_file", "ssl_certfile", "ssl_keyfile", "http2", "admin_key"),
+    *(
+        "sse_keep_alive",
+        "max_choices",
+        "max_stop_chars",
+        "priority",
+        "openai_finish_reasons",
+        "strict_fields",
+    ),
+    *("trust_request_chat_template", "tool_call_parser", "reasoning_parser", "cors_origins"),
+    *("engine_timeout", "max_waiting"),
+)
+_STORED = ("journal", "max_stored_answers", "stored_answer_hours")
+_MEANINGLESS: Mapping[str, tuple[str, ...]] = {
+    "headless": (*_OF_THE_API, *_STORED),
+    "connect": _STORED,
+    "api_server_count": (*_STORED, "engine_key_file"),
+}
+"""Option → those that have no effect beside it."""
+_REMEDY: Mapping[str, str] = {
+    "headless": "give it to the front ends",
+    "connect": "front ends keep no answers, so leave it out",
+    "api_server_count": "front ends keep no answers, and their engine is only for them, so leave it out",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,6 +618,11 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.")
     port: int = option(8000, "Port to listen on; 0 picks a free one.")
+    uds: str | None = option(
+        None,
+        "Path of a unix socket to listen on, instead of a host and a port; the umask gives its mode. "
+        "Default: none.",
+    )
     api_key: str | tuple[str, ...] | None = option(
         None,
         "Key that clients must send, as a bearer token or in X-Api-Key; several: repeat the option. Other "
@@ -417,6 +641,13 @@ class ServerConfig:
     ssl_keyfile: str | None = option(
         None, "PEM file of the certificate's private key, without a password; needs --ssl-certfile."
     )
+    http2: bool = option(
+        False, "Speak HTTP/2, too: over TLS where a client asks for it, else by prior knowledge."
+    )
+    access_log: bool = option(
+        False,
+        "Log one line per request, at level info: its id, path, status, tokens and seconds; never its texts.",
+    )
     admin_key: str | None = option(
         None,
         "Key that opens the admin endpoints on the API's port to those who send it as a bearer token; "
@@ -434,21 +665,124 @@ class ServerConfig:
     stall_timeout: float = option(
         60.0, "Seconds that a client may leave its stream unread before the request is aborted."
     )
-    max_body: int = option(
-        32 << 20, "Maximum size of a request's body in bytes; larger ones are refused with status 413."
+    max_body: int | None = option(
+        None,
+        "Maximum size of a request's body in bytes; larger ones are refused with status 413. Default: 256 "
+        "for each token of the model's context, at least 1 MiB and at most 4 MiB. Bodies larger than "
+        "4 MiB are parsed one at a time, each in a process of its own.",
+    )
+    max_entries: int = option(
+        4096,
+        "Maximum number of entries of a list in a request: messages, tools, biases, stop tokens. A whole "
+        "body may have 16 times as many lists and objects. Token ids of prompts are limited by the context.",
+    )
+    max_choices: int = option(256, "Maximum number of choices of one request: its prompts, times n.")
+    max_stop_chars: int = option(4096, "Maximum number of characters of a request's stop strings together.")
+    priority: bool = option(
+        True, "Take the priority that requests ask for; otherwise those that ask for one are refused."
+    )
+    journal: str | None = option(
+        None,
+        "SQLite file that answers are kept in, those of chats, completions and messages, too, so that they "
+        "go on after the end of the process. Default: a file in the cache folder, for answers in the "
+        "background only.",
+    )
+    max_stored_answers: int = option(
+        1000, "Number of stored answers that are kept; the oldest that have ended make room."
+    )
+    stored_answer_hours: float = option(24.0, "Hours for which they are kept.")
+    openai_finish_reasons: bool = option(
+        False,
+        "Answer finish_reason length where it would be timeout or abort, which OpenAI does not have; the "
+        "field finish_cause has the cause.",
+    )
+    trust_request_chat_template: bool = option(
+        False,
+        "Let requests bring chat templates of their own. They run in a sandbox, with limits of time and "
+        "memory.",
+    )
+    strict_fields: bool = option(
+        False,
+        "Refuse requests with fields that nobody knows, instead of ignoring them with a warning in the log "
+        "and in the header X-Ullm-Ignored-Fields.",
+    )
+    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral", "pythonic"] = option(
+        "auto", "How the model writes calls of tools; auto: as its chat template shows."
+    )
+    reasoning_parser: Literal["auto", "think", "none"] = option(
+        "auto",
+        "How reasoning is told from the answer: between <think> and </think>, or not at all; auto: if the "
+        "chat template knows these tags.",
+    )
+    pooling: Literal["last", "mean"] = option(
+        "last",
+        "The hidden states of a prompt that make its vector in /v1/embeddings, if the request does not say.",
     )
     cors_origins: tuple[str, ...] = option(
         (), "Origins whose web pages may call the API, as in https://example.org; default: none."
     )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "Names by which clients may call the API, beside addresses and localhost, as in llm.example.org, "
+        "*.example.org or *; others are refused with status 403. Default: none on loopback without API keys, "
+        "else all.",
+    )
+    api_server_count: int = option(
+        1,
+        "Number of front ends, each a process of its own, on one port; from 2 on they are apart from the "
+        "engine, and either is started again without the other.",
+        aliases=("-asc",),
+    )
+    headless: bool = option(False, "Run the engine without the API, for front ends that connect to --listen.")
+    listen: str | None = option(
+        None,
+        "Where a --headless engine listens for front ends: unix:PATH (on Linux also unix:@NAME, which has no "
+        "file), for programs of the same user, or HOST:PORT, which needs --engine-key-file.",
+    )
+    connect: str | None = option(
+        None,
+        "Serve the API for the engine that listens there, instead of running one: unix:PATH or HOST:PORT.",
+    )
+    engine_key_file: str | None = option(
+        None,
+        "File with the key that an engine and its front ends share, of at least 16 characters. Default: the "
+        "variable ULLM_ENGINE_KEY; without either, none, which only unix sockets allow.",
+    )
+    engine_timeout: float = option(
+        5 * MINUTES,
+        "Seconds that requests of a front end wait for an engine that is away; then they end with an error, "
+        "and new ones are refused with status 503 until it is back.",
+    )
+    max_waiting: int = option(
+        1024,
+        "Maximum number of choices that a front end has while its engine is away; further requests are "
+        "refused with status 503.",
+    )
 
     def __post_init__(self) -> None:
+        _convert_fields(self)
+        self._check_front_ends()
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
-        if self.max_body < 1:
+        if self.host.startswith("unix:"):
+            raise ConfigError(f"--host {self.host}: use --uds {self.host.removeprefix('unix:')}")
+        if self.uds is not None and (self.host, self.port) != (ServerConfig.host, ServerConfig.port):
+            raise ConfigError(f"--uds {self.uds} takes the place of --host and --port; leave those out")
+        if self.uds == "":
+            raise ConfigError("--uds is empty; leave it out, or give a path")
+        if self.max_body is not None and self.max_body < 1:
             raise ConfigError(f"--max-body must be at least 1 byte, got {self.max_body}")
+        for name in ("max_entries", "max_choices", "max_stop_chars"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
         for name in ("sse_keep_alive", "stall_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{_flag(name)} must be above 0 seconds, got {getattr(self, name)}")
+        for name in self.allowed_hosts:
+            if not re.fullmatch(r"\*|(\*\.)?[\w.-]+", name):
+                raise ConfigError(f"--allowed-hosts: {name!r} is no name; leave out scheme, port and path")
+        if self.max_stored_answers < 1 or not self.stored_answer_hours > 0:
+            raise ConfigError("--max-stored-answers and --stored-answer-hours must be above 0")
         if self.admin_key == "":
             raise ConfigError("--admin-key is empty; leave it out, or give a key")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
@@ -457,6 +791,33 @@ class ServerConfig:
         _check_key("--admin-key", self.admin_key)
         if self.admin_key in self.api_keys:  # reads the file, too, before anything is started
             raise ConfigError("--admin-key equals --api-key: each client could stop the server; change it")
+
+    def _check_front_ends(self) -> None:
+        """Check the options about front ends in processes of their own."""
+        if self.api_server_count < 1 or self.max_waiting < 1:
+            raise ConfigError("--api-server-count and --max-waiting must be at least 1")
+        if not self.engine_timeout > 0:
+            raise ConfigError(f"--engine-timeout must be above 0 seconds, got {self.engine_timeout}")
+        parts = [name for name in ("headless", "connect") if getattr(self, name)]
+        if self.api_server_count > 1:
+            parts.append("api_server_count")
+        if len(parts) > 1:
+            raise ConfigError(
+                f"{_flag(parts[0])} and {_flag(parts[1])} exclude each other: a process is an engine, a "
+                "front end, or starts both"
+            )
+        if self.headless != (self.listen is not None):
+            given, missing = ("headless", "listen") if self.headless else ("listen", "headless")
+            raise ConfigError(f"--{given} needs --{missing}, where front ends connect; give both, or neither")
+        for part, options in _MEANINGLESS.items():
+            if part in parts:
+                self._check_unset(part, options)
+
+    def _check_unset(self, part: str, names: tuple[str, ...]) -> None:
+        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"{_flag(name)} has no effect with {_flag(part)}; {_REMEDY[part]}")
 
     @cached_property
     def api_keys(self) -> tuple[str, ...]:
@@ -487,64 +848,78 @@ def _keys_in(path: str) -> tuple[str, ...]:
         with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
     except OSError as error:
-        raise ConfigError(f"--api-key-file {path}: {error.strerror or error}") from None
+        raise ResourceUnavailable(f"--api-key-file {path}: {error.strerror or error}") from None
     except ValueError:  # the text of the error would show bytes of keys
-        raise ConfigError(f"--api-key-file {path}: not UTF-8 text; write one key per line") from None
+        raise ResourceUnavailable(f"--api-key-file {path}: not UTF-8 text; write one key per line") from None
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
-        raise ConfigError(f"--api-key-file {path}: no keys; write one per line, or leave the option out")
+        raise ResourceUnavailable(
+            f"--api-key-file {path}: no keys; write one per line, or leave the option out"
+        )
     for key in keys:
         _check_key(f"--api-key-file {path}", key)
     return keys
 
 
-C = TypeVar("C", EngineConfig, ServerConfig)
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+"""Field → its type; finding out takes a millisecond."""
 
 
-def from_env(cls: type[C], environ: Mapping[str, str] = os.environ, **overrides: Any) -> C:
-    """Build ``cls`` from ``ULLM_<FIELD>`` variables; ``overrides`` win.
-
-    Lists are separated by commas, but a secret is one value. An empty variable counts as unset. Variables
-    that name no field of ``cls`` are ignored, because the engine and the server share the prefix. So are
-    those that Kubernetes sets for a Service called ullm, as in ``ULLM_PORT=tcp://10.96.12.7:8000``; a log
-    line says so.
+def _convert_fields(config: EngineConfig | ServerConfig) -> None:
+    """Give each field a value of its own type; numpy's numbers and paths are converted.
 
     Raises:
-        ConfigError: a value of the wrong type; names the variable.
+        ConfigError: a value of the wrong type; names the option.
     """
-    values: dict[str, Any] = {}
-    for spec in dataclasses.fields(cls):
-        name = f"ULLM_{spec.name.upper()}"
-        text = environ.get(name, "")
-        if not text or spec.name in overrides:
-            continue
-        if _SERVICE_LINK.fullmatch(text) and not spec.metadata["secret"]:
-            log.warning(
-                "%s=%s ignored: Kubernetes sets it for a Service; enableServiceLinks: false in the pod's "
-                "spec avoids that",
-                name,
-                text,
-            )
-            continue
-        lists = "tuple" in str(spec.type) and not spec.metadata["secret"]
-        value: Any = [part.strip() for part in text.split(",") if part.strip()] if lists else text
+    secrets = {spec.name: spec.metadata["secret"] for spec in dataclasses.fields(config)}
+    for name, hint in _hints(type(config)).items():
+        value = _plain(getattr(config, name))
         try:
-            values[spec.name] = msgspec.convert({spec.name: value}, _single(cls, spec.name), strict=False)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{name}={text!r}: {str(error).split(' - at')[0]}") from None
-    return cls(**{k: getattr(v, k) for k, v in values.items()}, **overrides)
+            object.__setattr__(config, name, msgspec.convert(value, hint))
+        except msgspec.ValidationError:
+            shown = f"a {type(value).__name__}" if secrets[name] else repr(value)
+            raise ConfigError(f"{_flag(name)} must be {_kind(hint)}, got {shown}") from None
 
 
-def _single(cls: type[Any], name: str) -> Any:
-    """Return a struct with only the field ``name``, so that an error is about this variable."""
-    import typing
+def _plain(value: Any) -> Any:
+    """Return a value of another library's type as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, list | tuple | range):
+        return tuple(map(_plain, value))
+    for convert in (operator.index, float):
+        try:
+            return convert(value)
+        except (TypeError, ValueError):
+            continue
+    return value
 
-    hints = typing.get_type_hints(cls)
-    return msgspec.defstruct(f"Env_{name}", [(name, hints[name])])
+
+def _kind(hint: Any) -> str:
+    """Return the values that a field takes, in words."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_kind, arguments))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {_kind(arguments[0])}"
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    return names.get(hint, "None")
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def is_loopback(address: str) -> bool:
+    """Return True for an IP address that only this host reaches."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def _at_least(config: EngineConfig, name: str, least: int) -> None:

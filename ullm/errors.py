@@ -11,6 +11,7 @@ with them, which worker processes do without.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from ullm.supervision.errors import MailboxFull as MailboxFull
     from ullm.supervision.errors import RestartLimitReached as RestartLimitReached
     from ullm.supervision.errors import StartFailed as StartFailed
+    from ullm.supervision.errors import StartTimeout as StartTimeout
     from ullm.supervision.errors import SupervisionError as SupervisionError
     from ullm.supervision.errors import first_cause as first_cause
 
 __all__ = [
     "ActorLost",
+    "AdapterUnusable",
     "AskTimeout",
     "ChildConflict",
     "ChildNotFound",
@@ -34,20 +37,27 @@ __all__ = [
     "EngineBusy",
     "EngineDead",
     "EngineDraining",
+    "EngineForked",
     "EngineNotReady",
     "EngineSleeping",
     "EngineStopped",
     "FaultInjected",
     "FrameBroken",
+    "GrammarTooComplex",
+    "HandshakeRefused",
     "InvalidParameter",
     "LifespanMissing",
+    "LinkLost",
+    "LinkRefused",
     "MailboxClosed",
     "MailboxFull",
+    "MigrationLimitReached",
     "ModelError",
     "ModelFileBroken",
     "ModelNotFound",
     "ModelUnknown",
     "ModelUnsupported",
+    "NoTokenAllowed",
     "OutOfMemory",
     "PortTaken",
     "PromptTooLong",
@@ -55,12 +65,16 @@ __all__ = [
     "ReloadFailed",
     "RequestError",
     "RequestPoisoned",
+    "RequestTooLarge",
+    "ResourceUnavailable",
     "RestartLimitReached",
     "ServerRefused",
     "ServerUnreachable",
     "StartCancelled",
     "StartFailed",
+    "StartTimeout",
     "SupervisionError",
+    "TemplateFailed",
     "TooManyTokens",
     "UllmError",
     "UsageError",
@@ -80,6 +94,7 @@ _OF_SUPERVISION = frozenset(
         "MailboxFull",
         "RestartLimitReached",
         "StartFailed",
+        "StartTimeout",
         "SupervisionError",
         "first_cause",
     }
@@ -107,11 +122,21 @@ class UllmError(Exception):
 
 
 class ConfigError(UllmError, ValueError):
-    """The configuration cannot work; ends a command with exit code 1.
+    """The command line, a variable or the configuration file is wrong; ends a command with exit code 2.
 
-    Raised by: `EngineConfig`, `ServerConfig`, the command line, and a worker whose device or model does not
-        fit the configuration.
+    Raised by: `EngineConfig`, `ServerConfig` and the command line.
     Remedy: set the option that the message names to a value that it allows.
+    """
+
+
+class ResourceUnavailable(ConfigError):
+    """An option asks for what is not there, or not usable; ends a command with exit code 1.
+
+    Such as a file that cannot be read, an address that this machine does not have, a device, a library that
+    is not installed, or a computation that there is no kernel for.
+
+    Raised by: the server as it starts, and a worker whose device or model does not fit the configuration.
+    Remedy: provide it, or change the option that the message names.
     """
 
 
@@ -137,6 +162,13 @@ class RequestError(UllmError):
         self.message = message
         self.param = param
 
+    def rename_field(self, known: str, sent: str) -> None:
+        """Name the field as the client has sent it, where it has several names."""
+        if self.param == known:
+            self.param = sent
+        self.message = re.sub(rf"(?<![\w-]){known}(?![\w-])", sent, self.message)
+        self.args = (self.message,)
+
 
 class InvalidParameter(RequestError, ValueError):
     """A request field or a sampling parameter has a value that cannot be used.
@@ -154,6 +186,8 @@ class PromptTooLong(RequestError):
     Raised by: the tokenizer and the engine, before the request is queued.
     Remedy: shorten the prompt, or start with a larger ``--context-len`` if the model allows it.
 
+    The message begins as OpenAI's does, because clients look for these words.
+
     Args:
         prompt_tokens: tokens of the prompt.
         context_len: tokens that prompt and generated text may have together.
@@ -167,9 +201,9 @@ class PromptTooLong(RequestError):
         self, prompt_tokens: int, context_len: int, param: str = "prompt", *, at_least: bool = False
     ) -> None:
         super().__init__(
-            f"the prompt has {'at least ' if at_least else ''}{prompt_tokens} tokens, "
-            f"the model's context is {context_len} tokens and must "
-            "also hold at least one generated token; shorten the prompt",
+            f"This model's maximum context length is {context_len} tokens. However, the prompt has "
+            f"{'at least ' if at_least else ''}{prompt_tokens} tokens, which leaves no room for a generated "
+            "one; shorten the prompt",
             param,
         )
 
@@ -186,6 +220,19 @@ class ModelUnknown(RequestError):
 
     def __init__(self, name: str, served: str) -> None:
         super().__init__(f"the model {name!r} is not served here; this server serves {served}", "model")
+
+
+class AdapterUnusable(RequestError):
+    """A LoRA adapter cannot be loaded, or its files have changed or gone since it was.
+
+    Raised by: the engine, when an adapter is loaded, and for requests that need one which can no longer be.
+    Remedy: correct what the message names; or unload the adapter, and load it again.
+    """
+
+    code = "adapter_unusable"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause, "model")
 
 
 class QueueFull(RequestError):
@@ -315,6 +362,28 @@ class ReloadFailed(RequestError):
     code = "reload_failed"
 
 
+class MigrationLimitReached(RequestError):
+    """The workers of this request were lost more often than ``--migration-limit`` lets it go on elsewhere.
+
+    Raised by: the engine.
+    Remedy: send the request again; raise the option, or find out from the log why workers are lost.
+
+    Args:
+        losses: how often it has lost its workers.
+    """
+
+    status = 503
+    type = "service_unavailable"
+    code = "migration_limit"
+    retry_after = 1.0
+
+    def __init__(self, losses: int, limit: int) -> None:
+        super().__init__(
+            f"the workers of this request were lost {losses} time{'s' if losses > 1 else ''}, and "
+            f"--migration-limit is {limit}; send it again"
+        )
+
+
 class RequestPoisoned(RequestError):
     """This request crashed its workers each time it ran, so it was given up; other requests were not.
 
@@ -328,6 +397,70 @@ class RequestPoisoned(RequestError):
 
     def __init__(self, request_id: str, attempts: int) -> None:
         super().__init__(f"request {request_id} crashed its worker {attempts} times and was given up")
+
+
+class RequestTooLarge(RequestError):
+    """The parameters of this request cannot be sent to a worker: they are too large, or are no plain values.
+
+    Raised by: the engine, before the first step of the request.
+    Remedy: shorten the parameter that the message names.
+    """
+
+    code = "request_too_large"
+
+
+class TemplateFailed(RequestError):
+    """The model's chat template fails for every conversation, even the simplest; completions work without it.
+
+    Raised by: the tokenizer, before the request is queued.
+    Remedy: start the server with ``--chat-template FILE``, or use ``/v1/completions``.
+
+    Args:
+        cause: one line.
+    """
+
+    status = 500
+    type = "server_error"
+    code = "template_failed"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"the model's chat template fails for every conversation: {cause}; use /v1/completions, or "
+            "start the server with --chat-template FILE",
+            "messages",
+        )
+
+
+class GrammarTooComplex(RequestError):
+    """The grammar of this request needs more work for one token than is allowed, so its answer was given up.
+
+    Raised by: the engine, while the answer is generated.
+    Remedy: simplify the schema or grammar, above all repetitions within repetitions.
+    """
+
+    status = 400
+    type = "invalid_request_error"
+    code = "grammar_too_complex"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"the grammar is too complex to go on: {cause}", "structured_outputs")
+
+
+class NoTokenAllowed(RequestError):
+    """Of the tokens that this request allows none may come next, so its answer was given up.
+
+    Raised by: the engine, while the answer is generated.
+    Remedy: allow more tokens: shorten ``bad_words``, or let ``allowed_token_ids`` and the form of the answer
+    agree.
+    """
+
+    status = 400
+    type = "invalid_request_error"
+    code = "no_token_allowed"
+    CAUSE = "none of the tokens that the request allows may come next"
+
+    def __init__(self) -> None:
+        super().__init__(f"{self.CAUSE}; shorten bad_words, or allow more tokens", "allowed_token_ids")
 
 
 class EngineDead(RequestError):
@@ -355,6 +488,22 @@ class EngineStopped(EngineDead):
 
     def __init__(self) -> None:
         super().__init__("the engine was stopped: this program has shut it down")
+
+
+class EngineForked(EngineDead):
+    """The program was forked after it had made its engine, which the child cannot use.
+
+    Raised by: `LLM` in a child of ``os.fork`` or of multiprocessing's ``fork``, at any use.
+    Remedy: make the `LLM` after the fork, in the process that uses it; gunicorn: without ``--preload``.
+    """
+
+    code = "engine_forked"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this process was forked from the one whose engine this is; make the LLM after the fork, in each "
+            "process that uses one"
+        )
 
 
 # --- the model ---------------------------------------------------------------------------------
@@ -438,12 +587,46 @@ class WorkerFailed(WorkerLost):
 
 
 class FrameBroken(UllmError):
-    """The bytes on a worker's pipe are not a frame; the pipe cannot be used any further.
+    """The bytes on a worker's pipe are not a frame, or a message cannot be made one.
 
-    Raised by: the reader of a pipe between engine and worker.
+    Raised by: the reader of a pipe between engine and worker, which cannot be used any further; and the
+        sender, which has sent nothing then.
     Remedy: none is needed once, since the worker is replaced; a library that prints to the worker's
         pipe may be the reason.
     """
+
+
+class HandshakeRefused(UllmError):
+    """Engine and agent, or engine and front end, do not let each other in.
+
+    Raised by: the end that finds that the secrets or the releases differ; both log it.
+    Remedy: the same release on every host, and the same file of ``--node-secret-file``.
+    """
+
+
+class LinkLost(UllmError):
+    """The connection between an engine and an agent on another host, or a front end, is gone.
+
+    Raised by: either end. With an agent the engine loses that host's workers, which the agent ends; a front
+        end connects again, and its requests go on.
+    Remedy: none is needed once; the log has the cause. See docs/how-to/several-hosts.md and
+        docs/how-to/front-ends.md.
+    """
+
+
+class LinkRefused(UllmError):
+    """The engine does not let this front end in, or the front end does not trust it.
+
+    Raised by: a front end, as it starts; one that runs logs it, and tries again.
+    Remedy: the message names it: the same version of ullm, and the same key, on both sides.
+
+    Args:
+        address: where the engine listens.
+        reason: one line.
+    """
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(f"{address}: {reason}")
 
 
 class FaultInjected(UllmError):

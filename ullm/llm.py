@@ -7,6 +7,9 @@ built before a loop runs, and survives the end of the loop that uses it.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import difflib
+import inspect
 import weakref
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -17,12 +20,17 @@ import trio
 
 from ullm.config import DEFAULT_MODEL, EngineConfig, SleepMode
 from ullm.engine import Engine, open_engine
+from ullm.engine.embedding import embed_all
 from ullm.engine.output import Output
 from ullm.engine.shutdown_report import ShutdownReport
 from ullm.engine.status import Health, ReloadReport, SleepHealth
-from ullm.errors import EngineStopped, first_cause
+from ullm.errors import ConfigError, EngineStopped, InvalidParameter, first_cause
 from ullm.hosting.bridge import Stream, TrioThread
+from ullm.parsing.parts import CallArguments, CallBegin, Part, Reasoning, Text
+from ullm.parsing.tool_use import Reading, ToolUse, constrained, read_as, use_of
 from ullm.sampling import SamplingParams
+from ullm.sampling import token_ids as plain_token_ids
+from ullm.tokenization.described_tools import fit_to_template
 
 __all__ = ["LLM", "Completion", "GenerateOutput", "SamplingParams"]
 
@@ -58,20 +66,50 @@ class Completion(msgspec.Struct, frozen=True):
     num_prompt_tokens: int
 
 
+class FunctionCall(msgspec.Struct, frozen=True):
+    """A call of a tool.
+
+    Args:
+        arguments: JSON text; valid by the tool's schema if the call was constrained.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+class ChatTurn(msgspec.Struct, frozen=True):
+    """The answer to a conversation.
+
+    Args:
+        content: text beside calls and reasoning.
+        reasoning: what the model thought before, if its chat template tells that from the answer.
+        finish_reason: ``stop``, ``tool_calls``, ``length``, ``abort`` or ``timeout``.
+    """
+
+    content: str
+    reasoning: str
+    tool_calls: list[FunctionCall]
+    finish_reason: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+
+
 class LLM:
     """An engine in a thread of its own.
 
     Building it starts the engine and returns at once. `generate` waits until it is ready.
 
     Args:
-        model: hub id, local folder, .gguf file, or an `EngineConfig`, which replaces all other arguments;
-            the default is a small model that is fetched from a package index.
+        model: hub id, local folder, .gguf file, or an `EngineConfig`, beside which other arguments are
+            refused; the default is a small model that is fetched from a package index.
         max_bs: maximum number of sequences that run at once; 0: 64 on a CPU, 256 on a GPU.
         context_len: maximum number of tokens of prompt and output together, up to the model's own limit;
             None: the model's own limit.
         use_threading: run the worker as a thread of this process; saves a process, but a thread that hangs
             cannot be killed.
-        options: further fields of `EngineConfig`, where the other arguments are documented, too.
+        options: further fields of `EngineConfig`, where the other arguments are documented, too. ``lora`` may
+            also be a dict of names and folders.
 
     Raises:
         ConfigError: an option that cannot work.
@@ -91,23 +129,26 @@ class LLM:
         use_threading: bool = False,
         **options: Any,
     ) -> None:
+        given: dict[str, Any] = {
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "max_bs": max_bs,
+            "tp_size": tp_size,
+            "pp_size": pp_size,
+            "nccl_port": nccl_port,
+            "device_ids": None if device_ids is None else tuple(device_ids),
+            "enforce_eager": enforce_eager,
+            "context_len": context_len,
+            **options,
+        }
         if isinstance(model, EngineConfig):
+            _check_only_config(model, given, use_threading)
             config = model
         else:
+            if isinstance(lora := given.get("lora"), Mapping):
+                given["lora"] = tuple(f"{name}={path}" for name, path in lora.items())
             if use_threading:
-                options.setdefault("transport", "thread")
-            config = EngineConfig(
-                model=model,
-                gpu_memory_utilization=gpu_memory_utilization,
-                max_bs=max_bs,
-                tp_size=tp_size,
-                pp_size=pp_size,
-                nccl_port=nccl_port,
-                device_ids=None if device_ids is None else tuple(device_ids),
-                enforce_eager=enforce_eager,
-                context_len=context_len,
-                **options,
-            )
+                given.setdefault("transport", "thread")
+            config = _make_config(model, given)
         self.config = config
         self._thread = TrioThread("ullm-engine").start()
         self._host: _Host = self._thread.start_task(_Host(config).run).value
@@ -131,9 +172,10 @@ class LLM:
 
         Args:
             prompts: text, token ids, or chat messages.
+            params: default: the model's own, as far as its generation_config.json names them.
             sequence_id: the name to pass to `abort`.
         """
-        return TokenStream(self, prompts, params or SamplingParams(), sequence_id)
+        return TokenStream(self, prompts, params, sequence_id)
 
     def generate_sync(
         self, prompts: Sequence[Prompt] | str, params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -141,7 +183,7 @@ class LLM:
         """Generate for all prompts at once, and block until all are done; for scripts.
 
         Args:
-            params: for all prompts, or one for each.
+            params: for all prompts, or one for each; default as for `generate`.
 
         Returns:
             For each prompt, in order, its ``n`` choices.
@@ -151,13 +193,52 @@ class LLM:
             ValueError: there are not as many parameters as prompts.
         """
         batch: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(batch)
-        if len(params) != len(batch):
-            raise ValueError(
-                f"{len(batch)} prompts need as many parameters, or one for all; got {len(params)}"
-            )
-        return self._thread.call(self._host.generate_all, batch, params)
+        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else params
+        if len(each) != len(batch):
+            raise ValueError(f"{len(batch)} prompts need as many parameters, or one for all; got {len(each)}")
+        return self._thread.call(self._host.generate_all, batch, each)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | dict[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        **template_kwargs: Any,
+    ) -> list[ChatTurn]:
+        """Answer a conversation, and block until the answer is complete.
+
+        Args:
+            tools: functions that the model may call, in OpenAI's form.
+            tool_choice: OpenAI's: ``none``, ``auto``, ``required``, a function, or ``allowed_tools``.
+            template_kwargs: further variables of the chat template, such as ``enable_thinking``.
+
+        Returns:
+            The ``n`` choices, their calls of tools and their reasoning told from the text.
+
+        Raises:
+            RequestError: a message, a tool or a parameter is invalid.
+        """
+        use = use_of(tools, tool_choice, parallel=parallel_tool_calls)
+        turns = [dict(message) for message in messages]
+        return self._thread.call(self._host.chat, turns, params or SamplingParams(), use, template_kwargs)
+
+    def embed(
+        self, prompts: Sequence[Prompt] | str, *, pooling: str = "last", normalize: bool = True
+    ) -> list[list[float]]:
+        """Return one vector per prompt, and block until all are computed.
+
+        Args:
+            pooling: ``last`` or ``mean`` of the hidden states after the final norm.
+            normalize: make each of length 1.
+
+        Raises:
+            RequestError: a prompt is invalid, or the model has no hidden states.
+        """
+        batch: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
+        return self._thread.call(self._host.embed, batch, pooling, normalize)
 
     def abort(self, sequence_id: str) -> None:
         """End a request with what it has; its last output says ``finish_reason="abort"``."""
@@ -169,7 +250,7 @@ class LLM:
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids."""
-        return await self._thread.call_async(self._host.decode, list(token_ids))
+        return await self._thread.call_async(self._host.decode, plain_token_ids("token_ids", token_ids))
 
     # --- sleeping and reloading ----------------------------------------------------------------------
 
@@ -184,6 +265,14 @@ class LLM:
     async def reload(self, model: str | None = None, revision: str | None = None) -> ReloadReport:
         """Load the model again in new workers, while requests go on; see `Engine.reload`."""
         return await self._thread.call_async(self._host.reload, model, revision)
+
+    async def load_lora(self, name: str, path: str, *, replace: bool = False) -> None:
+        """Load a LoRA adapter; ``SamplingParams(lora=name)`` computes with it. See `Engine.load_adapter`."""
+        await self._thread.call_async(self._host.load_lora, name, path, replace)
+
+    async def unload_lora(self, name: str) -> None:
+        """Unload a LoRA adapter; requests in flight end with it."""
+        await self._thread.call_async(self._host.unload_lora, name)
 
     async def health(self) -> Health:
         """Return what an HTTP server would answer to ``/health``."""
@@ -219,6 +308,32 @@ class LLM:
         await self.shutdown()
 
 
+def _check_only_config(config: EngineConfig, given: Mapping[str, Any], use_threading: bool) -> None:
+    """Refuse arguments beside a configuration that say something else than it does."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(LLM).parameters.items()}
+    ignored = [
+        name
+        for name, value in given.items()
+        if value != defaults.get(name, inspect.Parameter.empty) and value != getattr(config, name, None)
+    ]
+    if use_threading and config.transport != "thread":
+        ignored.append("use_threading")
+    if ignored:
+        raise ConfigError(
+            f"LLM(config, {ignored[0]}=…): an EngineConfig has all options; set {ignored[0]} there"
+        )
+
+
+def _make_config(model: str, given: Mapping[str, Any]) -> EngineConfig:
+    names = [field.name for field in dataclasses.fields(EngineConfig)]
+    unknown = next((name for name in given if name not in names), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"LLM has no option {unknown}{hint}")
+    return EngineConfig(model=model, **given)
+
+
 class PendingShutdown:
     """A stop in progress: await it in asyncio or trio, or call `wait`. The result is the report."""
 
@@ -246,7 +361,9 @@ class PendingShutdown:
 class TokenStream:
     """An async iterator of `GenerateOutput`, under asyncio and trio; returned by `LLM.generate`."""
 
-    def __init__(self, llm: LLM, prompt: Prompt, params: SamplingParams, sequence_id: str | None) -> None:
+    def __init__(
+        self, llm: LLM, prompt: Prompt, params: SamplingParams | None, sequence_id: str | None
+    ) -> None:
         self._llm = llm  # lives as long as somebody iterates
         host = llm._host
         self._stream: Stream[GenerateOutput] = llm._thread.stream(
@@ -301,16 +418,17 @@ class _Host:
 
     @asynccontextmanager
     async def open_stream(
-        self, prompt: Prompt, params: SamplingParams, sequence_id: str | None
+        self, prompt: Prompt, params: SamplingParams | None, sequence_id: str | None
     ) -> AsyncIterator[AsyncIterator[GenerateOutput]]:
         """Open an iterator of the outputs of one request."""
         engine = await self.wait_ready()
         ready_prompt = await _encode(engine, prompt)
+        params = params or engine.sampling_defaults.params()
         async with engine.generate(ready_prompt, params, request_id=sequence_id) as generation:
             yield (_to_generate_output(output) async for output in generation)
 
     async def generate_all(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None]
     ) -> list[list[Completion]]:
         """Return the complete answers to all prompts."""
         results: list[list[Completion]] = [[] for _ in prompts]
@@ -322,6 +440,30 @@ class _Host:
         except BaseExceptionGroup as group:
             raise first_cause(group) from None
         return results
+
+    async def chat(
+        self, turns: list[dict[str, Any]], params: SamplingParams, use: ToolUse, kwargs: dict[str, Any]
+    ) -> list[ChatTurn]:
+        """Return the complete answer to a conversation."""
+        engine = await self.wait_ready()
+        tokenizer = engine.tokenizer
+        assert tokenizer is not None, "a running engine has a tokenizer"
+        turns, tools = fit_to_template(tokenizer.chat_format, turns, use.tools)
+        prompt = await tokenizer.encode_chat(turns, tools=tools, **kwargs)
+        how = read_as(use, tokenizer.chat_format, tokenizer, prompt)
+        params = constrained(params, use.structured_outputs(tokenizer.chat_format.calls), how)
+        completions: list[Completion] = []
+        await _complete(engine, prompt, params, completions)
+        return [_to_turn(completion, how) for completion in completions]
+
+    async def embed(self, prompts: Sequence[Prompt], pooling: str, normalize: bool) -> list[list[float]]:
+        """Return one vector per prompt."""
+        engine = await self.wait_ready()
+        ready = [await _encode(engine, prompt) for prompt in prompts]
+        try:
+            return await embed_all(engine, ready, pooling, normalize=normalize)
+        except BaseExceptionGroup as group:
+            raise first_cause(group) from None
 
     async def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
@@ -347,6 +489,14 @@ class _Host:
         """See `Engine.reload`."""
         return await (await self.wait_ready()).reload(model, revision)
 
+    async def load_lora(self, name: str, path: str, replace: bool) -> None:
+        """See `Engine.load_adapter`."""
+        await (await self.wait_ready()).load_adapter(name, path, replace=replace)
+
+    async def unload_lora(self, name: str) -> None:
+        """See `Engine.unload_adapter`."""
+        await (await self.wait_ready()).unload_adapter(name)
+
     async def health(self) -> Health:
         """See `Engine.health`."""
         return (await self.wait_ready()).health()
@@ -367,15 +517,19 @@ class _Host:
 async def _encode(engine: Engine, prompt: Prompt) -> str | list[int]:
     if isinstance(prompt, str):
         return prompt
-    items: list[Any] = list(prompt)
-    if items and isinstance(items[0], Mapping):
+    if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
+        if not all(isinstance(message, Mapping) for message in prompt):
+            raise InvalidParameter("prompt must be a text, token ids, or messages, not a mixture", "prompt")
         assert engine.tokenizer is not None, "a running engine has a tokenizer"
-        return await engine.tokenizer.encode_chat([dict(message) for message in items])
-    return items
+        return await engine.tokenizer.encode_chat([dict(message) for message in prompt])
+    return plain_token_ids("prompt", prompt)
 
 
-async def _complete(engine: Engine, prompt: Prompt, params: SamplingParams, into: list[Completion]) -> None:
+async def _complete(
+    engine: Engine, prompt: Prompt, params: SamplingParams | None, into: list[Completion]
+) -> None:
     """Append the choices of one prompt to ``into``."""
+    params = params or engine.sampling_defaults.params()
     parts: list[list[Output]] = [[] for _ in range(params.n)]
     async with engine.generate(await _encode(engine, prompt), params) as generation:
         async for output in generation:
@@ -389,6 +543,28 @@ async def _complete(engine: Engine, prompt: Prompt, params: SamplingParams, into
         )
         for choice in parts
     ]
+
+
+def _to_turn(completion: Completion, how: Reading) -> ChatTurn:
+    parts: list[Part] = [Text(completion.text)]
+    if how.parser is not None:
+        parser = how.parser()
+        parts = [*parser.push(completion.text), *parser.finish()]
+    arguments: dict[int, str] = {}
+    for part in parts:
+        if isinstance(part, CallArguments):
+            arguments[part.index] = arguments.get(part.index, "") + part.text
+    begun = [part for part in parts if isinstance(part, CallBegin)]
+    calls = [FunctionCall(part.id, part.name, arguments.get(part.index, "")) for part in begun]
+    reason = completion.finish_reason
+    return ChatTurn(
+        content="".join(part.text for part in parts if isinstance(part, Text)),
+        reasoning="".join(part.text for part in parts if isinstance(part, Reasoning)),
+        tool_calls=calls,
+        finish_reason="tool_calls" if calls and reason == "stop" else reason,
+        token_ids=completion.token_ids,
+        num_prompt_tokens=completion.num_prompt_tokens,
+    )
 
 
 def _to_generate_output(output: Output) -> GenerateOutput:

@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 MAX_QUEUED = 10_000
@@ -86,35 +87,43 @@ _RESERVED = _STANDARD - {"exc_info", "stack_info"} | {"level", "event", "extra",
 """Keys that `logging` and structlog use themselves; a value of such a name gets an underscore behind it."""
 
 
+def _shows_traceback(record: logging.LogRecord) -> bool:
+    """Return whether a record's traceback is written: those below error, such as a child's, at debug only."""
+    return record.levelno >= logging.ERROR or logging.getLogger("ullm").isEnabledFor(logging.DEBUG)
+
+
 class KeyValueFormatter(logging.Formatter):
-    """Lines such as ``12:00:00.123 info  ullm.actors.router  replica down  replica=0``."""
+    """Lines such as ``2026-01-31T12:00:00.123+01:00 info    ullm.actors.router  replica down  replica=0``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line for a record, and its traceback if there is one."""
-        clock = self.formatTime(record, "%H:%M:%S") + f".{int(record.msecs):03d}"
+        clock = _date(record)
         pairs = " ".join(f"{key}={value!s}" for key, value in _extras(record).items())
         line = f"{clock} {record.levelname.lower():7} {record.name}  {record.getMessage()}  {pairs}".rstrip()
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        if record.exc_info and _shows_traceback(record):
+            line += f"\n{self.formatException(record.exc_info)}"
+        return line
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object per record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return an object with ``time`` (seconds since 1970), ``level``, ``logger``, ``event`` and values.
+        """Return an object with ``time`` (s since 1970), ``date``, ``level``, ``logger``, ``event``, values.
 
         Values are the record's extra attributes, and arguments that its message names: `ullm.supervision`,
         which knows nothing of this module, logs ``"child failed  child=%(child)s", {"child": "a"}``.
         """
         body: dict[str, Any] = {
             "time": record.created,
+            "date": _date(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": _event(record),
             **(record.args if isinstance(record.args, Mapping) else {}),
             **_extras(record),
         }
-        if record.exc_info:
+        if record.exc_info and _shows_traceback(record):
             body["exception"] = self.formatException(record.exc_info)
         return json.dumps(body, default=str)
 
@@ -167,9 +176,8 @@ def flush(seconds: float) -> None:
             handler.flush(seconds)
 
 
-def _stderr_handler(*, as_json: bool) -> logging.Handler:
-    """Return the handler for stderr; a worker, which logs JSON and may end at any moment, writes at once."""
-    if not as_json:
+def _stderr_handler(*, at_once: bool) -> logging.Handler:
+    if not at_once:
         try:
             return PatientWriter(sys.stderr.fileno())
         except (AttributeError, OSError, ValueError):  # stderr was replaced by something that is not a file
@@ -177,14 +185,15 @@ def _stderr_handler(*, as_json: bool) -> logging.Handler:
     return logging.StreamHandler(sys.stderr)
 
 
-def configure(level: str = "info", *, as_json: bool = False) -> None:
+def configure(level: str = "info", *, as_json: bool = False, at_once: bool = False) -> None:
     """Send the logs of ullm to stderr; called by entry points, never by the library.
 
     Args:
         level: lines below it are dropped: debug, info, warning or error.
         as_json: write one JSON object per line, not text.
+        at_once: write each line before going on, as a worker does, which may end at any moment.
     """
-    handler = _stderr_handler(as_json=as_json)
+    handler = _stderr_handler(at_once=at_once)
     handler.setFormatter(JsonFormatter() if as_json else KeyValueFormatter())
     root = logging.getLogger("ullm")
     root.handlers[:] = [handler]
@@ -201,10 +210,17 @@ def is_configured() -> bool:
     return handled or own.level != logging.NOTSET or not own.propagate
 
 
+def _date(record: logging.LogRecord) -> str:
+    """Return the local date and time of a record, with the zone's offset (ISO 8601)."""
+    return datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+
+
 def _event(record: logging.LogRecord) -> str:
     """Return the message, or its constant part where its arguments are values that it names."""
     return str(record.msg).partition("  ")[0] if isinstance(record.args, Mapping) else record.getMessage()
 
 
 def _extras(record: logging.LogRecord) -> dict[str, Any]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    """Return a record's values, without the private ones that other libraries give to all records."""
+    values = vars(record).items()
+    return {key: value for key, value in values if key not in _STANDARD and not key.startswith("_")}

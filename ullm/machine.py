@@ -37,6 +37,37 @@ def available_memory(process: Path = Path("/proc/self"), root: Path = CGROUP_ROO
     return max(0, min([free, *(left for group in groups if (left := _memory_left(group)) is not None)]))
 
 
+def open_memory(name: str, size: int) -> int:
+    """Return the descriptor of zeros that no folder has; the system frees them with the last that uses them.
+
+    Args:
+        name: what the system shows it by.
+
+    Raises:
+        OSError: there is no room, or the system has no such memory.
+    """
+    if sys.platform != "linux":
+        raise OSError("memory without a name is only known on Linux")
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def memory_limit(process: Path = Path("/proc/self"), root: Path = CGROUP_ROOT) -> int | None:
+    """Return the least limit of memory of this process's control groups, in bytes; None if there is none.
+
+    Args:
+        process: the process's folder in /proc.
+        root: a group that counts in any case.
+    """
+    groups = {*_groups(process, "memory"), root}
+    return min((limit for group in groups if (limit := _memory_limit(group)) is not None), default=None)
+
+
 def usable_cores() -> int:
     """Return how many threads can compute at once: the cores that affinity and quotas leave, at least one.
 
@@ -161,13 +192,21 @@ def _memory_left(group: Path) -> int | None:
     Reads ``memory.max``, ``memory.high``, above which the group is slowed down, and ``memory.current`` of
     version 2, and their counterparts of version 1.
     """
-    limits = [_read_int(str(group / f"memory.{name}")) for name in ("max", "high", "limit_in_bytes")]
+    limit = _memory_limit(group)
     used = [_read_int(str(group / f"memory.{name}")) for name in ("current", "usage_in_bytes")]
-    limit = min((each for each in limits if each is not None), default=None)
     in_use = next((each for each in used if each is not None), None)
     if limit is None or in_use is None:
         return None
     return limit - max(0, in_use - _inactive_files(group))
+
+
+def _memory_limit(group: Path) -> int | None:
+    limits = [_read_int(str(group / f"memory.{name}")) for name in ("max", "high", "limit_in_bytes")]
+    return min((each for each in limits if each is not None and each < _NO_LIMIT), default=None)
+
+
+_NO_LIMIT = 1 << 60
+"""Version 1 has no word for it: the limit is then the largest multiple of a page."""
 
 
 def _inactive_files(group: Path) -> int:

@@ -8,6 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from ullm.actors.block_transfer import AnyTransfer
 from ullm.actors.router import Router
 from ullm.actors.router_messages import ReplicaDown, ReplicaUp, RouterMessage, Tokens
 from ullm.config import EngineConfig
@@ -78,6 +79,9 @@ class Replica:
 
     def abort(self, seq_id: int) -> None:
         self.running.pop(seq_id, None)
+
+    def transfer(self, transfer: AnyTransfer) -> None:
+        raise AssertionError("there is no other replica to move to")
 
     async def _tell(self, message: RouterMessage) -> None:
         self._router.mailbox.send_nowait(message)

@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from cyclopts import App, Parameter
 
 from tests.benchmarks.batch.batch_command import batch
+from tests.benchmarks.chat_routing import routing
 from tests.benchmarks.compare.compare_command import compare
 from tests.benchmarks.disturbance.disturbance_command import disturbance
 from tests.benchmarks.events import events
 from tests.benchmarks.front_end import front_end
+from tests.benchmarks.holds import holds
+from tests.benchmarks.migration import migration
 from tests.benchmarks.offline.defaults_command import defaults
 from tests.benchmarks.offline.offline_command import offline
 from tests.benchmarks.pauses import pauses
+from tests.benchmarks.perplexity.perplexity_command import perplexity
+from tests.benchmarks.simulation.simulate_command import simulate
 from tests.benchmarks.soak.soak_command import soak
 from tests.benchmarks.startup import startup
 from ullm.cli.exit_status import run_command_line
@@ -27,7 +32,23 @@ app = App(
     result_action="return_value",
     default_parameter=Parameter(allow_repeating=True),
 )
-for command in (batch, compare, defaults, disturbance, events, front_end, offline, pauses, soak, startup):
+for command in (
+    batch,
+    compare,
+    defaults,
+    disturbance,
+    events,
+    front_end,
+    holds,
+    migration,
+    offline,
+    pauses,
+    perplexity,
+    routing,
+    simulate,
+    soak,
+    startup,
+):
     app.command(command)
 
 

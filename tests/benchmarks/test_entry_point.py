@@ -6,7 +6,10 @@ import pytest
 
 from tests.benchmarks.command_line import main
 
-NAMES = "batch compare defaults disturbance events front-end offline pauses soak startup".split()
+NAMES = (
+    "batch compare defaults disturbance events front-end holds migration offline pauses perplexity soak "
+    "startup".split()
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,6 +40,11 @@ def test_every_benchmark_has_help(name: str, capsys: pytest.CaptureFixture[str])
         ("events --only nope", "--only 'nope'"),
         ("startup --contexts 512,x", "--contexts 512,x"),
         ("front-end --streams 0", "--streams must be at least 1"),
+        ("migration --rounds 0", "--context 1500 --tokens 500 --rounds 0: at least 1 each"),
+        ("holds --patience 0", "--patience must be above 0"),
+        ("holds --tree no/such", "--tree no/such: no folder ullm in it"),
+        ("perplexity --tokens 0", "--tokens must be at least 1, got 0"),
+        ("perplexity --only Q9_0", "--only Q9_0: expected some of Q4_0, Q4_1"),
         ("pauses --rounds 0", "--rounds must be at least 1"),
     ],
 )

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ullm.cli.backend import StreamedAnswer
 from ullm.cli.chat import Chat, Conversation, Leave
+from ullm.cli.interrupts import Interrupted
 from ullm.errors import PromptTooLong
 from ullm.sampling import SamplingParams
 
@@ -95,7 +96,7 @@ async def test_a_refused_question_is_forgotten(out: Console, capsys: pytest.Capt
     conversation = Conversation(SamplingParams())
     assert await Chat(backend, conversation, reader("too long"), out).run() == 1
     assert conversation.messages() == []
-    assert "error: the prompt has 9 tokens" in capsys.readouterr().err
+    assert "However, the prompt has 9 tokens" in capsys.readouterr().err
 
 
 async def test_interrupt_stops_the_answer_and_not_the_program(out: Console) -> None:
@@ -129,6 +130,24 @@ def test_interrupt_while_waiting_asks_once_on_a_terminal() -> None:
     assert chat.interrupt() is True
     assert "Ctrl-C again" in written(terminal)
     assert chat.interrupt() is False
+
+
+async def test_ctrl_c_at_an_empty_line_asks_again_once() -> None:
+    typed = iter([Interrupted, "hi", Interrupted, Interrupted])
+    shown: list[str] = []
+
+    def read(prompt: str) -> str:
+        shown.append(prompt)
+        if (line := next(typed)) is Interrupted:
+            raise Interrupted
+        return str(line)
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    backend = Echo()
+    assert await Chat(backend, Conversation(SamplingParams()), read, terminal).run() == 130
+    assert len(backend.asked) == 1
+    assert written(terminal).count("Ctrl-C again") == 2
+    assert len(shown) == 4
 
 
 def test_interrupt_without_a_terminal_ends_at_once(out: Console) -> None:

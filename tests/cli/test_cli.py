@@ -18,7 +18,7 @@ import pytest
 import ullm
 from tests.support.server import starting_servers
 from ullm.cli.app import main
-from ullm.testing import write_scripted_model
+from ullm.testing import write_scripted_model, write_tiny_model
 
 pytestmark = pytest.mark.process
 REPOSITORY = Path(__file__).parents[2]
@@ -73,9 +73,24 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert "Usage: ullm" in capsys.readouterr().out
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([flag]) == 0
     assert capsys.readouterr().out.strip() == ullm.__version__
+
+
+@pytest.mark.parametrize("words", [[], ["serve"], ["bench", "engine"]])
+def test_help_is_a_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", *words]) == 0
+    shown = capsys.readouterr().out
+    assert main([*words, "--help"]) == 0
+    assert shown == capsys.readouterr().out
+    assert "Usage: ullm" in shown
+
+
+def test_help_of_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "nope"]) == 2
+    assert "nope" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -90,11 +105,46 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--dtype", "float12"], "--dtype"),
         (["serve", "one", "--model", "two"], "named twice"),
         (["generate"], "needs a prompt"),
+        (["serve", "--port", "8510.6"], '"8510.6" is not a whole number'),
+        (["serve", "--max-bs=0.5"], '"0.5" is not a whole number'),
+        (["bench", "serve", "--requests", "1.5"], '"1.5" is not a whole number'),
+        (["chaos", "--faults", "1.5"], '"1.5" is not a whole number'),
         (["generate", "--nope"], "unknown option: --nope"),
+        (["generate", "-x"], "unknown option: -x"),
+        (["generate", "--nope=a b"], "unknown option: --nope=a b"),
+        (["generate", "--", " "], "the prompt is empty"),
+        (
+            ["generate", "--", "one", "two"],
+            "unexpected argument two; put a prompt of several words in quotes",
+        ),
+        (
+            ["generate", "Why", "is", "it"],
+            "unexpected arguments is it; put a prompt of several words in quotes",
+        ),
         (["generate", " "], "the prompt is empty"),
         (["bench", "serve", "--concurrency", "0"], "--concurrency"),
         (["chaos", "--kinds", "worker,nope"], "--kinds nope"),
         (["bench", "serve", "--url", "ftp://x"], "--url"),
+        (["serve", "--transport", "thread", "--tp-size", "2"], "use --transport process"),
+        (["serve", "--device-ids", "0", "--device-ids", "x"], "--device-ids 0,x"),
+        (["serve", "--port", "70000"], "--port must be from 0 to 65535"),
+        (["serve", "--faults", "nowhere:crash"], "no point 'nowhere'"),
+        (["serve", "--uds", "/x", "--port", "1"], "--uds /x takes the place of"),
+        (["chat", "--max-bs", "-1"], "--max-bs must be at least 0"),
+        (["chat", "--top-p", "7"], "top_p must be"),
+        (["generate", "hi", "--temperature", "-1"], "temperature must be"),
+        (["generate", "hi", "--block-size", "0"], "--block-size must be at least 1"),
+        (["bench", "engine", "--max-bs", "-1"], "--max-bs must be at least 0"),
+        (["bench", "engine", "--top-p", "7"], "--top-p must be above 0"),
+        (["run-batch", "in", "-o", "out", "--max-choices", "0"], "--max-choices must be at least 1"),
+        (["pull", "--revision", "a", "--nope"], "Unknown option"),
+        (["doctor", "--port", "70000"], "--port must be from 0 to 65535"),
+        (["doctor", "--dtype", "float32"], "only for a model"),
+        (["list", "extra"], "unexpected argument extra"),
+        (["show"], "requires an argument"),
+        (["rm"], "rm needs what to remove"),
+        (["help", "nope"], "nope"),
+        (["completion", "powershell"], "bash"),
     ],
 )
 def test_usage_errors(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,14 +158,12 @@ def test_usage_errors(arguments: list[str], says: str, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["serve", "--transport", "thread", "--tp-size", "2"], "use --transport process"),
-        (["serve", "--device-ids", "0", "--device-ids", "x"], "--device-ids 0,x"),
-        (["serve", "--port", "70000"], "--port must be from 0 to 65535"),
-        (["generate", "hi", "--temperature", "-1"], "temperature must be"),
         (["generate", "hi", "--model", "/nothing"], "/nothing: no such folder"),
         (["pull", "/nothing"], "/nothing: no such folder"),
         (["generate", "hi", "--url", "http://127.0.0.1:1"], "is a server running there?"),
         (["bench", "serve", "--url", "http://127.0.0.1:1"], "is a server running there?"),
+        (["bench", "serve", "--output", "/nowhere/report"], "/nowhere/report: No such file or directory"),
+        (["bench", "engine", "--output", "/"], "/: Is a directory"),
     ],
 )
 def test_what_cannot_be_done(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +177,7 @@ def test_a_variable_that_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ULLM_MAX_BS", "many")
-    assert main(["generate", "hi"]) == 1
+    assert main(["generate", "hi"]) == 2
     assert "ULLM_MAX_BS='many'" in capsys.readouterr().err
 
 
@@ -170,6 +218,34 @@ def test_optimized_bytecode_changes_nothing(scripted: list[str], level: str) -> 
     assert "--max-tokens" in shown.stdout
 
 
+def test_piped_text_goes_before_the_prompt(scripted: list[str]) -> None:
+    """The scripted model's answer depends on every token of its prompt."""
+    options = [*scripted, "--max-tokens", "5"]
+    joined = run("generate", "Summarise.", *options, stdin="Grüße\n")
+    assert joined.returncode == 0, joined.stderr
+    assert joined.stdout == run("generate", "Grüße\n\nSummarise.", *options).stdout
+    assert joined.stdout == run("generate", "Summarise.", *options, stdin="Grüße\n", LC_ALL="C").stdout
+    assert joined.stdout != run("generate", "Summarise.", *options).stdout
+    alone = run("generate", *options, stdin="Grüße")
+    assert alone.stdout == run("generate", "Grüße", *options).stdout
+
+
+def test_utf_8_whatever_the_locale(scripted: list[str]) -> None:
+    several = [*scripted, "--max-tokens", "200", "--ignore-eos"]
+    done = run("generate", "hello", *several)
+    environ = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert run("generate", "hello", *several, **environ).stdout == done.stdout
+    assert not done.stdout.isascii()
+
+
+def test_empty_variables_count_as_unset(scripted: list[str], tmp_path: Path) -> None:
+    names = ("ULLM_MODEL", "ULLM_CACHE", "ULLM_LOG_LEVEL", "ULLM_FAULTS", "ULLM_SCRIPTED_STEP_SECONDS")
+    environ = dict.fromkeys((*names, "ULLM_API_KEY", "HF_HOME", "HF_HUB_CACHE"), "")
+    done = run("generate", "hello", *scripted, "--max-tokens", "5", **environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
 def test_characters_that_the_terminal_lacks_are_replaced(scripted: list[str]) -> None:
     several = [*scripted, "--max-tokens", "200", "--ignore-eos"]
     done = run("generate", "hello", *several)
@@ -188,7 +264,7 @@ def test_a_prompt_on_stdin_in_another_encoding_is_told(scripted: list[str]) -> N
 def test_generate_says_why_a_prompt_is_refused(scripted: list[str]) -> None:
     done = run("generate", "hello " * 100, *scripted, "--context-len", "16")
     assert done.returncode == 1
-    assert "context is 16 tokens" in one_error_line(done)
+    assert "maximum context length is 16 tokens" in one_error_line(done)
 
 
 def test_generate_into_a_closed_pipe(scripted: list[str]) -> None:
@@ -237,10 +313,25 @@ def test_pull_prints_where_the_model_is(scripted: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{folder}\n"
     assert "MB" in done.stderr
+    assert "runs          not at all" in done.stderr, "a script is no model"
+
+
+def test_doctor_of_a_model(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    done = run("doctor", str(tmp_path), "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    assert "architecture  LlamaForCausalLM\nruns          natively\n" in done.stdout
+    assert "equal to transformers on 16 tokens" in done.stdout
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 0}))
+    done = run("doctor", str(tmp_path), "--json")
+    assert (done.returncode, json.loads(done.stdout)["runs"]) == (1, "refused")
+    done = run("doctor", "--dtype", "float32")
+    assert (done.returncode, "only for a model" in done.stderr) == (2, True)
 
 
 def test_doctor(tmp_path: Path) -> None:
-    done = run("doctor", "--json", ULLM_CACHE=str(tmp_path))
+    done = run("doctor", "--json", ULLM_CACHE=str(tmp_path), CXX="/no/compiler")
     report = json.loads(done.stdout)
     assert done.returncode == (0 if report["healthy"] else 1)
     assert report["data"]["torch"]["gflops"]["cpu"]["float32"] > 0
@@ -346,33 +437,40 @@ def test_a_signal_while_starting(scripted: list[str]) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there are no pseudo-terminals there")
-def test_chat_on_a_terminal(scripted: list[str]) -> None:
+def test_chat_on_a_terminal(scripted: list[str], tmp_path: Path) -> None:
     import pty
     import termios
 
     master, slave = pty.openpty()
     before = termios.tcgetattr(slave)
     arguments = command("chat", *scripted, "--max-tokens", "3000", "--ignore-eos")
-    environ = {**os.environ, "ULLM_SCRIPTED_STEP_SECONDS": "0.02", "TERM": "dumb"}
+    environ = {
+        **os.environ, "ULLM_SCRIPTED_STEP_SECONDS": "0.02", "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1",
+        "ULLM_CACHE": str(tmp_path / "cache"),
+    }  # fmt: skip
     process = subprocess.Popen(
         arguments, stdin=slave, stdout=slave, stderr=slave, cwd=REPOSITORY, env=environ
     )
     try:
-        read_until(master, "› ")
-        os.write(master, b"hello\n")
-        read_until(master, "hello")  # the terminal's echo
-        read_until(master, "\n")
+        read_until(master, "\x1b[?2004h")  # pastes are asked to be marked
+        read_until(master, "›")
+        os.write(master, b"not this\x03\x1b[200~hello\nthere\x1b[201~\r")
+        read_until(master, "there")
+        read_until(master, "\x1b[?2004l")
         answer = b""
         while len(answer) < 20:
             answer += os.read(master, 1)
         process.send_signal(signal.SIGINT)
         read_until(master, "stopped")
-        read_until(master, "› ")
-        process.send_signal(signal.SIGINT)
+        read_until(master, "›")
+        os.write(master, b"\x03")
         read_until(master, "Ctrl-C again")
+        read_until(master, "›")
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT) == 128 + signal.SIGINT
         assert termios.tcgetattr(slave) == before
+        kept = (tmp_path / "cache" / "history" / "chat").read_text()
+        assert [line for line in kept.splitlines() if line.startswith("+")] == ["+hello", "+there"]
     finally:
         process.kill()
         process.wait()

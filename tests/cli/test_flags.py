@@ -11,7 +11,6 @@ import pytest
 
 from ullm.cli import options_doc as configdoc
 from ullm.cli.flags import (
-    SAMPLING_FIELDS,
     build,
     docstring_arguments,
     engine_options,
@@ -21,7 +20,8 @@ from ullm.cli.flags import (
     with_options,
 )
 from ullm.config import EngineConfig, ServerConfig
-from ullm.errors import ConfigError, InvalidParameter
+from ullm.errors import ConfigError
+from ullm.hosting.config_sources import SAMPLING_FIELDS
 from ullm.sampling import SamplingParams
 
 
@@ -89,7 +89,7 @@ def test_sampling_params() -> None:
     assert params.stop_strings == ("a,b", "c")
     assert params.stop_token_ids == (1, 2)
     assert (params.temperature, params.max_tokens) == (0.0, 3)
-    with pytest.raises(InvalidParameter, match="top_p"):
+    with pytest.raises(ConfigError, match="top_p"):
         sampling_params({"top_p": 3.0}, {})
 
 

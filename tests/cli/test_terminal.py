@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from ullm.cli import doctor, pull
+import ullm
+from ullm.cli import doctor, pull, surroundings
 from ullm.cli.distribution import warning
 from ullm.cli.terminal import progress_bar
 from ullm.config import ServerConfig
@@ -56,9 +58,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         },
     }  # fmt: skip
     monkeypatch.setattr(doctor, "probe_torch", lambda: (torch, None))
+    kernels = {"crashed": False, "variant": "AVX2", "seconds": 31.0, "errors": {"linear float32": 0.002}}
+    monkeypatch.setattr(doctor, "probe_kernels", lambda: {**kernels, "problem": None})
     monkeypatch.setattr(doctor, "available_memory", lambda: 8 << 30)
+    monkeypatch.setattr(doctor, "memory_limit", lambda: 2 << 30)
+    monkeypatch.setattr(doctor, "cpu_quota", lambda: 1.5)
     monkeypatch.setattr(doctor, "cached_models", lambda: [{"name": "m", "bytes": 10**6, "intact": False}])
     monkeypatch.setattr(doctor, "port_is_free", lambda host, port: True)
+    monkeypatch.setattr(doctor.surroundings, "hub_state", lambda: {"url": "https://hub", "problem": None})
+    monkeypatch.setattr(doctor.surroundings, "cache_sizes", lambda: {"hub": 2_000_000, "tuning": 500})
     return monkeypatch
 
 
@@ -70,10 +78,44 @@ def found(diagnosis: doctor.Diagnosis, name: str) -> doctor.Check:
 def test_all_is_well(machine: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.doctor(ServerConfig(), as_json=False) == 0
     diagnosis = doctor.diagnose(ServerConfig())
-    assert "fast in float32, bfloat16 (100, 400, 3 GFLOP/s)" in found(diagnosis, "cpu").detail
+    assert (
+        "GFLOP/s: float32 100, bfloat16 400, float16 3.0; fast in float32, bfloat16"
+        in found(diagnosis, "cpu").detail
+    )
     assert "1.0 GiB of 2.0 GiB free" in found(diagnosis, "cuda:0").detail
     assert found(diagnosis, "models").detail == "m (1 MB, damaged)"
-    assert "fast in float32" in " ".join(capsys.readouterr().out.split())
+    assert (
+        found(diagnosis, "kernels").detail
+        == "use AVX2; compiled in 31 s; compute as PyTorch does, within 0.2%"
+    )
+    assert found(diagnosis, "limits").detail == "memory 2.0 GiB, 1.5 cores"
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "fast in float32" in shown
+    assert "For a bug report, paste all of this" in shown
+
+
+@pytest.mark.parametrize(
+    ("report", "status", "says"),
+    [
+        ({"crashed": True, "problem": "was ended by SIGILL"}, "fail", "SIGILL; use --no-cpu-kernels"),
+        ({"crashed": False, "problem": "they compute wrongly: x", "errors": {"x": 1.0}}, "fail", "wrongly"),
+        ({"crashed": False, "problem": "c++ could not compile them", "errors": {}}, "warn", "could not"),
+    ],
+)
+def test_kernels_that_do_not_work(
+    report: dict[str, object], status: str, says: str, machine: pytest.MonkeyPatch
+) -> None:
+    machine.setattr(doctor, "probe_kernels", lambda: report)
+    check = found(doctor.diagnose(ServerConfig()), "kernels")
+    assert check.status == status
+    assert says in check.detail
+
+
+def test_without_limits(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(doctor, "memory_limit", lambda: None)
+    assert found(doctor.diagnose(ServerConfig()), "limits").detail == "memory not limited, 1.5 cores"
+    machine.setattr(doctor, "cpu_quota", lambda: None)
+    assert "no container or control group" in found(doctor.diagnose(ServerConfig()), "limits").detail
 
 
 def test_torch_that_cannot_be_imported(machine: pytest.MonkeyPatch) -> None:
@@ -114,3 +156,36 @@ def test_another_project_of_the_same_name_is_named(machine: pytest.MonkeyPatch, 
     check = found(doctor.diagnose(ServerConfig()), "distribution")
     assert check.status == "warn"
     assert check.detail == warning("0.3")
+
+
+def test_what_surrounds_it_is_told_without_keys(machine: pytest.MonkeyPatch) -> None:
+    machine.setenv("ULLM_PORT", "81")
+    machine.setenv("ULLM_API_KEY", "hunter2")
+    machine.setenv("ULLM_MODEL", "")
+    diagnosis = doctor.diagnose(ServerConfig())
+    assert found(diagnosis, "system").detail.startswith(f"ullm {ullm.__version__}, ")
+    told = found(diagnosis, "variables").detail
+    assert "ULLM_API_KEY=(hidden)" in told
+    assert "ULLM_PORT=81" in told
+    assert "ULLM_MODEL" not in told
+    assert "hunter2" not in str(diagnosis)
+    assert found(diagnosis, "caches").detail == "hub 2.0 MB, tuning 0.5 kB; ullm list shows more"
+    assert found(diagnosis, "hub").detail == "https://hub in reach"
+
+
+def test_a_hub_out_of_reach_only_warns(machine: pytest.MonkeyPatch) -> None:
+    problem = {"url": "https://hub", "problem": "no answer within 2 s"}
+    machine.setattr(doctor.surroundings, "hub_state", lambda: problem)
+    diagnosis = doctor.diagnose(ServerConfig())
+    assert diagnosis.healthy
+    assert found(diagnosis, "hub").status == "warn"
+
+
+def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    answer = threading.Event()
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: answer.wait(60) and None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert surroundings.hub_state(0.01)["problem"] == "no answer within 0.01 s"
+    answer.set()

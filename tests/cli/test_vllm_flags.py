@@ -26,7 +26,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         ("--max-model-len 512", {"context_len": 512}),
         ("--max-num-seqs 8", {"max_bs": 8}),
         ("--tensor-parallel-size 2", {"tp_size": 2}),
-        ("--pipeline-parallel-size 1", {"pp_size": 1}),
+        ("--pipeline-parallel-size 2", {"pp_size": 2}),
+        ("--master-addr 127.0.0.2 --master-port 5000", {"master_addr": "127.0.0.2", "nccl_port": 5000}),
         ("-tp 2 -pp 1 -dp=3", {"tp_size": 2, "pp_size": 1, "replicas": 3}),
         ("--data-parallel-size 3", {"replicas": 3}),
         ("--num-speculative-tokens 4", {"speculate": 4}),
@@ -34,6 +35,11 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         ("--kv-cache-memory-bytes 4096", {"kv_cache_memory": 4096}),
         ("--no-enable-prefix-caching", {"prefix_cache": False}),
         ("--served-model-name a --served-model-name b,c", {"served_model_name": ("a", "b", "c")}),
+        ("--model m --served-model-name a b", {"model": "m", "served_model_name": ("a", "b")}),
+        ("m --served-model-name a b -tp 2", {"model": "m", "served_model_name": ("a", "b"), "tp_size": 2}),
+        ("--served-model-name a m", {"model": "m", "served_model_name": ("a",)}),
+        ("--enable-lora --lora-modules a=x b=y m", {"model": "m", "lora": ("a=x", "b=y")}),
+        ("m --lora a=x --lora b=y,c=z", {"model": "m", "lora": ("a=x", "b=y", "c=z")}),
         ("--max-model-len 5 --context-len 6", {"context_len": 6}),
         ("--max-bs 5 --max-bs 6", {"max_bs": 6}),
         ("--enforce-eager --no-enforce-eager", {}),
@@ -54,13 +60,6 @@ def test_refusals_say_what_to_use(
     assert main(["serve", *written.format(flag).split()]) == 2
     assert capsys.readouterr().err == f"error: {flag} is an option of vLLM: {REFUSED[flag]}\n"
     assert served == []
-
-
-@pytest.mark.parametrize("alias", ["--pipeline-parallel-size", "-pp"])
-def test_pipeline_stages_are_refused(capsys: pytest.CaptureFixture[str], alias: str) -> None:
-    assert main(["serve", alias, "2"]) == 1
-    expected = f"error: {alias} (--pp-size) above 1 is not supported yet; use --tp-size\n"
-    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests.docs.docstrings import markdown, parse, sentence
 from ullm.errors import EngineDead, RequestError, UllmError, UsageError
 
 START = frozenset(
-    {"ConfigError", "UsageError", "PortTaken", "StartCancelled"}
+    {"ConfigError", "ResourceUnavailable", "UsageError", "PortTaken", "StartCancelled"}
     | {"ModelError", "ModelNotFound", "ModelFileBroken", "ModelUnsupported", "OutOfMemory"}
 )
 """Errors that keep a command from starting, beside those of the model."""

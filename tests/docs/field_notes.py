@@ -14,6 +14,10 @@ NOTES: Mapping[Place, str] = {
     ("", "add_special_tokens"): "Add the tokenizer's special tokens to a text; default: true",
     ("", "add_generation_prompt"): "Have the chat template begin the assistant's turn; default: true",
     ("", "chat_template_kwargs"): "Further variables for the chat template",
+    ("", "continue_final_message"): "Leave the last message open, and go on in it; default: false",
+    ("", "documents"): "Documents for the chat template",
+    ("", "chat_template"): "A Jinja template that replaces the model's own; needs "
+    "`--trust-request-chat-template`",
     ("", "messages"): "The conversation; roles are system, developer, user, assistant and tool, content is a "
     "text or a list of text parts",
     ("", "tools"): "Functions that the chat template describes to the model; calls are not parsed out of "
@@ -27,6 +31,8 @@ NOTES: Mapping[Place, str] = {
     ("InferenceRequest", "prompt"): "A text",
     ("InferenceRequest", "max_new_tokens"): "Maximum number of tokens to generate; default: 128, and never "
     "beyond the end of the context",
+    ("InferenceRequest", "max_tokens"): "Another name of `max_new_tokens`",
+    ("InferenceRequest", "max_completion_tokens"): "Another name of `max_new_tokens`, which wins",
     ("ReloadRequest", "model"): "Another folder, file or hub id, with the same tokenizer; default: the same",
     ("ReloadRequest", "revision"): "Another revision of a hub model; default: the same",
     (
@@ -51,7 +57,8 @@ NOTES: Mapping[Place, str] = {
     ("BackendInfo", "state"): "As in [Health](#health)",
     ("BackendInfo", "transport"): "What a worker is: process, thread or ray",
     ("BackendInfo", "replicas"): "How many",
-    ("BackendInfo", "tp_size"): "Ranks per replica",
+    ("BackendInfo", "tp_size"): "Ranks that share each layer of a replica",
+    ("BackendInfo", "pp_size"): "Stages that a replica's layers are in; it has as many times `tp_size` ranks",
     ("Tokenized", "tokens"): "Token ids",
     ("Tokenized", "count"): "How many",
     ("Tokenized", "max_model_len"): "Tokens of prompt and output together that fit into the context",

@@ -15,7 +15,10 @@ from ullm.engine import status
 from ullm.sampling import SamplingParams
 from ullm.server.api import responses, schemas
 from ullm.server.api.fields import FIELDS, REFUSED, FieldRule
+from ullm.server.api.message_requests import MessagesRequest
 from ullm.server.api.openapi import DESCRIPTIONS
+from ullm.server.api.pooling_schemas import EmbeddingsRequest, RerankRequest, ScoreRequest
+from ullm.server.api.response_requests import ResponsesRequest
 from ullm.server.routes.table import ROUTES
 
 Struct = type[msgspec.Struct]
@@ -37,6 +40,7 @@ ANSWERS: tuple[Struct, ...] = (
     status.SleepHealth,
     status.ReloadReport,
     responses.Sleeping,
+    responses.Load,
     responses.BackendInfo,
     responses.Tokenized,
     responses.Detokenized,
@@ -83,6 +87,31 @@ def chat_fields() -> str:
 def completion_fields() -> str:
     """Return the fields of a completion, with those that only OpenAI's API has."""
     return _request_table(schemas.CompletionRequest)
+
+
+def response_fields() -> str:
+    """Return the fields of a response, with those that only OpenAI's API has."""
+    return _request_table(ResponsesRequest)
+
+
+def message_fields() -> str:
+    """Return the fields of a message of Anthropic's API."""
+    return _request_table(MessagesRequest)
+
+
+def embedding_fields() -> str:
+    """Return the fields of a request for embeddings."""
+    return _request_table(EmbeddingsRequest)
+
+
+def score_fields() -> str:
+    """Return the fields of a request for scores."""
+    return _request_table(ScoreRequest)
+
+
+def rerank_fields() -> str:
+    """Return the fields of a request for a ranking."""
+    return _request_table(RerankRequest)
 
 
 def _request_table(schema: Struct) -> str:

@@ -6,7 +6,17 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.docs import command_line, errors, folders, http_api, metrics, python_api, vllm
+from tests.docs import (
+    architectures,
+    command_line,
+    errors,
+    folders,
+    http_api,
+    metrics,
+    mutants,
+    python_api,
+    vllm,
+)
 from ullm.cli import options_doc
 
 ROOT = Path(__file__).parents[2]
@@ -14,15 +24,22 @@ DOCS = ROOT / "docs"
 MARK = re.compile(r"(?ms)^<!-- made: (?P<name>[\w-]+) -->\n.*?^<!-- end -->$")
 
 TABLES: Mapping[str, Callable[[], str]] = {
+    "architectures": architectures.architecture_table,
     "folders": folders.folder_table,
     "layers": folders.layer_table,
     "routes": http_api.route_table,
     "chat-fields": http_api.chat_fields,
     "completion-fields": http_api.completion_fields,
+    "response-fields": http_api.response_fields,
+    "message-fields": http_api.message_fields,
+    "embedding-fields": http_api.embedding_fields,
+    "score-fields": http_api.score_fields,
+    "rerank-fields": http_api.rerank_fields,
     "other-fields": http_api.other_fields,
     "answers": http_api.answers,
     "statuses": http_api.status_table,
     "metrics": metrics.metric_table,
+    "mutants": mutants.mutant_table,
     "request-errors": errors.request_errors,
     "start-errors": errors.start_errors,
     "program-errors": errors.program_errors,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,25 @@ pytestmark = [pytest.mark.e2e, pytest.mark.process, pytest.mark.slow]
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "embedding.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+SUPERVISED = re.findall(
+    r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```",
+    (PAGE.parent / "supervising.md").read_text("utf-8"),
+    re.DOTALL,
+)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
+@pytest.mark.parametrize(("program", "printed"), SUPERVISED, ids=["words", "processes", "till", "pool"])
+def test_a_program_of_the_page_on_supervising_prints_what_it_says(program: str, printed: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
+
+
+def test_every_program_of_the_page_on_supervising_has_its_output() -> None:
+    assert len(SUPERVISED) == (PAGE.parent / "supervising.md").read_text("utf-8").count("```python\n") == 4
 
 
 @pytest.mark.parametrize("number", range(len(PROGRAMS)))

@@ -122,7 +122,7 @@ def test_only_who_has_the_key_is_served(serve: Serve, scripted_model: Path) -> N
         openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) for key in ("secret", "wrong")
     ]
     with clients[0] as friend, clients[1] as stranger:
-        assert len(list(friend.models.list())) == 1
+        assert "scripted" in {model.id for model in friend.models.list()}
         with pytest.raises(openai.AuthenticationError):
             stranger.models.list()
 

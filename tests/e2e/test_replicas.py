@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.server import SCRIPTED, Serve
+from tests.support.server import SCRIPTED, Serve, Server
 from tests.support.streams import Stream, streams, texts
 from tests.support.waiting import eventually
 
@@ -66,3 +67,33 @@ def test_a_stop_drains_all_of_them(serve: Serve, scripted_model: Path, transport
     texts(running)
     assert server.wait() == 0
     assert "9 drained, 0 aborted, 0 killed" in server.errors().splitlines()[-1]
+
+
+def test_a_limit_of_migrations(serve: Serve, scripted_model: Path) -> None:
+    """A stream ends with an event, an answer in one piece with a status."""
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--replicas", "2", "--migration-limit", "0")
+    (running,) = streams(server, 1, 3000)
+    whole = Stream(server, 3000, stream=False)
+    eventually(lambda: server.metric("ullm_num_requests_running") == 2)
+    for replica in range(2):
+        server.worker(replica).kill()
+    for each in (running.join(), whole.join()):
+        assert each.failure is not None
+        assert each.failure["code"] == "migration_limit"
+    assert (running.status, whole.status) == (200, 503)
+    texts([Stream(server, 20)])
+
+
+def is_up(server: Server, epoch: int) -> bool:
+    replica = server.replicas()[1]
+    return bool(replica["up"]) and replica["epoch"] == epoch
+
+
+def test_a_replica_that_keeps_dying_is_on_trial(serve: Serve, scripted_model: Path) -> None:
+    server = serve("--model", str(scripted_model), *SCRIPTED, "--replicas", "2")
+    for epoch in (2, 3):
+        server.worker(1).kill()
+        eventually(partial(is_up, server, epoch))
+    assert [replica["breaker"] for replica in server.replicas()] == ["closed", "half_open"]
+    texts(streams(server, 4, TOKENS))
+    eventually(lambda: server.replicas()[1]["breaker"] == "closed")

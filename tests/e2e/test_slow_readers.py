@@ -30,9 +30,8 @@ def raw_client(server: Server, max_tokens: int, prompt: int = 300) -> Iterator[s
     host, port = server.url.removeprefix("http://").split(":")
     body = {"prompt": [prompt, 301], "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
     content = json.dumps({**body, "stream": True}).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    )
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += "Connection: close\r\n"
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(30)

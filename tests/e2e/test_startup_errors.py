@@ -1,4 +1,4 @@
-"""What cannot start says why in one line, with exit status 1, within seconds, and leaves nothing."""
+"""What cannot start says why in one line, with exit status 1 or 2, within seconds, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ullm.testing import write_scripted_model, write_tiny_model
 pytestmark = pytest.mark.process
 
 
-def start(*arguments: str, port: int = 0, warnings: bool = False) -> str:
+def start(*arguments: str, port: int = 0, warnings: bool = False, status: int = 1) -> str:
     """Run a server that cannot start; the one line that it says.
 
     Args:
@@ -30,7 +30,7 @@ def start(*arguments: str, port: int = 0, warnings: bool = False) -> str:
         text=True,
         timeout=60,
     )
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == status, done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 or warnings, done.stderr
     assert "Traceback" not in done.stderr
@@ -90,7 +90,7 @@ MORE_DAMAGES = [
     (scramble, ["model.safetensors"]),
     (lambda folder: (folder / "model.safetensors").unlink(), ["safetensors"]),
     (lambda folder: change_config(folder, num_hidden_layers=3), ["model.layers.2"]),
-    (lambda folder: change_config(folder, quantization_config={"quant_method": "awq"}), ["awq"]),
+    (lambda folder: change_config(folder, quantization_config={"quant_method": "hqq"}), ["hqq"]),
     (lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["tokenizer"]),
     (brackets, ["config.json", "nested too deeply"]),
@@ -116,14 +116,23 @@ def test_a_damaged_model(tmp_path: Path, damage: Callable[[Path], object], says:
         (["--kv-cache-memory", "100"], "one block"),
         pytest.param(["--dtype", "bfloat16", "--num-blocks", "999999999"], "memory", marks=pytest.mark.slow),
         pytest.param(["--device", "cuda"], "cuda", marks=pytest.mark.slow),
-        pytest.param(["--tp-size", "3"], "3", marks=pytest.mark.slow),
-        (["--context-len", "0"], "--context-len"),
-        (["--max-bs", "64", "--max-num-batched-tokens", "8"], "--max-num-batched-tokens"),
+        pytest.param(["--tp-size", "5"], "5", marks=pytest.mark.slow),
         pytest.param(["--runner", "nowhere:Nothing"], "nowhere:Nothing", marks=pytest.mark.slow),
     ],
 )
 def test_options_that_cannot_work(tiny_model: Path, options: list[str], says: str) -> None:
     assert says.lower() in start("--model", str(tiny_model), *options).lower()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--context-len", "0"], "--context-len"),
+        (["--max-bs", "64", "--max-num-batched-tokens", "8"], "--max-num-batched-tokens"),
+    ],
+)
+def test_options_that_are_wrong_wherever_they_are_given(options: list[str], says: str) -> None:
+    assert says in start("--model", "/nothing", *options, status=2)
 
 
 def test_a_taken_port_is_known_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ullm.engine import calibration
 from ullm.engine.calibration import calibrate_for_next_start, is_wanted
 from ullm.engine.fleet import Fleet
 from ullm.faults import FaultInjector
+from ullm.hub import LocalModel
 from ullm.hub.tuning import write_tuning
 from ullm.protocol.messages import ModelInfo
 
@@ -83,13 +84,13 @@ async def test_every_replica_gets_the_one_choice_that_the_engine_has_made() -> N
     write_tuning(CONFIG, "/m", tuning)
     config = replace(CONFIG, replicas=2)
     fleet = Fleet(config, Router(config, FaultInjector()), unused, lambda _: None, FaultInjector())
-    fleet.specs("/m")
+    fleet.specs(LocalModel("m", Path("/m"), {}, Path("/m")))
     assert [replica.group.tuning for replica in fleet.replicas] == [tuning, tuning]
     write_tuning(CONFIG, "/m", Tuning(16))  # by another process, meanwhile
     assert fleet.tuning == tuning
     switched_off = replace(config, cpu_calibration=False)
     plain = Fleet(switched_off, Router(config, FaultInjector()), unused, lambda _: None, FaultInjector())
-    plain.specs("/m")
+    plain.specs(LocalModel("m", Path("/m"), {}, Path("/m")))
     assert plain.tuning == Tuning()
 
 

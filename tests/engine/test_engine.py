@@ -38,6 +38,7 @@ from ullm.testing import (
     ScriptedSettings,
     local_model,
     scripted_tokens,
+    write_scripted_model,
 )
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
@@ -93,6 +94,63 @@ async def test_a_stop_string_ends_the_text_across_tokens(clock: MockClock, opene
         assert engine.statistics().kv_blocks_used == 0
     assert "".join(output.text for output in outputs) == text[: text.index(stop)]
     assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+async def test_a_stop_string_that_is_a_special_token_stops(
+    clock: MockClock, opened: Open, tmp_path: Path, include: bool, skip: bool
+) -> None:
+    """Both tokens of this model are special: <|im_start|>, and an end of sequence that is ignored."""
+    folder = write_scripted_model(tmp_path, first_token=1, vocab_size=3)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=40,
+        stop=["x", "<|im_start|>"],
+        ignore_eos=True,
+        include_stop_str_in_output=include,
+        skip_special_tokens=skip,
+    )
+    async with opened(find_model=lambda config: local_model(folder), model=str(folder)) as (engine, _):
+        outputs = await collect(engine, [2, 2], params)
+    assert tokens_of(outputs)[-1] == 1
+    assert 1 not in tokens_of(outputs)[:-1]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", "<|im_start|>")
+    text = "".join(output.text for output in outputs)
+    assert text.endswith("<|im_start|>") == include
+    assert text.count("<|im_start|>") == include
+
+
+async def test_only_requests_of_the_same_salt_share_the_prefix_cache(clock: MockClock, opened: Open) -> None:
+    prompt = list(range(300, 340))
+
+    async def cached(salt: str | None) -> int:
+        params = SamplingParams(temperature=0, max_tokens=2, cache_salt=salt)
+        return (await collect(engine, prompt, params))[-1].num_cached_tokens
+
+    async with opened() as (engine, _):
+        assert [await cached(salt) for salt in (None, None, "a", "b", "a", None)] == [0, 32, 0, 0, 32, 32]
+
+
+async def test_bad_words_reach_the_workers_as_tokens(clock: MockClock, opened: Open) -> None:
+    async with opened() as (engine, workers):
+        await collect(engine, params=SamplingParams(max_tokens=1, bad_words="the", allowed_token_ids=[300]))
+        (new,) = [
+            new
+            for worker in workers.started
+            for message in worker.received
+            if isinstance(message, Step)
+            for new in message.new_sequences
+        ]
+        assert engine.tokenizer is not None
+        words = {engine.tokenizer.decode(word) for word in new.params.bad_word_ids}
+        assert words == {"the", " the"}
+        assert (new.params.bad_words, new.params.allowed_token_ids) == ((), (300,))
+        for field in ("allowed_token_ids", "bad_word_ids"):
+            beyond = [99_999] if field == "allowed_token_ids" else [[99_999]]
+            with pytest.raises(InvalidParameter, match=f"{field}: token id 99999") as caught:
+                await collect(engine, params=SamplingParams(**{field: beyond}))
+            assert caught.value.param == field
 
 
 async def test_text_prompts_are_encoded(clock: MockClock, opened: Open) -> None:

@@ -25,7 +25,7 @@ from ullm.errors import (
     ReloadFailed,
 )
 from ullm.hub import LocalModel, resolve
-from ullm.protocol.messages import Sleep, Start, Stop, Wake
+from ullm.protocol.messages import Sleep, Start, Step, Stop, Wake
 from ullm.sampling import SamplingParams
 from ullm.testing import (
     FakeBehaviour,
@@ -615,6 +615,66 @@ async def test_a_reload_of_several_replicas_rolls(
         for running in everyone:
             await running.done.wait()
             assert tokens_of(running.outputs) == expected
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("broken", [2, 3, 4])
+async def test_a_reload_of_several_replicas_is_all_or_nothing(
+    clock: MockClock,
+    opened: Open,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    broken: int,
+    swap: bool,
+) -> None:
+    """Whichever new worker does not come up: the old ones serve on, all of them, and nobody else does."""
+    if swap:
+        monkeypatch.setattr("ullm.engine.reload.Reloader._needs_swap", lambda self: True)
+    failing = FakeBehaviour(load_error=OutOfMemory("no memory for this one"))
+    seen = iter(range(100))
+    async with (
+        opened(
+            lambda spec: (
+                failing if next(seen) == broken else FakeBehaviour(step_seconds=STEP, load_seconds=3)
+            ),
+            replicas=3 if broken == 4 else 2,
+        ) as (engine, workers),
+        trio.open_nursery() as nursery,
+    ):
+        count = len(workers.started)
+        everyone = [BackgroundRequest() for _ in range(6)]
+        for running in everyone:
+            nursery.start_soon(running.run, engine)
+        await trio.sleep(2.5 * STEP)
+        with pytest.raises(ReloadFailed, match=r"old workers serve on: .*no memory for this one"):
+            await engine.reload()
+        for running in everyone:
+            await running.done.wait()
+            assert tokens_of(running.outputs) == expected
+        assert [replica.replica for replica in engine.health().replicas] == list(range(count))
+        assert [worker.alive() for worker in workers.started[:count]] == [True] * count
+        assert not any(worker.alive() for worker in workers.started[count:])
+        assert not any(
+            said(worker, Step)[1:] for worker in workers.started[count:]
+        )  # besides the first, empty
+        assert engine.statistics().worker_restarts_total == 0
+        new = (await engine.reload()).replicas
+        assert (len(new), min(new) > broken - 1) == (count, True)
+        assert tokens_of(await collect(engine)) == expected
+
+
+async def test_a_reload_takes_the_place_of_a_replica_that_was_given_up(
+    clock: MockClock, opened: Open, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waited for ever for the one that has gone to fall asleep."""
+    monkeypatch.setattr("ullm.engine.reload.Reloader._needs_swap", lambda self: True)
+    async with opened(replicas=2, max_restarts=0) as (engine, workers):
+        workers.started[0].die("was killed by SIGKILL")
+        await trio.sleep(STEP)
+        assert engine.health().replicas[0].state == "failed"
+        with trio.fail_after(100):
+            assert (await engine.reload()).replicas == [2, 3]
+        assert tokens_of(await collect(engine)) == expected
 
 
 async def test_a_requested_reload_needs_nobody_to_wait(clock: MockClock, opened: Open) -> None:

@@ -12,7 +12,6 @@ import pytest
 import trio
 from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
-from trio.testing import MockClock
 
 from ullm.engine import Engine, EngineState
 from ullm.errors import EngineBusy, EngineDraining, EngineNotReady, ReloadFailed
@@ -24,8 +23,8 @@ from ullm.testing import (
     ScriptedSettings,
     assert_no_token_lost,
     open_scripted_engine,
+    run_virtually,
     scripted_tokens,
-    virtual_clock,
     write_scripted_model,
 )
 
@@ -174,7 +173,7 @@ class Life:
             assert_no_token_lost(expected if whole else expected[: len(request.tokens)], request.tokens)
 
 
-async def live(model: Path, course: list[Deed], ending: str, clock: MockClock) -> None:
+async def live(model: Path, course: list[Deed], ending: str) -> None:
     workers = FakeWorkers(FakeBehaviour(step_seconds=1.0, load_seconds=3.0, wake_seconds=2.0))
     options: dict[str, Any] = {
         "max_restarts": 1000,
@@ -183,8 +182,6 @@ async def live(model: Path, course: list[Deed], ending: str, clock: MockClock) -
         "shutdown_timeout": 60.0,
     }
     async with open_scripted_engine(model, workers=workers, **options) as engine:
-        if ("reload",) not in course:
-            clock.autojump_threshold = 0.0  # no more threads, which look like idleness
         with trio.fail_after(10 * HOURS):
             async with trio.open_nursery() as nursery:
                 life = Life(model, engine, workers, nursery)
@@ -200,8 +197,7 @@ async def live(model: Path, course: list[Deed], ending: str, clock: MockClock) -
 
 def run(model: Path, course: list[Deed], ending: str) -> None:
     note(f"{course} and then {ending}")
-    clock = virtual_clock()
-    trio.run(live, model, course, ending, clock, clock=clock)
+    run_virtually(live, model, course, ending)
 
 
 given_health = settings(

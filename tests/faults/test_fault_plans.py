@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from typing import Any
 
@@ -13,7 +14,21 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from ullm.errors import ConfigError, FaultInjected
-from ullm.faults import ACTOR_ACTIONS, FRAME_ACTIONS, POINTS, WORKER_ACTIONS, Fault, FaultInjector, FaultPlan
+from ullm.faults import (
+    ACTOR_ACTIONS,
+    CHUNK_ACTIONS,
+    FRAME_ACTIONS,
+    HANDOVER_ACTIONS,
+    POINTS,
+    REQUEST_ACTIONS,
+    WORKER_ACTIONS,
+    Fault,
+    FaultInjector,
+    FaultPlan,
+    injected,
+    point,
+    point_now,
+)
 from ullm.faults.injector import HISTORY, FaultSite
 
 STEP = FaultSite("worker.step", replica=0, rank=0, epoch=1)
@@ -67,7 +82,7 @@ def faults(draw: st.DrawFn) -> Fault:
     }
     if action in ("slow", "delay", "hang", "block"):
         values["seconds"] = draw(st.none() | st.floats(1e-3, 1e6))
-    if POINTS[point] is not ACTOR_ACTIONS:
+    if point.startswith(("worker.", "frame.")):
         values |= {name: draw(st.none() | st.integers(0, 99)) for name in ("replica", "rank", "epoch")}
     if POINTS[point] is FRAME_ACTIONS:
         values["message"] = draw(st.none() | st.sampled_from(["Step", "StepResult", "Ready"]))
@@ -106,7 +121,7 @@ def test_plans_are_added_with_their_seeds() -> None:
         ("worker.step:crash@nth=1,nth=2", "'nth=2' is not an option, or is given twice"),
         ("worker.step:crash@action=hang", "'action=hang' is not an option"),
         ("worker.step:crash@wehn=3", "'wehn=3' is not an option"),
-        ("frame.to_worker:drop@message=Stepp", "no message 'Stepp'; there are Asleep"),
+        ("frame.to_worker:drop@message=Stepp", "no message 'Stepp'; there are AdapterKept, Asleep"),
         ("worker.step:crash@message=Step", "only frames can be filtered by message"),
         ("router.tokens:raise@rank=1", "cannot be filtered by rank"),
         ("seed=x", "'seed=x': Expected `int`"),
@@ -236,6 +251,10 @@ def test_what_happened_is_remembered_and_can_be_sent() -> None:
                 "rank": 0,
                 "epoch": 3,
                 "message": "Step",
+                "request": None,
+                "token": None,
+                "effect": "",
+                "recovered": None,
             }
         ],
     }
@@ -273,6 +292,35 @@ async def test_an_actor_is_slow_or_hangs(autojump_clock: MockClock) -> None:
     assert scope.cancelled_caught
 
 
+async def test_of_faults_at_one_hit_the_one_that_ends_is_the_last_and_only_one(
+    autojump_clock: MockClock,
+) -> None:
+    injector = FaultInjector.from_text(
+        "router.tokens:raise; router.tokens:slow@seconds=7; router.tokens:raise@nth=1"
+    )
+    with pytest.raises(FaultInjected):
+        await injector.at("router.tokens")
+    assert trio.current_time() == 7, "what takes time comes first, or it would never come"
+    with pytest.raises(FaultInjected):
+        await injector.at("router.tokens")
+    await injector.at("router.tokens")
+    assert [(fired.number, fired.hit, fired.effect) for fired in injector.history] == [
+        (2, 1, "waits 7 s"),
+        (1, 1, "raised"),
+        (3, 2, "raised"),
+    ]
+
+
+async def test_faults_that_a_cancel_comes_before_say_so(autojump_clock: MockClock) -> None:
+    injector = FaultInjector.from_text("router.tokens:slow@seconds=7; router.tokens:raise")
+    with trio.move_on_after(1):
+        await injector.at("router.tokens")
+    assert [fired.effect for fired in injector.history] == [
+        "waits 7 s",
+        "overtaken: its task ended first",
+    ]
+
+
 async def test_a_thread_is_blocked(autojump_clock: MockClock) -> None:
     injector = FaultInjector.from_text(
         "scheduler.step:block@seconds=0.05; router.tokens:slow@seconds=0.05; engine.reload:block@seconds=0.05"
@@ -286,4 +334,150 @@ async def test_a_thread_is_blocked(autojump_clock: MockClock) -> None:
 
 
 def test_each_point_has_actions() -> None:
-    assert {actions for actions in POINTS.values()} == {WORKER_ACTIONS, FRAME_ACTIONS, ACTOR_ACTIONS}
+    assert set(POINTS.values()) == {
+        *(WORKER_ACTIONS, FRAME_ACTIONS, ACTOR_ACTIONS, HANDOVER_ACTIONS),
+        *(REQUEST_ACTIONS, CHUNK_ACTIONS),
+    }
+
+
+# --- tied to a request ---------------------------------------------------------------------------
+
+
+def test_a_fault_is_tied_to_a_request_and_its_nth_token() -> None:
+    injector = FaultInjector.from_text(
+        "worker.step:crash@request=a,token=5; worker.step:slow@request=b; worker.step:hang@token=9"
+    )
+
+    def hit(*tokens: tuple[str, int, int]) -> list[str]:
+        return [firing.action for firing in injector.fire(FaultSite("worker.step", 0, 0, 1, tokens=tokens))]
+
+    assert hit(("a-0", 1, 4), ("c", 5, 5)) == []
+    assert hit(("a-0", 5, 5), ("b", 0, 0)) == ["slow", "crash"]
+    assert hit(("ab", 8, 10)) == ["hang"]
+    assert [(fired.request, fired.token) for fired in injector.history] == [
+        ("b", None),
+        ("a-0", 5),
+        ("ab", 9),
+    ]
+
+
+# --- what came of it -----------------------------------------------------------------------------
+
+
+def test_what_was_fired_waits_for_its_effect() -> None:
+    clock = iter(range(100))
+    injector = FaultInjector(FaultPlan.parse("worker.step:crash"), clock=lambda: next(clock))
+    injector.fire(FaultSite("worker.step", 0, 1, 3))
+    (fired,) = injector.history
+    assert (fired.effect, injector.armed, injector.watching) == ("", False, True)
+    injector.note_loss(0, 0, 3, "another rank's end")
+    injector.note_start(0, 0, 4)
+    assert fired.effect == ""
+    injector.note_loss(0, 1, 3, "was killed by SIGKILL")
+    assert (fired.effect, fired.recovered) == ("worker lost: was killed by SIGKILL", None)
+    injector.note_start(0, 1, 4)
+    assert fired.recovered is not None
+    assert not injector.watching
+    assert "worker lost: was killed by SIGKILL, there again after" in str(fired)
+
+
+def test_a_worker_that_goes_on_has_had_no_effect() -> None:
+    injector = FaultInjector.from_text("worker.step:crash")
+    injector.fire(FaultSite("worker.step", 0, 0, 3))
+    injector.note_start(0, 0, 4)  # the successor of a worker that has ended in order
+    (fired,) = injector.history
+    assert (fired.effect, fired.recovered) == ("", None)
+    assert "no effect seen" in str(fired)
+
+
+async def test_an_actor_that_was_thrown_out_is_seen_again(autojump_clock: MockClock) -> None:
+    injector = FaultInjector.from_text("scheduler.step:raise")
+    await trio.sleep(5)
+    with pytest.raises(FaultInjected):
+        await injector.at("scheduler.step")
+    await trio.sleep(3)
+    await injector.at("router.tokens")
+    (fired,) = injector.history
+    assert (fired.at, fired.effect, fired.recovered) == (5.0, "raised", None), "in the test's own time"
+    await injector.at("scheduler.step")
+    assert fired.recovered == 3.0
+
+
+# --- points of other programs --------------------------------------------------------------------
+
+
+async def test_a_program_that_is_no_language_model_has_points_of_its_own(autojump_clock: MockClock) -> None:
+    written: list[str] = []
+
+    async def write(entry: str) -> None:
+        await point("ledger.write", request=entry)
+        point_now("ledger.flush")
+        written.append(entry)
+
+    await write("before")
+    plan = "ledger.write:raise@request=b; ledger.write:slow@seconds=5,nth=3; ledger.flush:disk_full@nth=2"
+    with injected(plan) as faults:
+        await write("a")
+        with pytest.raises(FaultInjected, match=r"raise at ledger\.write"):
+            await write("b")
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            await write("c")
+        await write("d")
+    await write("after")
+    assert caught.value.errno == errno.ENOSPC
+    assert written == ["before", "a", "d", "after"]
+    assert trio.current_time() == 5.0
+    assert [(fired.point, fired.hit, fired.request) for fired in faults.history] == [
+        ("ledger.write", 1, "b"),
+        ("ledger.write", 3, "c"),
+        ("ledger.flush", 2, None),
+    ]
+    assert [fired.recovered is not None for fired in faults.history] == [True, False, True]
+
+
+async def test_the_virtual_clock_jumps(autojump_clock: MockClock) -> None:
+    with injected("ledger.write:jump@seconds=3600"):
+        await point("ledger.write")
+    assert trio.current_time() == 3600.0
+
+
+def test_a_clock_that_cannot_jump_says_so() -> None:
+    async def main() -> None:
+        with injected("ledger.write:jump@seconds=3600"):
+            await point("ledger.write")
+
+    with pytest.raises(ConfigError, match="only a virtual clock can jump"):
+        trio.run(main)
+
+
+@pytest.mark.parametrize(
+    ("plan", "complaint"),
+    [
+        ("worker.step:crash", "worker.step is a point of ullm, which this program does not have"),
+        ("ledger.write:crash", "no action 'crash' at ledger.write; there are raise"),
+        ("ledger.write:jump", "jump needs seconds"),
+        ("ledger:raise", "no point 'ledger'"),
+        ("ledger.write:raise@replica=1", "cannot be filtered by replica"),
+        ("ledger.write:raise@token=0", "token must be at least 1"),
+    ],
+)
+def test_plans_that_a_program_cannot_have(plan: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint), injected(plan):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("plan", "complaint"),
+    [
+        ("ledger.write:raise", "no point 'ledger.write'; there are worker.start"),
+        ("scheduler.step:raise@request=a", "scheduler.step cannot be filtered by request; only worker.step"),
+        ("http.request:refuse@token=3", "http.request cannot be filtered by token"),
+        ("http.request:refuse@status=404", "status must be one of 429, 500, 502, 503, got 404"),
+        ("http.request:refuse@retry_after=-1", "retry_after must be at least 0"),
+        ("http.request:slow@status=503", "slow takes no status; only refuse does"),
+        ("http.request:refuse@rank=1", "cannot be filtered by rank"),
+    ],
+)
+def test_plans_that_an_engine_cannot_have(plan: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        FaultInjector.from_text(plan)

@@ -79,7 +79,9 @@ def hub_of(files: dict[str, bytes], asked: list[str], *, status: int = 200, erro
                 body = {"id": "owner/name", "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
                 self._answer(200, json.dumps(body).encode(), {})
             else:
-                name = self.path.rsplit("/", 1)[1]
+                name = self.path.partition("/resolve/")[2].partition("/")[2]
+                if name not in files:  # whether the hub can be reached is asked of any file
+                    return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
                 digest = hashlib.sha256(files[name]).hexdigest()
                 self._answer(200, files[name], {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
 
@@ -136,6 +138,46 @@ def test_repository_without_safetensors(
     (line,) = run("owner/name", serve(hub_of(files, [])), tmp_path)
     assert line.startswith("ModelUnsupported: owner/name has no .safetensors file")
     assert "owner/name/FILE: model.Q4_1.gguf" in line
+
+
+def part_name(number: int) -> str:
+    return f"q/tiny-{number:05}-of-00003.gguf"
+
+
+def test_all_parts_of_a_split_gguf_are_fetched_and_once(
+    tmp_path: Path, tiny_gguf: Path, serve: Callable[[Any], str]
+) -> None:
+    data, asked = tiny_gguf.read_bytes(), []
+    files = {part_name(1): data, part_name(2): b"two", part_name(3): b"three!", "q/other.gguf": b"GGUF"}
+    url = serve(hub_of(files, asked))
+    path, last = run(f"owner/name/{part_name(1)}", url, tmp_path)
+    folder = Path(path).parent
+    assert {file.name for file in folder.iterdir()} == {Path(part_name(number)).name for number in (1, 2, 3)}
+    assert (folder / Path(part_name(2)).name).read_bytes() == b"two"
+    assert "reading the tokenizer" not in last
+    asked.clear()
+    assert run(f"owner/name/{part_name(1)}", url, tmp_path, HF_HUB_OFFLINE="1") == [path, "cached"]
+    assert asked == []
+    lost = folder / Path(part_name(3)).name
+    lost.resolve().unlink()
+    lost.unlink(missing_ok=True)
+    assert run(f"owner/name/{part_name(1)}", url, tmp_path)[0] == path
+    assert lost.read_bytes() == b"three!"
+
+
+def test_a_part_that_the_hub_lacks(tmp_path: Path, serve: Callable[[Any], str]) -> None:
+    asked: list[str] = []
+    url = serve(hub_of({part_name(1): b"GGUF", part_name(3): b"GGUF"}, asked))
+    (line,) = run(f"owner/name/{part_name(1)}", url, tmp_path)
+    assert line == f"ModelNotFound: owner/name has no file {part_name(2)}, a part of {part_name(1)}"
+    assert not any("resolve" in each and ".gguf" in each for each in asked)  # nothing is downloaded in vain
+
+
+def test_another_part_than_the_first(tmp_path: Path, serve: Callable[[Any], str]) -> None:
+    (line,) = run(f"owner/name/{part_name(2)}", serve(hub_of({}, [])), tmp_path)
+    assert line == f"ModelUnsupported: {part_name(2)}: this is part 2 of a model; name part 00001"
+    (line,) = run("owner/name", serve(hub_of({part_name(n): b"GGUF" for n in (1, 2, 3)}, [])), tmp_path)
+    assert line.endswith(f"name one of its GGUF files, as owner/name/FILE: {part_name(1)}")
 
 
 @pytest.mark.parametrize(

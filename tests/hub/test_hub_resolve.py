@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import Tokenizer
 
+from tests.model.gguf_fixtures import HIDDEN, VOCAB, finish, start_file
 from ullm import hub
 from ullm.config import EngineConfig
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
 from ullm.hub.files import build_folder, silent
+from ullm.model.loading.convert import write_tokenizer_of_folder
 from ullm.testing import tiny_tokenizer
 
 
@@ -257,3 +261,81 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("HOME", "/home/x")
     assert hub.cache_dir() == Path("/home/x/Library/Caches/ullm")
+
+
+def test_another_tokenizer_really_replaces_that_of_a_gguf_file(tmp_path: Path) -> None:
+    """Also where the file's own cannot be read, whose error recommends the option."""
+    file = tmp_path / "model.gguf"
+    writer = start_file(file)
+    writer.add_tokenizer_model("rwkv")
+    writer.add_tensor("token_embd.weight", np.zeros((VOCAB, HIDDEN), np.float32))
+    finish(writer)
+    with pytest.raises(ModelUnsupported, match=r"its tokenizer is 'rwkv'.* with --tokenizer"):
+        hub.resolve(EngineConfig(model=str(file)))
+    tiny_tokenizer(tmp_path / "other")
+    model = hub.resolve(EngineConfig(model=str(file), tokenizer=str(tmp_path / "other")))
+    assert model.tokenizer_path == tmp_path / "other"
+    assert model.config["hidden_size"] == HIDDEN
+    assert model.generation_config["eos_token_id"] == 2
+
+
+def write_sentencepiece(folder: Path) -> Path:
+    """Write a model folder whose tokenizer is only a tokenizer.model."""
+    folder.mkdir()
+    with (folder / "tokenizer.model").open("wb") as out:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter([f"{word} and {word}s" for word in "tree house river lamp".split()]),
+            model_writer=out,
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    return folder
+
+
+def test_a_tokenizer_model_alone_is_read(tmp_path: Path) -> None:
+    folder, out = write_sentencepiece(tmp_path / "model"), tmp_path / "out"
+    write_tokenizer_of_folder(folder, out)
+    ours, original = Tokenizer.from_file(str(out / "tokenizer.json")), SentencePieceProcessor()
+    original.load(str(folder / "tokenizer.model"))
+    for text in ("trees and rivers", "größer 😀", "  two  spaces"):
+        assert ours.encode(text, add_special_tokens=False).ids == original.encode(text)
+
+
+def test_the_packages_that_it_needs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_sentencepiece(tmp_path / "model")
+    monkeypatch.setattr("ullm.model.loading.convert.is_installed", lambda module: module != "sentencepiece")
+    with pytest.raises(
+        ModelUnsupported, match=r"sentencepiece must be installed: pip install 'ullm-engine\["
+    ):
+        write_tokenizer_of_folder(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_tokenizers_own_code_runs_only_if_it_is_trusted(tmp_path: Path, trusted: bool) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    tiny_tokenizer(tmp_path / "plain")
+    folder.mkdir()
+    (tmp_path / "plain" / "tokenizer.json").rename(folder / "vocabulary.json")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [null, "own.OwnTokenizer"]}}'
+    )
+    (folder / "own.py").write_text(
+        "from tokenizers import Tokenizer\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n"
+        "    vocab_files_names = {'vocab_file': 'vocabulary.json'}\n"
+        "    def __init__(self, vocab_file=None, **options):\n"
+        "        super().__init__(tokenizer_object=Tokenizer.from_file(vocab_file), **options)\n"
+    )
+    if trusted:
+        write_tokenizer_of_folder(folder, out, trust_remote_code=True)
+        assert Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab_size() > 256
+        return
+    with pytest.raises(ModelFileBroken, match="use --trust-remote-code if you trust it") as caught:
+        write_tokenizer_of_folder(folder, out)
+    assert "\n" not in str(caught.value)

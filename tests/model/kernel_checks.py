@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.model.fake_cuda import attend
 from ullm.model.attention.varlen import FULL
+from ullm.model.layers.layer_ops import RopeTables
 from ullm.model.layers.linear import RMSNorm
 from ullm.model.layers.rope import rope_cache
 from ullm.model.sampling.choose import choose_tokens, uniform
@@ -77,10 +78,10 @@ def check_choice(choose: Any, dtype: torch.dtype) -> None:
         assert torch.equal(choose(logits, filters, uniforms), choose_tokens(logits, filters, uniforms)), case
 
 
-def tables(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def tables(size: int, dtype: torch.dtype = torch.float32) -> RopeTables:
     """Return the tables of a rotary embedding for 64 positions."""
     cos, sin = rope_cache({"rope_type": "default", "rope_theta": 10000.0}, size, 64)
-    return cos.to(dtype), sin.to(dtype)
+    return {"main": (cos.to(dtype), sin.to(dtype))}
 
 
 def attention(heads: int, kv_heads: int, size: int, norm: bool, dtype: torch.dtype = torch.float32) -> Any:
@@ -92,5 +93,6 @@ def attention(heads: int, kv_heads: int, size: int, norm: bool, dtype: torch.dty
             each.weight.data = torch.rand(size).to(dtype)
     return SimpleNamespace(
         layer=0, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, scale=1.0, window=None,
+        softcap=None, rope="main", norm_all_heads=False,
         q_norm=norms[0], k_norm=norms[1],
     )  # fmt: skip

@@ -16,7 +16,7 @@ from ullm.model.execution.runner import ModelRunner
 from ullm.model.execution.sequences import SequenceTable
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.loading.checkpoint import read_checkpoint
-from ullm.protocol.messages import NewSequence, RankSpec, ScheduledSequence, Start, Step
+from ullm.protocol.messages import NewSequence, RankSpec, ScheduledSequence, Start, Step, StepResult
 from ullm.sampling import SamplingParams
 
 VOCAB = 120
@@ -62,15 +62,67 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-bias": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
 }
 
+TWO_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA = {"head_dim": 32, "sliding_window": 6, "layer_types": TWO_KINDS, "pad_token_id": 0}
+EXPERTS = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [4.0] * 4,
+    "attention_factor": 1.3,
+    "original_max_position_embeddings": 256,
+}
+GRANITE = {"embedding_multiplier": 6.0, "logits_scaling": 3.0, "residual_multiplier": 0.4}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": (
+        "Gemma2",
+        {**GEMMA, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            **GEMMA,
+            "query_pre_attn_scalar": 40,
+            "rope_parameters": {
+                "full_attention": LINEAR_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    "granite": ("Granite", {**GRANITE, "attention_multiplier": 0.3, "attention_bias": True}),
+    "olmo2": ("Olmo2", {"pad_token_id": 0}),
+    "olmo3": ("Olmo3", {"pad_token_id": 0, "sliding_window": 6, "layer_types": TWO_KINDS}),
+    "phi3": (
+        "Phi3",
+        {
+            "pad_token_id": 0,
+            "sliding_window": 9,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": LONGROPE,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"pad_token_id": 0, "no_rope_layers": [1, 0, 1]}),
+    "mixtral": ("Mixtral", {**EXPERTS, "sliding_window": 7}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {**EXPERTS, "shared_expert_intermediate_size": 48, "mlp_only_layers": [1], "norm_topk_prob": False},
+    ),
+    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True, "decoder_sparse_step": 2}),
+}
+"""The other native architectures, with what sets them apart."""
+HEADS = {"Gemma3Text": "Gemma3ForCausalLM"}
+
 
 def save_tiny(folder: Path, name: str, **save: Any) -> Any:
     """Save a random model of `MODELS` and return it, for its answers."""
     import transformers  # takes seconds, which processes that only load models need not spend
 
-    family, changes = MODELS[name]
+    family, changes = (MODELS | VARIANTS)[name]
     config = getattr(transformers, f"{family}Config")(**(SHAPE | changes))
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    model = getattr(transformers, HEADS.get(family, f"{family}ForCausalLM"))(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms at 1 and biases at 0 would hide mistakes
@@ -149,19 +201,28 @@ def load_runner(path: Path, rank: RankSpec | None = None, **options: Any) -> Mod
     return runner
 
 
-def generate(runner: ModelRunner, tokens: list[int], count: int, *, chunk: int = 1000) -> list[int]:
-    """Greedy tokens of one sequence through hand-made steps."""
+def generate(
+    runner: ModelRunner, tokens: list[int], count: int, *, chunk: int = 1000, seq_id: int = 0
+) -> list[int]:
+    """Greedy tokens of one sequence through hand-made steps; digests on a rank that does not choose."""
     blocks = list(range(-(-(len(tokens) + count) // 4)))
-    new, found = [NewSequence(0, tokens, len(tokens), GREEDY, blocks)], []
+    new, found = [NewSequence(seq_id, tokens, len(tokens), GREEDY, blocks)], []
     for start in range(0, len(tokens), chunk):
-        rows = [ScheduledSequence(0, start, min(chunk, len(tokens) - start), start + chunk >= len(tokens))]
+        rows = [
+            ScheduledSequence(seq_id, start, min(chunk, len(tokens) - start), start + chunk >= len(tokens))
+        ]
         result = runner.submit(Step(start, rows, new)).result()
         new = []
-    found += result.sampled[0].token_ids
+    found += _tokens(result)
     for i in range(count - 1):
-        result = runner.submit(Step(i, [ScheduledSequence(0, len(tokens) + i, 1, True)])).result()
-        found += result.sampled[0].token_ids
+        result = runner.submit(Step(i, [ScheduledSequence(seq_id, len(tokens) + i, 1, True)])).result()
+        found += _tokens(result)
     return found
+
+
+def _tokens(result: StepResult) -> list[int]:
+    """The only sequence's token; on a rank that does not choose tokens, the digest of those it has."""
+    return result.sampled[0].token_ids if result.sampled else [result.digest]
 
 
 def step_by_step(runner: ModelRunner, prompts: list[list[int]], steps: int) -> list[list[int]]:

@@ -13,11 +13,18 @@ from ullm.errors import FrameBroken
 from ullm.protocol import frames
 from ullm.protocol.frames import FrameReader, encode
 from ullm.protocol.messages import (
+    Adapter,
+    AdapterKept,
     Asleep,
     Awake,
+    BlocksExported,
+    BlocksImported,
+    ExportBlocks,
     Failed,
     FromWorker,
+    ImportBlocks,
     Inject,
+    KeepAdapter,
     ModelInfo,
     NewSequence,
     NotUnderstood,
@@ -30,6 +37,7 @@ from ullm.protocol.messages import (
     Ready,
     Sampled,
     ScheduledSequence,
+    SharedMemory,
     Sleep,
     Start,
     Step,
@@ -44,6 +52,7 @@ from ullm.sampling import SamplingParams
 from ullm.scheduling.sequence import TokenEvent
 
 PARAMS = SamplingParams(seed=-3, stop=("a", "é"), logit_bias={5: -1.5}, logprobs=2, max_tokens=4)
+ADAPTER = Adapter("sql", "/adapters/sql", "00ff", 3)
 TO_WORKER = [
     Start(EngineConfig(model="m", device_ids=(0, 1), cpu_threads=2), RankSpec(rank=1, epoch=3), "/models/m"),
     Step(
@@ -53,7 +62,7 @@ TO_WORKER = [
             ScheduledSequence(2, 5, 1, False, [9]),
             ScheduledSequence(3, 5, 2, True, [], [8]),
         ],
-        [NewSequence(1, [1, 2, 3], 2, PARAMS, [4], 0)],
+        [NewSequence(1, [1, 2, 3], 2, PARAMS, [4], 0, adapter=ADAPTER)],
         [8],
     ),
     Ping(2**40),
@@ -61,6 +70,9 @@ TO_WORKER = [
     Prepare(EngineConfig(model="m"), RankSpec(), "/models/m"),
     Sleep(2),
     Wake(),
+    KeepAdapter(ADAPTER, wanted=True),
+    ExportBlocks(1, [3, 4], "00ff", SharedMemory("/proc/1/fd/7", "ullm-kv-1")),
+    ImportBlocks(2, [5], "00ff", 3, 1 << 31, None, b"abc"),
     Inject("hang", 0.5),
 ]
 LOGPROBS = TokenLogprobs(3, -0.5, 1, [(3, -0.5), (4, -2.0)])
@@ -75,6 +87,9 @@ FROM_WORKER = [
     Awake(INFO, {"load": 0.5}),
     Failed("OutOfMemory", "no room", "Traceback …"),
     NotUnderstood("what?"),
+    AdapterKept(3, "is broken"),
+    BlocksExported(1, 3, 1 << 31, b"abc"),
+    BlocksImported(2, "no room", no_memory=True),
     Stopped({"kv": 0.1}),
 ]
 
@@ -144,6 +159,12 @@ def test_too_long_message_is_refused_by_its_sender(monkeypatch):
     monkeypatch.setattr(frames, "MAX_FRAME", 100)
     with pytest.raises(FrameBroken, match="NotUnderstood of "):
         encode(NotUnderstood("x" * 100))
+
+
+@pytest.mark.parametrize("value", [2**70, "\ud800", object()])
+def test_a_value_that_no_frame_carries_is_refused_by_its_sender(value):
+    with pytest.raises(FrameBroken, match="NotUnderstood that cannot be encoded"):
+        encode(NotUnderstood(value))
 
 
 @given(st.binary(max_size=200))

@@ -16,16 +16,20 @@ from ullm.sampling import SamplingParams
 from ullm.scheduling.block_pool import BlockPool
 from ullm.scheduling.scheduler import Scheduler
 from ullm.scheduling.sequence import Sequence, TokenEvent
+from ullm.scheduling.sequence_blocks import most_blocks
 from ullm.testing import ScriptedRunner, ScriptedSettings, scripted_tokens
 
 BLOCK = 4
 EOS = 2
 
 
-def make_scheduler(num_blocks: int = 64, **options: Any) -> tuple[Scheduler, BlockPool]:
+def make_scheduler(
+    num_blocks: int = 64, stages: int = 1, window: int = 0, **options: Any
+) -> tuple[Scheduler, BlockPool]:
     config = EngineConfig(**{"max_bs": 8, "max_num_batched_tokens": 16} | options)
     pool = BlockPool(num_blocks)
-    return Scheduler(config, pool, BLOCK, [EOS], prefix_cache=config.prefix_cache), pool
+    cache = config.prefix_cache
+    return Scheduler(config, pool, BLOCK, [EOS], prefix_cache=cache, stages=stages, window=window), pool
 
 
 def make_sequence(seq_id: int, prompt: list[int], max_tokens: int = 4, **params: Any) -> Sequence:
@@ -47,6 +51,70 @@ def answer(step: Step, token: int = 7) -> StepResult:
 def shape(step: Step | None) -> list[tuple[int, int, int, bool]]:
     assert step is not None
     return [(row.seq_id, row.start, row.count, row.sample) for row in step.scheduled]
+
+
+def test_many_long_sequences_are_introduced_over_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no frame becomes too long; a single sequence may be as long as it likes."""
+    monkeypatch.setattr("ullm.scheduling.scheduler.MAX_NEW_BYTES", 2500)
+    scheduler, _ = make_scheduler(num_blocks=200, max_num_batched_tokens=600)
+    for seq_id in (1, 2, 3):
+        scheduler.add(make_sequence(seq_id, [5] * 100))  # 900 bytes of tokens at most, and the rest
+    scheduler.add(make_sequence(4, [5] * 300))
+    started = []
+    while (step := scheduler.schedule()) is not None and len(started) < 4:
+        started.append([new.seq_id for new in step.new_sequences])
+        scheduler.apply(answer(step))
+    assert [ids for ids in started if ids] == [[1], [2], [3], [4]]
+
+
+# --- a model that sees a window -----------------------------------------------------------------------
+
+
+def test_blocks_behind_the_window_are_given_back() -> None:
+    """A text of any length has at most the blocks of a step and a window; those behind stay to be found."""
+    most = most_blocks(10, 16, BLOCK)
+    scheduler, pool = make_scheduler(num_blocks=most, window=10)
+    scheduler.add(make_sequence(1, [5] * 200, max_tokens=100))
+    used = []
+    while (step := scheduler.schedule()) is not None:
+        used.append(pool.statistics().used)
+        scheduler.apply(answer(step))
+    assert len(used) == 13 + 99  # nothing was computed twice
+    assert max(used) <= most
+    assert set(used[20:]) == {3, 4}  # ten keys lie in three or four blocks of four
+    assert pool.statistics().used == 0
+
+
+def test_a_prefix_whose_beginning_is_lost_is_found_if_what_it_sees_is_there() -> None:
+    prompt = list(range(10, 90))
+    scheduler, pool = make_scheduler(num_blocks=20, window=6)
+    scheduler.add(make_sequence(1, prompt, max_tokens=1))
+    while (step := scheduler.schedule()) is not None:
+        scheduler.apply(answer(step))
+    other = pool.allocate(14)  # takes the oldest: the blocks of the beginning
+    scheduler.add(make_sequence(2, [*prompt, 5], max_tokens=1))
+    step = scheduler.schedule()
+    assert step is not None
+    assert shape(step) == [(2, 80, 1, True)]
+    assert step.new_sequences[0].num_cached_tokens == 80
+    scheduler.apply(answer(step))
+    pool.release(other)
+    pool.check_integrity()
+
+
+def test_a_prefix_of_which_the_window_lacks_a_block_is_computed_from_before_it() -> None:
+    prompt = list(range(10, 50))
+    scheduler, pool = make_scheduler(num_blocks=12, window=6)
+    scheduler.add(make_sequence(1, prompt, max_tokens=1))
+    while (step := scheduler.schedule()) is not None:
+        scheduler.apply(answer(step))
+    other = pool.allocate(12 - 1)  # all but the last that was given back
+    scheduler.add(make_sequence(2, [*prompt, 5], max_tokens=1))
+    assert scheduler.schedule() is None
+    pool.release(other)
+    step = scheduler.schedule()
+    assert step is not None
+    assert shape(step) == [(2, 0, 16, False)]
 
 
 # --- by hand -----------------------------------------------------------------------------------------
@@ -262,6 +330,44 @@ def test_a_preempted_sequence_waits_for_its_pending_token() -> None:
     assert {row.seq_id for row in resumed.scheduled} == {2}
 
 
+def test_stages_compute_different_sequences_at_the_same_time() -> None:
+    scheduler, _ = make_scheduler(stages=2)
+    assert scheduler.steps_ahead == 1
+    for seq_id in range(4):
+        scheduler.add(make_sequence(seq_id, [5, 6], max_tokens=20))
+    first = scheduler.schedule()
+    assert first is not None
+    assert scheduler.schedule() is None, "all of them are on their way"
+    scheduler.apply(answer(first))
+    turns: deque[Step] = deque()
+    for _ in range(2):
+        step = scheduler.schedule()
+        assert step is not None
+        turns.append(step)
+    seen = []
+    for _ in range(4):
+        step = turns.popleft()
+        seen.append({row.seq_id for row in step.scheduled})
+        scheduler.apply(answer(step))
+        following = scheduler.schedule()
+        assert following is not None
+        turns.append(following)
+    assert seen == [{0, 1}, {2, 3}, {0, 1}, {2, 3}]
+
+
+def test_one_sequence_alone_is_planned_ahead_through_all_stages() -> None:
+    scheduler, _ = make_scheduler(stages=3)
+    assert scheduler.steps_ahead == 2
+    scheduler.add(make_sequence(1, [5, 6, 7]))
+    steps = [scheduler.schedule() for _ in range(3)]
+    assert [shape(step) for step in steps] == [[(1, 0, 3, True)], [(1, 3, 1, True)], [(1, 4, 1, True)]]
+
+
+def test_drafts_leave_no_step_for_further_stages() -> None:
+    scheduler, _ = make_scheduler(stages=3, speculate=4)
+    assert scheduler.steps_ahead == 1
+
+
 # --- against a runner that checks ----------------------------------------------------------------------
 
 
@@ -306,6 +412,9 @@ def plans() -> st.SearchStrategy[list[Plan]]:
     eos_after=st.one_of(st.none(), st.integers(1, 10)),
     speculate=st.integers(0, 6),
     repeat=st.one_of(st.none(), st.integers(1, 7)),
+    stages=st.sampled_from([1, 1, 2, 3]),
+    window=st.sampled_from([0, 0, 1, 3, 4, 5, 9, 16]),
+    is_tight=st.booleans(),
 )
 def test_every_plan_can_be_followed_and_every_text_is_right(
     plans: list[Plan],
@@ -316,19 +425,26 @@ def test_every_plan_can_be_followed_and_every_text_is_right(
     eos_after: int | None,
     speculate: int,
     repeat: int | None,
+    stages: int,
+    window: int,
+    is_tight: bool,
 ) -> None:
+    if window and is_tight:  # as little as one sequence needs, however long
+        num_blocks = most_blocks(window, budget, BLOCK)
     scheduler, pool = make_scheduler(
         num_blocks,
         max_bs=6,
         max_num_batched_tokens=budget,
         prefix_cache=prefix_cache,
         speculate=speculate,
+        stages=stages,
+        window=window,
     )
     model = f"scripted:num_blocks={num_blocks}" + (f",eos_after={eos_after}" if eos_after else "")
-    model += f",repeat={repeat}" if repeat else ""
+    model += f",window={window}" + (f",repeat={repeat}" if repeat else "")
     runner = ScriptedRunner()
     runner.load(Start(EngineConfig(block_size=BLOCK), RankSpec(), model), lambda _: None)
-    run(scheduler, pool, runner, plans, steps_ahead)
+    run(scheduler, pool, runner, plans, steps_ahead if stages == 1 else stages - 1)
     script = ScriptedSettings(eos_after=eos_after, repeat=repeat)
     for seq_id, plan in enumerate(plans):
         params = SamplingParams(temperature=0, seed=seq_id)

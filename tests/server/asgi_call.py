@@ -32,8 +32,12 @@ class Answer:
         return json.loads(b"".join(piece for _, piece in self.pieces))
 
 
-async def call(app: QuartTrio, path: str, body: Any) -> Answer:
-    """POST ``body`` to an app and return its answer."""
+async def call(app: QuartTrio, path: str, body: Any, host: str = "localhost", **others: Any) -> Answer:
+    """POST ``body`` to an app and return its answer.
+
+    Args:
+        others: entries of the scope that differ from the usual ones.
+    """
     content = json.dumps(body).encode()
     answer = Answer()
     messages = [{"type": "http.request", "body": content, "more_body": False}]
@@ -51,7 +55,7 @@ async def call(app: QuartTrio, path: str, body: Any) -> Answer:
         elif message["body"]:
             answer.pieces.append((trio.current_time(), message["body"]))
 
-    headers = [(b"host", b"x"), (b"content-type", b"application/json")]
+    headers = [(b"host", host.encode()), (b"content-type", b"application/json")]
     scope: Any = {
         "type": "http",
         "http_version": "1.1",
@@ -66,6 +70,7 @@ async def call(app: QuartTrio, path: str, body: Any) -> Answer:
         "server": ("127.0.0.1", 2),
         "extensions": {},
         "asgi": {"version": "3.0"},
+        **others,
     }
     await app(scope, receive, send)
     return answer

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ullm.config import EngineConfig, ServerConfig, SleepMode
 from ullm.engine import EngineState
+from ullm.engine.adapters import Adapters
 from ullm.engine.output import Output
+from ullm.engine.sampling_defaults import SamplingDefaults
 from ullm.engine.status import EngineStatistics, Health, ReloadReport, ReplicaHealth, SleepHealth
 from ullm.errors import (
     ConfigError,
@@ -24,7 +27,8 @@ from ullm.errors import (
     PromptTooLong,
     QueueFull,
 )
-from ullm.protocol.messages import ModelInfo, TokenLogprobs
+from ullm.parsing.formats import ChatFormat
+from ullm.protocol.messages import Adapter, ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 from ullm.server import bind, serve_http
 from ullm.supervision import ChildInfo, ChildStatus, Kind, Restart
@@ -49,6 +53,7 @@ class ByteTokenizer:
         self.vocab_size = len(vocabulary)
         self.bos_token_id, self.eos_token_ids = 0, (1,)
         self.seen: list[dict[str, Any]] = []
+        self.chat_format = ChatFormat(describes_tools=True, reads_calls=True)
 
     def plain(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -71,6 +76,9 @@ class ByteTokenizer:
         text = "".join(f"[{message['role']}]{message['content']}" for message in messages)
         return await self.encode(text + ("[assistant]" if add_generation_prompt else ""))
 
+    def describe(self) -> dict[str, Any]:
+        return {"tokenizer_class": "ByteTokenizer", "vocab_size": self.vocab_size}
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
@@ -80,6 +88,11 @@ class ByteTokenizer:
         skip = frozenset((0, 1)) if skip_special_tokens else frozenset[int]()
         return ByteLevelDecoder(TokenBytes(self._tokenizer), skip, prompt_token_ids)
 
+    def special_tokens_in(self, texts: Sequence[str]) -> dict[int, str]:
+        return {
+            number: token for number, token in enumerate((BOS, EOS)) if any(token in text for text in texts)
+        }
+
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id], skip_special_tokens=False)
 
@@ -88,7 +101,9 @@ class ByteTokenizer:
 
 
 class FakeFaults:
-    """Accepts every plan that does not contain ``nonsense``."""
+    """Accepts every plan that does not contain ``nonsense``, and has nothing happen."""
+
+    watching = False
 
     def __init__(self) -> None:
         self.armed: list[str] = []
@@ -100,6 +115,9 @@ class FakeFaults:
 
     def clear(self) -> None:
         self.armed.clear()
+
+    def hits(self, point: str, *, request: str = "", token: int | None = None) -> list[Any]:
+        return []
 
     def describe(self) -> dict[str, list[str]]:
         return {"armed": self.armed, "fired": []}
@@ -122,11 +140,14 @@ class FakeEngine:
     def __init__(self, *, loaded: bool = True) -> None:
         self.model_name = "fake"
         self.config = EngineConfig(model="fake")
+        self.sampling_defaults = SamplingDefaults()
         self.faults = FakeFaults()
         self.asleep = SleepHealth()
         self.restarting = False
         self.busy: Exception | None = None
         self.asked: list[tuple[Any, ...]] = []
+        self.adapters = Adapters()
+        self.params: list[SamplingParams] = []
         self.state = EngineState.RUNNING if loaded else EngineState.STARTING
         self._tokenizer = ByteTokenizer()
         self._info = ModelInfo(
@@ -139,6 +160,7 @@ class FakeEngine:
             block_size=16,
             dtype="float32",
             device="cpu",
+            pools=True,
         )
         self.script: Script = lambda index: self._tokenizer.plain(ANSWER)
         self.hold_after: int | None = None
@@ -152,6 +174,11 @@ class FakeEngine:
         self.all_gone = trio.Event()
         self.admitted: list[FakeGeneration] = []
         self.aborted = 0
+        self.clients: list[str] = []
+        self.sessions: list[str] = []
+        self.nursery: trio.Nursery | None = None
+        self.info_pools = True
+        self.logprob, self.num_cached_tokens = -0.5, 2
 
     @property
     def tokenizer(self) -> ByteTokenizer | None:
@@ -179,11 +206,33 @@ class FakeEngine:
         *,
         request_id: str | None = None,
         pace: Callable[[], float] | None = None,
+        client: str = "",
+        emitted: Sequence[int] = (),
+        session: str = "",
     ) -> FakeGeneration:
         assert not isinstance(prompt, str)
+        self.clients.append(client)
+        self.params.append(params)
+        self.sessions.append(session)
         if self.refuse_generation is not None:
             raise self.refuse_generation
         return FakeGeneration(self, list(prompt), params, request_id or "req")
+
+    @property
+    def http_faults(self) -> FakeFaults:
+        return self.faults
+
+    async def manage_faults(self, action: str, plan: str = "") -> dict[str, list[str]]:
+        await trio.lowlevel.checkpoint()
+        if action == "arm":
+            self.faults.arm(plan)
+        elif action == "clear":
+            self.faults.clear()
+        return self.faults.describe()
+
+    def start_soon(self, task: Callable[[], Awaitable[object]]) -> None:
+        if self.nursery is not None:
+            self.nursery.start_soon(task)
 
     def health(self) -> Health:
         state = self.state.value
@@ -210,6 +259,15 @@ class FakeEngine:
         await self._change("wake")
         self.asleep = SleepHealth()
         return self.asleep
+
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> None:
+        await self._change("load_adapter", name, path, replace)
+        self.adapters.put(Adapter(name, path, "digest", 1))
+
+    async def unload_adapter(self, name: str) -> None:
+        await self._change("unload_adapter", name)
+        self.adapters.find(name)
+        self.adapters.remove(name)
 
     async def reload(self, model: str | None = None, revision: str | None = None) -> ReloadReport:
         await self._change("reload", model, revision)
@@ -276,10 +334,21 @@ class FakeGeneration:
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         if self.params.prompt_logprobs is None:
             return None
-        return [None, *(_score(token, self.params.prompt_logprobs) for token in self.prompt_token_ids[1:])]
+        return [
+            None,
+            *(self._score(token, self.params.prompt_logprobs) for token in self.prompt_token_ids[1:]),
+        ]
+
+    @property
+    def embedding(self) -> array[float]:
+        """Number of tokens, the last one, and the first: nothing that depends on other prompts."""
+        prompt = self.prompt_token_ids
+        return array("f", [len(prompt), prompt[-1], prompt[0]] if self.params.pooling else [])
 
     async def __aenter__(self) -> FakeGeneration:
         await trio.lowlevel.checkpoint()
+        if self.params.pooling and not self._engine.info_pools:
+            raise InvalidParameter("Fake has no hidden states that could be pooled", "pooling")
         if not self.prompt_token_ids:
             raise InvalidParameter("the prompt is empty; it must have at least one token", "prompt")
         if not all(0 <= token_id < self._engine._info.vocab_size for token_id in self.prompt_token_ids):
@@ -337,7 +406,7 @@ class FakeGeneration:
             await self._engine.release.wait()
 
     def _output(self, index: int, number: int, token: int, reason: str | None) -> Output:
-        logprobs = None if self.params.logprobs is None else [_score(token, self.params.logprobs)]
+        logprobs = None if self.params.logprobs is None else [self._score(token, self.params.logprobs)]
         return Output(
             index=index,
             text=self._texts[index].push(token, flush=reason is not None),
@@ -346,8 +415,13 @@ class FakeGeneration:
             finish_reason=reason,
             num_prompt_tokens=len(self.prompt_token_ids),
             num_generated_tokens=number + 1,
-            num_cached_tokens=2,
+            num_cached_tokens=self._engine.num_cached_tokens,
         )
+
+    def _score(self, token: int, count: int) -> TokenLogprobs:
+        score = self._engine.logprob
+        top = [(token, score), *((other, float("-inf")) for other in range(2, 1 + count))]
+        return TokenLogprobs(token, score, 1, top[:count])
 
 
 def _end(number: int, script: list[int], limit: int) -> str | None:
@@ -372,11 +446,6 @@ class _Text:
         return text
 
 
-def _score(token: int, count: int) -> TokenLogprobs:
-    top = [(token, -0.5), *((other, float("-inf")) for other in range(2, 1 + count))]
-    return TokenLogprobs(token, -0.5, 1, top[:count])
-
-
 @asynccontextmanager
 async def serving(engine: FakeEngine, **server_options: Any) -> AsyncIterator[str]:
     """Serve the app on a real server on loopback; yield its URL."""
@@ -386,6 +455,7 @@ async def serving(engine: FakeEngine, **server_options: Any) -> AsyncIterator[st
         async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
             await serve_http(engine, config, sockets=[bind(config)], task_status=task_status)
 
+        engine.nursery = nursery
         urls = await nursery.start(run)
         yield urls[0]
         nursery.cancel_scope.cancel()

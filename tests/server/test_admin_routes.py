@@ -23,6 +23,8 @@ ENDPOINTS = (
     ("GET", "/admin/faults"),
     ("POST", "/admin/faults"),
     ("DELETE", "/admin/faults"),
+    ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"),
 )
 
 
@@ -225,3 +227,28 @@ def test_several_errors_of_one_request_are_told_as_one() -> None:
     dead = EngineDead("the engine has failed: x")
     group = BaseExceptionGroup("", [BaseExceptionGroup("", [dead]), EngineDead("the engine has failed: x")])
     assert as_request_error(group) is dead
+
+
+async def test_adapters_are_loaded_served_and_unloaded(admin: httpx.AsyncClient, engine: FakeEngine) -> None:
+    body = {"lora_name": "sql", "lora_path": "/adapters/sql"}
+    answer = await admin.post("/v1/load_lora_adapter", json=body)
+    assert answer.json() == {"adapters": {"sql": "/adapters/sql"}}
+    card = (await admin.get("/v1/models")).json()["data"][-1]
+    assert (card["id"], card["root"], card["parent"]) == ("sql", "/adapters/sql", engine.model_name)
+    assert (await admin.get("/v1/models/sql")).json() == card
+    for path, ask in (
+        ("/v1/completions", {"prompt": [5, 6]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/responses", {"input": "hi"}),
+    ):
+        answered = await admin.post(path, json={"model": "sql", **ask})
+        assert answered.json()["model"] == "sql", answered.text
+        assert engine.params[-1].lora == "sql"
+        assert (await admin.post(path, json=ask)).json()["model"] == engine.model_name
+        assert engine.params[-1].lora is None
+    gone = await admin.post("/v1/unload_lora_adapter", json={"lora_name": "sql"})
+    assert gone.json() == {"adapters": {}}
+    refused = await admin.post("/v1/completions", json={"model": "sql", "prompt": [5]})
+    assert refused.status_code == 404
+    assert (await admin.post("/v1/unload_lora_adapter", json={"lora_name": "sql"})).status_code == 404
+    assert (await admin.post("/v1/load_lora_adapter", json={"lora_name": "sql"})).status_code == 400

@@ -39,7 +39,7 @@ async def test_its_socket_is_closed_at_once(address: tuple[Listener, int], asks:
     listener, port = address
     client = await trio.open_tcp_stream("127.0.0.1", port)
     for _ in range(asks):
-        await client.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await client.send_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answer = b""
         while not answer.endswith(b"ok"):
             answer += await client.receive_some()

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from fake_engine import ANSWER, CONTEXT_LEN, FakeEngine
 
-from ullm.errors import RequestPoisoned
+from ullm.errors import MigrationLimitReached, RequestPoisoned
 
 
 async def complete(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
@@ -181,6 +181,20 @@ async def test_error_before_the_first_byte_has_its_status(
     assert not engine.active
 
 
+async def test_beyond_the_limit_of_migrations(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """Before the first byte it is a status, and says when to come back; after it an event."""
+    engine.fail_after, engine.failure = 0, MigrationLimitReached(2, 1)
+    for stream in (False, True):
+        response = await complete(client, prompt="hi", stream=stream)
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "migration_limit"
+        assert response.headers["Retry-After"] == "1"
+    engine.fail_after = 3
+    *chunks, last = await events(client, prompt="hi")
+    assert len(chunks) > 0
+    assert last["error"]["code"] == "migration_limit"
+
+
 async def test_error_in_a_stream_is_an_event(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.fail_after, engine.failure = 3, RequestPoisoned("req", 3)
     *chunks, last = await events(client, prompt="hi")
@@ -204,3 +218,27 @@ async def test_a_bug_is_a_500_that_hides_its_details(client: httpx.AsyncClient, 
         assert response.status_code == 500
         assert "boom" not in response.text
         assert response.json()["error"]["code"] == "internal_error"
+
+
+async def test_scores_of_a_prompt_come_with_its_first_choice_only(client: httpx.AsyncClient) -> None:
+    """Whatever ``n`` is: they would multiply the answer."""
+    body = {"prompt": [[66, 67], [68, 69, 70]], "n": 3, "max_tokens": 2, "prompt_logprobs": 2}
+    choices = (await complete(client, **body)).json()["choices"]
+    assert [len(choice["prompt_logprobs"] or ()) for choice in choices] == [2, 0, 0, 3, 0, 0]
+    body = {"prompt": [66, 67], "n": 3, "max_tokens": 2, "echo": True, "logprobs": 1}
+    whole = (await complete(client, **body)).json()["choices"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in whole] == [4, 2, 2]
+    assert [choice["logprobs"]["text_offset"] for choice in whole] == [[0, 1, 2, 3], [2, 3], [2, 3]]
+    assert len({choice["text"][:2] for choice in whole}) == 1
+    streamed = [event["choices"][0] for event in await events(client, **body)]
+    first = [choice for choice in streamed if choice["index"] == 0]
+    assert len(first[0]["logprobs"]["tokens"]) == 3
+
+
+async def test_scores_come_although_the_first_text_is_empty(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.script = lambda index: engine._tokenizer.plain("é")
+    body = {"prompt": [66, 67], "max_tokens": 2, "prompt_logprobs": 1}
+    streamed = [event["choices"][0] for event in await events(client, **body)]
+    assert [len(choice["prompt_logprobs"]) for choice in streamed if choice.get("prompt_logprobs")] == [2]

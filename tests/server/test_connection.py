@@ -38,7 +38,7 @@ async def connected(url: str, receive_buffer: int | None = None) -> AsyncIterato
 def request(method: str = "POST", path: str = "/v1/completions", headers: str = "", **body: Any) -> bytes:
     content = json.dumps(body).encode() if body else b""
     kind = f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n" if body else ""
-    return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{headers}{kind}\r\n".encode() + content
+    return f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{headers}{kind}\r\n".encode() + content
 
 
 async def read_until(stream: trio.SocketStream, mark: bytes) -> bytes:
@@ -198,9 +198,11 @@ class RunningServer:
         self.url = ""
 
 
-async def start(nursery: trio.Nursery, engine: FakeEngine, deadline: float | None = None) -> RunningServer:
+async def start(
+    nursery: trio.Nursery, engine: FakeEngine, deadline: float | None = None, **options: Any
+) -> RunningServer:
     """Serve in a nursery, as a supervised child with a stop deadline would."""
-    running, config = RunningServer(), ServerConfig(port=0)
+    running, config = RunningServer(), ServerConfig(port=0, **options)
 
     async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
         with Lifetime("http").running() as lifetime, running.scope:

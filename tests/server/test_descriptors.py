@@ -19,8 +19,8 @@ pytestmark = pytest.mark.process
 
 resource = pytest.importorskip("resource")
 ROOM = 3
-ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-HALF = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nha"
+ASK = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HALF = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nha"
 Connect = Callable[[], Awaitable[trio.SocketStream]]
 
 

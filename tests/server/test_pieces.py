@@ -69,7 +69,10 @@ async def test_older_clients_get_no_chunks(engine: FakeEngine) -> None:
 
 
 async def test_newer_clients_have_frames(engine: FakeEngine) -> None:
-    async with serving(engine) as url, httpx.AsyncClient(http1=False, http2=True) as client:
+    async with (
+        serving(engine, http2=True) as url,
+        httpx.AsyncClient(http1=False, http2=True) as client,
+    ):
         answer = await client.post(f"{url}/v1/completions", json=ASKED)
     assert answer.http_version == "HTTP/2"
     assert texts(answer.content) == WRITTEN

@@ -9,12 +9,16 @@ import ast
 import inspect
 from pathlib import Path
 
+import hypercorn.trio.task_group
 import hypercorn.trio.tcp_server
 import hypercorn.utils
 import pytest
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData, Updated
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -24,7 +28,7 @@ from quart_trio.wrappers.request import TrioBody
 
 import ullm.server
 
-HYPERCORN = "ullm/server/http/hypercorn_connection.py builds on it"
+HYPERCORN = "ullm/server/http/hypercorn_connection.py and its neighbours build on it"
 QUART = "ullm/server/http/quart_connection.py builds on it"
 FOLDER = Path(ullm.server.__file__).parent
 
@@ -42,6 +46,7 @@ def parameters(function: object) -> list[str]:
         ("_read_data", ["self"]),
         ("_idle_timeout", ["self"]),
         ("_initiate_server_close", ["self"]),
+        ("_close", ["self"]),
     ],
 )
 def test_methods_of_hypercorns_connection(name: str, expected: list[str]) -> None:
@@ -52,12 +57,11 @@ def test_methods_of_hypercorns_connection(name: str, expected: list[str]) -> Non
 @pytest.mark.parametrize(
     ("method", "call"),
     [
-        ("run", "self.idle_task.restart(self._task_group, self._idle_timeout)"),
-        ("run", "self._read_data()"),
-        ("run", "ProtocolWrapper(self.app,"),
+        ("__await__", "self.run()"),
+        ("protocol_send", "self.idle_task.restart(self._task_group, self._idle_timeout)"),
         ("protocol_send", "self.idle_task.stop()"),
         ("_read_data", "self.protocol.handle(Closed())"),
-        ("_idle_timeout", "self.context.terminated.wait()"),
+        ("_idle_timeout", "self._initiate_server_close()"),
     ],
 )
 def test_calls_within_hypercorns_connection(method: str, call: str) -> None:
@@ -76,7 +80,33 @@ async def test_attributes_of_hypercorns_connection() -> None:
     assert Config().wsgi_max_body_size, f"Config.wsgi_max_body_size is gone; {HYPERCORN}"
     assert parameters(hypercorn.utils.wrap_app)[:3] == ["app", "wsgi_max_body_size", "mode"], HYPERCORN
     assert (RawData(b"x").data, Updated(idle=True).idle, Closed()) == (b"x", True, Closed()), HYPERCORN
-    assert hasattr(TaskGroup, "spawn_app"), f"Hypercorn calls apps another way; {HYPERCORN}"
+    assert parameters(TaskGroup.spawn_app) == ["self", "app", "config", "scope", "send"], HYPERCORN
+    expected = ["app", "config", "scope", "receive", "send", "sync_spawn", "call_soon"]
+    assert parameters(hypercorn.trio.task_group._handle) == expected, HYPERCORN
+    assert Config().max_app_queue_size, f"Config.max_app_queue_size is gone; {HYPERCORN}"
+    assert Config().response_headers("h2"), f"Config.response_headers has changed; {HYPERCORN}"
+
+
+_SHARED = ["self", "app", "config", "context", "task_group"]
+_ENDS = ["ssl", "client", "server", "send"]
+
+
+def test_protocols_of_hypercorn() -> None:
+    assert parameters(H11Protocol.__init__) == [*_SHARED, "connection_state", *_ENDS], HYPERCORN
+    assert parameters(HTTPStream.__init__) == [*_SHARED, *_ENDS, "stream_id"], HYPERCORN
+    for name, expected in (
+        ("stream_send", ["self", "event"]),
+        ("_check_protocol", ["self", "event"]),
+        ("_create_stream", ["self", "request"]),
+        ("_send_h11_event", ["self", "event"]),
+        ("_maybe_recycle", ["self"]),
+        ("_close_stream", ["self"]),
+    ):
+        assert parameters(getattr(H11Protocol, name)) == expected, f"H11Protocol.{name}; {HYPERCORN}"
+    source = inspect.getsource(H11Protocol._handle_events)
+    assert "await self.can_read.wait()" in source, f"requests wait for their turn another way; {HYPERCORN}"
+    assert source.index("self._check_protocol(event)") < source.index("self._create_stream(event)"), HYPERCORN
+    assert parameters(ProtocolWrapper.handle) == ["self", "event"], HYPERCORN
 
 
 @pytest.mark.parametrize(
@@ -118,14 +148,21 @@ def test_quart_takes_classes_of_ours() -> None:
 @pytest.mark.parametrize(
     ("packages", "only"),
     [
-        (("hypercorn",), "http/hypercorn_connection.py"),
+        (
+            ("hypercorn",),
+            {
+                "http/hypercorn_connection.py",
+                "http/hypercorn_http1.py",
+                "http/hypercorn_http2.py",
+            },
+        ),
         (
             ("quart_trio.asgi", "quart_trio.wrappers", "quart.asgi", "quart.wrappers"),
-            "http/quart_connection.py",
+            {"http/quart_connection.py"},
         ),
     ],
 )
-def test_one_module_depends_on_private_names(packages: tuple[str, ...], only: str) -> None:
+def test_few_modules_depend_on_private_names(packages: tuple[str, ...], only: set[str]) -> None:
     importing = {
         str(path.relative_to(FOLDER))
         for path in FOLDER.rglob("*.py")
@@ -136,4 +173,4 @@ def test_one_module_depends_on_private_names(packages: tuple[str, ...], only: st
         )
         if name.startswith(packages)
     }
-    assert importing == {only}
+    assert importing == only

@@ -46,7 +46,6 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 REFUSED = {
     "tools": [TOOL],
     "tool_choice": "required",
-    "response_format": {"type": "json_object"},
     "suffix": "x",
 }
 """Values that the schema takes; where it does not have the field, any will do."""

@@ -269,8 +269,10 @@ async def test_cors(engine: FakeEngine, origins: tuple[str, ...]) -> None:
         assert ("access-control-allow-origin" in other.headers) is (origins == ("*",))
 
 
-async def test_no_cors_by_default(client: httpx.AsyncClient) -> None:
-    response = await client.get("/live", headers={"Origin": "https://a.example"})
+async def test_no_cors_by_default(engine: FakeEngine) -> None:
+    async with serving(engine, api_key="k") as url, httpx.AsyncClient(base_url=url) as client:
+        response = await client.get("/live", headers={"Origin": "https://a.example"})
+    assert response.status_code == 200
     assert "access-control-allow-origin" not in response.headers
 
 
@@ -413,6 +415,18 @@ async def test_a_wrong_timeout_header(client: httpx.AsyncClient, value: str) -> 
         assert response.json()["error"]["param"] == "X-Request-Timeout"
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/inference"])
+async def test_the_session_header(client: httpx.AsyncClient, engine: FakeEngine, path: str) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "hi"}
+    for headers in ({"X-Session-Id": "chat-7"}, {}):
+        assert (await client.post(path, json=body, headers=headers)).status_code == 200
+    assert engine.sessions == ["chat-7", ""]
+    for wrong in ("a b", "x" * 129):
+        refused = await client.post(path, json=body, headers={"X-Session-Id": wrong})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "X-Session-Id"
+
+
 async def test_the_timeout_counts_from_the_arrival(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -470,5 +484,34 @@ async def test_backend() -> None:
         assert found["info"]["architecture"] == "Fake"
         assert found["info"]["block_size"] == 16
         assert found["info"]["context_len"] == CONTEXT_LEN
-        assert (found["transport"], found["replicas"], found["tp_size"]) == ("process", 1, 1)
+        assert (found["transport"], found["replicas"]) == ("process", 1)
+        assert (found["tp_size"], found["pp_size"]) == (1, 1)
         assert found["versions"]["trio"] == trio.__version__
+
+
+async def test_a_client_is_its_key_or_else_its_address() -> None:
+    engine, body = FakeEngine(), {"prompt": "hi", "max_tokens": 1}
+    async with serving(engine, api_key=("one", "two")) as url, httpx.AsyncClient(base_url=url) as client:
+        for key in ("one", "two", "one"):
+            sent = await client.post("/v1/completions", json=body, headers={"X-Api-Key": key})
+            assert sent.status_code == 200
+    first, second, third = engine.clients
+    assert first == third != second
+    assert "one" not in first
+    engine.clients.clear()
+    async with serving(engine) as url, httpx.AsyncClient(base_url=url) as client:
+        await client.post("/v1/completions", json=body, headers={"X-Api-Key": "made up"})
+    assert engine.clients == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8::1:2:3:4", "2001:db8::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("<local>", "<local>"),
+    ],
+)
+def test_an_ipv6_network_is_one_client(address: str, network: str) -> None:
+    assert access._network(address) == network

@@ -92,6 +92,7 @@ async def test_calls_in_flight_when_the_stop_comes(
     cast: Any, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     cast.opening("hanging", "hang")
+    cast.opening("beside it", "hang")
     errors: list[str] = []
 
     async def start(child_id: str) -> None:
@@ -103,11 +104,11 @@ async def test_calls_in_flight_when_the_stop_comes(
     async with open_supervisor("root", [cast.spec("a")]) as supervisor:
         nursery.start_soon(start, "hanging")
         await wait_all_tasks_blocked()
-        nursery.start_soon(start, "queued behind it")
+        nursery.start_soon(start, "beside it")
         await wait_all_tasks_blocked()
         reports = await supervisor.stop()
     assert errors == ["supervisor 'root' is stopping"] * 2
-    assert [report.child_id for report in reports] == ["hanging", "a"]
+    assert [report.child_id for report in reports] == ["beside it", "hanging", "a"]
 
 
 async def test_a_child_may_change_its_own_supervisor(cast: Any, autojump_clock: MockClock) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-MAX_STEPS = 2000
+from tests.support.seeded import seeded
+
+MAX_STEPS = 10_000
 """More than any work here takes: it would not end."""
 
 
-class _Steps(trio.abc.Instrument):
+class Steps(trio.abc.Instrument):
     """Calls a function before the given step of any task, counted from when it is added.
 
     Attributes:
@@ -35,28 +37,41 @@ async def cancelled_at(step: int, work: Callable[[], Awaitable[object]]) -> bool
     Raises:
         BaseException: whatever comes out of the scope; a cancellation does not.
     """
+    ended = False
     with trio.CancelScope() as scope:
-        steps = _Steps(step, scope.cancel)
+        steps = Steps(step, scope.cancel)
         trio.lowlevel.add_instrument(steps)
         try:
             await work()
+            ended = True
         finally:
             trio.lowlevel.remove_instrument(steps)
+    assert ended or scope.cancelled_caught
     return steps.reached
 
 
 def cancel_at_each_step(
-    work: Callable[[], Awaitable[object]], make_clock: Callable[[], trio.abc.Clock]
+    work: Callable[[], Awaitable[object]],
+    make_clock: Callable[[], trio.abc.Clock],
+    *,
+    seed: int = 0,
+    first: int = 1,
+    every: int = 1,
 ) -> int:
     """Cancel ``work`` at its first step, its second, and so on, until it ends before; return how many.
 
-    Each time in a loop of its own, so that nothing of one run is left for the next.
+    Each time in a loop of its own, so that nothing of one run is left for the next, and with the same choices
+    of trio up to the cancellation, so that no step is left out.
+
+    Args:
+        first, every: for a sample: cancel at steps ``first``, ``first + every``, …
     """
-    for step in range(1, MAX_STEPS):
+    for step in range(first, MAX_STEPS, every):
         try:
-            reached = trio.run(cancelled_at, step, work, clock=make_clock())
+            with seeded(seed):
+                reached = trio.run(cancelled_at, step, work, clock=make_clock())
         except BaseException as error:
-            error.add_note(f"cancelled at step {step}")
+            error.add_note(f"cancelled at step {step}, seed {seed}")
             raise
         if not reached:
             return step - 1

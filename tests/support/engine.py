@@ -61,7 +61,8 @@ def opened(model: Path) -> Open:
         behaviour: Any = None, find_model: Any = None, **options: Any
     ) -> AsyncIterator[tuple[Engine, FakeWorkers]]:
         workers = FakeWorkers(behaviour=behaviour or FakeBehaviour(step_seconds=STEP))
-        config = EngineConfig(runner="ullm.testing:ScriptedRunner", model=str(model), **options)
+        options = {"model": str(model), **options}
+        config = EngineConfig(runner="ullm.testing:ScriptedRunner", **options)
         find_model = find_model or (lambda config: local_model(model))
         async with open_engine(config, transport=workers.open, find_model=find_model) as engine:
             yield engine, workers

@@ -42,6 +42,7 @@ class Stream:
         self.error: Exception | None = None
         self.failure: dict[str, str] | None = None
         self.usage: dict[str, int] | None = None
+        self.token_ids: list[int] = []
         self.gap = 0.0
         self.chunks = 0
         self.begun = threading.Event()
@@ -93,6 +94,7 @@ class Stream:
             message = choice.get("delta") or choice.get("message")
             self.text += message.get("content") or "" if message is not None else choice.get("text", "")
             self.finish_reason = choice["finish_reason"] or self.finish_reason
+            self.token_ids += choice.get("token_ids") or ()
             if self.text:
                 self.chunks += 1
                 self.begun.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,7 @@ SEVERAL = [
     "worker.step:crash@probability=0.2,times=2,seed=4",
     "frame.from_worker:delay@message=StepResult,nth=2,seconds=20; worker.step:stop@nth=5",
     "scheduler.step:raise@nth=3; router.tokens:raise@nth=6; worker.step:exit@nth=9",
+    "worker.step:crash@nth=5; scheduler.step:raise@nth=5",
 ]
 
 
@@ -67,11 +69,88 @@ async def test_no_token_is_lost(
         }
         await trio.testing.wait_all_tasks_blocked()
         assert engine.statistics().kv_blocks_used == 0
+        assert [str(fired) for fired in engine.faults.history if not fired.effect] == []
     script = ScriptedSettings.read(str(ullm_scripted_model))
     assert_finished_once(outputs, "length")
     assert_no_token_lost(
         scripted_tokens(PROMPT, GREEDY, 10, script), [token for o in outputs for token in o.token_ids]
     )
+
+
+@pytest.mark.parametrize("plan", ["worker.step:crash", "router.tokens:raise"])
+async def test_a_fault_is_tied_to_a_request_and_its_nth_token(
+    ullm_clock: MockClock, ullm_engine: OpenEngine, ullm_scripted_model: Path, plan: str
+) -> None:
+    answers: dict[str, list[Output]] = {}
+
+    async def ask(engine: Engine, name: str) -> None:
+        async with engine.generate(PROMPT, GREEDY, request_id=name) as generation:
+            answers[name] = [output async for output in generation]
+
+    async with ullm_engine(step_seconds=1.0, faults=f"{plan}@request=mine,token=5") as engine:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, engine, "other")
+            await trio.sleep(2.5)
+            nursery.start_soon(ask, engine, "mine")
+        (fired,) = engine.faults.history
+    assert (fired.request, fired.token, fired.hit) == ("mine", 5, 1)
+    script = ScriptedSettings.read(str(ullm_scripted_model))
+    for outputs in answers.values():
+        tokens = [token for output in outputs for token in output.token_ids]
+        assert_no_token_lost(scripted_tokens(PROMPT, GREEDY, 10, script), tokens)
+
+
+@pytest.mark.parametrize("plan", ["", "worker.step:crash@nth=4"])
+async def test_log_probabilities_are_those_of_their_tokens(
+    ullm_clock: MockClock, ullm_engine: OpenEngine, plan: str
+) -> None:
+    async with ullm_engine(step_seconds=1.0, faults=plan) as engine:
+        async with engine.generate(PROMPT, replace(GREEDY, logprobs=2)) as generation:
+            outputs = [output async for output in generation]
+    tokens = [token for output in outputs for token in output.token_ids]
+    scores = [score for output in outputs for score in output.logprobs or ()]
+    assert [score.token_id for score in scores] == tokens
+    assert len(tokens) == 10
+
+
+async def test_a_loss_costs_a_moment(ullm_clock: MockClock, ullm_engine: OpenEngine) -> None:
+    async with ullm_engine(step_seconds=1.0) as engine:
+        began = trio.current_time()
+        await complete(engine)
+        undisturbed = trio.current_time() - began
+        engine.faults.arm("worker.step:crash@nth=4")
+        await complete(engine)
+        (fired,) = engine.faults.history
+        assert fired.recovered is not None
+        assert fired.recovered < 2.0
+        assert trio.current_time() - began - undisturbed < undisturbed + 3.0
+
+
+async def test_a_hang_is_found_within_the_step_timeout(
+    ullm_clock: MockClock, ullm_engine: OpenEngine
+) -> None:
+    async with ullm_engine(step_seconds=1.0, faults="worker.step:hang@nth=4", step_timeout=30) as engine:
+        await complete(engine)
+        (fired,) = engine.faults.history
+        assert fired.recovered is not None
+        assert 29.0 < fired.recovered < 33.0
+
+
+async def test_probes_tell_what_is(ullm_clock: MockClock, ullm_engine: OpenEngine) -> None:
+    async with ullm_engine(step_seconds=1.0, load_seconds=5.0) as engine:
+        assert (engine.health().ready, engine.health().state) == (True, "running")
+        engine.faults.arm("worker.step:crash")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(complete, engine)
+            await trio.sleep(2.0)
+            assert (engine.health().ready, engine.health().state) == (False, "restarting")
+            assert engine.health().live
+            await trio.sleep(6.0)
+            assert engine.health().ready
+            engine.request_shutdown()
+            await trio.testing.wait_all_tasks_blocked()
+            assert (engine.health().ready, engine.health().state) == (False, "draining")
+            assert engine.health().live
 
 
 @pytest.mark.parametrize("action", ACTOR_ACTIONS)

@@ -52,6 +52,15 @@ os.unlink(f"/dev/shm/{name}")
 """
 """A program with a segment of shared memory, named as Python names them."""
 
+SEMAPHORE = """
+import sys, _multiprocessing
+semaphore = _multiprocessing.SemLock(0, 1, 1, f"/mp-{__import__('os').getpid()}", False)
+print("made", flush=True)
+sys.stdin.readline()
+_multiprocessing.sem_unlink(semaphore.name)
+"""
+"""A program with a semaphore, whose file gets its name only after it was mapped under another one."""
+
 
 @contextmanager
 def child_with_segment() -> Iterator[tuple[subprocess.Popen[str], str]]:
@@ -159,12 +168,13 @@ def test_a_descriptor_in_the_place_of_another_is_found() -> None:
 
 
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="has no folder of shared memory")
-def test_other_programs_files_and_segments_are_their_own(check: LeakCheck) -> None:
+@pytest.mark.parametrize("program", [SEGMENT, SEMAPHORE], ids=["segment", "semaphore"])
+def test_other_programs_files_and_segments_are_their_own(check: LeakCheck, program: str) -> None:
     """A file that has nothing to do with segments, and a segment that another process has mapped."""
     foreign = SHARED_MEMORY / f"foreign-{os.getpid()}"
     foreign.write_bytes(b"x")
     try:
-        with neighbour(SEGMENT):
+        with neighbour(program):
             assert segments(check) == []
     finally:
         foreign.unlink()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -26,14 +28,15 @@ UNUSED = ("-p", "no:schemathesis", "-p", "no:anyio", "-p", "no:xdist")
 """Other plugins, which take seconds to import."""
 
 
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *options: str, environ: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *UNUSED, *PLUGIN, *options]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=240, env={**os.environ, **environ}
+    )
 
 
-def block(language: str) -> str:
-    (text,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-    return str(text)
+def block(language: str, number: int = 0, page: str = PAGE) -> str:
+    return str(re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)[number])
 
 
 @pytest.mark.process
@@ -43,6 +46,22 @@ def test_the_pages_suite_passes(tmp_path: Path) -> None:
     done = run(tmp_path, "-W", "error")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\b7 passed", done.stdout)
+
+
+@pytest.mark.process
+def test_the_program_with_points_of_its_own_runs() -> None:
+    done = subprocess.run([sys.executable, "-c", block("python", 1)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "retry b" in done.stdout
+    assert "ledger.write:raise at hit 2 (request b): raised, there again after" in done.stdout
+
+
+@pytest.mark.process
+def test_the_property_test_of_its_page_passes(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "how-to" / "property-tests.md").read_text("utf-8")
+    (tmp_path / "test_property.py").write_text(block("python", page=page), "utf-8")
+    done = run(tmp_path, "-p", "no:trio")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -95,7 +114,7 @@ def test_every_plan_on_the_page_can_be_read() -> None:
 
 
 def test_the_page_names_everything() -> None:
-    words = set(re.findall(r"`([\w.]+)", PAGE))
+    words = set(re.findall(r"[`:]([\w.]+)", PAGE))
     assert set(POINTS) <= words
     assert {action for actions in POINTS.values() for action in actions} <= words
     assert set(Fault.__struct_fields__) - {"point", "action"} <= words

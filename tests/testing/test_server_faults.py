@@ -88,6 +88,8 @@ def eventually(what: Any, seconds: float = 20) -> None:
         "frame.from_worker:duplicate@nth=20,message=StepResult",
         "frame.from_worker:corrupt@nth=20,message=StepResult",
         "scheduler.step:raise@nth=20; router.tokens:raise@nth=40",
+        "worker.step:crash@nth=20; scheduler.step:raise@nth=20",
+        "worker.step:crash@nth=20; scheduler.step:raise@nth=21",
     ],
 )
 def test_no_text_is_lost(server: ServerProcess, undisturbed: list[str], plan: str) -> None:

@@ -229,3 +229,44 @@ def test_date_is_todays(monkeypatch):
 
     monkeypatch.setattr(chat_template.datetime, "datetime", Clock)
     assert render("{{ strftime_now('%d %b %Y') }}") == "03 Feb 2031"
+
+
+# --- a message that goes on, a template of the request --------------------------------------------
+
+GOES_ON = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I begin "}]
+
+
+@pytest.mark.parametrize("name", ["chatml", "special tokens"])
+def test_the_last_message_goes_on_as_in_transformers(reference, name):
+    ours = ChatTemplate({"default": TEMPLATES[name]}, {"bos_token": "<b>"})
+    text = ours.render(GOES_ON, add_generation_prompt=False, continue_final_message=True)
+    reference.bos_token = "<b>"
+    expected = reference.apply_chat_template(
+        GOES_ON, chat_template=TEMPLATES[name], tokenize=False, continue_final_message=True
+    )
+    assert text == expected
+    assert text.endswith("I begin") == (name == "special tokens"), "what strips messages strips this one"
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "{{ messages | length }}"])
+def test_a_template_that_hides_the_last_message(template):
+    with pytest.raises(InvalidParameter, match="cannot go on") as caught:
+        ChatTemplate({"default": template}, {}).render(GOES_ON, continue_final_message=True)
+    assert caught.value.param == "continue_final_message"
+
+
+def test_a_message_without_a_text_cannot_go_on():
+    with pytest.raises(InvalidParameter, match="content is a text"):
+        ChatTemplate({"default": CHAT_TEMPLATE}, {}).render(
+            [{"role": "assistant", "content": None}], continue_final_message=True
+        )
+
+
+def test_a_template_of_the_request():
+    ours = ChatTemplate({"default": CHAT_TEMPLATE}, {"bos_token": "<b>"})
+    assert ours.render(GOES_ON, chat_template="{{ bos_token }}{{ messages[0].content }}") == "<b>hi"
+    with pytest.raises(InvalidParameter, match="line 1") as caught:
+        ours.render(GOES_ON, chat_template="{% if %}")
+    assert caught.value.param == "chat_template"
+    with pytest.raises(InvalidParameter, match="unsafe"):
+        ours.render(GOES_ON, chat_template="{{ ''.__class__.__mro__ }}")

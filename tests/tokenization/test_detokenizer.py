@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ullm.tokenization.detokenizer import TextAssembler
+from ullm.tokenization.stop_strings import StopString
 
 
 class Pieces:
@@ -95,3 +96,52 @@ def test_it_is_the_same_as_searching_the_whole_text(pieces: list[str], stops: li
             first = min(hits, key=lambda hit: hit[0])
             break
     assert (text, stop) == ((whole[: first[0]], first[1]) if first else (whole, None))
+
+
+def test_a_stop_string_that_ended_too_early_is_not_found_later() -> None:
+    """Though it is part of what is held back for the other one."""
+    assert play(["xab", "q"], "ab", "xabyyyy", min_tokens=1) == ("xabq", None, 2)
+
+
+class CountingText(str):
+    """A text that counts how often its characters are looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index: Any) -> str:
+        CountingText.looks += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("stop_of", [lambda text: text + "b", lambda text: text[1:] + "b", lambda _: "aab"])
+def test_the_search_is_linear_in_the_text(stop_of: Any) -> None:
+    """With fifteen stop strings as long as the text, the worst of which repeat themselves."""
+    looks = []
+    for length in (500, 1000):
+        CountingText.looks = 0
+        stops = [CountingText(stop_of("a" * length)) for _ in range(15)]
+        shown, stop, _ = play(["a"] * length, *stops)
+        assert (shown, stop) == ("a" * length, None)
+        looks.append(CountingText.looks)
+    assert looks[1] <= 2.1 * looks[0]
+    assert looks[1] <= 10 * 15 * 1000
+
+
+def test_choices_share_what_is_known_about_a_stop_string() -> None:
+    stop = StopString("aab" * 5)
+    for _ in range(3):
+        text = TextAssembler(Pieces(["aab" * 5]), [stop])
+        assert text.push([0]).stop == "aab" * 5
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+def test_special_tokens_are_part_of_stop_strings_but_not_of_the_text(include_stop: bool) -> None:
+    pieces = ["one ", "", "two ", "", "\nfo", "o!"]  # 1 and 3 are special tokens
+    text = TextAssembler(
+        Pieces(pieces), ["<end>\nfoo"], hidden={1: "<end>", 3: "<end>"}, include_stop=include_stop
+    )
+    shown = [text.push([token]) for token in range(len(pieces))]
+    assert [delta.text for delta in shown[:5]] == ["one ", "", "two ", "", ""]
+    assert (shown[5].text, shown[5].stop) == ("<end>\nfoo" if include_stop else "", "<end>\nfoo")
+    over = TextAssembler(Pieces(pieces), ["<end>\nfoo"], hidden={1: "<end>"})
+    assert over.push([0, 1]).text + over.flush().text == "one ", "what is held back is not shown"

@@ -164,16 +164,17 @@ class StandbyPool:
         task_status.started()
         async with trio.open_nursery() as nursery:
             while True:
-                self._changed = trio.Event()
+                # One time for all: what is not due yet for one kind must be due later for the wait.
+                self._changed, now = trio.Event(), trio.current_time()
                 for kind in self._kinds.values():
-                    for standby in self._complete(kind):
+                    for standby in self._complete(kind, now):
                         nursery.start_soon(self._keep, kind, standby)
-                with trio.move_on_at(self._next_check()):
+                with trio.move_on_at(self._next_check(now)):
                     await self._changed.wait()
 
-    def _complete(self, kind: WorkerKind) -> list[StandbyWorker]:
+    def _complete(self, kind: WorkerKind, now: float) -> list[StandbyWorker]:
         """Return the missing standbys, to be started now; retire surplus ones."""
-        target, now = self._target, trio.current_time()
+        target = self._target
         if target is None or now < kind.not_before:
             return []
         self._retire(kind, target.standbys * max(1, kind.serving))
@@ -187,8 +188,7 @@ class StandbyPool:
         kind.standbys += new
         return new
 
-    def _next_check(self) -> float:
-        now = trio.current_time()
+    def _next_check(self, now: float) -> float:
         times = [kind.not_before for kind in self._kinds.values()]
         return min((time for time in times if time > now), default=math.inf)
 

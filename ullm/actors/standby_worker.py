@@ -85,4 +85,5 @@ class WorkerKind:
 def kind_of(spec: WorkerSpec) -> tuple[object, ...]:
     """Return the key of a worker's kind: workers with equal keys can replace each other."""
     rank = spec.rank
-    return spec.runner, spec.cpu_threads, rank.rank, rank.world_size, rank.device_index
+    place = rank.rank, rank.world_size, rank.num_stages, rank.device_index
+    return spec.runner, spec.cpu_threads, spec.node, spec.interface, *place

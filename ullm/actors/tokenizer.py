@@ -6,7 +6,7 @@ trio. Decoding a few tokens takes microseconds and is done where it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import trio
 from tokenizers import Tokenizer as Backend
 
+from ullm.actors.template_process import TemplateProcess
 from ullm.errors import (
     ActorLost,
     AskTimeout,
@@ -25,10 +26,14 @@ from ullm.errors import (
     UllmError,
 )
 from ullm.faults import FaultInjector
+from ullm.grammars.compiler import compile_grammar
+from ullm.grammars.structured_outputs import StructuredOutputs
 from ullm.hub import LocalModel
 from ullm.hub.files import read_json
 from ullm.logs import get_logger
+from ullm.parsing.formats import ChatFormat
 from ullm.supervision.actor import Mailbox, Reply, ask
+from ullm.tokenization.backend import load_backend, special_token_ids, without_special_tokens
 from ullm.tokenization.chat_template import (
     ChatTemplate,
     ChatTemplateBroken,
@@ -37,6 +42,7 @@ from ullm.tokenization.chat_template import (
 )
 from ullm.tokenization.decoding import ByteLevelDecoder, TokenBytes, WindowDecoder
 from ullm.tokenization.detokenizer import IncrementalDecoder
+from ullm.tokenization.spelled_tokens import SpelledTokens
 
 THREADS = 2
 """Prompts encoded at a time; a short one need not wait for a long one."""
@@ -50,6 +56,13 @@ ANSWER_SECONDS = 120.0
 ATTEMPTS = 4
 """Incarnations of the actor that may try one prompt, as many as a supervisor starts by default."""
 
+SHORT_TEXT = 16 << 10
+"""Characters up to which a text is encoded under the interpreter's lock, some milliseconds at most. Without
+the lock the library uses threads, whose mere existence makes it warn about later forks of the program."""
+
+CACHED_GRAMMARS = 64
+"""Grammars that are checked once; the least recently compiled one makes room."""
+
 T = TypeVar("T")
 
 log = get_logger(__name__)
@@ -59,6 +72,7 @@ log = get_logger(__name__)
 class _TokenizerJob(Generic[T]):
     work: Callable[[], T]
     reply: Reply[T]
+    renders: bool = False
 
 
 class TokenizerActor:
@@ -86,6 +100,10 @@ class TokenizerActor:
         self._longest_token = 1
         self.max_tokens = None
         self._template: ChatTemplate
+        self._config: dict[str, Any]
+        self._text_backend: Backend
+        self._renderer = TemplateProcess(ChatTemplate({}, {}))
+        self._grammars: dict[Hashable, str] = {}
 
     # --- the actor ---
 
@@ -95,12 +113,15 @@ class TokenizerActor:
         Raises:
             ModelFileBroken: the tokenizer's files or the template of ``--chat-template`` cannot be used.
         """
-        threads = trio.CapacityLimiter(THREADS)
+        threads, renderer = trio.CapacityLimiter(THREADS), trio.CapacityLimiter(1)
         await trio.to_thread.run_sync(self.load, limiter=threads)
         task_status.started()
-        async with trio.open_nursery() as nursery:
-            async for job in self._jobs:
-                nursery.start_soon(self._do, job, threads)
+        try:
+            async with trio.open_nursery() as nursery:
+                async for job in self._jobs:
+                    nursery.start_soon(self._do, job, renderer if job.renders else threads)
+        finally:
+            self._renderer.close()
 
     def load(self, *, strict: bool = False) -> None:
         """Read the tokenizer's files, which blocks for up to a second.
@@ -117,11 +138,14 @@ class TokenizerActor:
         tokens_map = read_json(folder / "special_tokens_map.json", missing_ok=True)
         special = read_special_tokens(config, tokens_map)
         self._template = self._load_template(folder, config, special, strict)
-        self._backend = backend = _load_backend(folder / "tokenizer.json")
+        self._renderer.retire()
+        self._renderer = TemplateProcess(self._template)
+        self._backend = backend = load_backend(folder / "tokenizer.json")
         self._bytes = TokenBytes(backend)
-        self._special = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        if not self._model.special_tokens_in_text:
+            self._text_backend = without_special_tokens(backend)
+        self._special = special_token_ids(backend)
+        self._config = config
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = len(vocabulary)
         self._longest_token = max(map(len, vocabulary), default=1)
@@ -132,14 +156,32 @@ class TokenizerActor:
         What is being encoded or decoded already goes on with the files that it began with.
         """
         self._model = other._model
-        self._template = other._template
+        self._renderer.retire()
+        self._template, self._renderer = other._template, other._renderer
         self._backend, self._bytes, self._special = other._backend, other._bytes, other._special
+        self._config = other._config
+        if not other._model.special_tokens_in_text:
+            self._text_backend = other._text_backend
         self.vocab_size, self._longest_token = other.vocab_size, other._longest_token
 
     @property
     def has_chat_template(self) -> bool:
         """False if the model has none, or one that cannot be used; chats are refused then."""
         return bool(self._template)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the tokenizer's configuration, its special tokens, and its chat template, for people."""
+        return {
+            **self._config,
+            "vocab_size": self.vocab_size,
+            "special_tokens": {self.token_text(token): token for token in sorted(self._special)},
+            "chat_template": self._template.sources.get("default"),
+        }
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How the answers are read that the chat template leads to."""
+        return self._template.format
 
     # --- encoding ---
 
@@ -169,14 +211,16 @@ class TokenizerActor:
         Raises:
             InvalidParameter: see `render_chat`.
         """
-        render = partial(
-            self._template.render,
-            messages,
+        hidden = None if self._model.special_tokens_in_text else self._spelled_tokens()
+        text = await self.render_chat(
+            messages if hidden is None else hidden.hide(messages),
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             **variables,
         )
-        return await self._ask(lambda: self._encode(render(), False, "messages"))
+        if hidden is not None:
+            return await self._ask(partial(self._encode_pieces, hidden.pieces(text)))
+        return await self._ask(partial(self._encode, text, False, "messages"))
 
     async def render_chat(
         self,
@@ -195,16 +239,51 @@ class TokenizerActor:
 
         Raises:
             InvalidParameter: there is no chat template, or it cannot be used, or it rejects the messages.
+            TemplateFailed: it fails for every conversation.
         """
-        return await self._ask(
-            partial(
-                self._template.render,
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=tools,
-                **variables,
+
+        def render() -> str:
+            return self._renderer.render(
+                messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
             )
-        )
+
+        return await self._ask(render, renders=True)
+
+    async def compile_grammar(self, outputs: StructuredOutputs) -> str:
+        """Return the grammar in the form that workers take, checked; the last ones are kept.
+
+        Raises:
+            InvalidParameter: it is not a grammar, or cannot be fulfilled, or needs what is not supported.
+        """
+        special = tuple(self.token_text(token_id) for token_id in sorted(self._special))
+        return await self._ask(lambda: self._compile(outputs, special))
+
+    def special_token(self, text: str) -> int | None:
+        """Return the special token that is written so, which is no part of any text; None if none is."""
+        token_id = self._backend.token_to_id(text)
+        return token_id if token_id in self._special else None
+
+    def token(self, text: str) -> int | None:
+        """Return the one token that is written so, special or not; None if none is."""
+        return self._backend.token_to_id(text)
+
+    def special_tokens_in(self, texts: Sequence[str]) -> dict[int, str]:
+        """Return the special tokens that are part of texts, as they are written there."""
+        written = {token_id: self.token_text(token_id) for token_id in self._special}
+        return {
+            token_id: token
+            for token_id, token in written.items()
+            if token and any(token in text for text in texts)
+        }
+
+    async def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens of words, at the begin of a text and after a blank."""
+        return await self._ask(partial(self._bad_words, words))
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        texts = [text for word in words for text in (word.lstrip(), " " + word.lstrip()) if text.strip()]
+        found = [tuple(self._encode(text, False, "bad_words")) for text in texts or words]
+        return tuple(dict.fromkeys(filter(None, found)))
 
     # --- decoding ---
 
@@ -241,20 +320,20 @@ class TokenizerActor:
 
     # --- inside ---
 
-    async def _do(self, job: _TokenizerJob[Any], threads: trio.CapacityLimiter) -> None:
+    async def _do(self, job: _TokenizerJob[Any], limiter: trio.CapacityLimiter) -> None:
         await self._faults.at("tokenizer.encode")
         try:
             result = await trio.to_thread.run_sync(
-                _guarded, job.work, limiter=threads, abandon_on_cancel=True
+                _guarded, job.work, limiter=limiter, abandon_on_cancel=True
             )
         except UllmError as error:
             job.reply.fail(error)
         else:
             job.reply.send(result)
 
-    async def _ask(self, work: Callable[[], T]) -> T:
+    async def _ask(self, work: Callable[[], T], *, renders: bool = False) -> T:
         def job(reply: Reply[T]) -> _TokenizerJob[Any]:
-            return _TokenizerJob(work, reply)
+            return _TokenizerJob(work, reply, renders)
 
         try:
             for _ in range(ATTEMPTS - 1):
@@ -265,6 +344,16 @@ class TokenizerActor:
             return await ask(self._jobs, job, ANSWER_SECONDS)
         except (ActorLost, AskTimeout) as error:
             raise EngineNotReady("restarting a part of itself") from error
+
+    def _compile(self, outputs: StructuredOutputs, special_tokens: tuple[str, ...]) -> str:
+        key = (outputs.kind, outputs.text, outputs.whitespace_pattern, outputs.disable_any_whitespace)
+        compiled = self._grammars.get((*key, special_tokens))
+        if compiled is None:
+            compiled = compile_grammar(outputs, special_tokens)
+            while len(self._grammars) >= CACHED_GRAMMARS:
+                self._grammars.pop(next(iter(self._grammars)), None)
+            self._grammars[(*key, special_tokens)] = compiled
+        return compiled
 
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         try:
@@ -279,7 +368,24 @@ class TokenizerActor:
         least = len(text) // self._longest_token
         if self.max_tokens is not None and least > self.max_tokens:
             raise PromptTooLong(least, self.max_tokens, param, at_least=True)
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) <= SHORT_TEXT:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        else:  # the same, but without the interpreter's lock
+            encoding = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        ids: list[int] = encoding.ids
+        return ids
+
+    def _spelled_tokens(self) -> SpelledTokens:
+        return SpelledTokens([self._backend.id_to_token(token) or "" for token in self._special])
+
+    def _encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """Encode a conversation in which special tokens of users' and tools' messages are text."""
+        ids: list[int] = []
+        for piece, is_spelled in pieces:
+            if is_spelled:
+                ids += self._text_backend.encode(piece, add_special_tokens=False).ids
+            else:
+                ids += self._encode(piece, False, "messages")
         return ids
 
     def _load_template(
@@ -307,15 +413,3 @@ def _guarded(work: Callable[[], T]) -> T:
     except BaseException as error:  # a panic of the tokenizer's Rust code is not an Exception
         log.warning("text cannot be tokenized", exc_info=True)
         raise InvalidParameter(f"the text cannot be tokenized: {error}") from error
-
-
-def _load_backend(file: Path) -> Backend:
-    if not file.is_file():
-        raise ModelFileBroken(file, "no such file; name the tokenizer's folder with --tokenizer")
-    try:
-        backend: Backend = Backend.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise ModelFileBroken(file, f"not a tokenizer: {error}") from None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend

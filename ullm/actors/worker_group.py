@@ -7,25 +7,35 @@ starts a new incarnation, with a higher number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import Any
 
 import trio
+from msgspec import structs
 
+from ullm.actors.block_transfer import AnyTransfer
+from ullm.actors.step_agreement import StepAgreement
 from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
-from ullm.actors.worker_rank import WorkerRank
+from ullm.actors.worker_rank import NOTICE_SECONDS, WorkerRank
 from ullm.config import EngineConfig, Tuning
-from ullm.errors import WorkerLost, first_cause
+from ullm.errors import WorkerFailed, WorkerLost, first_cause
 from ullm.logs import get_logger
 from ullm.protocol import stop_budget
 from ullm.protocol.messages import (
+    Adapter,
+    AdapterKept,
     Asleep,
     Awake,
+    BlocksExported,
+    BlocksImported,
     FromWorker,
+    KeepAdapter,
     ModelInfo,
     Ping,
     Pong,
+    Progress,
     RankSpec,
     Sleep,
     Start,
@@ -34,6 +44,7 @@ from ullm.protocol.messages import (
     ToWorker,
     Wake,
 )
+from ullm.scheduling import placement
 from ullm.supervision.actor import cleanup_scope
 from ullm.supervision.policy import exponential_backoff
 
@@ -44,8 +55,29 @@ BACKOFF_SECONDS, BACKOFF_LIMIT = 1.0, 10.0
 """Delay of a start after one that failed: doubled with each in a row, up to the limit. The first start after
 a loss comes at once."""
 
+CAUSE_SECONDS = 0.2
+"""Time in which a rank's death is noticed after others have failed because of it."""
+
 RENDEZVOUS_ROUNDS = 16
 """Incarnations of a group after which its rendezvous port is used again."""
+
+
+class Meeting:
+    """Where the ranks of one incarnation meet.
+
+    Args:
+        address: where rank 0 is to listen; replaced by where it does.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.known = trio.Event()
+
+    def learn(self, progress: Progress) -> None:
+        """Take the address from what rank 0 announces."""
+        if progress.rendezvous:
+            self.address = progress.rendezvous
+            self.known.set()
 
 
 class WorkerGroup:
@@ -64,7 +96,7 @@ class WorkerGroup:
         self.replica = replica
         self.slot = slot
         self.incarnation = 0
-        self.model_path = ""
+        self.model_path = self.tokenizer_path = ""
         self.tuning = Tuning()
         self.info: ModelInfo | None = None
         self.stop_reports: list[StopReport] = []
@@ -78,8 +110,12 @@ class WorkerGroup:
         self._ready = False
         self._answers: dict[int, Asleep | Awake] = {}
         self._answered = trio.Event()
+        self._kept: dict[int, AdapterKept] = {}
+        self._transfers: dict[int, AnyTransfer] = {}
+        self._lost = trio.Event()
         self._round_trip: tuple[float, float] | None = None
         self._deliver: Callable[[StepResult], None] | None = None
+        self._agreement = StepAgreement((), 0)
 
     # --- for the scheduler -------------------------------------------------------------------------
 
@@ -89,6 +125,12 @@ class WorkerGroup:
         self._known.difference_update(step.released)
         self._known.update(new.seq_id for new in step.new_sequences)
         await self._send(step, ("step", step.step_id))
+
+    async def send_blocks(self, transfer: AnyTransfer) -> None:
+        """Send each rank its message of a transfer, which gets the answers."""
+        transfer.sent = True
+        self._transfers[transfer.number] = transfer
+        await self._send(transfer.messages, ("blocks", transfer.number))
 
     async def sleep(self, level: int) -> int:
         """Have every rank free memory; no step may be in flight.
@@ -115,9 +157,29 @@ class WorkerGroup:
             await self._answered.wait()
         return list(self._answers.values())
 
-    async def _send(self, message: ToWorker, owed: object) -> None:
-        for rank in self._ranks:
-            await rank.send(message, owed)
+    async def _send(self, message: ToWorker | Sequence[ToWorker], owed: object) -> None:
+        """Send to all ranks at the same time: none waits until the pipe of another one has room.
+
+        Args:
+            message: the same for all, or one for each.
+
+        Wait to be cancelled if they are gone, as `WorkerRank.send` does.
+
+        Raises:
+            WorkerLost: they are gone, and this task was not cancelled in time.
+        """
+        if not self._ranks:
+            await trio.sleep(NOTICE_SECONDS)
+            raise WorkerLost(f"replica{self.replica}", "has no workers")
+        messages = message if isinstance(message, Sequence) else [message] * len(self._ranks)
+        if len(self._ranks) == 1:
+            return await self._ranks[0].send(messages[0], owed)
+        try:
+            async with trio.open_nursery() as nursery:
+                for rank, each in zip(self._ranks, messages, strict=True):
+                    nursery.start_soon(rank.send, each, owed)
+        except BaseExceptionGroup as group:
+            raise first_cause(group) from group
 
     async def attach(self, deliver: Callable[[StepResult], None]) -> int:
         """Release every sequence, and send the results of later steps to ``deliver``.
@@ -145,6 +207,37 @@ class WorkerGroup:
     # --- for the fleet -----------------------------------------------------------------------------
 
     @property
+    def ready(self) -> bool:
+        """Whether every rank is up, as far as is known."""
+        return self._ready
+
+    async def keep_adapter(self, adapter: Adapter, *, wanted: bool) -> str:
+        """Have every rank load an adapter, or drop it; return why one cannot load it, or an empty text.
+
+        One caller at a time; the group is ready, and may be in the midst of steps.
+
+        Raises:
+            WorkerLost: a rank was lost meanwhile.
+        """
+        lost = self._lost
+        self._kept.clear()
+
+        async def cancel_when_lost(scope: trio.CancelScope) -> None:
+            await lost.wait()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cancel_when_lost, nursery.cancel_scope)
+            await self._send(KeepAdapter(adapter, wanted), ("adapter", adapter.number))
+            while len(self._kept) < len(self._ranks):
+                self._answered = trio.Event()
+                await self._answered.wait()
+            nursery.cancel_scope.cancel()
+        if lost.is_set():
+            raise WorkerLost(f"replica{self.replica}", f"was lost with the adapter {adapter.name!r}")
+        return next((kept.error for kept in self._kept.values() if kept.error), "")
+
+    @property
     def restarts(self) -> int:
         """Starts after a loss; those that were requested do not count."""
         return max(0, self._starts - self._requested_starts)
@@ -154,9 +247,9 @@ class WorkerGroup:
         self._requested_starts += 1
         self._failed_starts = 0
 
-    def load_from(self, model_path: str, tuning: Tuning) -> None:
+    def load_from(self, model_path: str, tuning: Tuning, tokenizer_path: str = "") -> None:
         """Have the ranks load the model from there, so tuned, when they are started the next time."""
-        self.model_path, self.tuning = model_path, tuning
+        self.model_path, self.tuning, self.tokenizer_path = model_path, tuning, tokenizer_path
 
     def continue_after(self, other: WorkerGroup) -> None:
         """Count incarnations on from those of another group in the same slot; see `rendezvous_port`."""
@@ -199,7 +292,9 @@ class WorkerGroup:
         self.incarnation += 1
         self._starts += 1
         self._known.clear()
+        self._transfers.clear()
         self._ready = False
+        self._lost = trio.Event()
         self._round_trip = None
         if self._failed_starts:
             await trio.sleep(exponential_backoff(BACKOFF_SECONDS, BACKOFF_LIMIT)(self._failed_starts))
@@ -210,6 +305,8 @@ class WorkerGroup:
                 for rank in range(self._config.world_size)
                 for transport in [await stack.enter_async_context(self._open_transport(self._spec(rank)))]
             ]
+            names = [rank.transport.name for rank in self._ranks]
+            self._agreement = StepAgreement(names, self._config.lead_rank)
             try:
                 await self._start_and_watch(task_status)
             except WorkerLost:
@@ -217,18 +314,22 @@ class WorkerGroup:
                 self.kill()
                 raise
             finally:
+                self._lost.set()
                 await self._stop_ranks()
+                self._ready = False
 
     async def _start_and_watch(self, task_status: trio.TaskStatus[ModelInfo]) -> None:
-        infos: list[ModelInfo] = []
+        infos: dict[int, ModelInfo] = {}
         try:
             async with trio.open_nursery() as starting:
+                meeting = Meeting(self._spec(0).rank.rendezvous)
                 for index in range(len(self._ranks)):
-                    starting.start_soon(self._start_rank, index, infos)
+                    start = partial(self._start_rank, index, meeting, infos)
+                    starting.start_soon(self._unless_another_is_lost, start)
             self.info = infos[0]
             async with trio.open_nursery() as watching:
                 for index, rank in enumerate(self._ranks):
-                    watching.start_soon(rank.watch, partial(self._take, index))
+                    watching.start_soon(self._unless_another_is_lost, rank.watch, partial(self._take, index))
                     watching.start_soon(rank.watch_suspension)
                 watching.start_soon(self._send_canaries)
                 self._ready, self._failed_starts = True, 0
@@ -236,12 +337,26 @@ class WorkerGroup:
         except BaseExceptionGroup as group:
             raise first_cause(group) from group
 
-    async def _start_rank(self, index: int, infos: list[ModelInfo]) -> None:
+    async def _unless_another_is_lost(self, watch: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Watch a rank. One that fails may do so because another is lost: the cause to name."""
+        try:
+            await watch(*arguments)
+        except WorkerFailed:
+            if len(self._ranks) > 1:
+                await trio.sleep(CAUSE_SECONDS)  # cancelled by the other loss
+            raise
+
+    async def _start_rank(self, index: int, meeting: Meeting, infos: dict[int, ModelInfo]) -> None:
+        """Start one rank; all but rank 0 wait until that one has said where it listens for them."""
         rank, config = self._ranks[index], self._config
-        start = Start(config, self._spec(index).rank, self.model_path, self.tuning)
-        ready = await rank.start(start, config.start_timeout)
+        if index > 0:
+            await meeting.known.wait()
+        place = structs.replace(self._spec(index).rank, rendezvous=meeting.address)
+        start = Start(config, place, self.model_path, self.tuning, self.tokenizer_path)
+        ready = await rank.start(start, config.start_timeout, meeting.learn)
+        meeting.known.set()  # a runner without collectives announces nothing
         log.info("worker ready", worker=rank.transport.name, incarnation=self.incarnation, **ready.timings)
-        infos.append(ready.info)
+        infos[index] = ready.info
 
     async def _send_canaries(self) -> None:
         """Ask idle workers for an answer through their step loop; busy ones give answers anyway."""
@@ -255,10 +370,21 @@ class WorkerGroup:
         match message:
             case StepResult():
                 answered = self._settle(index, ("step", message.step_id))
-                if answered and index == 0 and self._deliver is not None:
-                    self._deliver(message)
+                result = self._agreement.take(index, message) if answered else None
+                if result is not None and self._deliver is not None:
+                    self._deliver(result)
             case Pong():
                 self._settle(index, ("ping", message.number))
+            case AdapterKept():
+                if self._settle(index, ("adapter", message.number)):
+                    self._kept[index] = message
+                    self._answered.set()
+            case BlocksExported() | BlocksImported():
+                transfer = self._transfers.get(message.number)
+                if self._settle(index, ("blocks", message.number)) and transfer is not None:
+                    transfer.take(index, message)
+                    if transfer.done.is_set():
+                        del self._transfers[message.number]
             case Asleep() | Awake():
                 if self._settle(index, "sleep" if isinstance(message, Asleep) else "wake"):
                     self._answers[index] = message
@@ -285,22 +411,41 @@ class WorkerGroup:
         self._ranks = []
 
     def _spec(self, rank: int) -> WorkerSpec:
-        config = self._config
-        first = self.slot * config.world_size
+        config, place = self._config, placement.place(self._config, self.slot, rank)
         devices = config.device_ids or tuple(range(config.world_size * config.replicas))
         rank_spec = RankSpec(
             replica=self.replica,
             rank=rank,
             world_size=config.world_size,
             epoch=self.incarnation,
-            rendezvous=f"127.0.0.1:{rendezvous_port(config, self.slot, self.incarnation)}",
-            device_index=None if config.device == "cpu" else devices[first + rank],
+            rendezvous=rendezvous(config, self.slot, self.incarnation),
+            num_stages=config.pp_size,
+            device_index=None if config.device == "cpu" else devices[place.local],
+            shares_memory=place.shares_memory,
         )
-        return WorkerSpec(rank_spec, config.runner, config.cpu_threads)
+        return WorkerSpec(
+            rank_spec,
+            config.runner,
+            config.cpu_threads,
+            node=place.node,
+            meets_on=place.meets_on,
+            alone=place.alone,
+        )
+
+
+def rendezvous(config: EngineConfig, slot: int, incarnation: int) -> str:
+    """Return the address that rank 0 listens at; with port 0, it chooses a free one and announces it.
+
+    Ranks on other hosts come there through their agents: see `ullm.nodes`.
+    """
+    if config.nnodes > 1:
+        return "127.0.0.1:0"
+    port = rendezvous_port(config, slot, incarnation) if config.nccl_port else 0
+    return f"{config.master_addr}:{port}"
 
 
 def rendezvous_port(config: EngineConfig, slot: int, incarnation: int) -> int:
-    """Return the port where the ranks of one incarnation meet.
+    """Return the port where the ranks of one incarnation meet, if a first port is given.
 
     It differs from those of other slots and of the incarnations just before, because a rank must not meet
     what is left of them. All are in ``nccl_port … nccl_port + RENDEZVOUS_ROUNDS * replicas - 1``.

@@ -21,6 +21,9 @@ from ullm.protocol.messages import FromWorker, Progress, Ready, Start, StepResul
 
 log = get_logger(__name__)
 
+NOTICE_SECONDS = 30.0
+"""Seconds within which whoever sends to a lost worker is cancelled, because the loss ends the group."""
+
 
 class WorkerRank:
     """A transport, and the watchdog of the answers that its worker owes.
@@ -41,17 +44,26 @@ class WorkerRank:
 
         If the worker is gone, wait to be cancelled: the task that receives sees the same loss, and ends the
         group with it. Raising it here as well would count one loss twice.
+
+        Raises:
+            WorkerLost: it is gone, and this task was not cancelled within `NOTICE_SECONDS`.
         """
         self.watchdog.owe(owed)
         try:
             await self.transport.send(message)
         except WorkerLost:
-            await trio.sleep_forever()
+            await trio.sleep(NOTICE_SECONDS)
+            raise
 
     # --- starting --------------------------------------------------------------------------------------
 
-    async def start(self, start: Start, seconds: float) -> Ready:
+    async def start(
+        self, start: Start, seconds: float, heard: Callable[[Progress], None] = lambda _: None
+    ) -> Ready:
         """Send `Start` and wait for `Ready`.
+
+        Args:
+            heard: called with each sign of life.
 
         Raises:
             ModelError, ConfigError: the model cannot be loaded; trying again would not help.
@@ -60,18 +72,20 @@ class WorkerRank:
         self.watchdog.owe("ready")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.watch_suspension)
-            ready = await self._start(start, seconds)
+            ready = await self._start(start, seconds, heard)
             nursery.cancel_scope.cancel()
         self.watchdog.settle("ready")
         return ready
 
-    async def _start(self, start: Start, seconds: float) -> Ready:
+    async def _start(self, start: Start, seconds: float, heard: Callable[[Progress], None]) -> Ready:
         last = Progress("start", seconds)
         with trio.move_on_after(seconds) as self._starting:
             await self.transport.send(start)
             while not isinstance(message := await self._sign_of_life(last), Ready):
                 log.debug("worker starting", worker=self.transport.name, progress=message)
-                last = message if isinstance(message, Progress) else last
+                if isinstance(message, Progress):
+                    last = message
+                    heard(message)
             return message
         raise WorkerLost(self.transport.name, f"was not ready within --start-timeout {seconds:g} s")
 

@@ -2,6 +2,7 @@
 
 `catalogue` holds the requests, `chaos_client` sends one and records everything that comes back; `world` is
 what faults act on; `signal_faults`, `client_faults`, `operation_faults` and `planned_faults` are the faults;
-`verify` judges the end; `chaos_run` puts them together, `chaos_report` writes the report. Everything is done
-from outside, by HTTP and signals. Imports errors, client, bench and testing.
+`chaos_plan` is what is asked for, and `schedule` draws from the seed what will happen; `load_verdicts`
+and `verify` judge the end; `chaos_run` puts them together, `chaos_report` writes the report. Everything is
+done from outside, by HTTP and signals. Imports errors, system, faults, client, bench and testing.
 """

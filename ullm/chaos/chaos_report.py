@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+import ullm
+from ullm.chaos.chaos_plan import ChaosPlan
+from ullm.chaos.schedule import Moment
 from ullm.chaos.verify import Verdict
 from ullm.chaos.world import FaultKind, InjectedFault, World
+from ullm.errors import ResourceUnavailable
+from ullm.faults import FiredFault
 
 NEAR = 0.5
 """Seconds after a fault within which a silence that begins is attributed to it."""
@@ -34,24 +41,42 @@ class KindReport(msgspec.Struct, frozen=True):
 
 
 class FaultRecord(msgspec.Struct, frozen=True):
-    """One injected fault; ``seconds`` count from the first one."""
+    """One injected fault.
+
+    Args:
+        seconds: since the first one.
+        burst: how many were injected in the same moment, this one included.
+    """
 
     number: int
     kind: str
     seconds: float
     detail: str
+    burst: int = 1
 
 
 class ChaosReport(msgspec.Struct, frozen=True):
-    """A finished chaos run.
+    """A finished chaos run, which can be run again.
 
     Args:
+        version: ullm's.
+        options: of the run, as fields of `ChaosPlan`.
+        plan: what the seed has drawn, up to the last fault.
+        texts: the undisturbed answers, one list for each request.
+        skipped: faults of the plan that were not injected, and why.
+        fired: what the server has injected into itself, and what came of it.
         longest_gaps: the longest silences of streams: start, from the first fault, and duration in seconds.
     """
 
+    version: str
     seed: int
+    options: dict[str, Any]
+    plan: list[Moment]
+    texts: list[list[str]]
     kinds: list[KindReport]
     faults: list[FaultRecord]
+    skipped: list[str]
+    fired: list[FiredFault]
     answered: int
     refused: int
     verdicts: list[Verdict]
@@ -60,15 +85,21 @@ class ChaosReport(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(
-        cls, seed: int, world: World, verdicts: Sequence[Verdict], kinds: Iterable[FaultKind]
+        cls, plan: ChaosPlan, world: World, verdicts: Sequence[Verdict], kinds: Iterable[FaultKind]
     ) -> ChaosReport:
         """Build the report of a run; kinds that were never drawn are listed with 0."""
         gaps = sorted(gap for answer in world.answers for gap in answer.gaps)
         first = world.faults[0].at if world.faults else 0.0
         return cls(
-            seed,
+            ullm.__version__,
+            plan.seed,
+            _options(plan),
+            world.begun,
+            [list(world.expected[number].texts) for number in sorted(world.expected)],
             [_kind(kind.name, world.faults, gaps) for kind in kinds],
-            [FaultRecord(f.number, f.kind, round(f.at - first, 3), f.detail) for f in world.faults],
+            [FaultRecord(f.number, f.kind, round(f.at - first, 3), f.detail, f.burst) for f in world.faults],
+            world.skipped,
+            world.fired,
             world.counts["answered"],
             world.counts["refused"],
             list(verdicts),
@@ -83,6 +114,45 @@ class ChaosReport(msgspec.Struct, frozen=True):
     def good(self) -> bool:
         """True if every verdict holds."""
         return all(verdict.good for verdict in self.verdicts)
+
+    @property
+    def repeatable(self) -> dict[str, Any]:
+        """What another run of the same seed has as well: all that does not depend on when things happen."""
+        return {
+            "version": self.version,
+            "seed": self.seed,
+            "options": self.options,
+            "plan": self.plan,
+            "texts": self.texts,
+            "verdicts": [(verdict.what, verdict.good) for verdict in self.verdicts],
+        }
+
+    @staticmethod
+    def read(file: Path) -> ChaosReport:
+        """Read a report, for ``--replay``.
+
+        Raises:
+            ResourceUnavailable: it cannot be read, or is no report.
+        """
+        try:
+            return msgspec.json.decode(file.read_bytes(), type=ChaosReport)
+        except OSError as error:
+            raise ResourceUnavailable(f"--replay {file}: {error.strerror}") from None
+        except msgspec.DecodeError as error:
+            raise ResourceUnavailable(f"--replay {file}: not a report of ullm chaos: {error}") from None
+
+    def chaos_plan(self) -> ChaosPlan:
+        """Return the run's options, to run it again.
+
+        Raises:
+            ResourceUnavailable: they are not those of this version.
+        """
+        try:
+            return msgspec.convert(self.options, ChaosPlan)
+        except msgspec.ValidationError as error:
+            raise ResourceUnavailable(
+                f"--replay: a report of ullm {self.version} with other options: {error}"
+            ) from None
 
     def json(self) -> str:
         """Return the whole report as indented JSON."""
@@ -102,6 +172,12 @@ class ChaosReport(msgspec.Struct, frozen=True):
             console.print(f"{mark}  {verdict.what}" + (f" ({verdict.detail})" if verdict.detail else ""))
         for violation in self.violations[:SHOWN]:
             console.print(f"  {violation}", markup=False)
+
+
+def _options(plan: ChaosPlan) -> dict[str, Any]:
+    """Return the fields of a plan, as JSON has them."""
+    options: dict[str, Any] = msgspec.to_builtins(plan)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
 
 def _length(gap: tuple[float, float]) -> float:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import AsyncIterator, Sequence
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
-from ullm.chaos import client_faults, operation_faults, planned_faults, signal_faults
+from ullm.chaos import part_faults, planned_faults
 from ullm.chaos.catalogue import ChaosRequest, catalogue
+from ullm.chaos.chaos_plan import ROOM, ChaosPlan, all_kinds, chosen_kinds, with_model
 from ullm.chaos.chaos_report import ChaosReport
+from ullm.chaos.load_verdicts import load_verdicts
+from ullm.chaos.schedule import Draw, Moment, moments
 from ullm.chaos.verify import (
     Footprint,
-    Verdict,
     after_stop,
     at_rest,
+    leaving_is_noticed,
     log_verdict,
+    parts_verdict,
+    rest,
     settle,
     shared_memory,
 )
 from ullm.chaos.world import MAX_CRASHES, NOTHING, FaultKind, InjectedFault, World
 from ullm.client.completions import first_model
 from ullm.client.http import Endpoint
-from ullm.errors import UsageError
-from ullm.system.interpreter import python_command
+from ullm.errors import ResourceUnavailable
 from ullm.testing.processes import free_port, open_server
 
 START_SECONDS = 120.0
@@ -36,97 +39,55 @@ WARM_SHARE = 0.3
 """Share of the faults after which the server's memory counts as warmed up."""
 SPARED = 20.0
 """Seconds to wait until requests that have seen `MAX_CRASHES` are finished."""
-ROOM = 48
-"""Number of requests that the server admits at once, running and waiting."""
+TELL_EVERY = 0.5
+"""Seconds between two reports of the progress."""
+
+Tell = Callable[[str, World], None]
+"""Is told now and then what a run is at."""
 
 
-@dataclass(frozen=True)
-class ChaosPlan:
-    """A run.
-
-    Args:
-        model: folder or name, as for ``ullm serve``.
-        arguments: more options of ``ullm serve``.
-        seconds: time limit for the injection of all faults; missing it is a violation.
-        streams: number of clients that send one request after another.
-        pause: maximum seconds between two faults, drawn uniformly from 0.
-        only: kinds to inject, by name or by the part of it before the dot; empty: all.
-        max_tokens: minimum and maximum per request.
-    """
-
-    model: str
-    arguments: tuple[str, ...] = ()
-    seed: int = 0
-    faults: int = 300
-    seconds: float = 600.0
-    streams: int = 8
-    pause: float = 0.5
-    only: tuple[str, ...] = ()
-    max_tokens: tuple[int, int] = (20, 200)
-    step_timeout: float = 2.0
-    stall_timeout: float = 2.0
-
-    def command(self, port: int, admin: Path) -> list[str]:
-        """Return the command that starts the server."""
-        options = {
-            "--port": port,
-            "--admin-listen": f"unix:{admin}",
-            "--max-bs": ROOM // 3,
-            "--max-queue": ROOM - ROOM // 3,
-            "--max-restarts": 1_000_000,
-            "--step-timeout": self.step_timeout,
-            "--stall-timeout": self.stall_timeout,
-            "--health-interval": 1,
-            "--standby-workers": 1,
-            "--sse-keep-alive": 0.5,
-        }
-        flags = [text for flag, value in options.items() for text in (flag, str(value))]
-        return python_command("-m", "ullm", "serve", "--model", self.model, *flags, *self.arguments)
+def tell_nobody(stage: str, world: World) -> None:
+    """Tell nobody."""
 
 
-def all_kinds() -> list[FaultKind]:
-    """Return every kind of fault."""
-    return [*signal_faults.KINDS, *client_faults.KINDS, *operation_faults.KINDS, *planned_faults.KINDS]
-
-
-def chosen_kinds(only: Sequence[str]) -> list[FaultKind]:
-    """Return the kinds that ``only`` names, all if it is empty.
-
-    Raises:
-        UsageError: no such kind.
-    """
-    names = {kind.name for kind in all_kinds()}
-    unknown = [name for name in only if name not in names | {each.split(".")[0] for each in names}]
-    if unknown:
-        raise UsageError(f"--kinds {unknown[0]}: expected some of {', '.join(sorted(names))}")
-    return [k for k in all_kinds() if not only or k.name in only or k.name.split(".")[0] in only]
-
-
-async def run_chaos(plan: ChaosPlan, folder: Path) -> ChaosReport:
+async def run_chaos(
+    plan: ChaosPlan, folder: Path, *, replay: Sequence[Moment] = (), tell: Tell = tell_nobody
+) -> ChaosReport:
     """Start a server, inject faults, judge it, stop it.
 
     Args:
-        folder: holds the server's log, its temporary files and a socket, for which the path must be short.
+        folder: holds the model, the server's log, its temporary files and a socket, for which the path must
+            be short.
+        replay: moments of an earlier run; those that the seed draws follow.
+        tell: is told about the progress.
 
     Raises:
-        UsageError, ServerEnded: the server does not start.
+        ResourceUnavailable, ServerEnded: the server does not start.
     """
     temporary = folder / "tmp"
     temporary.mkdir()
     shared = shared_memory()
-    async with open_world(plan, folder, temporary) as world:
+    async with open_world(with_model(plan, folder / "model"), folder, temporary) as world:
+        tell("asking without faults", world)
         await record_expected(world)
-        before = await rest(world)
+        before, parts = await rest(world), world.parts()
+        world.links = part_faults.links(world)
         kinds = [kind for kind in chosen_kinds(plan.only) if await kind.offered(world)]
-        warm = await disturb(world, plan, kinds) or before
+        coming = itertools.chain(replay, moments(plan.seed, kinds, plan.bursts, plan.pause, len(replay) + 1))
+        undisturbed = world.counts["answered"]
+        warm = await disturb(world, plan, coming, tell) or before
+        answered = world.counts["answered"] - undisturbed
+        tell("asking once more", world)
         unfired = await planned_faults.disarm(world)
-        verdicts = await at_rest(world, before, warm)
+        await ask_once_more(world)
+        await planned_faults.judge_effects(world)
+        verdicts = [await leaving_is_noticed(world), *await at_rest(world, before, warm)]
+        tell("stopping the server", world)
         verdicts += await after_stop(world, temporary, shared)
         world.nursery.cancel_scope.cancel()
-    verdicts.append(log_verdict(folder / "server.log"))
-    return ChaosReport.of(
-        plan.seed, world, [_lossless(world), _enough(world, plan, unfired), *verdicts], kinds
-    )
+    log = folder / "server.log"
+    verdicts += [log_verdict(log), *([parts_verdict(world, log)] if parts else [])]
+    return ChaosReport.of(plan, world, [*load_verdicts(world, plan, answered, unfired), *verdicts], kinds)
 
 
 @asynccontextmanager
@@ -136,7 +97,8 @@ async def open_world(plan: ChaosPlan, folder: Path, temporary: Path) -> AsyncIte
     endpoint = Endpoint("http", "127.0.0.1", port, "/v1")
     admin = Endpoint("unix", str(socket), 0, "")
     command, environ = plan.command(port, socket), {"TMPDIR": str(temporary), "PYTHONWARNINGS": "default"}
-    async with open_server("ullm serve", command, endpoint, folder / "server.log", environ) as server:
+    log = folder / "server.log"
+    async with open_server("ullm serve", command, endpoint, log, environ, under_test=True) as server:
         await server.wait_answer("/ready", START_SECONDS)
         model = await first_model(endpoint)
         async with trio.open_nursery() as nursery:
@@ -145,7 +107,7 @@ async def open_world(plan: ChaosPlan, folder: Path, temporary: Path) -> AsyncIte
                 endpoint=endpoint,
                 admin=admin,
                 requests=catalogue(model, plan.seed, 16, plan.max_tokens),
-                source=random.Random(f"faults {plan.seed}"),
+                seed=plan.seed,
                 nursery=nursery,
                 model=model,
                 step_timeout=plan.step_timeout,
@@ -165,70 +127,84 @@ async def record_expected(world: World) -> None:
             for request in world.requests:
                 nursery.start_soon(_compare, world, request)
     if world.violations:
-        raise UsageError(f"the server's answers differ even without faults: {world.violations[0]}")
+        raise ResourceUnavailable(f"the server's answers differ even without faults: {world.violations[0]}")
 
 
-async def rest(world: World) -> Footprint:
-    """Wait until the standby workers are up and connections are closed; return the stable footprint."""
-    footprints = [Footprint.of(world.server.pid)]
+async def ask_once_more(world: World) -> None:
+    """Ask everything once more after the last fault, alone: the answers must be those from before the first.
 
-    async def stable() -> bool:
-        await trio.sleep(0.5)
-        footprints.append(Footprint.of(world.server.pid))
-        last, now = footprints[-2:]
-        return (last.processes, last.files) == (now.processes, now.files)
-
-    await settle(stable)
-    return footprints[-1]
+    It also brings back what the next request starts after a reload, such as the process of the templates.
+    """
+    for request in world.requests:
+        if world.server.process.poll() is None:
+            world.judge(await world.send(request))
 
 
-async def disturb(world: World, plan: ChaosPlan, kinds: Sequence[FaultKind]) -> Footprint | None:
+async def disturb(world: World, plan: ChaosPlan, coming: Iterable[Moment], tell: Tell) -> Footprint | None:
     """Inject faults under load until there are enough or time is up; then wait for all requests to end.
 
     Returns:
         The footprint of the warmed up server; None if time was up before.
     """
     warm: Footprint | None = None
-    async with trio.open_nursery() as load:
-        world.nursery = load
-        for number in range(plan.streams):
-            load.start_soon(world.client, number)
-        with trio.move_on_after(plan.seconds):
-            while len(world.faults) < plan.faults and world.server.process.poll() is None:
-                await one_fault(world, kinds)
-                if warm is None and len(world.faults) >= WARM_SHARE * plan.faults:
-                    warm = Footprint.of(world.server.pid)
-                await trio.sleep(world.source.uniform(0, plan.pause))
-        world.stopping.set()
+    async with trio.open_nursery() as telling:
+        telling.start_soon(_tell_now_and_then, world, plan, tell)
+        async with trio.open_nursery() as load:
+            world.nursery = load
+            for number in range(plan.streams):
+                load.start_soon(world.client, number)
+            with trio.move_on_after(plan.seconds):
+                for moment in coming:
+                    if len(world.faults) >= plan.faults or world.server.process.poll() is not None:
+                        break
+                    await some_faults(world, moment, plan.faults - len(world.faults))
+                    if warm is None and len(world.faults) >= WARM_SHARE * plan.faults:
+                        warm = Footprint.of(world)
+                    await trio.sleep(moment.pause)
+            world.stopping.set()
+        telling.cancel_scope.cancel()
     return warm
 
 
-async def one_fault(world: World, kinds: Sequence[FaultKind]) -> None:
-    """Draw and inject one fault; no crash while one more would have a request refused as the cause."""
-    kind = world.source.choices(kinds, [kind.weight for kind in kinds])[0]
-    if kind.crashes:
+async def _tell_now_and_then(world: World, plan: ChaosPlan, tell: Tell) -> None:
+    while True:
+        tell(f"{len(world.faults)} of {plan.faults} faults", world)
+        await trio.sleep(TELL_EVERY)
+
+
+async def some_faults(world: World, moment: Moment, most: int) -> None:
+    """Inject the faults of a moment together, but not more than are asked for.
+
+    There are no crashes while as many more would have a request refused as the cause, and in no moment more
+    than a request may see.
+    """
+    kinds = {kind.name: kind for kind in all_kinds()} | world.kinds
+    drawn = [(kinds[draw.kind], draw) for draw in moment.faults if draw.kind in kinds][:most]
+    crashing = [pair for pair in drawn if pair[0].crashes][:MAX_CRASHES]
+    drawn = [*crashing, *(pair for pair in drawn if not pair[0].crashes)]
+    crashes = len(crashing)
+    if crashes:
 
         async def spared() -> bool:
-            return world.most_crashes < MAX_CRASHES and not world.hanging
+            return world.most_crashes + crashes <= MAX_CRASHES and not world.hanging
 
         if not await settle(spared, SPARED):
+            world.skipped.append(f"moment {moment.number}: a request in flight has seen enough losses")
             return
+    world.begun.append(moment)
+    async with trio.open_nursery() as nursery:
+        for kind, draw in drawn:
+            nursery.start_soon(_inject, world, kind, draw, len(drawn))
+
+
+async def _inject(world: World, kind: FaultKind, draw: Draw, burst: int) -> None:
     at = trio.current_time()
-    detail = await kind.inject(world)
-    if detail != NOTHING:
-        world.faults.append(InjectedFault(len(world.faults) + 1, kind.name, at, detail))
+    detail = await kind.inject(world, draw.source())
+    if detail == NOTHING:
+        world.skipped.append(f"{draw.key}: {kind.name} found nothing to act on")
+    else:
+        world.faults.append(InjectedFault(len(world.faults) + 1, kind.name, at, detail, burst))
 
 
 async def _compare(world: World, request: ChaosRequest) -> None:
     world.judge(await world.send(request))
-
-
-def _lossless(world: World) -> Verdict:
-    detail = f"{world.counts['answered']} answered, {world.counts['refused']} refused with 429"
-    return Verdict("every admitted request ended once, as without faults", not world.violations, detail)
-
-
-def _enough(world: World, plan: ChaosPlan, unfired: int) -> Verdict:
-    count = len(world.faults)
-    detail = f"{count} of {plan.faults}; {unfired} armed ones never fired"
-    return Verdict("as many faults as asked for", count >= plan.faults, detail)

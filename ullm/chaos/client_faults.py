@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import trio
@@ -26,14 +27,14 @@ class DisconnectFault:
         """Return True: every server has clients."""
         return True
 
-    async def inject(self, world: World) -> str:
+    async def inject(self, world: World, source: random.Random) -> str:
         """Send a request in the background and hang up."""
-        request = _choose(world, stream=self.stream)
+        request = _choose(world, source, stream=self.stream)
         if self.stream:
-            pieces = world.source.randint(1, 20)
+            pieces = source.randint(1, 20)
             world.nursery.start_soon(lambda: world.send(request, leave_after=pieces))
             return f"request {request.number} left after {pieces} pieces"
-        seconds = world.source.uniform(0.01, 0.5)
+        seconds = source.uniform(0.01, 0.5)
         world.nursery.start_soon(_cancel, world, request, seconds)
         return f"request {request.number} left after {seconds:.2f} s"
 
@@ -50,9 +51,9 @@ class SlowReaderFault:
         """Return True: every server has clients."""
         return True
 
-    async def inject(self, world: World) -> str:
+    async def inject(self, world: World, source: random.Random) -> str:
         """Read in the background; compare the answer at its end."""
-        request, pause = _choose(world, stream=True), world.source.uniform(0.002, SLOWEST)
+        request, pause = _choose(world, source, stream=True), source.uniform(0.002, SLOWEST)
         world.nursery.start_soon(_read_slowly, world, request, pause)
         return f"request {request.number} waits {pause * 1000:.0f} ms after each piece"
 
@@ -69,7 +70,7 @@ class StalledReaderFault:
         """Return True: every server has clients."""
         return True
 
-    async def inject(self, world: World) -> str:
+    async def inject(self, world: World, source: random.Random) -> str:
         """Stall in the background."""
         seconds, request = world.stall_timeout + 1, long_request(world.model, 1000)
         world.nursery.start_soon(lambda: world.send(request, stall_after=3, stall=seconds))
@@ -88,11 +89,11 @@ class BurstFault:
         """Return True: every server has clients."""
         return True
 
-    async def inject(self, world: World) -> str:
+    async def inject(self, world: World, source: random.Random) -> str:
         """Send requests in the background."""
-        count = int(world.room * world.source.uniform(1.2, 2))
+        count = int(world.room * source.uniform(1.2, 2))
         for _ in range(count):
-            world.nursery.start_soon(_judged, world, world.source.choice(world.requests))
+            world.nursery.start_soon(_judged, world, source.choice(world.requests))
         return f"{count} requests at once"
 
 
@@ -105,8 +106,8 @@ KINDS: tuple[FaultKind, ...] = (
 )
 
 
-def _choose(world: World, *, stream: bool) -> ChaosRequest:
-    return world.source.choice([request for request in world.requests if request.stream is stream])
+def _choose(world: World, source: random.Random, *, stream: bool) -> ChaosRequest:
+    return source.choice([request for request in world.requests if request.stream is stream])
 
 
 async def _cancel(world: World, request: ChaosRequest, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class SleepFault:
         """Return True if the admin listener has the route."""
         return await has_route(world, "/sleep")
 
-    async def inject(self, world: World) -> str:
+    async def inject(self, world: World, source: random.Random) -> str:
         """Request it in the background."""
         world.nursery.start_soon(self._sleep, world)
         return f"level {self.level}, mode {self.mode}"
@@ -65,7 +66,7 @@ class WakeFault:
         """Return True if the admin listener has the route."""
         return await has_route(world, "/wake")
 
-    async def inject(self, world: World) -> str:
+    async def inject(self, world: World, source: random.Random) -> str:
         """Request it in the background."""
         world.nursery.start_soon(operate, world, "/wake", None, (200, *BUSY), PATIENCE)
         return "wake"
@@ -83,7 +84,7 @@ class ReloadFault:
         """Return True if the admin listener has the route."""
         return await has_route(world, "/admin/reload")
 
-    async def inject(self, world: World) -> str:
+    async def inject(self, world: World, source: random.Random) -> str:
         """Request it in the background."""
         world.nursery.start_soon(operate, world, "/admin/reload", {}, (200, *BUSY, FAILED), PATIENCE)
         return "reload"

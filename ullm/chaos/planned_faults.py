@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
-from typing import Any
+
+import msgspec
 
 from ullm.chaos.operation_faults import PATIENCE, has_route, operate
 from ullm.chaos.verify import settle
-from ullm.chaos.world import NOTHING, FaultKind, World
+from ullm.chaos.world import AWAY, NOTHING, FaultKind, World
+from ullm.faults import FaultReport
 
 FAULTS = "/admin/faults"
 LATEST_HIT = 10
 """A fault fires at one of this many next hits of its point."""
 FIRES_WITHIN = 5.0
 """Seconds to wait until a fault at a step has fired."""
-AT_STEPS = ("worker.step", "frame.", "scheduler.step")
-"""Points that are hit all the time under load, and whose faults may end workers."""
 HANGS = ("hang", "stop", "drop")
 """Actions after which a worker hangs, or seems to."""
+SEEN_WITHIN = 10.0
+"""Seconds after the last request within which everything that was fired must have had its effect."""
+ENDING = ("crash", "exit", "raise", "oom")
+"""Actions that end whoever carries them out."""
 REFUSED = (400, 409, 500, 503)
 """Statuses of an operation that is made to fail."""
 
@@ -43,19 +48,23 @@ class PlannedFault:
         """Return True if the admin listener arms plans."""
         return await has_route(world, FAULTS)
 
-    async def inject(self, world: World) -> str:
+    async def inject(self, world: World, source: random.Random) -> str:
         """Arm the plan."""
-        nth = world.source.randint(1, LATEST_HIT) if self.soon else 1
-        armed = await arm(world, f"{self.plan}{',' if '@' in self.plan else '@'}nth={nth}")
-        if armed and self.crashes:
-            if not await settle(lambda: _happened(world), FIRES_WITHIN):
+        nth = source.randint(1, LATEST_HIT) if self.soon else 1
+        plan = f"{self.plan}{',' if '@' in self.plan else '@'}nth={nth}"
+        number = await arm(world, plan)
+        if number is None:
+            return NOTHING
+        if self.crashes:
+            if not await settle(lambda: _happened(world, number), FIRES_WITHIN):
                 await disarm(world)  # or it would hit requests for which no crash is counted
-                return NOTHING
+                if not await _happened(world, number):
+                    return NOTHING
             if self.hangs:
                 world.nursery.start_soon(world.note_hang)
             else:
                 world.note_crash()  # only now is it known which requests it may have hit
-        return armed
+        return plan
 
 
 @dataclass(frozen=True)
@@ -70,38 +79,64 @@ class FailingReloadFault:
         """Return True if the admin listener both arms plans and reloads."""
         return await has_route(world, FAULTS) and await has_route(world, "/admin/reload")
 
-    async def inject(self, world: World) -> str:
+    async def inject(self, world: World, source: random.Random) -> str:
         """Arm the failure, and reload in the background."""
-        armed = await arm(world, "engine.reload:raise")
-        if armed:
-            world.nursery.start_soon(_reload, world)
-        return armed
+        plan = "engine.reload:raise"
+        if await arm(world, plan) is None:
+            return NOTHING
+        world.nursery.start_soon(_reload, world)
+        return plan
 
 
-async def arm(world: World, plan: str) -> str:
-    """Arm a plan and return it; if the server refuses, record a violation and return `NOTHING`."""
+async def arm(world: World, plan: str) -> int | None:
+    """Arm a fault and return its number; if the server refuses, record a violation and return None."""
     status, answer = await world.administer("POST", FAULTS, {"plan": plan})
     if status == 200:
-        return plan
-    world.violations.append(f"arming {plan}: {status} {answer}")
-    return NOTHING
+        number: int = answer["armed"][-1]["number"]
+        world.armed[number] = plan
+        return number
+    if status != AWAY:
+        world.violations.append(f"arming {plan}: {status} {answer}")
+    return None
 
 
-async def _happened(world: World) -> bool:
-    status, report = await world.administer("GET", FAULTS)
-    return status == 200 and not any(
-        fault["remaining"] and fault["fault"].startswith(AT_STEPS) for fault in report["armed"]
-    )
+async def _happened(world: World, number: int) -> bool:
+    """Return whether this fault has fired; others that are armed in the same moment do not count."""
+    return any(fired.number == number for fired in (await report_of(world)).fired)
 
 
 async def disarm(world: World) -> int:
     """Disarm all faults; return the number of those that had not fired."""
-    status, answer = await world.administer("GET", FAULTS)
-    if status != 200:
-        return 0
+    report = await report_of(world)
     await world.administer("DELETE", FAULTS)
-    report: dict[str, Any] = answer
-    return sum(bool(fault["remaining"]) for fault in report["armed"])
+    return sum(bool(fault.remaining) for fault in report.armed)
+
+
+async def report_of(world: World) -> FaultReport:
+    """Return what is armed in the server and what has fired; nothing if it does not answer."""
+    status, answer = await world.administer("GET", FAULTS)
+    return msgspec.convert(answer, FaultReport) if status == 200 else FaultReport([], [])
+
+
+async def judge_effects(world: World) -> None:
+    """Demand that everything that was fired has had its effect, which takes as long as a hang may last.
+
+    A worker that a fault ends is seen to end, and some successor to come; an actor raises, and comes again.
+    """
+
+    async def all_seen() -> bool:
+        world.fired = [fired for fired in (await report_of(world)).fired if fired.number in world.armed]
+        return all(fired.effect for fired in world.fired)
+
+    if not await settle(all_seen, SEEN_WITHIN):
+        world.violations += [
+            f"{world.armed[fired.number]} fired at hit {fired.hit} of {fired.point} and had no effect"
+            for fired in world.fired
+            if not fired.effect
+        ]
+    lost = [fired for fired in world.fired if fired.effect and fired.action in ENDING]
+    if lost and all(fired.recovered is None for fired in lost):
+        world.violations.append(f"{len(lost)} faults ended a worker or an actor, and none was seen again")
 
 
 async def _reload(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import sys
 from dataclasses import dataclass
@@ -9,8 +10,15 @@ from typing import Any
 
 import trio
 
-from ullm.chaos.world import NOTHING, FaultKind, World
+from ullm.chaos.verify import settle
+from ullm.chaos.world import FOUND_OUT, NOTHING, FaultKind, World
 from ullm.testing.processes import psutil_module
+
+GONE_WITHIN = 10.0
+"""Seconds within which a worker that a signal ends has ended."""
+
+DEADLY = ("SIGKILL", "SIGSEGV")
+"""Signals that end any worker. One that serves leaves SIGTERM to the engine, which will stop it in order."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,12 @@ class WorkerSignalFault:
         """Return True if there are such workers; standby workers may be turned off."""
         return not self.standby or bool(await world.standbys())
 
-    async def inject(self, world: World) -> str:
+    async def inject(self, world: World, source: random.Random) -> str:
         """Send the signal; a process that has just ended is no fault."""
         processes = await (world.standbys() if self.standby else world.workers(serving=self.serving))
         if not processes:
             return NOTHING
-        process = world.source.choice(processes)
+        process = source.choice(sorted(processes, key=lambda each: each.pid))
         hang = self.crashes and self.number.name == "SIGSTOP"
         if self.crashes and not hang:
             world.note_crash()
@@ -49,8 +57,10 @@ class WorkerSignalFault:
             return NOTHING
         if hang:
             world.nursery.start_soon(world.note_hang)
+        if self.number.name in DEADLY or hang:
+            world.nursery.start_soon(_must_end, world, process, self.name)
         if self.resume:
-            pause = self.resume * world.step_timeout * world.source.uniform(0.2, 1)
+            pause = self.resume * world.step_timeout * source.uniform(0.2, 1)
             world.nursery.start_soon(_resume, process, pause)
         return f"{self.number.name} to worker {process.pid}"
 
@@ -70,6 +80,19 @@ def _kinds() -> tuple[FaultKind, ...]:
 
 
 KINDS = _kinds()
+
+
+async def _must_end(world: World, process: Any, name: str) -> None:
+    """Record a violation if a signal does not end a worker, or a hang does not have it ended."""
+
+    async def has_ended() -> bool:
+        try:
+            return not process.is_running() or process.status() == psutil_module().STATUS_ZOMBIE
+        except psutil_module().NoSuchProcess:
+            return True
+
+    if not await settle(has_ended, GONE_WITHIN + FOUND_OUT * world.step_timeout):
+        world.violations.append(f"{name}: worker {process.pid} goes on as if nothing had happened")
 
 
 async def _resume(process: Any, seconds: float) -> None:

@@ -138,6 +138,21 @@ def bench_engine(config: EngineConfig, plan: BenchPlan) -> BenchReport:
     return run_to_end(main)
 
 
+def check_output(output: Path | None) -> None:
+    """Check that a report can be written, before anything is measured; an existing one stays as it is.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if output is None:
+        return
+    there = output.exists()
+    with output.open("ab"):
+        pass
+    if not there:
+        output.unlink()
+
+
 def publish(report: BenchReport, output: Path | None, *, as_json: bool) -> int:
     """Print the report and save it to ``output``; return 1 if a request failed, else 0."""
     if output is not None:

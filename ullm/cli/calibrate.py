@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from typing import Any
 
@@ -10,10 +9,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Column, Table
 
+from ullm.cli.child import ask_child
 from ullm.cli.terminal import fetch_model, stderr
 from ullm.config import EngineConfig
-from ullm.errors import ConfigError
-from ullm.system.interpreter import python_command, python_environment
 
 TIMEOUT = 120.0
 """Seconds: 3 for the measurements, the rest for importing torch and compiling the kernels."""
@@ -24,28 +22,16 @@ def calibrate(config: EngineConfig, *, as_json: bool) -> int:
 
     Raises:
         ModelError: the model cannot be found.
-        ConfigError: the kernels do not compute it here, or could not be measured.
+        ResourceUnavailable: the kernels do not compute it here, or could not be measured.
     """
     model = fetch_model(config, stderr(), refresh=False)
-    command = python_command("-m", "ullm.model.calibrate")
     message = msgspec.json.encode((config, str(model.path)))
-    try:
-        done = subprocess.run(
-            command,
-            input=message,
-            capture_output=True,
-            timeout=TIMEOUT,
-            check=False,
-            env=python_environment(),
-        )
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"calibration took more than {TIMEOUT:g} s; try it on an idle machine") from None
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise ConfigError(lines[-1] if lines else f"calibration ended with status {done.returncode}")
-    report = msgspec.json.decode(done.stdout)
+    answer = ask_child(
+        "ullm.model.calibrate", message, TIMEOUT, task="calibration", advice="try it on an idle machine"
+    )
+    report = msgspec.json.decode(answer)
     if as_json:
-        sys.stdout.write(msgspec.json.format(done.stdout, indent=2).decode() + "\n")
+        sys.stdout.write(msgspec.json.format(answer, indent=2).decode() + "\n")
     else:
         _show(report, Console(highlight=False))
     return 0

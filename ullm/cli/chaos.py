@@ -2,51 +2,53 @@
 
 from __future__ import annotations
 
-import dataclasses
+import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from ullm.chaos.chaos_plan import ChaosPlan, check
 from ullm.chaos.chaos_report import ChaosReport
-from ullm.chaos.chaos_run import ChaosPlan, chosen_kinds, run_chaos
+from ullm.chaos.chaos_run import Tell, run_chaos
+from ullm.chaos.schedule import Moment
+from ullm.chaos.world import World
 from ullm.cli.interrupts import run_to_end
+from ullm.cli.options import ChaosOptions, split_commas
 from ullm.cli.terminal import stderr
-from ullm.errors import UsageError
 
-SCRIPTED = "scripted"
-TINY = "tiny"
-STEP_SECONDS = 0.005
-"""Duration of a step of the scripted model."""
+TELL_SECONDS = 10.0
+"""Seconds between two lines of progress where stderr is no terminal."""
 
 
-def chaos(plan: ChaosPlan, output: Path | None, log: Path | None, *, as_json: bool) -> int:
-    """Run the plan and print the report; return 1, and keep the server's log, if a verdict does not hold.
-
-    Args:
-        plan: its ``model`` may be ``scripted`` or ``tiny``, which are written for the run.
-        output: file for the report as JSON.
-        log: file for the server's log.
+def chaos(options: ChaosOptions, *, as_json: bool) -> int:
+    """Run a plan and print the report; return 1, and keep the server's log, if a verdict does not hold.
 
     Raises:
         UsageError: the plan cannot be run.
     """
+    plan, moments = plan_of(options)
     check(plan)
     folder = Path(tempfile.mkdtemp(prefix="ullm-chaos-"))
     report: ChaosReport | None = None
     try:
-        report = run_to_end(run_chaos, with_model(plan, folder / "model"), folder)
+        with progress(stderr()) as tell:
+            report = run_to_end(partial(run_chaos, replay=moments, tell=tell), plan, folder)
     finally:
-        if log is not None:
-            shutil.copyfile(folder / "server.log", log)
+        log = folder / "server.log"
+        if options.log is not None and log.exists():
+            shutil.copyfile(log, options.log)
         if report is not None and report.good:
             shutil.rmtree(folder)
-        else:
-            stderr().print(f"the server's log is {folder / 'server.log'}", markup=False)
-    if output is not None:
-        output.write_text(report.json() + "\n", encoding="utf-8")
+        elif log.exists():
+            stderr().print(f"the server's log is {log}", markup=False)
+    if options.output is not None:
+        options.output.write_text(report.json() + "\n", encoding="utf-8")
     if as_json:
         sys.stdout.write(report.json() + "\n")
     else:
@@ -54,24 +56,52 @@ def chaos(plan: ChaosPlan, output: Path | None, log: Path | None, *, as_json: bo
     return 0 if report.good else 1
 
 
-def check(plan: ChaosPlan) -> None:
-    """Raise `UsageError` for a plan that cannot be run, before anything is started."""
-    for flag, value in (("--faults", plan.faults), ("--seconds", plan.seconds), ("--streams", plan.streams)):
-        if value <= 0:
-            raise UsageError(f"{flag} must be above 0, got {value}")
-    chosen_kinds(plan.only)
+def plan_of(options: ChaosOptions) -> tuple[ChaosPlan, Sequence[Moment]]:
+    """Return what was asked for, and the moments of the run that it repeats, if it does.
+
+    Raises:
+        UsageError: the report to replay cannot be read.
+    """
+    if options.replay is not None:
+        report = ChaosReport.read(options.replay)
+        return report.chaos_plan(), report.plan
+    only = tuple(kind for kind in split_commas(options.kinds) if kind)
+    return ChaosPlan(
+        options.model,
+        tuple(shlex.split(options.server)),
+        options.seed,
+        options.faults,
+        options.seconds,
+        options.streams,
+        bursts=options.bursts,
+        only=only,
+        max_gap=options.max_gap,
+        min_answered=options.min_answered,
+    ), ()
 
 
-def with_model(plan: ChaosPlan, folder: Path) -> ChaosPlan:
-    """Write the model that the plan names, if it is scripted or tiny; return the plan with its folder."""
-    from ullm.testing import write_scripted_model, write_tiny_model
+@contextmanager
+def progress(console: Console) -> Iterator[Tell]:
+    """Yield what shows how far a run is: one line that changes, or a line now and then in a log."""
+    if console.is_terminal:
+        with console.status("starting a server") as status:
+            yield lambda stage, world: status.update(_line(stage, world))
+        return
+    told: dict[str, float] = {}
 
-    if plan.model == SCRIPTED:
-        write_scripted_model(folder, step_seconds=STEP_SECONDS)
-        runner = ("--load-format", "dummy", "--runner", "ullm.testing:ScriptedRunner")
-        return dataclasses.replace(plan, model=str(folder), arguments=(*runner, *plan.arguments))
-    if plan.model == TINY:
-        write_tiny_model(folder)
-    # In float32 a text does not depend on the rest of the batch; in smaller dtypes it may.
-    model = str(folder) if plan.model == TINY else plan.model
-    return dataclasses.replace(plan, model=model, arguments=("--dtype", "float32", *plan.arguments))
+    def tell(stage: str, world: World) -> None:
+        name = stage.lstrip("0123456789")
+        if name not in told or world.seconds - told[name] >= TELL_SECONDS:
+            told[name] = world.seconds
+            console.print(_line(stage, world), markup=False)
+
+    console.print("starting a server")
+    yield tell
+
+
+def _line(stage: str, world: World) -> str:
+    counts, wrong = world.counts, len(world.violations)
+    return (
+        f"{world.seconds:.0f} s: {stage}; {counts['answered']} answered, {counts['refused']} refused, "
+        f"{wrong} violation{'' if wrong == 1 else 's'}"
+    )

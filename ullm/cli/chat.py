@@ -20,13 +20,13 @@ import trio
 from rich.console import Console
 
 from ullm.cli.backend import ChatBackend, Message, StreamedAnswer, open_backend
-from ullm.cli.flags import SAMPLING_FIELDS
-from ullm.cli.interrupts import cancel_on_signal
+from ullm.cli.interrupts import Interrupted, cancel_on_signal
 from ullm.cli.terminal import fetch_model, stderr
 from ullm.config import EngineConfig
 from ullm.errors import RequestError, ServerRefused, ServerUnreachable
+from ullm.hosting.config_sources import SAMPLING_FIELDS
+from ullm.protocol.exit_codes import EXIT_SIGNAL_BASE
 from ullm.sampling import SamplingParams
-from ullm.system.posix import enable_line_editing
 
 PROMPT = "› "
 BLOCK = '"""'
@@ -37,7 +37,8 @@ HELP = f"""\
 /params          show the sampling parameters; /params NAME VALUE sets one, as in /params temperature 0.7
 /exit            leave, as Ctrl-D does
 {BLOCK}              begins and ends a question of several lines
-Ctrl-C           stop the current answer"""
+Ctrl-C           stop the current answer, or empty the line
+↑, Ctrl-R        earlier questions, also of other days; what is pasted is one question"""
 
 
 class Leave(Exception):
@@ -123,7 +124,8 @@ class Chat:
     """Runs a conversation on a terminal, or over pipes.
 
     Args:
-        read_line: blocks until the user has typed a line; raises EOFError at the end. Called in a thread.
+        read_line: blocks until the user has typed a line; raises EOFError at the end, and `Interrupted`.
+            Called in a thread.
         out: console that shows the answers.
     """
 
@@ -138,14 +140,23 @@ class Chat:
         self._warned = False
 
     async def run(self) -> int:
-        """Converse until the user leaves; return 1 if the last question could not be answered, else 0."""
+        """Converse until the user leaves.
+
+        Returns:
+            1 if the last question could not be answered, 128 + SIGINT after Ctrl-C twice, else 0.
+        """
         status = 0
         self._note(f"{self._backend.name} · /help for help, Ctrl-D leaves")
         with contextlib.suppress(Leave):
             while True:
-                question = await self._question()
+                try:
+                    question = await self._question()
+                except Interrupted:
+                    if not self.interrupt():
+                        return EXIT_SIGNAL_BASE + signal.SIGINT
+                    continue
                 self._warned = False
-                if question.startswith("/"):
+                if question.startswith("/") and "\n" not in question:
                     self._note(self._conversation.command(question))
                 elif question.strip():
                     status = await self._answer(question)
@@ -243,22 +254,36 @@ def chat(
 
     async def converse() -> int:
         async with open_backend(config, url, model, api_key) as backend:
-            chats.append(Chat(backend, Conversation(params, system), read_line, Console()))
+            chats.append(Chat(backend, Conversation(params, system), read, out))
             return await chats[-1].run()
 
     def fatal(number: int) -> bool:
         return number != signal.SIGINT or not chats or not chats[-1].interrupt()
 
-    with _terminal_restored():
+    out = Console()
+    with open_input(out) as read:
         return trio.run(cancel_on_signal, converse, fatal)
 
 
+@contextlib.contextmanager
+def open_input(out: Console) -> Iterator[Callable[[str], str]]:
+    """Yield what reads a line: from the terminal, if that is both input and output, else from stdin."""
+    if not (out.is_terminal and sys.stdin is not None and sys.stdin.isatty()):
+        yield read_line
+        return
+    from ullm.cli.line_input import TerminalInput  # takes long to import
+
+    terminal = TerminalInput()
+    with _terminal_restored():
+        try:
+            yield terminal.read_line
+        finally:
+            terminal.close()
+
+
 def read_line(prompt: str) -> str:
-    """Read a line with `input`, with line editing and history where the platform has them."""
-    if prompt:
-        enable_line_editing()
-        return input(prompt)
-    line = sys.stdin.readline()
+    """Read a line of what is piped in."""
+    line = "" if sys.stdin is None else sys.stdin.readline()
     if not line:
         raise EOFError
     return line.rstrip("\n")
@@ -266,7 +291,7 @@ def read_line(prompt: str) -> str:
 
 @contextlib.contextmanager
 def _terminal_restored() -> Iterator[None]:
-    # An abandoned input() leaves the terminal in readline's mode.
+    # A prompt that is abandoned leaves the terminal in its own mode.
     if sys.platform == "win32":
         yield
         return

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -18,16 +17,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import ullm
+from ullm.cli import surroundings
+from ullm.cli.caches import size_text
+from ullm.cli.child import ask_child
 from ullm.cli.distribution import other_distribution
 from ullm.cli.pull import folder_size
 from ullm.config import GIB, ServerConfig
+from ullm.errors import ResourceUnavailable
 from ullm.hub import cache_dir, embedded
 from ullm.hub.tuning import list_tunings
-from ullm.machine import available_memory
-from ullm.system.interpreter import python_command, python_environment
+from ullm.machine import available_memory, cpu_quota, memory_limit
 
 Status = Literal["ok", "warn", "fail"]
 PROBE_TIMEOUT = 120.0
+KERNELS_TIMEOUT = 460.0
+"""Seconds: 400 in which the kernels must be compiled, the rest for importing torch."""
 MEMORY_NEEDED = 1 * GIB
 """Bytes for the embedded default model with its KV cache and two processes."""
 DISK_NEEDED = GIB // 2
@@ -71,12 +76,23 @@ def doctor(server: ServerConfig, *, as_json: bool) -> int:
 def diagnose(server: ServerConfig) -> Diagnosis:
     """Examine this machine."""
     torch, problem = probe_torch()
+    kernels = None
+    if torch is not None and torch["compiler"]:
+        if not torch["kernels"]:
+            sys.stderr.write("compiling kernels for this CPU, once; this may take a minute …\n")
+        kernels = probe_kernels()
     data: dict[str, Any] = {
         "platform": platform.platform(),
+        "ullm": ullm.__version__,
+        "variables": surroundings.variables(),
+        "hub": surroundings.hub_state(),
+        "cache_bytes": surroundings.cache_sizes(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "other_distribution": other_distribution(),
         "torch": torch,
+        "kernels": kernels,
+        "limits": {"memory": memory_limit(), "cores": cpu_quota()},
         "memory_available": available_memory(),
         "disk_free": shutil.disk_usage(_existing(cache_dir())).free,
         "cache": str(cache_dir()),
@@ -88,7 +104,9 @@ def diagnose(server: ServerConfig) -> Diagnosis:
 
 
 def _checks(data: dict[str, Any], problem: str | None) -> Iterator[Check]:
-    yield Check("system", "ok", f"{data['platform']}, Python {data['python']}")
+    yield Check("system", "ok", f"ullm {data['ullm']}, {data['platform']}, Python {data['python']}")
+    given = " ".join(f"{name}={value}" for name, value in data["variables"].items())
+    yield Check("variables", "ok", given or "no ULLM_* variable is set")
     missing = [name for name, version in data["packages"].items() if version is None]
     listing = ", ".join(f"{name} {version}" for name, version in data["packages"].items() if version)
     yield Check(
@@ -97,6 +115,9 @@ def _checks(data: dict[str, Any], problem: str | None) -> Iterator[Check]:
     if data["other_distribution"]:
         yield Check("distribution", "warn", data["other_distribution"])
     yield from _device_checks(data["torch"], problem)
+    if data["kernels"] is not None:
+        yield _kernel_check(data["kernels"])
+    yield Check("limits", "ok", _limits(data["limits"]))
     short = data["memory_available"] < MEMORY_NEEDED
     memory = f"{_gib(data['memory_available'])} available" + (", 1 GiB needed" * short)
     yield Check("memory", "fail" if short else "ok", memory)
@@ -107,6 +128,11 @@ def _checks(data: dict[str, Any], problem: str | None) -> Iterator[Check]:
         for m in data["models"]
     )
     yield Check("models", "ok", models or "none yet; the first start fetches the default, or ullm pull does")
+    sizes = ", ".join(f"{kind} {size_text(count)}" for kind, count in data["cache_bytes"].items())
+    yield Check("caches", "ok", f"{sizes}; ullm list shows more" if sizes else "empty")
+    problem = data["hub"]["problem"]
+    reach = f"cannot be used ({problem}); what is in the caches works" if problem else "in reach"
+    yield Check("hub", "warn" if problem else "ok", f"{data['hub']['url']} {reach}")
     calibrations = ", ".join(f"{model}: {choice}" for model, choice in data["calibrations"].items())
     yield Check("calibration", "ok", calibrations or "none; the kernels divide products by default")
     port = data["port"]
@@ -131,11 +157,30 @@ def _device_checks(torch: dict[str, Any] | None, problem: str | None) -> Iterato
     if not torch["cuda"]:
         yield Check("cuda", "ok", "no CUDA device; models run on the CPU")
     if torch["compiler"]:
-        kernels = torch["kernels"]
-        state = f"kernels use {kernels}" if kernels else "kernels are compiled at the first start on a CPU"
-        yield Check("compiler", "ok", f"{torch['compiler']}; {state}")
+        yield Check("compiler", "ok", torch["compiler"])
     else:
         yield Check("compiler", "warn", "none; no kernels can be compiled")
+
+
+def _kernel_check(kernels: dict[str, Any]) -> Check:
+    """Say whether the kernels can be compiled and loaded, and compute what PyTorch does."""
+    if kernels["crashed"]:
+        return Check("kernels", "fail", f"{kernels['problem']}; use --no-cpu-kernels")
+    if kernels["problem"]:
+        return Check("kernels", "fail" if kernels["errors"] else "warn", kernels["problem"])
+    how = f"compiled in {kernels['seconds']:.0f} s" if kernels["seconds"] > 1 else "compiled earlier"
+    worst = max(kernels["errors"].values())
+    right = f"compute as PyTorch does, within {worst:.1%}"
+    return Check("kernels", "ok", f"use {kernels['variant']}; {how}; {right}")
+
+
+def _limits(limits: dict[str, Any]) -> str:
+    memory, cores = limits["memory"], limits["cores"]
+    if memory is None and cores is None:
+        return "no container or control group limits memory or cores"
+    return f"memory {'not limited' if memory is None else _gib(memory)}, " + (
+        "cores not limited" if cores is None else f"{cores:g} cores"
+    )
 
 
 def _threads(torch: dict[str, Any]) -> str:
@@ -146,27 +191,28 @@ def _threads(torch: dict[str, Any]) -> str:
 def _dtypes(torch: dict[str, Any], device: str) -> str:
     speeds = torch["gflops"][device]
     fast = [name for name, speed in speeds.items() if speed >= FAST_ENOUGH * speeds["float32"]]
-    return f"fast in {', '.join(fast)} ({', '.join(f'{speed:,.0f}' for speed in speeds.values())} GFLOP/s)"
+    figures = ", ".join(f"{name} {speed:,.{1 if speed < 10 else 0}f}" for name, speed in speeds.items())
+    return f"products in GFLOP/s: {figures}; fast in {', '.join(fast)}"
 
 
 def probe_torch() -> tuple[dict[str, Any] | None, str | None]:
     """Return what ``ullm.model.probe`` reports, or why it cannot be run."""
-    command = python_command("-m", "ullm.model.probe")
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=PROBE_TIMEOUT,
-            check=False,
-            env=python_environment(),
+        answer = ask_child("ullm.model.probe", b"", PROBE_TIMEOUT, task="importing torch")
+    except ResourceUnavailable as error:
+        return None, str(error)
+    return msgspec.json.decode(answer), None
+
+
+def probe_kernels() -> dict[str, Any]:
+    """Return what ``ullm.model.kernels.cpu.check`` reports; compiling takes a while, once."""
+    try:
+        answer = ask_child(
+            "ullm.model.kernels.cpu.check", b"", KERNELS_TIMEOUT, task="the check of the kernels"
         )
-    except subprocess.TimeoutExpired:
-        return None, f"importing torch took more than {PROBE_TIMEOUT:g} s"
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        return None, lines[-1] if lines else f"ended with status {done.returncode}"
-    return msgspec.json.decode(done.stdout), None
+    except ResourceUnavailable as error:
+        return {"crashed": True, "problem": str(error), "errors": {}}
+    return {"crashed": False, **msgspec.json.decode(answer)}
 
 
 def cached_models() -> list[dict[str, Any]]:
@@ -215,3 +261,4 @@ def _show(diagnosis: Diagnosis, console: Console) -> None:
     for check in diagnosis.checks:
         table.add_row(marks[check.status], check.name, Text(check.detail))
     console.print(table)
+    console.print("\nFor a bug report, paste all of this; keys are not in it.", soft_wrap=True)

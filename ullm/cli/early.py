@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from ullm.cli.init_process import run_below_init
 from ullm.protocol.exit_codes import EXIT_SIGNAL_BASE
 
 _STOPS = ("SIGTERM", "SIGINT", "SIGBREAK")
 _STDERR = 2
+_OWN = ("ULLM_", "HF_", "HUGGINGFACE_", "XDG_CACHE_HOME")
 
 Handler = Callable[[int, FrameType | None], object]
 
@@ -80,9 +82,23 @@ def _nothing(number: int, frame: FrameType | None) -> None:
     """Ignore the signal. Unlike SIG_IGN, a handler is not inherited by other programs."""
 
 
+def unset_empty_variables(environ: MutableMapping[str, str]) -> None:
+    """Remove variables with an empty value, so that they count as unset for libraries and workers, too.
+
+    ``HF_HOME=`` would put the Hugging Face cache into the working directory.
+    """
+    for name in [each for each, value in environ.items() if not value and each.startswith(_OWN)]:
+        del environ[name]
+
+
 def main() -> int:
     """Run the command line, with early signals handled; return the exit status."""
     fill_closed_descriptors()
+    unset_empty_variables(os.environ)
+    return run_below_init(_run) if sys.argv[1:2] == ["serve"] else _run()
+
+
+def _run() -> int:
     answer_signals(sys.argv[1:])
     with python_handlers_after():
         from ullm.cli.app import main as run

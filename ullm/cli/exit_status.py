@@ -7,11 +7,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
-from ullm.errors import EngineDead, UllmError, UsageError
+from ullm.cli.stdout import STDOUT
+from ullm.errors import ConfigError, EngineDead, ResourceUnavailable, UllmError, UsageError
 from ullm.logs import flush
 from ullm.protocol import stop_budget
 from ullm.protocol.exit_codes import EXIT_FAILED, EXIT_SIGNAL_BASE, EXIT_START_FAILED, EXIT_USAGE
@@ -47,9 +49,7 @@ def run_command_line(
         return _complain(advice or " ".join(str(error).split()), EXIT_USAGE)
     except UnusedCliTokensError as error:
         rest = [str(token) for token in error.unused_tokens or ()]
-        return _complain(
-            f"unexpected {'argument' if len(rest) == 1 else 'arguments'} {' '.join(rest)}", EXIT_USAGE
-        )
+        return _complain(_unused(rest, arguments, hint), EXIT_USAGE)
     except UnknownCommandError as error:
         command = " ".join(str(argument) for argument in arguments[:2])
         return _complain(MOVED.get(command) or " ".join(str(error).split()), EXIT_USAGE)
@@ -60,13 +60,32 @@ def run_command_line(
     return int(status or 0)
 
 
+def _unused(rest: Sequence[str], arguments: Sequence[str], hint: Callable[[str], str | None]) -> str:
+    """Return an error line for words that are left over, with what is most likely meant.
+
+    A prompt may begin with a dash, so an option of another program counts as one, and its value is left over.
+    """
+    advice = next(filter(None, (hint(each) for each in arguments if each.startswith("-"))), None)
+    line = f"unexpected {'argument' if len(rest) == 1 else 'arguments'} {' '.join(rest)}"
+    prompt = "; put a prompt of several words in quotes" if list(arguments[:1]) == ["generate"] else ""
+    return advice or line + prompt
+
+
+def run_function(function: Callable[[], int], *, debug: bool) -> int:
+    """Run what a command line would run; return the exit status as `run_command_line` does."""
+    try:
+        return function()
+    except BaseException as error:
+        return _failed(error, _complain, debug=debug)
+
+
 def _flush_output() -> None:
     if sys.stdout is None:  # closed when Python started
         return
     try:
         sys.stdout.flush()
     except OSError as error:
-        error.filename = "stdout"  # the operating system names no file for a descriptor
+        error.filename = STDOUT  # the operating system names no file for a descriptor
         raise
 
 
@@ -78,10 +97,11 @@ def _failed(error: BaseException, complain: Callable[[str, int], int], *, debug:
         case KeyboardInterrupt():
             return EXIT_SIGNAL_BASE + signal.SIGINT
         case BrokenPipeError():
-            # The reader of our output has closed it; Python must not complain about that at exit, too.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()  # its reader has closed it
             return EXIT_START_FAILED
         case OSError() as cause if cause.errno is not None:
+            if cause.filename == STDOUT:
+                _discard_output()
             place = "" if cause.filename is None else f"{cause.filename}: "
             return _complain(f"{place}{cause.strerror}", EXIT_START_FAILED)
         case (UllmError() | SupervisionError()) as cause:
@@ -91,8 +111,14 @@ def _failed(error: BaseException, complain: Callable[[str, int], int], *, debug:
     raise error
 
 
+def _discard_output() -> None:
+    """Send what is left for stdout to the null device, or Python complains at exit, too."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _status(cause: Exception) -> int:
-    if isinstance(cause, UsageError):
+    if isinstance(cause, (UsageError, ConfigError)) and not isinstance(cause, ResourceUnavailable):
         return EXIT_USAGE
     return EXIT_FAILED if isinstance(cause, EngineDead) else EXIT_START_FAILED
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import types
 import typing
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from cyclopts import Group, Parameter
 
-from ullm.cli.options import split_commas
+from ullm.cli.options import split_commas, whole_number
 from ullm.config import (
     CacheConfig,
     EngineConfig,
@@ -30,9 +31,9 @@ from ullm.config import (
     ServerConfig,
     SleepConfig,
     SupervisionConfig,
-    from_env,
 )
-from ullm.errors import ConfigError
+from ullm.errors import ConfigError, InvalidParameter
+from ullm.hosting.config_sources import CONFIG_VARIABLE, SAMPLING_FIELDS, ConfigFile, from_env
 from ullm.sampling import SamplingParams
 
 CONCERNS: Mapping[str, type[Any]] = {
@@ -46,13 +47,8 @@ CONCERNS: Mapping[str, type[Any]] = {
 }
 """Heading → dataclass; `EngineConfig` consists of all but the last, plus logging."""
 
-GROUPS = ("Sampling", *CONCERNS, "Logging")
+GROUPS = ("Configuration file", "Sampling", *CONCERNS, "Logging")
 """Headings of help texts, in their order."""
-SAMPLING_FIELDS = (
-    "max_tokens temperature top_p top_k min_p seed stop stop_token_ids ignore_eos min_tokens "
-    "include_stop_str_in_output repetition_penalty presence_penalty frequency_penalty "
-    "skip_special_tokens timeout"
-).split()
 SAMPLING_ALIASES: Mapping[str, tuple[str, ...]] = {"max_tokens": ("--max-new-tokens",)}
 UNSPLIT = frozenset({"stop", "api_key"})
 """Fields that list, of whose values a comma may be part: half a key would be a key that nobody chose."""
@@ -97,6 +93,7 @@ class Option:
             show=self.shown,
             show_default=self.default not in (None, (), False, ""),
             negative=None if self.shown and not self.lists else "",
+            converter=whole_number if self.annotation in (int, int | None) else None,
         )
         annotation = Annotated[list[str] | None if self.lists else self.annotation, detail]  # type: ignore[valid-type]
         # A default of another type than what is typed in would fail where the library validates it,
@@ -105,6 +102,16 @@ class Option:
         return inspect.Parameter(
             self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
         )
+
+
+CONFIG_OPTION = Option(
+    "config",
+    str | None,
+    None,
+    "File in TOML with options by their names, as in max-bs = 8; options on the command line and variables "
+    "win over it.",
+    "Configuration file",
+)
 
 
 def engine_options() -> list[Option]:
@@ -169,15 +176,19 @@ def docstring_arguments(cls: type[Any]) -> dict[str, str]:
 
 
 def with_options(*options: Iterable[Option]) -> Callable[[Callable[..., int]], Command]:
-    """Decorate ``def command(positional…, *, own=…, **given)``: ``**options`` becomes these options."""
+    """Decorate ``def command(positional…, *, own=…, **given)``: ``**options`` becomes these options.
+
+    Each such command takes ``--config``, too, and gets the file itself as the option ``config``.
+    """
 
     def decorate(function: Callable[..., int]) -> Command:
         signature = inspect.signature(function, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        derived = [option.parameter() for group in options for option in group]
+        derived = [option.parameter() for group in ([CONFIG_OPTION], *options) for option in group]
 
-        def command(*args: Any, **options: Any) -> int:
-            return function(*args, **options)
+        def command(*args: Any, config: str | None = None, **options: Any) -> int:
+            path = config or os.environ.get(CONFIG_VARIABLE)
+            return function(*args, **options, **({"config": ConfigFile.read(path)} if path else {}))
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
         command.__signature__ = inspect.Signature([*own, *derived])  # type: ignore[attr-defined]
@@ -187,27 +198,32 @@ def with_options(*options: Iterable[Option]) -> Callable[[Callable[..., int]], C
 
 
 def build(cls: type[C], options: Mapping[str, Any]) -> C:
-    """Build ``cls`` from the options that belong to it, ``ULLM_*`` variables, and defaults.
+    """Build ``cls`` from the options that belong to it, ``ULLM_*`` variables, a file, and defaults.
 
     Raises:
-        ConfigError: a value that cannot be used; names the flag or variable.
+        ConfigError: a value that cannot be used; names the flag, the variable or the file.
     """
     hints = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)}
     own = {name: _converted(name, value, hints[name]) for name, value in options.items() if name in names}
-    return from_env(cls, **own)
+    return from_env(cls, file=options.get("config"), **own)
 
 
 def sampling_params(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
-    """Build sampling parameters from the options that belong to them.
+    """Build sampling parameters from the options that belong to them, a file, and a command's defaults.
 
     Raises:
-        InvalidParameter: a value out of range.
-        ConfigError: a list that is not one.
+        ConfigError: a value out of range, or a list that is not one.
     """
     hints = typing.get_type_hints(SamplingParams)
     own = {k: _converted(k, v, hints[k]) for k, v in options.items() if k in SAMPLING_FIELDS}
-    return SamplingParams(**{**defaults, **own})
+    file: ConfigFile | None = options.get("config")
+    of_file = {} if file is None else file.values_of(SamplingParams, SAMPLING_FIELDS)
+    try:
+        return SamplingParams(**{**defaults, **of_file, **own})
+    except InvalidParameter as error:
+        in_file = error.param in of_file and error.param not in own
+        raise ConfigError(f"--config {file.path}: {error}" if file and in_file else str(error)) from None
 
 
 def _converted(name: str, value: Any, annotation: Any) -> Any:

@@ -6,50 +6,17 @@ import sys
 
 import trio
 
-from ullm.cli.backend import ChatBackend, Message, open_backend
+from ullm.cli.backend import ChatBackend, open_backend
 from ullm.cli.interrupts import run_interruptibly
+from ullm.cli.prompt import Question
 from ullm.cli.terminal import fetch_model, stderr
 from ullm.config import EngineConfig
-from ullm.errors import UsageError
 from ullm.sampling import SamplingParams
-
-
-def read_prompt(prompt: str | None) -> str:
-    """Return the prompt, or all of stdin for ``-``.
-
-    Raises:
-        UsageError: there is no prompt, it is empty, or it is not text.
-    """
-    if prompt is None:
-        raise UsageError('generate needs a prompt: ullm generate "Why is the sky blue?", or - to read stdin')
-    if prompt.startswith("--"):
-        raise UsageError(f"unknown option: {prompt}; see ullm generate --help")
-    text = _read_stdin() if prompt == "-" else prompt
-    if not text.strip():
-        raise UsageError("the prompt is empty")
-    return text
-
-
-def _read_stdin() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"stdin is not {error.encoding} text; convert it, or set PYTHONIOENCODING to its encoding"
-        ) from None
-
-
-def compose(prompt: str, system: str | None, *, raw: bool) -> str | list[Message]:
-    """Return a conversation of one question, or the text itself if ``raw``."""
-    if raw:
-        return prompt
-    question = {"role": "user", "content": prompt}
-    return [question] if system is None else [{"role": "system", "content": system}, question]
 
 
 def generate(
     config: EngineConfig,
-    prompt: str | list[Message],
+    prompt: Question,
     params: SamplingParams,
     *,
     url: str | None = None,
@@ -72,7 +39,7 @@ def generate(
     return run_interruptibly(main)
 
 
-async def print_answer(backend: ChatBackend, prompt: str | list[Message], params: SamplingParams) -> None:
+async def print_answer(backend: ChatBackend, prompt: Question, params: SamplingParams) -> None:
     """Write an answer to stdout while it is generated."""
     async with backend.ask(prompt, params) as answer:
         async for text in answer.text:

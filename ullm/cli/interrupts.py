@@ -14,6 +14,10 @@ from ullm.protocol.exit_codes import EXIT_SIGNAL_BASE
 T = TypeVar("T")
 
 
+class Interrupted(Exception):
+    """Ctrl-C was typed, and there is neither an answer to stop nor a line to discard."""
+
+
 def run_to_end(work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
     """Run ``trio.run(work, *arguments)``; SIGINT or SIGTERM cancels it, so that no child process is left.
 

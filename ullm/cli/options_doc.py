@@ -15,13 +15,13 @@ from pathlib import Path
 from ullm.cli.app import CHAT_DEFAULTS, GENERATE_DEFAULTS
 from ullm.cli.flags import (
     CONCERNS,
-    SAMPLING_FIELDS,
     Option,
     docstring_arguments,
     engine_options,
     server_options,
     type_name,
 )
+from ullm.hosting.config_sources import SAMPLING_FIELDS
 from ullm.sampling import SamplingParams
 
 INTRODUCTION = """\
@@ -30,19 +30,41 @@ INTRODUCTION = """\
 <!-- Made by `python -m tests.docs`; edit the fields in ullm/config.py. -->
 
 Every option below is at once a flag of the command line (`--max-bs 32`), an environment variable
-(`ULLM_MAX_BS=32`) and a field of a frozen dataclass (`EngineConfig(max_bs=32)`). A flag wins over a
-variable, a variable over the default. An option that lists may be repeated and takes several values at
-once, separated by commas (`--device-ids 0,1`; `--stop` and `--api-key` may only be repeated, because a stop
-string or a key may contain a comma); of any other option given twice the last one counts. A switch is
-turned off by its `--no-` form, its variable by `false`. An empty variable counts as unset. Further names of
-a flag are vLLM's; they are flags only, not variables or fields. See also
-[migrating from vLLM](../how-to/migrating-from-vllm.md#flags).
+(`ULLM_MAX_BS=32`), a line of a configuration file (`max-bs = 32`) and a field of a frozen dataclass
+(`EngineConfig(max_bs=32)`). A flag wins over a variable, a variable over the file, the file over the
+default. An option that lists may be repeated and takes several values at once, separated by commas
+(`--device-ids 0,1`; `--stop` and `--api-key` may only be repeated, because a stop string or a key may
+contain a comma); of any other option given twice the last one counts. A switch is turned off by its `--no-`
+form, its variable by `false`. An empty variable counts as unset. Further names of a flag are vLLM's; they
+are flags only, not variables, lines of a file or fields. See also [migrating from
+vLLM](../how-to/migrating-from-vllm.md#flags).
 
 `EngineConfig` has all options but those of the server, which are in `ServerConfig`. A value that
 cannot work, alone or beside another, is refused at once with one line that names the option.
 """
 
 EPILOGUE = """\
+## A configuration file
+
+`--config FILE`, or the variable `ULLM_CONFIG`, names a file in TOML. Each line is an option by its name
+without the two dashes in front, with `-` or `_` between its words; lists are arrays, switches `true` or
+`false`:
+
+```toml
+model = "SmolLM2-135M-Instruct"
+max-bs = 32
+prefix-cache = true
+port = 8000
+cors-origins = ["https://example.org"]
+temperature = 0.2
+```
+
+One file serves all commands and `ullm.app`: each takes the options that it has, so `ullm chat` leaves
+`port` alone, and `ullm serve` leaves `temperature`, an option of `ullm chat` and `ullm generate`. A name
+that no command has, a table, or a value of another type is refused in one line, with the nearest name and
+exit status 2. Paths are relative to the working directory. A file with keys should be readable by its owner
+only.
+
 ## Sampling
 
 Fields of a request and of `SamplingParams`; those marked with a flag are options of `ullm generate` and

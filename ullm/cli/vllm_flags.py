@@ -6,24 +6,27 @@ Aliases are declared on the options, in ullm/config.py; here is what is no optio
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ullm.cli.flags import Option, engine_options, server_options
+from ullm.cli.llama_flags import LLAMA_CPP
 from ullm.errors import UsageError
 
 WITHOUT_EFFECT: Mapping[str, str] = {
-    "--disable-log-requests": "ullm does not log requests.",
-    "--no-enable-log-requests": "ullm does not log requests.",
+    "--disable-log-requests": "ullm logs requests only with --access-log.",
+    "--no-enable-log-requests": "ullm logs requests only with --access-log.",
     "--disable-log-stats": "ullm logs no statistics; GET /metrics has them.",
-    "--disable-uvicorn-access-log": "ullm writes no access log.",
+    "--disable-uvicorn-access-log": "ullm writes an access log only with --access-log.",
     "--enable-chunked-prefill": "Prefill is always chunked.",
+    "--enable-auto-tool-choice": "Calls of tools are always read.",
+    "--enable-lora": "Adapters can always be loaded.",
     "--enable-sleep-mode": "The engine can always be put to sleep.",
 }
 """Flag → why it changes nothing: what it asks for holds anyway. ``ullm serve`` accepts these."""
 
 REFUSED: Mapping[str, str] = {
-    "--enable-log-requests": "ullm does not log requests; GET /metrics counts them",
+    "--enable-log-requests": "use --access-log, which logs no texts",
     "--no-enable-chunked-prefill": "prefill is always chunked; use --max-num-batched-tokens for the size",
     "--swap-space": "preempted sequences are computed again instead of swapped out; leave it out",
     "--cpu-offload-gb": "weights stay on one device; leave it out",
@@ -40,11 +43,11 @@ REFUSED: Mapping[str, str] = {
     "--allowed-origins": "use --cors-origins, a list separated by commas",
     "--uvicorn-log-level": "use --log-level",
     "--root-path": "have the proxy strip the prefix",
-    "--enable-lora": "LoRA adapters are not supported",
-    "--lora-modules": "LoRA adapters are not supported",
-    "--enable-auto-tool-choice": "tool calls are not parsed out of the text",
-    "--tool-call-parser": "tool calls are not parsed out of the text",
-    "--reasoning-parser": "reasoning is not parsed out of the text",
+    "--max-loras": "as many adapters as fit into memory are computed together; leave it out",
+    "--max-cpu-loras": "every adapter stays loaded; leave it out, or unload adapters",
+    "--max-lora-rank": "adapters of any rank are loaded; leave it out",
+    "--lora-dtype": "adapters are computed in --dtype; leave it out",
+    "--fully-sharded-loras": "each rank has its part of one of an adapter's two matrices; leave it out",
     "--tokenizer-mode": "there is one kind of tokenizer, the fast one; leave it out",
 }
 """Flag → what to do instead."""
@@ -53,21 +56,28 @@ SAME = (
     *("--model", "--revision", "--tokenizer", "--served-model-name", "--chat-template", "--dtype"),
     *("--quantization", "--load-format", "--trust-remote-code", "--enforce-eager", "--block-size"),
     *("--gpu-memory-utilization", "--max-num-batched-tokens", "--host", "--port", "--api-key"),
-    *("--ssl-keyfile", "--ssl-certfile"),
+    *("--ssl-keyfile", "--ssl-certfile", "--uds", "--master-addr", "--nnodes", "--node-rank"),
+    *("--tool-call-parser", "--reasoning-parser", "--trust-request-chat-template"),
+    *("--generation-config", "--api-server-count", "--headless"),
 )
 """Flags that both programs have under the same name."""
 
 NOTES: Mapping[str, str] = {
-    "--served-model-name": "Several names: repeat the option, or separate them by commas.",
+    "--served-model-name": "Several names: all words that follow, if the model is named by --model or as "
+    "the first word; or repeat the option, or separate them by commas.",
     "--quantization": "Values differ: auto, none, int8 or int4, for weights on a CPU.",
+    "--generation-config": "Values: auto or vllm; no folder.",
     "--load-format": "Values: auto or dummy.",
     "--block-size": "On CUDA it is rounded up to a multiple of 256.",
-    "--pipeline-parallel-size": "Only 1 is supported.",
-    "-pp": "Only 1 is supported.",
+    "--master-addr": "Of loopback, unless --nnodes says that there are other hosts.",
+    "--node-rank": "Other hosts than 0 need no --headless; all need --node-secret-file.",
     "--chat-template": "A file; the text of a template is not taken.",
     "--api-key": "Several keys: repeat the option.",
     "--ssl-certfile": "Needs --ssl-keyfile, also where one file holds both.",
     "--max-model-len": "A number of tokens; neither auto nor a suffix as in 8k.",
+    "--lora-modules": "Entries NAME=FOLDER: all words that follow, or repeat the option, or separate them by "
+    "commas; not as JSON.",
+    "--headless": "Needs --listen, where front ends connect.",
     "--num-speculative-tokens": "A flag of older versions; later ones have it in --speculative-config.",
 }
 
@@ -87,13 +97,43 @@ def check_without_effect(options: Mapping[str, Any]) -> None:
             raise UsageError(f"{option.flag}=false cannot be honoured: {option.help}")
 
 
+def with_all_names(line: Sequence[str]) -> list[str]:
+    """Return a command line in which ``--served-model-name a b`` is ``--served-model-name a,b``.
+
+    Likewise ``--lora-modules a=x b=y``, whose words are told from others by their ``=``.
+
+    vLLM takes all words that follow. Here the last of them may be the model, so this is done only where the
+    model is named elsewhere: by ``--model``, or as the first word.
+    """
+    arguments = _joined(line, ("--lora-modules", "--lora"), lambda word: "=" in word)
+    named = any(each.partition("=")[0] == "--model" for each in arguments)
+    if not named and (len(arguments) < 2 or arguments[1].startswith("-")):
+        return arguments
+    return _joined(arguments, ("--served-model-name",), lambda word: True)
+
+
+def _joined(line: Sequence[str], flags: Sequence[str], is_value: Callable[[str], bool]) -> list[str]:
+    """Return a command line in which the words that follow a flag are one, joined by commas."""
+    arguments, joined = list(line), list[str]()
+    while arguments:
+        joined.append(arguments.pop(0))
+        if joined[-1] in flags:
+            ends = (i for i, each in enumerate(arguments) if each.startswith("-") or not is_value(each))
+            count = next(ends, len(arguments))
+            joined += [",".join(arguments[:count])] if count else []
+            del arguments[:count]
+    return joined
+
+
 def hint_for(option: str) -> str | None:
-    """Return an error line for a flag of vLLM's that ullm does not have; None for any other."""
+    """Return an error line for a flag of vLLM's or llama.cpp's that ullm does not have; else None."""
     flag = option.partition("=")[0]
     if flag in REFUSED:
         return f"{flag} is an option of vLLM: {REFUSED[flag]}"
     if flag in WITHOUT_EFFECT:
         return f"{flag} is an option of ullm serve only, and without effect: {WITHOUT_EFFECT[flag]}"
+    if flag in LLAMA_CPP:
+        return f"{flag} is an option of llama.cpp: {LLAMA_CPP[flag]}"
     return None
 
 

@@ -77,11 +77,13 @@ class Connection:
 
     Attributes:
         headers: headers of the last answer, names in lower case.
+        local_port: the port of this end of the last TCP connection; None before the first one.
     """
 
     def __init__(self, endpoint: Endpoint, *, receive_buffer: int | None = None) -> None:
         self.endpoint = endpoint
         self.headers: dict[str, str] = {}
+        self.local_port: int | None = None
         self._receive_buffer = receive_buffer
         self._stream: trio.abc.Stream | None = None
         self._http = h11.Connection(h11.CLIENT)
@@ -180,6 +182,7 @@ class Connection:
                 )
             else:
                 self._stream = stream = await trio.open_tcp_stream(self.endpoint.host, self.endpoint.port)
+                self.local_port = stream.socket.getsockname()[1]
                 if self._receive_buffer is not None:
                     stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer)
             return self._stream

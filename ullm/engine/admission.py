@@ -44,13 +44,19 @@ class Admission:
             raise EngineSleeping
         self._router.check_room(choices, tokens)
 
-    def admit(self, records: Sequence[RequestRecord]) -> None:
+    def admit(self, records: Sequence[RequestRecord], *, resumed: bool = False) -> None:
         """Admit all choices of a request, or none; call `leave` once when its reader has left.
+
+        Args:
+            resumed: it was admitted before, by an engine that is gone; it needs no room.
 
         Raises:
             RequestError: as `check`.
         """
-        self.check(len(records), sum(record.max_total for record in records))
+        if resumed:
+            self._life.check_running()
+        else:
+            self.check(len(records), sum(record.max_total for record in records))
         self._readers.enter()
         for record in records:
             self._router.submit(record)

@@ -8,6 +8,8 @@ import trio
 
 from ullm.actors.tokenizer import TokenizerActor
 from ullm.config import EngineConfig
+from ullm.engine.adapters import Adapters
+from ullm.engine.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from ullm.hub import LocalModel, resolve
 from ullm.protocol.messages import ModelInfo
 
@@ -25,13 +27,17 @@ class CurrentModel:
     Attributes:
         local: the files; None until they are found.
         tokenizer: made when the files are found; one object for the engine's life.
+        sampling_defaults: what the model recommends for requests that name no sampling parameters.
         info: None until the first worker group is up.
+        adapters: LoRA adapters that are served beside the model.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        self.adapters = Adapters()
         self.local: LocalModel | None = None
         self.tokenizer: TokenizerActor | None = None
+        self.sampling_defaults = SamplingDefaults()
         self.info: ModelInfo | None = None
 
     def loaded(self) -> tuple[ModelInfo, TokenizerActor]:
@@ -58,6 +64,7 @@ class CurrentModel:
         assert self.tokenizer is not None, "a running engine has a tokenizer"
         assert info is not None, "a group that has started knows its model"
         self.config, self.local = config, local
+        self.sampling_defaults = read_sampling_defaults(config, local)
         self.tokenizer.take_over(tokenizer)
         self.serve(info)
 

@@ -15,33 +15,37 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
 from ullm.actors.router import Router
 from ullm.actors.standby_pool import StandbyPool
 from ullm.actors.tokenizer import TokenizerActor
-from ullm.actors.transports import OpenTransport, open_transport
+from ullm.actors.transports import OpenTransport, open_transport, ray_workers
 from ullm.actors.transports.faulty import faulty
 from ullm.config import EngineConfig, SleepMode
+from ullm.engine.adapters import Adapters
 from ullm.engine.admission import Admission
 from ullm.engine.current_model import CurrentModel, FindModel, find_local_model
 from ullm.engine.fleet import Fleet
 from ullm.engine.generation import Generation
+from ullm.engine.intake import Intake
 from ullm.engine.life import EngineLife
 from ullm.engine.lifecycle import Lifecycle
 from ullm.engine.readers import Readers
 from ullm.engine.reload import Reloader
+from ullm.engine.sampling_defaults import SamplingDefaults
 from ullm.engine.shutdown_report import ShutdownReport
 from ullm.engine.state import EngineState
 from ullm.engine.status import EngineStatistics, Health, ReloadReport, SleepHealth
 from ullm.engine.stop import EngineStop
-from ullm.engine.tree import EngineParts, EngineTree
+from ullm.engine.tree import EngineParts, EngineTree, OtherHosts
 from ullm.engine.view import EngineView
-from ullm.errors import ActorLost, EngineBusy, EngineDead, EngineNotReady, ReloadFailed
-from ullm.faults import FaultInjector
+from ullm.errors import ActorLost, ConfigError, EngineBusy, EngineDead, EngineNotReady, ReloadFailed
+from ullm.faults import FaultAction, FaultInjector, FaultReport
 from ullm.hub import LocalModel
+from ullm.nodes.head import Nodes
 from ullm.protocol.messages import ModelInfo
 from ullm.sampling import SamplingParams
 from ullm.supervision import ChildInfo, ChildSpec, root_cause
@@ -61,6 +65,7 @@ class Engine:
 
     Attributes:
         faults: arms faults and counts them; see docs/how-to/fault-injection.md.
+        intake: takes records of requests that were made in another process.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class Engine:
         self._router = Router(config, faults)
         readers = Readers()
         self._stop = EngineStop(self._current, self._life, self._router, readers)
-        workers, standby = _open_workers(config, transport, faults)
+        workers, standby, hosts = _open_workers(config, transport, faults, self._stop.requested.is_set)
         self._fleet = Fleet(config, self._router, workers, self._stop.give_up, faults, standby)
         reloader = Reloader(self._current, self._router, self._fleet, find_model, faults)
         self._lifecycle = Lifecycle(
@@ -93,10 +98,11 @@ class Engine:
         )
         self._admission = Admission(self._life, self._router, self._lifecycle, readers)
         parts = EngineParts(
-            self._life, self._current, self._router, self._fleet, self._lifecycle, self._stop, faults
+            self._life, self._current, self._router, self._fleet, self._lifecycle, self._stop, faults, hosts
         )
         self._tree = EngineTree(parts, first_children, find_model)
         self._view = EngineView(parts, reloader)
+        self.intake = Intake(self._admission, self._router, self._current)
 
     # --- the model -----------------------------------------------------------------------------------------
 
@@ -120,6 +126,11 @@ class Engine:
         """The tokenizer of the loaded model; None before its files are found."""
         return self._current.tokenizer
 
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """What the model recommends for requests that name no sampling parameters."""
+        return self._current.sampling_defaults
+
     # --- requests --------------------------------------------------------------------------------------
 
     def check_admission(self) -> None:
@@ -137,17 +148,41 @@ class Engine:
         *,
         request_id: str | None = None,
         pace: Callable[[], float] | None = None,
+        client: str = "",
+        emitted: Sequence[int] = (),
+        session: str = "",
     ) -> Generation:
         """Make a request, to be entered with ``async with`` and then iterated; see `Generation`.
 
         It is admitted when it is entered.
+
+        Args:
+            client: who sends it; of equal priority, waiting requests of several clients run in turn.
+            emitted: tokens that the answer has already, as from an earlier process. It goes on after them as
+                it would have, and its first output has them again. For requests of one choice.
+            session: of several replicas, requests of one session go to the same one while that has room.
 
         Raises:
             EngineDead, EngineNotReady, EngineDraining, EngineSleeping, QueueFull
         """
         self._admission.check()
         name = request_id or f"req-{uuid.uuid4().hex}"
-        return Generation(self._admission, self._router, self._current, prompt, params, name, pace)
+        return Generation(
+            self._admission,
+            self._router,
+            self._current,
+            prompt,
+            params,
+            name,
+            pace,
+            client,
+            emitted,
+            session,
+        )
+
+    def start_soon(self, task: Callable[[], Awaitable[object]]) -> None:
+        """Run a task from when the engine runs until it has stopped; an error of it is logged."""
+        self._tree.start_soon(task)
 
     def abort(self, request_id: str) -> bool:
         """End a request with what it has; return False if there is none of that name."""
@@ -179,6 +214,24 @@ class Engine:
     def children(self) -> tuple[ChildInfo, ...]:
         """Return the supervision tree as it is now; empty before it is started."""
         return self._tree.children()
+
+    @property
+    def http_faults(self) -> FaultInjector:
+        """Faults between this process and its clients."""
+        return self.faults
+
+    async def manage_faults(self, action: FaultAction, plan: str = "") -> FaultReport:
+        """Show the plan of faults, add to it, or disarm it; return what is armed and has happened.
+
+        Raises:
+            ConfigError: the plan cannot be parsed.
+        """
+        await trio.lowlevel.checkpoint()
+        if action == "arm":
+            self.faults.arm(plan)
+        elif action == "clear":
+            self.faults.clear()
+        return self.faults.describe()
 
     # --- sleeping and reloading ----------------------------------------------------------------------------
 
@@ -230,6 +283,46 @@ class Engine:
         with self._overtaken_by_stop():
             return await self._lifecycle.reload(model, revision)
 
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRA adapters that are served."""
+        return self._current.adapters
+
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> None:
+        """Load a LoRA adapter into all workers and serve it under its name, while requests go on.
+
+        An engine that sleeps is woken.
+
+        Args:
+            path: its folder, which must stay as it is: workers that are restarted read it again.
+            replace: take the place of an adapter of the same name; requests in flight end with that one.
+
+        Raises:
+            AdapterUnusable: it cannot be used with this model; nothing has changed.
+            InvalidParameter: the name is taken.
+            EngineNotReady, EngineDraining, EngineDead: the engine does not run.
+            EngineBusy: a stop overtook it.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._life.check_running()
+        self.adapters.check_new(name, self.config.model_names, replace=replace)
+        adapter = await self.adapters.read(name, path)
+        with self._overtaken_by_stop():
+            await self._lifecycle.load_adapter(adapter)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve a LoRA adapter no more. Requests in flight end with it; its memory is free when they have.
+
+        Raises:
+            ModelUnknown: there is none of that name.
+            EngineNotReady, EngineDraining, EngineDead: the engine does not run.
+            EngineBusy: a stop overtook it.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._life.check_running()
+        with self._overtaken_by_stop():
+            await self._lifecycle.unload_adapter(name)
+
     def request_reload(self) -> None:
         """Begin a reload, if the engine runs and none waits already; return at once. The log says more."""
         if self.state is EngineState.RUNNING and not self._stop.requested.is_set():
@@ -278,6 +371,10 @@ class Engine:
         self.request_shutdown(timeout)
         return await self.wait_stopped()
 
+    async def wait_stop_requested(self) -> None:
+        """Wait until a stop is requested, by whomever, or the engine has failed."""
+        await self._stop.requested.wait()
+
     async def wait_stopped(self) -> ShutdownReport:
         """Wait for the end of the engine, whoever requests it."""
         return await self._stop.wait_finished()
@@ -294,14 +391,32 @@ class Engine:
 
 
 def _open_workers(
-    config: EngineConfig, transport: OpenTransport | None, faults: FaultInjector
-) -> tuple[OpenTransport, StandbyPool | None]:
-    """Return what starts workers, and the pool of standby workers that it draws on, if there is one."""
+    config: EngineConfig,
+    transport: OpenTransport | None,
+    faults: FaultInjector,
+    draining: Callable[[], bool],
+) -> tuple[OpenTransport, StandbyPool | None, OtherHosts | None]:
+    """Return what starts workers, and what it draws on, if there is such a thing.
+
+    That is the pool of standby workers, and other hosts.
+
+    Raises:
+        ConfigError: the engine's own host is another one.
+    """
+    if config.node_rank > 0:
+        raise ConfigError(
+            f"--node-rank {config.node_rank}: the engine is on the host of --node-rank 0; run ullm serve here"
+        )
     standby = None
+    if transport is None and config.worker_transport == "ray":
+        cluster = ray_workers()
+        return faulty(cluster.open, faults), None, cluster
     if transport is None:
         transport = open_transport(config.worker_transport)
         standby = StandbyPool(transport) if config.worker_transport == "process" else None
-    return faulty(standby.open if standby is not None else transport, faults), standby
+    workers = standby.open if standby is not None else transport
+    nodes = Nodes(config, workers, draining) if config.nnodes > 1 else None
+    return faulty(workers if nodes is None else nodes.open, faults), standby, nodes
 
 
 @asynccontextmanager
@@ -323,13 +438,33 @@ async def open_engine(
         EngineDead: it failed while it ran.
     """
     engine = Engine(config, first_children=first_children, transport=transport, find_model=find_model)
+    async with running(engine):
+        yield engine
+
+
+class Runs(Protocol):
+    """What `running` needs of an engine."""
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Start, be ready, and run until stopped."""
+
+    def request_shutdown(self, timeout: float | None = None, *, by: str = "shutdown()") -> None:
+        """Begin the orderly stop; return at once."""
+
+    async def wait_stopped(self) -> ShutdownReport:
+        """Wait for the end."""
+
+
+@asynccontextmanager
+async def running(engine: Runs) -> AsyncIterator[None]:
+    """Run an engine within this block, and stop it in order on leaving; see `open_engine`."""
     own: BaseException | None = None
     failure: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
             try:
-                yield engine
+                yield
             except trio.Cancelled:
                 raise
             except BaseException as error:  # raised below: the nursery would wrap it, and rebuild a group

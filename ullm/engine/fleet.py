@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,14 @@ from ullm.actors.standby_pool import StandbyPool, StandbyStatistics
 from ullm.actors.transports import OpenTransport
 from ullm.config import EngineConfig, Tuning
 from ullm.engine.replica import Replica
-from ullm.errors import StartFailed, WorkerLost, first_cause
+from ullm.errors import AdapterUnusable, ChildNotFound, StartFailed, WorkerLost, first_cause
 from ullm.faults import FaultInjector
+from ullm.hub import LocalModel
 from ullm.hub.tuning import read_tuning
 from ullm.logs import get_logger
 from ullm.machine import resident_memory
-from ullm.protocol import stop_budget
+from ullm.protocol import start_budget, stop_budget
+from ullm.protocol.messages import Adapter
 from ullm.supervision import ChildSpec, Kind, Restart, Supervisor
 
 log = get_logger(__name__)
@@ -71,15 +74,27 @@ class Fleet:
 
     # --- the whole fleet --------------------------------------------------------------------------------
 
-    def specs(self, model_path: str) -> list[ChildSpec]:
-        """Return the children that the engine starts with; see `supervised_by`."""
+    def specs(self, local: LocalModel) -> list[ChildSpec]:
+        """Return the children that the engine starts with; see `supervised_by`.
+
+        Args:
+            local: the files of the model that they load.
+        """
+        model_path = str(local.path)
         if self._config.calibrates_kernels:
             self.tuning = read_tuning(self._config, model_path) or Tuning()
         for replica in self.replicas:
-            replica.group.load_from(model_path, self.tuning)
+            replica.group.load_from(model_path, self.tuning, str(local.tokenizer_path))
         standbys = []
         if self._standby is not None:
-            standbys = [ChildSpec("standby", self._standby.run, shutdown=stop_budget.STANDBY_POOL)]
+            standbys = [
+                ChildSpec(
+                    "standby",
+                    self._standby.run,
+                    shutdown=stop_budget.STANDBY_POOL,
+                    start_timeout=start_budget.ACTOR,
+                )
+            ]
         return [*standbys, *(self._spec(replica) for replica in self.replicas)]
 
     def supervised_by(self, root: Supervisor) -> None:
@@ -135,6 +150,31 @@ class Fleet:
             replica.scheduler.resume()
         await self.wait_up()
 
+    async def keep_adapter(
+        self, adapter: Adapter, replicas: Iterable[Replica] | None = None, *, wanted: bool = True
+    ) -> None:
+        """Have the workers load an adapter, or drop it; those that are restarted meanwhile are asked again.
+
+        Args:
+            replicas: default: all; they are awake.
+
+        Raises:
+            AdapterUnusable: it cannot be loaded, or workers were lost with it twice.
+        """
+        for replica in self.replicas if replicas is None else replicas:
+            error, losses = None, 0
+            while error is None and replica.failure is None:
+                if not (self._is_settled(replica) and replica.group.ready):
+                    await self._router.wait_changed()
+                    continue
+                try:
+                    error = await replica.group.keep_adapter(adapter, wanted=wanted)
+                except WorkerLost as loss:
+                    losses += 1
+                    error = str(loss) if losses > 1 else None
+            if error and wanted:
+                raise AdapterUnusable(f"adapter {adapter.name!r}: {error}")
+
     def kill(self) -> None:
         """End all workers now."""
         for replica in self.replicas:
@@ -189,10 +229,16 @@ class Fleet:
         return replica.failure is not None or replica.index in self._router.replicas_up
 
     async def stop(self, replica: Replica) -> None:
-        """Stop a replica in order."""
+        """Stop a replica in order, after the KV that is on its way from there."""
         assert self._root is not None, "the tree is started before replicas are"
         if replica.failure is None:
+            await self._router.settle(replica.index)
             await self._root.terminate_child(f"replica{replica.index}")
+
+    async def stop_if_started(self, replica: Replica) -> None:
+        """Stop a replica in order, if it was started."""
+        with suppress(ChildNotFound):
+            await self.stop(replica)
 
     async def _start_persistently(self, replica: Replica) -> None:
         """`start`, tried as often as a replica in service is restarted: memory may be short for a moment."""

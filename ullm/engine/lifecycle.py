@@ -24,6 +24,7 @@ from ullm.engine.replica import Replica
 from ullm.engine.status import ReloadReport, SleepHealth
 from ullm.errors import (
     ActorLost,
+    AdapterUnusable,
     EngineBusy,
     InvalidParameter,
     RequestError,
@@ -32,6 +33,7 @@ from ullm.errors import (
     first_cause,
 )
 from ullm.logs import get_logger
+from ullm.protocol.messages import Adapter
 from ullm.supervision.actor import Mailbox, Reply, ask
 
 log = get_logger(__name__)
@@ -67,7 +69,23 @@ class ReloadModel:
     reply: Reply[ReloadReport]
 
 
-Command = FallAsleep | WakeUp | ReloadModel
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """A command: load an adapter into all workers, and serve it."""
+
+    adapter: Adapter
+    reply: Reply[None]
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    """A command: serve an adapter no more."""
+
+    name: str
+    reply: Reply[None]
+
+
+Command = FallAsleep | WakeUp | ReloadModel | LoadAdapter | UnloadAdapter
 
 
 class Lifecycle:
@@ -168,6 +186,23 @@ class Lifecycle:
         """
         return await ask(self.mailbox, lambda reply: ReloadModel(model, revision, reply), float("inf"))
 
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """Load an adapter into all workers, which are woken for it, and serve it from then on.
+
+        Raises:
+            AdapterUnusable: it cannot be used; nothing has changed.
+            EngineBusy: a stop overtook it.
+        """
+        await ask(self.mailbox, lambda reply: LoadAdapter(adapter, reply), float("inf"))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve an adapter no more; requests in flight end with it.
+
+        Raises:
+            ModelUnknown: there is none of that name.
+        """
+        await ask(self.mailbox, lambda reply: UnloadAdapter(name, reply), float("inf"))
+
     def request_reload(self) -> None:
         """Begin a reload without waiting for it; the log says how it goes.
 
@@ -185,9 +220,9 @@ class Lifecycle:
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Carry out commands. When it is restarted after a failure, wake the engine: a defined state."""
         self._since = self._since or trio.current_time()
+        task_status.started()  # before it wakes, which may take as long as loading the model
         if self.state in (FALLING_ASLEEP, WAKING):
             await self._wake()
-        task_status.started()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._sleep_when_idle)
@@ -206,6 +241,12 @@ class Lifecycle:
                     command.reply.send(None)
                 case WakeUp():
                     await self._wake()
+                    command.reply.send(None)
+                case LoadAdapter():
+                    await self._load_adapter(command.adapter)
+                    command.reply.send(None)
+                case UnloadAdapter():
+                    await self._unload_adapter(command.name)
                     command.reply.send(None)
                 case ReloadModel():
                     command.reply.send(await self._reload(command.model, command.revision))
@@ -324,6 +365,32 @@ class Lifecycle:
         self._reloader.check(model, revision)
         await self._wake()
         return await self._reloader.reload(model, revision, began)
+
+    # --- adapters -------------------------------------------------------------------------------------
+
+    async def _load_adapter(self, adapter: Adapter) -> None:
+        if self._stopping():
+            raise EngineBusy("a stop was requested; it overtook the adapter")
+        await self._wake()
+        adapters = self._current.adapters
+        try:
+            await self._fleet.keep_adapter(adapter)
+        except AdapterUnusable:
+            await self._fleet.keep_adapter(adapter, wanted=False)  # other replicas may have it
+            raise
+        former = adapters.find(adapter.name) if adapter.name in adapters else None
+        adapters.put(adapter)
+        if former is not None:
+            await self._fleet.keep_adapter(former, wanted=False)
+        log.info("adapter loaded", adapter=adapter.name, path=adapter.path)
+
+    async def _unload_adapter(self, name: str) -> None:
+        adapter = self._current.adapters.find(name)
+        assert adapter is not None, "a name finds an adapter, or raises"
+        self._current.adapters.remove(name)
+        if self.state == AWAKE:  # asleep, workers have dropped it
+            await self._fleet.keep_adapter(adapter, wanted=False)
+        log.info("adapter unloaded", adapter=name)
 
 
 def _memory(replica: Replica) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from ullm.protocol.messages import TokenLogprobs
@@ -15,7 +17,7 @@ class Output(msgspec.Struct, frozen=True, gc=False):
     Args:
         index: which of the ``n`` choices.
         text: final, so it may be shown; empty while a character or a possible stop string is incomplete.
-        logprobs: one per token of ``token_ids``, if requested.
+        logprobs: one per token of ``token_ids``, if requested; but for those that a request has begun with.
         finish_reason: ``stop``, ``length``, ``abort`` or ``timeout`` in the last output of the choice.
         stop_reason: the stop string or stop token that ended it; None for an end-of-sequence token.
         num_generated_tokens: tokens of this choice so far.
@@ -34,12 +36,19 @@ class Output(msgspec.Struct, frozen=True, gc=False):
 
 
 class ChoiceReader:
-    """Reads one choice: its record, its text, and how much of it has been read."""
+    """Reads one choice: its record, its text, and how much of it has been read.
 
-    def __init__(self, index: int, record: RequestRecord, text: TextAssembler) -> None:
+    Args:
+        stop_tokens: special tokens that end it → how they are written, which is what the client asked for.
+    """
+
+    def __init__(
+        self, index: int, record: RequestRecord, text: TextAssembler, stop_tokens: Mapping[int, str]
+    ) -> None:
         self.index = index
         self.record = record
         self.text = text
+        self._stop_tokens = stop_tokens
         self.read = 0
         self.finished = False
 
@@ -61,10 +70,24 @@ class ChoiceReader:
         elif record.done:
             rest = self.text.flush()
             text, stop = text + rest.text, rest.stop
-        logprobs = record.logprobs[self.read : self.read + len(new)]
+            if (
+                stop is None
+                and record.params.include_stop_str_in_output
+                and record.params.skip_special_tokens
+            ):
+                text += self._stop_tokens.get(record.stop_reason or -1, "")
+        # A request that goes on has none of the tokens that it began with.
+        lacking = len(record.token_ids) - len(record.logprobs)
+        first, last = self.read - lacking, self.read + len(new) - lacking
+        logprobs = record.logprobs[max(0, first) : max(0, last)]
         self.read += len(new)
         self.finished = stop is not None or record.done
         return self._output(text, new, logprobs, stop), stop
+
+    def _stop_reason(self) -> int | str | None:
+        """Return the token that ended it; as the text that the client asked for, if that is how it did."""
+        reason = self.record.stop_reason
+        return reason if reason is None else self._stop_tokens.get(reason, reason)
 
     def _shown(self, new: list[int]) -> list[int]:
         """Return the tokens that make text: the one that stops the sequence is not part of it."""
@@ -80,7 +103,7 @@ class ChoiceReader:
             token_ids=new,
             logprobs=logprobs if record.params.logprobs is not None else None,
             finish_reason="stop" if stop is not None else record.finish_reason,
-            stop_reason=stop if stop is not None else record.stop_reason,
+            stop_reason=stop if stop is not None else self._stop_reason(),
             num_prompt_tokens=len(record.prompt_token_ids),
             num_generated_tokens=self.read,
             num_cached_tokens=record.num_cached_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,11 @@ from ullm.config import EngineConfig
 from ullm.engine.current_model import CurrentModel, FindModel
 from ullm.engine.fleet import Fleet
 from ullm.engine.replica import Replica
+from ullm.engine.sampling_defaults import read_sampling_defaults
 from ullm.engine.status import ReloadReport
 from ullm.errors import (
     ActorLost,
+    AdapterUnusable,
     InvalidParameter,
     ModelFileBroken,
     ReloadFailed,
@@ -128,6 +131,7 @@ class Reloader:
         digests = [await trio.to_thread.run_sync(_tokenizer_digest, each) for each in (current.local, local)]
         if digests[0] != digests[1]:
             raise ReloadFailed(f"{local.path} has another tokenizer; requests in flight could not go on")
+        read_sampling_defaults(config, local)
         tokenizer = TokenizerActor(local)
         await trio.to_thread.run_sync(partial(tokenizer.load, strict=True))
         if (
@@ -138,57 +142,84 @@ class Reloader:
         return _Candidate(config, local, tokenizer)
 
     async def _replace_all(self, candidate: _Candidate) -> int:
-        """Replace the replicas one by one, each new one before the old one is stopped.
+        """Replace all replicas by new ones, or none: the old ones serve until the last new one is up.
 
         Returns:
             Requests that were moved from old replicas to new ones.
 
         Raises:
-            StartFailed: a new one did not come up; the old one in its place serves on.
+            StartFailed: a new one did not come up; the old ones serve on.
         """
-        fleet, moved = self._fleet, 0
-        swap = self._needs_swap()
-        for place, old in enumerate(fleet.replicas):
-            new = fleet.make(old.slot, candidate.config)
-            new.group.load_from(str(candidate.local.path), self._fleet.tuning)
-            new.group.continue_after(old.group)
-            await self._start_beside(old, new, swap=swap)
-            fleet.replicas[place] = new
-            moved += await self._retire(old)
+        fleet, old = self._fleet, list(self._fleet.replicas)
+        new = await self._start_beside(old, candidate)
+        fleet.replicas[:] = new
         info = fleet.replicas[0].group.info
         self._current.replace(candidate.config, candidate.local, candidate.tokenizer, info)
+        for replica in new:
+            self._router.retire(replica.index, retired=False)
+        moved = await self._retire(old)
         fleet.prepare_standbys()
         return moved
 
-    async def _start_beside(self, old: Replica, new: Replica, *, swap: bool) -> None:
-        """Start ``new`` while ``old`` serves on.
+    async def _start_beside(self, old: Sequence[Replica], candidate: _Candidate) -> list[Replica]:
+        """Start a new replica for each old one; they get no requests yet.
 
-        Args:
-            swap: memory does not hold both, so the old workers sleep meanwhile; their requests wait, and go
-                on with the new ones.
+        Where memory does not hold both, an old one sleeps as soon as its new one starts; its requests go on
+        with those that are awake, or wait.
+
+        Raises:
+            StartFailed, AdapterUnusable: one did not come up, or cannot use an adapter that is served; those
+                that did are stopped, and the old ones are awake.
         """
-        if swap:
-            await old.scheduler.pause(1).reached.wait()
+        new: list[Replica] = []
+        swap = self._needs_swap()
         try:
-            await self._fleet.start(new)
-            await self._fleet.wait_settled(new)
-        except StartFailed:
-            old.group.continue_after(new.group)
-            if swap:
-                old.scheduler.resume()
+            for each in old:
+                new.append(self._make_for(each, candidate))
+                if swap and each.failure is None:
+                    await each.scheduler.pause(1).reached.wait()
+                await self._fleet.start(new[-1])
+                await self._fleet.wait_settled(new[-1])
+            for each in new:
+                if each.failure is not None:
+                    raise StartFailed(f"replica{each.index}", each.failure)
+            for adapter in self._current.adapters:
+                await self._fleet.keep_adapter(adapter, new)
+        except (StartFailed, AdapterUnusable):
+            for former, each in zip(old, new, strict=False):
+                await self._take_back(former, each, swap=swap)
             raise
+        return new
 
-    async def _retire(self, old: Replica) -> int:
-        """Stop a replica when its requests have ended, or time is up; return how many had not ended."""
-        self._router.retire(old.index)
+    def _make_for(self, old: Replica, candidate: _Candidate) -> Replica:
+        new = self._fleet.make(old.slot, candidate.config)
+        local = candidate.local
+        new.group.load_from(str(local.path), self._fleet.tuning, str(local.tokenizer_path))
+        new.group.continue_after(old.group)
+        self._router.retire(new.index)
+        return new
+
+    async def _take_back(self, old: Replica, new: Replica, *, swap: bool) -> None:
+        await self._fleet.stop_if_started(new)
+        old.group.continue_after(new.group)
+        if swap:
+            old.scheduler.resume()
+
+    async def _retire(self, old: Sequence[Replica]) -> int:
+        """Stop replicas when their requests have ended, or time is up; return how many had not ended."""
+        for each in old:
+            self._router.retire(each.index)
         with trio.move_on_after(self._current.config.shutdown_timeout):
-            while self._router.load(old.index):
+            while any(self._router.load(each.index) for each in old):
                 await self._router.wait_changed()
-        moved = self._router.load(old.index)
-        if old.failure is None:
-            await old.scheduler.pause(0).reached.wait()  # the step in flight ends, or is known to hang
-        await self._fleet.stop(old)
-        self._fleet.former_restarts += old.group.restarts
+        moved = sum(self._router.load(each.index) for each in old)
+        for each in old:
+            await self._router.hand_over(each.index)
+        for each in old:
+            if each.failure is None:
+                await each.scheduler.pause(0).reached.wait()  # the step in flight ends, or is known to hang
+            await self._fleet.stop(each)
+            self._fleet.former_restarts += each.group.restarts
         return moved
 
     def _needs_swap(self) -> bool:

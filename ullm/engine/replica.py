@@ -9,7 +9,7 @@ from ullm.actors.worker_group import WorkerGroup
 from ullm.config import EngineConfig
 from ullm.engine.status import ReplicaHealth
 from ullm.faults import FaultInjector
-from ullm.protocol import stop_budget
+from ullm.protocol import start_budget, stop_budget
 from ullm.supervision import ChildSpec, Restart, Strategy, supervisor_child
 
 
@@ -49,8 +49,19 @@ class Replica:
         return supervisor_child(
             f"replica{self.index}",
             [
-                ChildSpec("workers", self.group.run, shutdown=budget, kill=self.group.kill),
-                ChildSpec("scheduler", self.scheduler.run, shutdown=stop_budget.SCHEDULER),
+                ChildSpec(
+                    "workers",
+                    self.group.run,
+                    shutdown=budget,
+                    kill=self.group.kill,
+                    start_timeout=start_budget.worker_group_seconds(config.start_timeout),
+                ),
+                ChildSpec(
+                    "scheduler",
+                    self.scheduler.run,
+                    shutdown=stop_budget.SCHEDULER,
+                    start_timeout=start_budget.ACTOR,
+                ),
             ],
             strategy=Strategy.REST_FOR_ONE,
             intensity=config.max_restarts,
@@ -63,12 +74,14 @@ class Replica:
         self.failure = cause
         self.scheduler.give_up()
 
-    def health(self, state: str) -> ReplicaHealth:
+    def health(self, state: str, breaker: str) -> ReplicaHealth:
         """Return what the probes show of it.
 
         Args:
-            state: see `ReplicaHealth`.
+            state, breaker: see `ReplicaHealth`.
         """
         group = self.group
         age, seconds = group.round_trip() or (None, None)
-        return ReplicaHealth(self.index, state == "up", group.incarnation, group.pids, state, age, seconds)
+        up, epoch = state == "up", group.incarnation
+        role = self.config.role_of(self.slot)
+        return ReplicaHealth(self.index, up, epoch, group.pids, state, age, seconds, breaker, role)

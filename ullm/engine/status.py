@@ -15,6 +15,9 @@ class ReplicaHealth(msgspec.Struct, frozen=True):
         round_trip_age: seconds since the last answer came through the step loop, a step's result or, from
             idle workers, the answer to a ping; None before the first, and asleep.
         round_trip_seconds: duration of that round trip.
+        breaker: ``closed``; ``half_open`` after losses in quick succession, while it gets one request at a
+            time; ``open`` while it is down after a loss.
+        role: ``prefill``, ``decode`` or ``both``; see ``--roles``.
     """
 
     replica: int
@@ -24,6 +27,8 @@ class ReplicaHealth(msgspec.Struct, frozen=True):
     state: str = "up"
     round_trip_age: float | None = None
     round_trip_seconds: float | None = None
+    breaker: str = "closed"
+    role: str = "both"
 
 
 class SleepHealth(msgspec.Struct, frozen=True):
@@ -67,6 +72,7 @@ class Health(msgspec.Struct, frozen=True):
         live: whether the process is worth keeping.
         ready: whether requests are taken now.
         detail: the reason why the engine is not ready; empty if it is.
+        hosts: with ``--nnodes``, ``--node-rank`` → name of each other host whose agent is connected.
     """
 
     state: str
@@ -75,6 +81,7 @@ class Health(msgspec.Struct, frozen=True):
     detail: str
     replicas: list[ReplicaHealth]
     sleep: SleepHealth = SleepHealth()
+    hosts: dict[int, str] = {}
 
 
 class EngineStatistics(msgspec.Struct, frozen=True):
@@ -97,6 +104,14 @@ class EngineStatistics(msgspec.Struct, frozen=True):
         standby_prepared, standby_preparing: standby workers that could take over now, and soon.
         standby_taken_total: standby workers that went into service.
         standby_lost_total: standby workers that died.
+        loop_hold_seconds: longest time in which the event loop did not look for I/O since the engine runs.
+        loop_holds_total: number of such times above 0.1 s.
+        requests_routed_total: why choices were given to the replica that they went to → choices: ``session``,
+            ``prefix``, ``load`` or ``turn``; choices that are resumed count again.
+        handovers_total: how moves of choices with their KV ended → choices: ``moved``; ``ended``: the choice
+            did before; or why the KV was not used: ``identity``, ``full``, ``lost``, ``refused`` or ``late``.
+        handover_blocks_total, handover_bytes_total: KV that has arrived, on all ranks together.
+        handover_seconds_total: time that copying it took, beside the computation.
     """
 
     running: int
@@ -126,3 +141,10 @@ class EngineStatistics(msgspec.Struct, frozen=True):
     standby_preparing: int = 0
     standby_taken_total: int = 0
     standby_lost_total: int = 0
+    loop_hold_seconds: float = 0.0
+    loop_holds_total: int = 0
+    requests_routed_total: dict[str, int] = {}
+    handovers_total: dict[str, int] = {}
+    handover_blocks_total: int = 0
+    handover_bytes_total: int = 0
+    handover_seconds_total: float = 0.0

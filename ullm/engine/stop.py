@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import trio
 
-from ullm.actors.router import Router
 from ullm.actors.transports import StopReport
 from ullm.engine.current_model import CurrentModel
 from ullm.engine.life import EngineLife
-from ullm.engine.lifecycle import AWAKE, Lifecycle
+from ullm.engine.lifecycle import AWAKE
 from ullm.engine.readers import Readers
+from ullm.engine.requests import OwnsRequests, Wakes
 from ullm.engine.shutdown_report import ShutdownReport, StageReport, stages_of
 from ullm.engine.state import EngineState
 from ullm.logs import get_logger
@@ -37,7 +37,9 @@ class EngineStop:
         report: how the stop went; None until the engine is gone.
     """
 
-    def __init__(self, current: CurrentModel, life: EngineLife, router: Router, readers: Readers) -> None:
+    def __init__(
+        self, current: CurrentModel, life: EngineLife, router: OwnsRequests, readers: Readers
+    ) -> None:
         self.requested = trio.Event()
         self.starting = trio.CancelScope()
         self.report: ShutdownReport | None = None
@@ -98,7 +100,7 @@ class EngineStop:
 
     # --- carrying it out -----------------------------------------------------------------------------------
 
-    async def run(self, root: Supervisor, lifecycle: Lifecycle) -> None:
+    async def run(self, root: Supervisor, lifecycle: Wakes) -> None:
         """Drain, abort, stop the tree: each stage until the deadline at most, the next as soon as it can.
 
         Args:
@@ -117,7 +119,7 @@ class EngineStop:
         self._drained, self._aborted = live - aborted, aborted
         self._stages = [*stages, *stages_of(self._children)]
 
-    async def _drain(self, lifecycle: Lifecycle) -> StageReport:
+    async def _drain(self, lifecycle: Wakes) -> StageReport:
         """Let requests run on until all have ended, or until the time for that is over."""
         stopwatch = _Stopwatch()
         with self._draining:

@@ -6,7 +6,7 @@ from ullm.engine.lifecycle import AWAKE
 from ullm.engine.reload import Reloader
 from ullm.engine.replica import Replica
 from ullm.engine.state import EngineState
-from ullm.engine.status import EngineStatistics, Health
+from ullm.engine.status import EngineStatistics, Health, ReplicaHealth
 from ullm.engine.tree import EngineParts
 
 _NOT_READY = {
@@ -35,9 +35,13 @@ class EngineView:
             live=life.failure is None,
             ready=ready,
             detail="" if ready else life.failure or _NOT_READY.get(state, state),
-            replicas=[replica.health(self._state(replica)) for replica in self._parts.fleet.replicas],
+            replicas=[self._health(replica) for replica in self._parts.fleet.replicas],
             sleep=sleep,
+            hosts=self._parts.hosts.connected() if self._parts.hosts is not None else {},
         )
+
+    def _health(self, replica: Replica) -> ReplicaHealth:
+        return replica.health(self._state(replica), self._parts.router.breaker_state(replica.index))
 
     def _state(self, replica: Replica) -> str:
         """Return a replica's state; see `ReplicaHealth`."""
@@ -84,4 +88,11 @@ class EngineView:
             standby_preparing=standbys.preparing,
             standby_taken_total=standbys.taken_total,
             standby_lost_total=standbys.lost_total,
+            loop_hold_seconds=self._parts.loop_holds.longest,
+            loop_holds_total=self._parts.loop_holds.long,
+            requests_routed_total=router.routed,
+            handovers_total=router.handovers.outcomes,
+            handover_blocks_total=router.handovers.blocks,
+            handover_bytes_total=router.handovers.bytes,
+            handover_seconds_total=router.handovers.seconds,
         )

@@ -11,27 +11,44 @@ all incarnations of a worker, and there is one history.
 
 from __future__ import annotations
 
-from ullm.faults.injector import ArmedFault, FaultInjector, FaultReport, FiredFault
-from ullm.faults.plan import (
+from typing import Literal
+
+from ullm.faults.history import ArmedFault, FaultReport, FiredFault
+from ullm.faults.injector import FaultInjector
+from ullm.faults.own import injected, point, point_now
+from ullm.faults.plan import ALWAYS, Fault, FaultPlan
+from ullm.faults.points import (
     ACTOR_ACTIONS,
-    ALWAYS,
+    CHUNK_ACTIONS,
     FRAME_ACTIONS,
+    HANDOVER_ACTIONS,
+    OWN_ACTIONS,
     POINTS,
+    REQUEST_ACTIONS,
     WORKER_ACTIONS,
-    Fault,
-    FaultPlan,
 )
+
+FaultAction = Literal["show", "arm", "clear"]
+"""What can be done with an engine's plan of faults."""
 
 __all__ = [
     "ACTOR_ACTIONS",
     "ALWAYS",
+    "CHUNK_ACTIONS",
     "FRAME_ACTIONS",
+    "HANDOVER_ACTIONS",
+    "OWN_ACTIONS",
     "POINTS",
+    "REQUEST_ACTIONS",
     "WORKER_ACTIONS",
     "ArmedFault",
     "Fault",
+    "FaultAction",
     "FaultInjector",
     "FaultPlan",
     "FaultReport",
     "FiredFault",
+    "injected",
+    "point",
+    "point_now",
 ]

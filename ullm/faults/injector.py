@@ -3,87 +3,30 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-import msgspec
-
-from ullm.errors import ConfigError, FaultInjected
+from ullm.errors import ConfigError
+from ullm.faults.effects import A_LONG_TIME, Firing, Losses, carry_out, carry_out_now, note_overtaken
+from ullm.faults.history import HISTORY, ArmedFault, FaultReport, FaultSite, FiredFault
 from ullm.faults.plan import Fault, FaultPlan
+from ullm.faults.points import POINTS
 from ullm.logs import get_logger
-
-HISTORY = 10_000
-"""Fired faults to remember."""
-
-A_LONG_TIME = 1e9
-"""Seconds; stands for an unlimited time where a finite number is needed."""
 
 log = get_logger(__name__)
 
-
-class ArmedFault(msgspec.Struct, frozen=True):
-    """A fault of a plan, and its counts.
-
-    Args:
-        number: counted from 1, in the order in which faults were armed.
-        fault: its text, in the language of plans.
-        hits: hits of its point that match its filters.
-        fired: how often it has happened.
-        remaining: how often it may still happen; None: without limit.
-    """
-
-    number: int
-    fault: str
-    hits: int
-    fired: int
-    remaining: int | None
-
-
-class FiredFault(msgspec.Struct, frozen=True):
-    """A fault that was injected.
-
-    Args:
-        number: number of its `ArmedFault`.
-        at: time, in seconds since 1970.
-        hit: number of the hit of its point, counted from 1.
-        replica, rank, epoch: place and incarnation of the worker, if it concerned one.
-        message: type of the frame, if it concerned one.
-    """
-
-    number: int
-    at: float
-    point: str
-    action: str
-    hit: int
-    replica: int | None = None
-    rank: int | None = None
-    epoch: int | None = None
-    message: str | None = None
-
-
-class FaultReport(msgspec.Struct, frozen=True):
-    """All armed faults and the history of an injector.
-
-    Args:
-        armed: armed faults, including exhausted ones.
-        fired: the last `HISTORY` injected faults, oldest first.
-    """
-
-    armed: list[ArmedFault]
-    fired: list[FiredFault]
-
-
-@dataclass(frozen=True, slots=True)
-class FaultSite:
-    """Where a point is hit; None where no single worker, or no frame, is concerned."""
-
-    point: str
-    replica: int | None = None
-    rank: int | None = None
-    epoch: int | None = None
-    message: str | None = None
+__all__ = [
+    "A_LONG_TIME",
+    "HISTORY",
+    "ArmedFault",
+    "FaultInjector",
+    "FaultReport",
+    "FaultSite",
+    "FiredFault",
+    "Firing",
+]
 
 
 class _FaultCounter:
@@ -99,13 +42,13 @@ class _FaultCounter:
     def exhausted(self) -> bool:
         return self.fired >= self.fault.limit
 
-    def hit(self, site: FaultSite) -> bool:
-        """Count a hit; return whether the fault happens."""
+    def hit(self, site: FaultSite, *, ended: bool) -> bool:
+        """Count a hit; return whether the fault happens: one that ends cannot once another has ended it."""
         fault = self.fault
         if self.exhausted or not _concerns(fault, site):
             return False
         self.hits += 1
-        if self.hits < fault.nth:
+        if self.hits < fault.nth or (ended and fault.ends):
             return False
         if fault.probability < 1 and random.Random(f"{self._seed}:{self.hits}").random() >= fault.probability:
             return False
@@ -119,15 +62,27 @@ class _FaultCounter:
 
 
 def _concerns(fault: Fault, site: FaultSite) -> bool:
-    return fault.point == site.point and all(
-        expected is None or expected == actual
-        for expected, actual in (
-            (fault.replica, site.replica),
-            (fault.rank, site.rank),
-            (fault.epoch, site.epoch),
-            (fault.message, site.message),
+    return (
+        fault.point == site.point
+        and all(
+            expected is None or expected == actual
+            for expected, actual in (
+                (fault.replica, site.replica),
+                (fault.rank, site.rank),
+                (fault.epoch, site.epoch),
+                (fault.message, site.message),
+            )
         )
+        and ((fault.request is None and fault.token is None) or _match(fault, site) is not None)
     )
+
+
+def _match(fault: Fault, site: FaultSite) -> tuple[str, int | None] | None:
+    """Return the token of the site that the fault is meant for."""
+    for request, first, last in site.tokens:
+        if fault.concerns(request) and (fault.token is None or first <= fault.token <= last):
+            return request, fault.token
+    return None
 
 
 class FaultInjector:
@@ -136,14 +91,19 @@ class FaultInjector:
     Args:
         plan: armed at once.
         transport: kind of workers, to refuse faults that they cannot carry out; "": refuse none.
-        clock: returns seconds since 1970, for the history.
+        clock: returns the time for the history; default: the virtual clock's, where trio runs on one, and
+            otherwise the seconds since 1970.
+        own: take faults at points of other programs, see `ullm.faults.point`, and not at ullm's.
 
     Attributes:
-        armed: whether any fault can still happen; points check this first.
+        armed: whether any fault can still happen.
+        watching: whether points have to ask: one can, or one that has happened waits for its effect.
         history: injected faults, oldest first.
+        find_request: returns the id and the number of prompt tokens of a sequence that a step has; set by
+            the router.
 
     Raises:
-        ConfigError: the plan has a fault that this kind of workers cannot carry out.
+        ConfigError: the plan has a fault that cannot happen here.
     """
 
     def __init__(
@@ -151,14 +111,18 @@ class FaultInjector:
         plan: FaultPlan | None = None,
         *,
         transport: str = "",
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
+        own: bool = False,
     ) -> None:
-        self.armed = False
+        self.armed = self.watching = False
         self.history: deque[FiredFault] = deque(maxlen=HISTORY)
+        self.find_request: Callable[[int], tuple[str, int] | None] = _nobody
         self._transport = transport
-        self._clock = clock
+        self._clock = clock or now
+        self._own = own
         self._counters: list[_FaultCounter] = []
         self._live: list[_FaultCounter] = []
+        self._losses = Losses(self._clock)
         self._last_number = 0
         if plan is not None:
             self.arm(plan)
@@ -200,47 +164,81 @@ class FaultInjector:
 
     # --- for the points ----------------------------------------------------------------------------
 
-    def fire(self, site: FaultSite) -> list[Fault]:
-        """Count a hit, and return the faults to carry out, in the order of the plan."""
-        if not self.armed:
+    def fire(self, site: FaultSite) -> list[Firing]:
+        """Count a hit, and return the faults to carry out, in the order of the plan but what ends last."""
+        if not self.watching:
             return []
-        fired = [counter for counter in self._live if counter.hit(site)]
-        for counter in fired:
-            self._remember(counter, site)
-        if fired:
-            self._update()
-        return [counter.fault for counter in fired]
+        self._losses.note_hit(site.point)
+        fired: list[_FaultCounter] = []
+        for counter in self._live:
+            if counter.hit(site, ended=any(each.fault.ends for each in fired)):
+                fired.append(counter)
+        fired.sort(key=lambda counter: counter.fault.ends)
+        firings = [Firing(counter.fault, self._remember(counter, site)) for counter in fired]
+        self._update()
+        return firings
 
-    def hit(self, point: str) -> None:
-        """Hit a point in synchronous code of an actor; ``slow`` and ``hang`` block the thread there.
+    def hits(self, point: str, *, request: str = "", token: int | None = None) -> list[Firing]:
+        """Count a hit of a point that concerns one request, or none, as `fire` does."""
+        return self.fire(_site(point, request, token)) if self.watching else []
+
+    def note_loss(self, replica: int, rank: int, epoch: int, cause: str) -> None:
+        """Record that a worker has ended otherwise than in order: the effect of its faults, if it had any."""
+        self._losses.note_loss(replica, rank, epoch, cause)
+
+    def note_start(self, replica: int, rank: int, epoch: int) -> None:
+        """Record that a worker is ready: those that were lost in its place before have a successor."""
+        self._losses.note_start(replica, rank, epoch)
+        self._update()
+
+    def hit(self, point: str, *, request: str = "", token: int | None = None) -> None:
+        """Hit a point in synchronous code; ``slow`` and ``hang`` block the thread there.
 
         Raises:
             FaultInjected: by the action ``raise``.
+            OSError: by ``disk_full``.
         """
-        if self.armed:
-            for fault in self.fire(FaultSite(point)):
-                _raise_or(fault, time.sleep)
+        if self.watching:
+            firings = self.fire(_site(point, request, token))
+            with note_overtaken(firings):
+                for firing in firings:
+                    carry_out_now(firing)
 
-    async def at(self, point: str) -> None:
+    async def at(
+        self,
+        point: str,
+        *,
+        request: str = "",
+        token: int | None = None,
+        tokens: Callable[[], Sequence[tuple[str, int, int]]] | None = None,
+    ) -> None:
         """Hit a point of an actor; return at once, without a checkpoint, unless a fault happens.
 
+        Args:
+            tokens: returns what the hit concerns, if that is several tokens: as in `FaultSite`.
+
         Raises:
             FaultInjected: by the action ``raise``.
+            OSError: by ``disk_full``.
         """
-        if not self.armed:
+        if not self.watching:
             return
-        import trio
-
-        for fault in self.fire(FaultSite(point)):
-            if fault.action in ("slow", "hang"):
-                await trio.sleep(fault.duration or A_LONG_TIME)
-            else:
-                _raise_or(fault, time.sleep)
+        site = FaultSite(point, tokens=tuple(tokens())) if tokens else _site(point, request, token)
+        firings = self.fire(site)
+        with note_overtaken(firings):
+            for firing in firings:
+                await carry_out(firing)
 
     # --- inside ------------------------------------------------------------------------------------
 
     def _check(self, fault: Fault) -> None:
         try:
+            if fault.is_own is not self._own:
+                raise ConfigError(
+                    f"{fault.point} is a point of ullm, which this program does not have"
+                    if self._own
+                    else f"no point {fault.point!r}; there are {', '.join(POINTS)}"
+                )
             fault.check_transport(self._transport)
         except ConfigError as error:
             raise ConfigError(f"--faults: {str(fault)!r}: {error}") from None
@@ -253,8 +251,12 @@ class FaultInjector:
     def _update(self) -> None:
         self._live = [counter for counter in self._counters if not counter.exhausted]
         self.armed = bool(self._live)
+        self.watching = self.armed or bool(self._losses)
 
-    def _remember(self, counter: _FaultCounter, site: FaultSite) -> None:
+    def _remember(self, counter: _FaultCounter, site: FaultSite) -> FiredFault:
+        # Of several requests, only the one that a fault is tied to is its own.
+        tied = counter.fault.request is not None or counter.fault.token is not None or len(site.tokens) == 1
+        request, token = (_match(counter.fault, site) if tied else None) or (None, None)
         fired = FiredFault(
             counter.number,
             self._clock(),
@@ -265,14 +267,33 @@ class FaultInjector:
             site.rank,
             site.epoch,
             site.message,
+            request or None,
+            token,
         )
         self.history.append(fired)
-        fields = {key: value for key, value in msgspec.structs.asdict(fired).items() if value is not None}
+        self._losses.expect(fired, counter.fault)
+        fields = {key: value for key, value in fired.facts().items() if value is not None and value != ""}
         fields["frame"] = fields.pop("message", None)  # a log record has a message of its own
         log.warning("fault injected", **fields)
+        return fired
 
 
-def _raise_or(fault: Fault, block: Callable[[float], None]) -> None:
-    if fault.action == "raise":
-        raise FaultInjected(f"raise at {fault.point}")
-    block(fault.duration or A_LONG_TIME)
+def _site(point: str, request: str, token: int | None) -> FaultSite:
+    if not request and token is None:
+        return FaultSite(point)
+    return FaultSite(point, tokens=((request, token or 0, token or 0),))
+
+
+def _nobody(seq_id: int) -> None:
+    return None
+
+
+def now() -> float:
+    """Return the time of a test on a virtual clock; otherwise the seconds since 1970."""
+    testing = sys.modules.get("trio.testing")  # who has not imported it has no virtual clock
+    if testing is not None:
+        import trio
+
+        if trio.lowlevel.in_trio_run() and isinstance(trio.lowlevel.current_clock(), testing.MockClock):
+            return trio.current_time()
+    return time.time()

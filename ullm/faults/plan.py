@@ -9,34 +9,16 @@ from typing import Any, Literal, get_args
 import msgspec
 from msgspec.structs import replace
 
-from ullm.errors import ConfigError
+from ullm.errors import ConfigError, ResourceUnavailable
+from ullm.faults.points import (
+    FRAME_ACTIONS,
+    OF_REQUESTS,
+    OF_TOKENS,
+    POINTS,
+    actions_at,
+    is_own,
+)
 from ullm.protocol.messages import FromWorker, ToWorker
-
-WORKER_ACTIONS = ("crash", "exit", "raise", "oom", "hang", "slow", "stop")
-"""Actions that a worker carries out on itself just before it handles a message."""
-
-FRAME_ACTIONS = ("drop", "duplicate", "delay", "corrupt")
-"""Actions on a message on its way."""
-
-ACTOR_ACTIONS = ("raise", "slow", "hang", "block")
-"""Actions on an actor; ``block`` blocks its whole thread, and so everything else in it."""
-
-POINTS: dict[str, tuple[str, ...]] = {
-    "worker.start": WORKER_ACTIONS,
-    "worker.prepare": WORKER_ACTIONS,
-    "worker.step": WORKER_ACTIONS,
-    "worker.ping": WORKER_ACTIONS,
-    "worker.sleep": WORKER_ACTIONS,
-    "worker.wake": WORKER_ACTIONS,
-    "worker.stop": WORKER_ACTIONS,
-    "frame.to_worker": FRAME_ACTIONS,
-    "frame.from_worker": FRAME_ACTIONS,
-    "scheduler.step": ACTOR_ACTIONS,
-    "router.tokens": ACTOR_ACTIONS,
-    "tokenizer.encode": ACTOR_ACTIONS,
-    "engine.reload": ACTOR_ACTIONS,
-}
-"""Point → actions that are possible there."""
 
 DEFAULT_SECONDS = {"slow": 1.0, "delay": 1.0}
 """Default duration of actions in seconds; other actions that last have no end by default."""
@@ -44,7 +26,10 @@ DEFAULT_SECONDS = {"slow": 1.0, "delay": 1.0}
 ALWAYS = "always"
 """The value of ``times`` for no limit."""
 _FATAL = ("crash", "exit", "raise", "oom", "stop")
-_LASTING = ("slow", "delay", "hang", "block")
+_LASTING = ("slow", "delay", "hang", "block", "jump")
+_ENDING = ("raise", "disk_full", "drop", "corrupt", "refuse", "reset", "half", "end", "error")
+REFUSALS = (429, 500, 502, 503)
+"""Statuses that ``refuse`` may answer with; the last one is the default."""
 _PART_PATTERN = re.compile(r"(?P<point>[^:@]+):(?P<action>[^@]+)(?:@(?P<options>.*))?", re.DOTALL)
 _MESSAGES = frozenset(kind.__name__ for kind in (*get_args(ToWorker), *get_args(FromWorker)))
 
@@ -53,15 +38,23 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """One fault of a plan.
 
     Args:
-        point: one of `POINTS`.
+        point: one of `POINTS`, or a point of another program.
         action: one of the actions that are possible there.
-        nth: first hit of the point at which it may happen, counted from when the plan is armed.
+        nth: first hit of the point at which it may happen, counted from when the plan is armed. Of several
+            faults that end what is at the point, one happens at a hit, after those that only take time; the
+            next one waits for the next hit.
         times: how often it happens at most; default: once, or ``always`` where ``probability`` is below 1.
         probability: probability that it happens at a hit.
-        seconds: duration of ``slow`` and ``delay`` (default 1), ``hang`` and ``block`` (default: no end).
+        seconds: duration of ``slow`` and ``delay`` (default 1), ``hang`` and ``block`` (default: no end);
+            how far ``jump`` moves the clock.
         seed: seed of its random numbers; default: the plan's.
         replica, rank, epoch: count only hits of this replica, this rank, this incarnation of the workers.
         message: count only frames of this type, such as ``StepResult``.
+        request: count only hits that concern this request; what follows its id after a dash does not matter.
+        token: count only hits that concern this token of a request, counted from 1; at ``http.chunk``, this
+            piece of an answer.
+        status: status of the answer of ``refuse``.
+        retry_after: seconds that this answer has in its header Retry-After.
 
     Raises:
         ConfigError: it can never happen; says why.
@@ -78,12 +71,16 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     rank: int | None = None
     epoch: int | None = None
     message: str | None = None
+    request: str | None = None
+    token: int | None = None
+    status: int | None = None
+    retry_after: int | None = None
 
     def __post_init__(self) -> None:
-        if self.point not in POINTS:
+        if not actions_at(self.point):
             raise ConfigError(f"no point {self.point!r}; there are {', '.join(POINTS)}")
-        if self.action not in POINTS[self.point]:
-            possible = ", ".join(POINTS[self.point])
+        if self.action not in actions_at(self.point):
+            possible = ", ".join(actions_at(self.point))
             raise ConfigError(f"no action {self.action!r} at {self.point}; there are {possible}")
         if self.nth < 1 or (isinstance(self.times, int) and self.times < 1):
             raise ConfigError("nth and times must be at least 1")
@@ -93,23 +90,52 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
             raise ConfigError(f"seconds must be above 0 and finite, got {self.seconds:g}")
         if self.seconds is not None and self.action not in _LASTING:
             raise ConfigError(f"{self.action} takes no seconds; only {', '.join(_LASTING)} do")
+        if self.action == "jump" and self.seconds is None:
+            raise ConfigError("jump needs seconds: how far the clock moves")
         self._check_filters()
+        self._check_refusal()
 
     def _check_filters(self) -> None:
         filters = [name for name in ("replica", "rank", "epoch") if getattr(self, name) is not None]
-        if filters and POINTS[self.point] is ACTOR_ACTIONS:
+        if filters and (self.is_own or not self.of_worker):
             raise ConfigError(
                 f"{self.point} concerns no single worker, so it cannot be filtered by {filters[0]}"
             )
-        if self.message is not None and POINTS[self.point] is not FRAME_ACTIONS:
+        if self.message is not None and actions_at(self.point) is not FRAME_ACTIONS:
             raise ConfigError(f"only frames can be filtered by message, not {self.point}")
         if self.message is not None and self.message not in _MESSAGES:
             raise ConfigError(f"no message {self.message!r}; there are {', '.join(sorted(_MESSAGES))}")
+        for name, points in (("request", OF_REQUESTS), ("token", OF_TOKENS)):
+            if getattr(self, name) is not None and not self.is_own and self.point not in points:
+                raise ConfigError(f"{self.point} cannot be filtered by {name}; only {', '.join(points)} can")
+        if self.token is not None and self.token < 1:
+            raise ConfigError("token must be at least 1")
+
+    def _check_refusal(self) -> None:
+        if self.action != "refuse":
+            for name in ("status", "retry_after"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{self.action} takes no {name}; only refuse does")
+        elif self.status is not None and self.status not in REFUSALS:
+            raise ConfigError(f"status must be one of {', '.join(map(str, REFUSALS))}, got {self.status}")
+        elif self.retry_after is not None and self.retry_after < 0:
+            raise ConfigError(f"retry_after must be at least 0, got {self.retry_after}")
 
     def __str__(self) -> str:
-        values = msgspec.to_builtins(self)
-        options = ",".join(f"{key}={values[key]}" for key in values if key not in ("point", "action"))
+        defaults = dict(zip(self.__struct_fields__[2:], self.__struct_defaults__, strict=True))
+        values = {name: getattr(self, name) for name in defaults}
+        options = ",".join(f"{name}={value}" for name, value in values.items() if value != defaults[name])
         return f"{self.point}:{self.action}" + (f"@{options}" if options else "")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its point is another program's."""
+        return is_own(self.point)
+
+    @property
+    def of_worker(self) -> bool:
+        """Whether its point concerns a single worker."""
+        return self.point.startswith(("worker.", "frame."))
 
     @property
     def limit(self) -> float:
@@ -128,12 +154,21 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         """Whether a worker does nothing else after it."""
         return self.action in _FATAL or (self.action == "hang" and not self.duration)
 
+    @property
+    def ends(self) -> bool:
+        """Whether nothing else can happen at its hit after it: who was there, or what was sent, is gone."""
+        return self.fatal or self.action in _ENDING
+
+    def concerns(self, request: str) -> bool:
+        """Return whether it is meant for this request; the server adds to an id, after a dash."""
+        return self.request in (None, request) or request.startswith(f"{self.request}-")
+
     def check_transport(self, transport: str) -> None:
         """Raise `ConfigError` if this kind of workers cannot carry it out."""
         if self.action == "stop" and transport == "thread":
             raise ConfigError("a thread cannot be stopped by SIGSTOP; use hang, or --transport process")
         if self.action == "stop" and transport == "process" and sys.platform == "win32":
-            raise ConfigError("Windows has no SIGSTOP; use hang")
+            raise ResourceUnavailable("Windows has no SIGSTOP; use hang")
 
 
 MAX_PLAN = 20_000

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import trio
 
-from ullm.config import EngineConfig, ServerConfig, from_env
+from ullm.config import EngineConfig, ServerConfig
 from ullm.errors import EngineDead, EngineNotReady, LifespanMissing, RequestError
 from ullm.hosting.bridge import BackgroundTask, TrioThread
+from ullm.hosting.config_sources import from_env
 from ullm.hosting.hosted_app import HostedApp
 from ullm.hosting.hypercorn import (
     DrainFirst,
@@ -32,22 +33,36 @@ from ullm.protocol import stop_budget
 
 if TYPE_CHECKING:
     from ullm.engine import Engine
+    from ullm.link import RemoteEngine
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
-OpenEngine: TypeAlias = Callable[[], "AbstractAsyncContextManager[tuple[Engine, ServerConfig]]"]
+OpenEngine: TypeAlias = Callable[
+    [], "AbstractAsyncContextManager[tuple[Engine | RemoteEngine, ServerConfig]]"
+]
 
 
 @asynccontextmanager
-async def open_from_env() -> AsyncIterator[tuple[Engine, ServerConfig]]:
-    """Open an engine as ``ULLM_*`` variables configure it, and return the server's configuration with it."""
+async def open_from_env() -> AsyncIterator[tuple[Engine | RemoteEngine, ServerConfig]]:
+    """Open an engine as ``ULLM_*`` variables configure it, and return the server's configuration with it.
+
+    With ``ULLM_CONNECT`` it is one in another process.
+    """
     from ullm.engine import open_engine
+    from ullm.hosting.front_ends import check_asgi, open_remote_engine
 
     config, server_config = from_env(EngineConfig), from_env(ServerConfig)
-    with settings_of_the_process(config.log_level):
+    with settings_of_the_process(config.log_level, as_json=config.log_format == "json"):
         if server_config.ssl_certfile is not None:
             get_logger(__name__).warning("ULLM_SSL_CERTFILE ignored: this server's own options configure TLS")
+        if server_config.http2:
+            get_logger(__name__).warning("ULLM_HTTP2 ignored: this server's own options configure HTTP/2")
+        check_asgi(server_config)
+        if server_config.connect is not None:
+            async with open_remote_engine(config, server_config) as remote:
+                yield remote, server_config
+            return
         async with open_engine(config) as engine:
             yield engine, server_config
 

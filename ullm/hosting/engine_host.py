@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import signal
+from typing import Protocol
 
 import trio
 
-from ullm.engine import Engine, ShutdownReport
+from ullm.engine import ShutdownReport
 from ullm.logs import get_logger
 from ullm.protocol import stop_budget
 from ullm.protocol.exit_codes import EXIT_ABANDONED
+from ullm.server.api.types import EngineInterface
 from ullm.supervision.signals import STOP_SIGNALS, Watchdog, forced_exit_code, leave_now, signal_ladder
 
 log = get_logger(__name__)
 
 RELOAD_SIGNALS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 """Windows has none."""
+
+
+class HostedEngine(EngineInterface, Protocol):
+    """What a host and its process need of an engine: `ullm.engine.Engine`, or a front end's remote one."""
+
+    @property
+    def report(self) -> ShutdownReport | None:
+        """How the stop went; None until it is over."""
+
+    def request_reload(self) -> None:
+        """Begin a reload; return at once."""
+
+    def expedite(self) -> None:
+        """Skip the rest of the drain."""
+
+    def kill(self, signal_number: int) -> None:
+        """Kill what could hold up the stop."""
+
+    async def wait_stop_requested(self) -> None:
+        """Wait until a stop is requested."""
+
+    async def wait_stopped(self) -> ShutdownReport:
+        """Wait for the end."""
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Start, and run until stopped."""
 
 
 class EngineHost:
@@ -25,7 +53,7 @@ class EngineHost:
         watchdog: what it has to clean up before it ends the process is set by whoever makes it.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: HostedEngine) -> None:
         self.engine = engine
         self.watchdog = Watchdog(exit_code=EXIT_ABANDONED)
 

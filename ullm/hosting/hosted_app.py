@@ -39,8 +39,16 @@ class HostedApp:
     def shutdown(self, timeout: float | None) -> None:
         """Stop the engine, and the server if it is Hypercorn; ``POST /admin/shutdown`` requests it.
 
+        An engine in another process is stopped there, and this front end stays.
+
         The watchdog, which ends the process if the engine hangs, is for a process that is the engine's own.
         """
+        from ullm.link import RemoteEngine
+
+        engine = self.host.engine
+        if isinstance(engine, RemoteEngine):
+            engine.request_engine_shutdown(timeout)
+            return
         if self.stop_server is None:
             self.host.engine.request_shutdown(timeout, by="admin")
             return
@@ -57,6 +65,7 @@ class HostedApp:
         if self.server_config.admin_listen is None:
             yield
             return
+        from ullm.protocol import start_budget
         from ullm.server import file_remover, open_admin_socket, serve_admin
         from ullm.supervision import ChildSpec, open_supervisor
 
@@ -64,5 +73,6 @@ class HostedApp:
         with open_admin_socket(self.server_config.admin_listen) as sock:
             self.host.watchdog.cleanup = file_remover(sock)
             serve = partial(serve_admin, engine, config, sock=sock, shutdown=self.shutdown)
-            async with open_supervisor("admin", [ChildSpec("admin", serve)], intensity=3, period=60):
+            child = ChildSpec("admin", serve, start_timeout=start_budget.HTTP_SERVER)
+            async with open_supervisor("admin", [child], intensity=3, period=60):
                 yield

@@ -16,15 +16,15 @@ DEFAULT_THRESHOLDS = frozenset({700, 2000})
 
 
 @contextmanager
-def settings_of_the_process(log_level: str) -> Iterator[None]:
+def settings_of_the_process(log_level: str, *, as_json: bool = False) -> Iterator[None]:
     """Send logs to stderr and collect garbage less often, unless the program has its own way.
 
     A program that configures logging, or sets a threshold, before its lifespan begins keeps what it has.
     """
     if is_configured():
-        log.info("the program has configured logging: ULLM_LOG_LEVEL is ignored")
+        log.info("the program has configured logging: ULLM_LOG_LEVEL and ULLM_LOG_FORMAT are ignored")
     else:
-        configure(log_level)
+        configure(log_level, as_json=as_json)
     with _rare_collections():
         yield
 

@@ -18,7 +18,7 @@ from typing import Any
 from ullm.config import ModelConfig
 from ullm.errors import ModelNotFound
 from ullm.hub import embedded, huggingface
-from ullm.hub.convert import tokenizer_folder
+from ullm.hub.convert import config_folder, tokenizer_folder
 from ullm.hub.files import (
     Progress,
     cache_dir,
@@ -46,6 +46,7 @@ class LocalModel:
         tokenizer_path: folder with tokenizer.json, tokenizer_config.json, chat_template.jinja.
         generation_config: the content of generation_config.json, or empty.
         chat_template: the Jinja text of ``--chat-template``, which replaces the model's own.
+        special_tokens_in_text: what ``--special-tokens-in-text`` says of messages.
     """
 
     name: str
@@ -54,6 +55,7 @@ class LocalModel:
     tokenizer_path: Path
     generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     chat_template: str | None = None
+    special_tokens_in_text: bool = True
 
 
 def resolve(config: ModelConfig, progress: Progress | None = None, *, refresh: bool = False) -> LocalModel:
@@ -76,8 +78,10 @@ def resolve(config: ModelConfig, progress: Progress | None = None, *, refresh: b
     tokenizer_source = path
     if config.tokenizer is not None:
         tokenizer_source = locate(config.tokenizer, config, report, refresh=refresh, weights=False)
-    tokenizer_path = tokenizer_folder(tokenizer_source, report)
-    folder = path if path.is_dir() else tokenizer_folder(path, report)
+    tokenizer_path = tokenizer_folder(tokenizer_source, report, trust_remote_code=config.trust_remote_code)
+    folder = path
+    if not path.is_dir():
+        folder = tokenizer_path if tokenizer_source == path else config_folder(path, report)
     if path.is_dir() and config.load_format != "dummy":
         check_weights(path)
     return LocalModel(
@@ -87,6 +91,7 @@ def resolve(config: ModelConfig, progress: Progress | None = None, *, refresh: b
         tokenizer_path=tokenizer_path,
         generation_config=read_json(folder / "generation_config.json", missing_ok=True),
         chat_template=_read_template(config.chat_template),
+        special_tokens_in_text=config.special_tokens_in_text,
     )
 
 
@@ -114,7 +119,7 @@ def locate(
         return embedded.locate(progress, refresh=refresh)
     weights = weights and config.load_format != "dummy"
     if gguf := _HUB_GGUF.fullmatch(model):
-        return huggingface.fetch_file(gguf[1], gguf[2], config.revision, progress)
+        return huggingface.fetch_gguf(gguf[1], gguf[2], config.revision, progress, refresh=refresh)
     if _HUB_ID.fullmatch(model):
         return huggingface.fetch(
             model, config.revision, progress, refresh=refresh, weights=weights, code=config.trust_remote_code

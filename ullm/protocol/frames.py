@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from ullm.errors import FrameBroken
-from ullm.protocol.messages import FromWorker, NotUnderstood, ToWorker
+from ullm.protocol.messages import NewSequence, NotUnderstood
 
 MAX_FRAME = 256 << 20
 """Maximum size of a frame in bytes, far above any message; a longer one means that something else wrote to
@@ -23,23 +23,43 @@ _PREFIX = struct.Struct("<I")
 M = TypeVar("M")
 
 
-def encode(message: ToWorker | FromWorker) -> bytes:
+def encode(message: msgspec.Struct) -> bytes:
     """Return the frame of a message.
 
     Raises:
-        FrameBroken: the message is longer than `MAX_FRAME`.
+        FrameBroken: the message is longer than `MAX_FRAME`, or has a value that no frame can carry. Nothing
+            of it is sent.
     """
-    body = msgspec.msgpack.encode(message)
+    try:
+        body = msgspec.msgpack.encode(message)
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise FrameBroken(f"a {type(message).__name__} that cannot be encoded: {error}") from None
     if len(body) > MAX_FRAME:
         raise FrameBroken(f"a {type(message).__name__} of {len(body)} bytes; frames have at most {MAX_FRAME}")
     return _PREFIX.pack(len(body)) + body
 
 
+def check_sendable(sequence: NewSequence, num_tokens: int) -> None:
+    """Return if a step with this sequence can be sent.
+
+    Args:
+        sequence: without its tokens, which were checked before.
+        num_tokens: their number.
+
+    Raises:
+        FrameBroken: it cannot, since it is too long, or has a value that no frame can carry.
+    """
+    size = len(encode(sequence)) + 9 * num_tokens
+    if size > MAX_FRAME // 2:
+        raise FrameBroken(f"up to {size} bytes for one sequence; at most {MAX_FRAME // 2}")
+
+
 class FrameReader(Generic[M]):
     """Splits a stream of bytes into messages of one language; keeps an incomplete rest."""
 
-    def __init__(self, language: object) -> None:
-        """``language`` is `ToWorker` or `FromWorker`."""
+    def __init__(self, language: object, max_frame: int = MAX_FRAME) -> None:
+        """``language`` is a union of messages, such as `ToWorker`; no frame is longer than ``max_frame``."""
+        self.max_frame = max_frame
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(language)
         self._buffer = bytearray()
 
@@ -60,8 +80,8 @@ class FrameReader(Generic[M]):
         if len(self._buffer) < _PREFIX.size:
             return None
         (length,) = _PREFIX.unpack_from(self._buffer)
-        if length > MAX_FRAME:
-            raise FrameBroken(f"a frame of {length} bytes; frames have at most {MAX_FRAME}")
+        if length > self.max_frame:
+            raise FrameBroken(f"a frame of {length} bytes; frames have at most {self.max_frame}")
         end = _PREFIX.size + length
         if len(self._buffer) < end:
             return None

@@ -31,8 +31,11 @@ class RankSpec(msgspec.Struct, frozen=True):
         rank: index within the replica; ``tp_rank + pp_rank * tp_size``.
         world_size: ranks of the replica.
         epoch: incarnation of the worker group; a restarted group has a higher one.
-        rendezvous: ``host:port`` where the replica's ranks meet; unused with one rank.
+        rendezvous: ``host:port`` where the replica's ranks meet; unused with one rank. Rank 0 listens there,
+            with port 0 on a free one, which it announces by `Progress`.
         device_index: CUDA device of this rank; None on CPU.
+        num_stages: pipeline stages of the replica, each of ``world_size // num_stages`` ranks.
+        shares_memory: whether the ranks of each stage are on one host.
     """
 
     replica: int = 0
@@ -41,6 +44,8 @@ class RankSpec(msgspec.Struct, frozen=True):
     epoch: int = 0
     rendezvous: str = ""
     device_index: int | None = None
+    num_stages: int = 1
+    shares_memory: bool = True
 
     @property
     def name(self) -> str:
@@ -56,12 +61,30 @@ class Start(Frame, frozen=True):
         rank: the worker's place.
         model_path: the local folder or GGUF file that ``config.model`` resolved to.
         tuning: how the CPU kernels divide products; the same for all workers of an engine.
+        tokenizer_path: folder with tokenizer.json, which is read for the first constrained request.
     """
 
     config: EngineConfig
     rank: RankSpec
     model_path: str
     tuning: Tuning = Tuning()
+    tokenizer_path: str = ""
+
+
+class Adapter(msgspec.Struct, frozen=True, gc=False):
+    """A LoRA adapter that is served.
+
+    Args:
+        name: the model name that requests use.
+        path: folder with adapter_config.json and adapter_model.safetensors.
+        digest: of these files, which must not change.
+        number: unique in the engine's life, also if the same adapter is loaded again.
+    """
+
+    name: str
+    path: str
+    digest: str
+    number: int
 
 
 class NewSequence(Frame, frozen=True):
@@ -75,6 +98,8 @@ class NewSequence(Frame, frozen=True):
         params: with ``seed`` set and ``n`` 1.
         block_ids: its KV blocks so far; position p lives in block ``p // block_size``.
         num_cached_tokens: leading tokens whose KV is already in those blocks.
+        grammar: what constrains the generated tokens, in llguidance's format; empty if nothing does.
+        adapter: the adapter that it is computed with; None: the model alone.
     """
 
     seq_id: int
@@ -83,6 +108,8 @@ class NewSequence(Frame, frozen=True):
     params: SamplingParams
     block_ids: list[int]
     num_cached_tokens: int = 0
+    grammar: str = ""
+    adapter: Adapter | None = None
 
 
 class ScheduledSequence(Frame, frozen=True):
@@ -160,6 +187,66 @@ class Wake(Frame, frozen=True):
     """Return to the state after `Start`, without sequences; answer `Awake`, with `Progress` meanwhile."""
 
 
+class KeepAdapter(Frame, frozen=True):
+    """Load an adapter, or drop it as soon as no sequence uses it; answer `AdapterKept`.
+
+    A worker need not be told of adapters: it loads one with the first sequence that needs it. This message is
+    how the engine knows that it can.
+    """
+
+    adapter: Adapter
+    wanted: bool
+
+
+class SharedMemory(msgspec.Struct, frozen=True, gc=False):
+    """Memory of the engine's process without a name in any folder, for content too long for frames.
+
+    Args:
+        path: how other processes of this host open it.
+        name: what the system says that it is, so that another file at that path is not taken for it.
+    """
+
+    path: str
+    name: str
+
+
+class ExportBlocks(Frame, frozen=True):
+    """Copy KV blocks out of the pool; answer `BlocksExported`.
+
+    Args:
+        number: unique among those to one worker group.
+        block_ids: the blocks, whose content earlier steps have computed.
+        identity: what the KV must be of; see `ModelInfo.kv_identity`.
+        memory: where to write them; None: into the answer.
+    """
+
+    number: int
+    block_ids: list[int]
+    identity: str
+    memory: SharedMemory | None = None
+
+
+class ImportBlocks(Frame, frozen=True):
+    """Copy KV blocks into the pool; answer `BlocksImported`.
+
+    Args:
+        number: unique among those to one worker group.
+        block_ids: where they go; no sequence has them.
+        identity: what the KV is of; see `ModelInfo.kv_identity`.
+        size: bytes of their content.
+        checksum: CRC-32 of their content.
+        memory: where the content is; None: in ``content``.
+    """
+
+    number: int
+    block_ids: list[int]
+    identity: str
+    size: int
+    checksum: int
+    memory: SharedMemory | None = None
+    content: bytes = b""
+
+
 class Inject(Frame, frozen=True):
     """Carry out a fault before the next message; only fault plans send this.
 
@@ -172,7 +259,9 @@ class Inject(Frame, frozen=True):
     seconds: float = 0.0
 
 
-ToWorker = Start | Step | Ping | Stop | Prepare | Sleep | Wake | Inject
+ToWorker = (
+    Start | Step | Ping | Stop | Prepare | Sleep | Wake | KeepAdapter | ExportBlocks | ImportBlocks | Inject
+)
 
 
 # --- from a worker -----------------------------------------------------------------------------
@@ -196,6 +285,12 @@ class ModelInfo(msgspec.Struct, frozen=True):
             for CPUs use, such as ``AVX2``.
         tuning: where the choice of how these kernels divide products is from: ``default``, or
             ``calibrated on`` a date; empty without such kernels.
+        stored_format: how the checkpoint's weights are quantized, such as ``gguf``, ``gptq`` or ``fp8``;
+            empty if they are not. ``weight_formats`` is what they are in memory.
+        pools: whether it has hidden states, of which prompts can be pooled.
+        window: keys that a query sees in the layer that sees most; 0: all. What is behind it is not kept.
+        kv_identity: digest of all that keys and values depend on besides tokens, adapter and salt: weights,
+            dtypes, kernels, layout. KV blocks of equal identity are interchangeable; empty: with none.
     """
 
     architecture: str
@@ -213,6 +308,10 @@ class ModelInfo(msgspec.Struct, frozen=True):
     kv_dtype: str = ""
     kernels: str = ""
     tuning: str = ""
+    stored_format: str = ""
+    pools: bool = False
+    window: int = 0
+    kv_identity: str = ""
 
 
 class Ready(Frame, frozen=True):
@@ -232,10 +331,12 @@ class Progress(Frame, frozen=True):
     Args:
         stage: ``import``, ``load``, ``profile``, ``capture``, ``warmup``, …
         budget: seconds until the next sign of life is due; the watchdog waits that long.
+        rendezvous: where rank 0 listens for the other ranks from now on.
     """
 
     stage: str
     budget: float = 60.0
+    rendezvous: str = ""
 
 
 class TokenLogprobs(Frame, frozen=True):
@@ -260,12 +361,20 @@ class Sampled(Frame, frozen=True):
         logprobs: one per token, if requested.
         prompt_logprobs: for positions 1 … of the prompt tokens computed in this step, if requested; a
             position from the prefix cache has none, so such requests bypass the cache.
+        error: why the sequence cannot go on, in its grammar or without its adapter, in which case its token
+            means nothing.
+        lacks_adapter: whether it is the adapter.
+        embedding: the pooled hidden states of the prompt, once all of it is computed, if requested: float32
+            in the machine's byte order.
     """
 
     seq_id: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    error: str = ""
+    lacks_adapter: bool = False
+    embedding: bytes = b""
 
 
 class StepResult(Frame, frozen=True):
@@ -273,13 +382,15 @@ class StepResult(Frame, frozen=True):
 
     Args:
         sampled: one per scheduled sequence with ``sample`` or with prompt logprobs; ``token_ids`` is empty
-            where nothing was sampled.
+            where nothing was sampled. Of several ranks, only the one that chooses tokens fills it.
         seconds: time from the begin of the step to its result.
+        digest: checksum of the step's tokens as this rank has them; equal on all ranks.
     """
 
     step_id: int
     sampled: list[Sampled]
     seconds: float = 0.0
+    digest: int = 0
 
 
 class Pong(Frame, frozen=True):
@@ -322,6 +433,49 @@ class Awake(Frame, frozen=True):
     timings: dict[str, float] = {}
 
 
+class AdapterKept(Frame, frozen=True):
+    """The answer to `KeepAdapter`.
+
+    Args:
+        number: the adapter's.
+        error: why it cannot be loaded; empty if it is, or has been dropped.
+    """
+
+    number: int
+    error: str = ""
+
+
+class BlocksExported(Frame, frozen=True):
+    """The answer to `ExportBlocks`.
+
+    Args:
+        size, checksum: of the content; see `ImportBlocks`.
+        content: the content, unless it is in shared memory.
+        error: why there is none; empty if there is.
+        no_memory: whether that is because the shared memory cannot be used.
+    """
+
+    number: int
+    size: int = 0
+    checksum: int = 0
+    content: bytes = b""
+    error: str = ""
+    no_memory: bool = False
+
+
+class BlocksImported(Frame, frozen=True):
+    """The answer to `ImportBlocks`.
+
+    Args:
+        error: why the pool has not got them; empty if it has.
+        no_memory: whether that is because the shared memory cannot be used.
+    """
+
+    number: int
+    error: str = ""
+    no_memory: bool = False
+
+
 class Failed(Frame, frozen=True):
     """The worker cannot continue, and ends.
 
@@ -357,5 +511,17 @@ class Stopped(Frame, frozen=True):
 
 
 FromWorker = (
-    Ready | Progress | StepResult | Pong | Prepared | Asleep | Awake | Failed | NotUnderstood | Stopped
+    Ready
+    | Progress
+    | StepResult
+    | Pong
+    | Prepared
+    | Asleep
+    | Awake
+    | AdapterKept
+    | BlocksExported
+    | BlocksImported
+    | Failed
+    | NotUnderstood
+    | Stopped
 )

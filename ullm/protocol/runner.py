@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from ullm.protocol.messages import ModelInfo, Prepare, Progress, Start, Step, StepResult
+from ullm.protocol.messages import Adapter, ModelInfo, Prepare, Progress, Start, Step, StepResult
 
 
 class PendingStep(Protocol):
@@ -37,6 +37,25 @@ class Runner(Protocol):
 
     def submit(self, step: Step) -> PendingStep:
         """Start a step. At most two are pending at a time; the second one uses the tokens of the first."""
+
+    def keep_adapter(self, adapter: Adapter, *, wanted: bool) -> str:
+        """Load an adapter, or drop it once no sequence uses it.
+
+        Returns:
+            Why it cannot be loaded; an empty text if it is, or was dropped.
+        """
+
+    def export_blocks(self, block_ids: list[int]) -> memoryview:
+        """Return the content of KV blocks, as bytes, in an order of the runner's own. No step is pending."""
+
+    def import_blocks(self, block_ids: list[int], content: bytearray) -> None:
+        """Set the content of KV blocks to what `export_blocks` of an equal rank has returned.
+
+        No step is pending, and no sequence has these blocks.
+
+        Raises:
+            ValueError: the content is not as long as that of so many blocks.
+        """
 
     def sleep(self, level: int) -> dict[str, int]:
         """Free memory and release every sequence. No step is pending.

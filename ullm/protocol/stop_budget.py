@@ -36,6 +36,10 @@ ROUTER: Final = 1.0
 SCHEDULER: Final = 1.0
 STANDBY_POOL: Final = 2.0
 TOKENIZER: Final = 1.0
+LINK: Final = 1.0
+"""For each of the two children of a front end that hold its link to the engine, and for the engine's gate."""
+HOSTS: Final = 1.5
+"""For the agents on other hosts, which are dismissed once their workers have ended."""
 HTTP_SERVER: Final = 2.0
 """For each of the two servers to flush and close its connections."""
 
@@ -73,10 +77,17 @@ THREAD_GIVEN_UP: Final = 0.1
 THREAD_LEAVE: Final = 0.5
 """For a thread that was told to stop, when its context is left."""
 
+REMOTE_SHARE: Final = 0.9
+"""Share of a rank's time that the agent on another host has for stopping it, and for saying so."""
+
 RAY_KILL_SHARE: Final = 0.9
 """Share of a rank's time after which a Ray actor is killed."""
 RAY_LEAVE: Final = 1.0
 """For the tasks of a Ray actor that has ended."""
+
+HANDOVER: Final = 10.0
+"""For the KV on its way from a replica that is stopped while the engine runs on; beyond it, and for what
+comes after, it is computed again."""
 
 # --- the process ----------------------------------------------------------------------------------------
 
@@ -84,6 +95,8 @@ WATCHDOG_MARGIN: Final = 5.0
 """From the deadline to the forced end of a process that still hangs."""
 FORCED_EXIT: Final = 1.0
 """From the third signal to the end of a process whose event loop is stuck."""
+LAUNCHER_RESERVE: Final = 2.0
+"""Of a launcher's time, what is kept for the engine, after the front ends have been drained."""
 PROCESS_LEAVE: Final = 3.0
 """From the end of the engine to the end of the process."""
 LOG_FLUSH: Final = 0.5

@@ -1,27 +1,13 @@
-"""Which replica gets which waiting request. The router carries it out."""
+"""Which waiting requests may go to which replicas, among which `Routing` chooses; the router obeys."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic
 
 from ullm.scheduling.request import SUSPECT_AFTER, RequestRecord
-
-
-@dataclass(slots=True, eq=False)
-class ReplicaLoad:
-    """The requests that one replica has, by ``seq_id``."""
-
-    requests: dict[int, RequestRecord] = field(default_factory=dict)
-
-    @property
-    def has_suspect(self) -> bool:
-        """Whether it runs a suspect, which must stay alone."""
-        return len(self.requests) == 1 and next(iter(self.requests.values())).is_suspect
-
-
-R = TypeVar("R", bound=ReplicaLoad)
+from ullm.scheduling.routing import R
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,39 +16,39 @@ class Assignment(Generic[R]):
 
     Args:
         vacated: replicas whose requests are taken back, because a suspect needs the replica for itself.
-        assigned: requests, and the replica that each one goes to.
+        alone: suspects, and the replica that each one gets for itself.
+        queue: the other requests that may run now, in their order.
+        open: the replicas that they may go to; none if ``queue`` has to wait.
     """
 
     vacated: list[R]
-    assigned: list[tuple[RequestRecord, R]]
+    alone: list[tuple[RequestRecord, R]]
+    queue: list[RequestRecord]
+    open: list[R]
 
 
 def assign(waiting: Iterable[RequestRecord], replicas: Iterable[R], last_arrival: float) -> Assignment[R]:
-    """Assign each waiting request to the least loaded replica; suspects run alone, and first.
+    """Give suspects a replica for themselves, the least loaded one, and leave the others to the rest.
 
     Args:
         waiting: requests without a replica, in the order of their turn.
         replicas: those that may get requests.
         last_arrival: later arrivals are on hold, and stay without a replica.
     """
-    counts = {replica: len(replica.requests) for replica in replicas if not replica.has_suspect}
-    result: Assignment[R] = Assignment([], [])
+    left = [replica for replica in replicas if not replica.has_suspect]
+    result: Assignment[R] = Assignment([], [], [], left)
     queue: list[RequestRecord] = []
     for record in waiting:
         if not record.is_suspect:
             queue.append(record)
-        elif counts:
-            alone = min(counts, key=counts.__getitem__)
-            del counts[alone]
+        elif left:
+            alone = min(left, key=lambda replica: len(replica.requests))
+            left.remove(alone)
             result.vacated.append(alone)
-            result.assigned.append((record, alone))
+            result.alone.append((record, alone))
     for replica in result.vacated:
         queue += replica.requests.values()
-    for record in queue:
-        if counts and record.arrival <= last_arrival:
-            target = min(counts, key=counts.__getitem__)
-            counts[target] += 1
-            result.assigned.append((record, target))
+    result.queue.extend(record for record in queue if record.arrival <= last_arrival)
     return result
 
 

@@ -7,9 +7,26 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Protocol
+
+from ullm.protocol.messages import Adapter
+from ullm.sampling import SamplingParams
 
 ROOT_HASH = b""
-"""The parent hash of a sequence's first block."""
+"""The parent hash of the first block of a sequence without a salt or an adapter."""
+
+
+def root_hash(salt: str | None, adapter: int | None = None) -> bytes:
+    """Return the parent hash of a sequence's first block: only sequences of the same root share blocks.
+
+    Args:
+        salt: the request's; None: it has none.
+        adapter: number of the adapter that computes its keys and values; None: there is none.
+    """
+    if adapter is None:
+        return ROOT_HASH if salt is None else blake2b(salt.encode(), digest_size=16).digest()
+    text = f"{adapter}" if salt is None else f"{adapter}/{salt}"
+    return blake2b(text.encode(), digest_size=16, person=b"adapter").digest()
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -19,6 +36,63 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     client's KV.
     """
     return blake2b(array("q", token_ids).tobytes(), digest_size=16, key=parent).digest()
+
+
+class Rooted(Protocol):
+    """What has KV blocks: a request's record, or a sequence in a scheduler."""
+
+    params: SamplingParams
+    adapter: Adapter | None
+
+
+def root_of(owner: Rooted) -> bytes:
+    """Return the root of a request's or sequence's blocks: everything that its keys and values depend on
+    besides its tokens. The router and the schedulers must agree on it."""
+    adapter = owner.adapter
+    return root_hash(owner.params.cache_salt, None if adapter is None else adapter.number)
+
+
+def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], size: int, count: int, root: bytes) -> None:
+    """Append the hashes of a sequence's blocks until there are ``count``.
+
+    Args:
+        size: tokens per block.
+        root: see `root_of`.
+    """
+    for position in range(len(hashes), count):
+        parent = hashes[-1] if hashes else root
+        hashes.append(block_hash(parent, token_ids[position * size : (position + 1) * size]))
+
+
+class PromptHashes:
+    """Hashes of a prompt's full blocks, computed once for all choices of a request.
+
+    Args:
+        token_ids: the prompt.
+    """
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._token_ids = token_ids
+        self._kind: tuple[int, bytes] | None = None
+        self._hashes: list[bytes] = []
+
+    def extend(self, hashes: list[bytes], size: int, count: int, root: bytes) -> None:
+        """Append to ``hashes`` until there are ``count``, or all that the prompt has; see `extend_hashes`."""
+        if self._kind != (size, root):  # another adapter of that name has been loaded since
+            self._kind, self._hashes = (size, root), []
+        count = min(count, len(self._token_ids) // size)
+        extend_hashes(self._hashes, self._token_ids, size, count, root)
+        hashes += self._hashes[len(hashes) : count]
+
+
+class PoolListener(Protocol):
+    """Is told which blocks can be found by their hash."""
+
+    def published(self, digest: bytes) -> None:
+        """A block can be found from now on."""
+
+    def evicted(self, digest: bytes) -> None:
+        """A block cannot be found any more."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +116,14 @@ class BlockPool:
     A released block that was published stays in the cache until its space is needed. Free blocks are
     allocated first, the last released one before others, so that a lightly used pool touches little memory;
     then cached ones, least recently used first.
+
+    Attributes:
+        listener: is told of every block that is published or evicted.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
+        self.listener: PoolListener | None = None
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._holders = [0] * num_blocks
@@ -66,6 +144,10 @@ class BlockPool:
                 break
             blocks.append(block)
         return blocks
+
+    def knows(self, digest: bytes) -> bool:
+        """Return whether a block can be found by this hash."""
+        return digest in self._block_of
 
     def num_available_after_taking(self, blocks: Sequence[int]) -> int:
         """Return how many blocks would be available after `take` of ``blocks``."""
@@ -88,7 +170,10 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
+        digest = self._hash_of.pop(block)
+        del self._block_of[digest]
+        if self.listener is not None:
+            self.listener.evicted(digest)
         return block
 
     def publish(self, block: int, digest: bytes) -> None:
@@ -96,6 +181,8 @@ class BlockPool:
         if digest not in self._block_of and block not in self._hash_of:
             self._block_of[digest] = block
             self._hash_of[block] = digest
+            if self.listener is not None:
+                self.listener.published(digest)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Release a sequence's blocks, given in the order of its positions.

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ullm.protocol.messages import TokenLogprobs
+from ullm.protocol.messages import Adapter, TokenLogprobs
 from ullm.sampling import SamplingParams
+from ullm.scheduling.block_pool import PromptHashes
 from ullm.scheduling.sequence import FinishReason, TokenEvent
 
 SUSPECT_AFTER = 2
@@ -30,11 +31,20 @@ class RequestRecord:
         prompt_token_ids: the prompt.
         params: with ``seed`` set and ``n`` 1.
         max_total: tokens of prompt and output together at which it ends.
-        arrival: its place among all requests; of equal priority, the lower one runs first.
+        arrival: its place among all requests; of equal priority and turn, the lower one runs first.
         notify: wakes the reader; called after each change with its time, and with infinity at the end.
+        grammar: what constrains its tokens, in llguidance's format; empty if nothing does.
+        adapter: the adapter that it is computed with.
         crashes: worker losses while it was in a step, since it last made some progress.
         resumed_at: tokens that it had when it was last assigned to a replica.
         replica: the replica that runs it; None while it waits for one.
+        client: who sent it, as far as turns are concerned.
+        embedding: its pooled prompt, if it is pooled; see `ullm.protocol.messages.Sampled`.
+        turn: see `ullm.scheduling.turns`; given when it is submitted.
+        session: requests of one session go to the same replica; empty: it belongs to none.
+        migrations: losses of a replica that had begun to compute it.
+        block_hashes: hashes of its leading full blocks, as far as they were needed.
+        prompt_hashes: those of the prompt, which the choices of one request share.
     """
 
     seq_id: int
@@ -44,6 +54,8 @@ class RequestRecord:
     max_total: int
     arrival: int
     notify: Callable[[float], None]
+    grammar: str = ""
+    adapter: Adapter | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
@@ -54,6 +66,17 @@ class RequestRecord:
     replica: int | None = None
     crashes: int = 0
     resumed_at: int = 0
+    client: str = ""
+    turn: int = 0
+    embedding: bytes = b""
+    session: str = ""
+    migrations: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
+    prompt_hashes: PromptHashes = None  # type: ignore[assignment]  # its own, if it is not given
+
+    def __post_init__(self) -> None:
+        if self.prompt_hashes is None:
+            self.prompt_hashes = PromptHashes(self.prompt_token_ids)
 
     @property
     def done(self) -> bool:
@@ -66,9 +89,9 @@ class RequestRecord:
         return self.crashes >= SUSPECT_AFTER
 
     @property
-    def queue_key(self) -> tuple[int, int]:
-        """(priority, arrival), by which schedulers order their sequences."""
-        return self.params.priority, self.arrival
+    def queue_key(self) -> tuple[int, int, int]:
+        """(priority, turn, arrival), by which schedulers order their sequences."""
+        return self.params.priority, self.turn, self.arrival
 
     def take(self, event: TokenEvent, now: float) -> int:
         """Append the new tokens of ``event``, at the time ``now``; return their number.
@@ -87,6 +110,7 @@ class RequestRecord:
             self.logprobs += event.logprobs[known:]
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = (self.prompt_logprobs or []) + event.prompt_logprobs
+        self.embedding = event.embedding or self.embedding
         if event.index == 0:
             self.num_cached_tokens = event.num_cached_tokens
         if event.finish_reason is not None:

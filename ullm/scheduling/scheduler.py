@@ -21,9 +21,14 @@ from ullm.config import SchedulerConfig
 from ullm.protocol.messages import NewSequence, Sampled, ScheduledSequence, Step, StepResult
 from ullm.scheduling.block_pool import BlockPool
 from ullm.scheduling.sequence import FINISHED, RUNNING, WAITING, Sequence, TokenEvent
-from ullm.scheduling.sequence_blocks import SequenceBlocks
+from ullm.scheduling.sequence_blocks import SequenceBlocks, Window, most_blocks
 from ullm.scheduling.speculation import Speculation
 from ullm.scheduling.statistics import SchedulerStatistics
+
+MAX_NEW_BYTES = 4 << 20
+"""Upper bound of the bytes of all sequences that are new in one step; a single one may have more. It keeps
+frames far below their limit, and the planning and encoding of a step short, when many long sequences start
+or resume at once."""
 
 _queue_key = attrgetter("queue_key")
 
@@ -38,6 +43,8 @@ class Scheduler:
         eos_token_ids: tokens that end a sequence.
         prefix_cache: whether blocks of equal prefixes are shared.
         last_step: number of the step before the first one planned here.
+        stages: pipeline stages, which compute different sequences at the same time.
+        window: keys that a query sees, where no layer sees all; 0: at least one does.
     """
 
     def __init__(
@@ -49,12 +56,18 @@ class Scheduler:
         *,
         prefix_cache: bool = True,
         last_step: int = 0,
+        stages: int = 1,
+        window: int = 0,
     ) -> None:
         self._config = config
-        self._blocks = SequenceBlocks(pool, block_size, prefix_cache=prefix_cache)
+        # A step with drafts waits for the one before, so there is nothing to keep further stages busy with.
+        self._micro_batches = stages if config.steps_ahead and not config.speculate else 1
+        most = most_blocks(window, config.max_num_batched_tokens, block_size)
+        seen = Window(window, most) if window else None
+        self._blocks = SequenceBlocks(pool, block_size, prefix_cache=prefix_cache, window=seen)
         self._eos = frozenset(eos_token_ids)
         self._sequences: dict[int, Sequence] = {}
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._waiting: list[tuple[tuple[int, ...], Sequence]] = []
         self._running: list[Sequence] = []
         self._released: list[int] = []
         self._steps = last_step
@@ -88,8 +101,12 @@ class Scheduler:
         token_ids, logprobs, reason = sampled.token_ids, sampled.logprobs, None
         sequence.num_pending -= 1 if token_ids else 0
         index = sequence.num_output_tokens
+        if sampled.error:
+            self._finish(sequence)
+            lacks = sampled.lacks_adapter
+            return TokenEvent(sequence.seq_id, index, [], error=sampled.error, lacks_adapter=lacks)
         for count, token_id in enumerate(token_ids, 1):
-            sequence.token_ids.append(token_id)
+            sequence.append(token_id)
             if reason := sequence.finish_reason(token_id):
                 token_ids, logprobs = token_ids[:count], logprobs and logprobs[:count]
                 break
@@ -100,7 +117,10 @@ class Scheduler:
             self._finish(sequence)
         stop = token_ids[-1] if reason == "stop" and token_ids[-1] not in self._eos else None
         scores, cached = sampled.prompt_logprobs, sequence.num_cached_tokens
-        return TokenEvent(sequence.seq_id, index, token_ids, logprobs, scores, reason, stop, cached)
+        pooled = sampled.embedding
+        return TokenEvent(
+            sequence.seq_id, index, token_ids, logprobs, scores, reason, stop, cached, embedding=pooled
+        )
 
     # --- planning ------------------------------------------------------------------------------------
 
@@ -108,9 +128,12 @@ class Scheduler:
     def steps_ahead(self) -> int:
         """Steps without a result beside which another one may be planned.
 
-        0 while drafts gain more than planning ahead, since a draft needs the token before it.
+        0 while drafts gain more than planning ahead, since a draft needs the token before it. With pipeline
+        stages, there is a step for each of them.
         """
-        return 0 if self._speculation.is_worth_waiting(self._running) else self._config.steps_ahead
+        if self._speculation.is_worth_waiting(self._running):
+            return 0
+        return max(self._config.steps_ahead, self._micro_batches - 1)
 
     def schedule(self) -> Step | None:
         """Plan the next step; return None if there is nothing to compute now."""
@@ -145,20 +168,33 @@ class Scheduler:
     def _in_turn(self) -> list[tuple[Sequence, int]]:
         """Return the running sequences, each with the number of positions that it could compute."""
         needs = [(s, needed) for s in self._running if (needed := s.num_to_compute) > 0]
+        if self._micro_batches > 1 and len(self._running) > 1:
+            needs = self._micro_batch(needs)
         # Decodes before prefill chunks, so that a long prompt does not hold up others' next tokens.
         prefills = [need for need in needs if need[1] > 1]
         return [need for need in needs if need[1] == 1] + prefills if prefills else needs
 
+    def _micro_batch(self, needs: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """Leave decodes to the steps that other stages compute meanwhile: those that are on their way, and
+        more than an equal share. Those that have waited longest come first."""
+        share = -(-len(self._running) // self._micro_batches)
+        decodes = [need for need in needs if need[1] == 1 and not need[0].num_pending]
+        decodes.sort(key=lambda need: need[0].last_planned)
+        return decodes[:share] + [need for need in needs if need[1] > 1]
+
     def _admit_waiting(self, scheduled: list[ScheduledSequence], budget: int) -> list[NewSequence]:
         new: list[NewSequence] = []
+        room = MAX_NEW_BYTES
         while self._waiting and budget > 0 and len(self._running) < self._config.max_bs:
             sequence = self._waiting[0][1]
             if sequence.status is FINISHED:
                 heapq.heappop(self._waiting)
                 continue
             # A preempted sequence waits for the token that was being sampled when it lost its blocks.
-            if sequence.num_pending or not self._blocks.admit(sequence):
+            size = sequence.frame_bytes
+            if sequence.num_pending or (new and size > room) or not self._blocks.admit(sequence):
                 break
+            room -= size
             heapq.heappop(self._waiting)
             insort(self._running, sequence, key=_queue_key)
             sequence.status = RUNNING
@@ -166,7 +202,14 @@ class Scheduler:
             self._blocks.extend(sequence, count)  # `admit` has checked that it fits
             entry = self._plan(sequence, count, [])
             scheduled.append(entry)
-            new.append(_introduce(sequence, entry))
+            new.append(
+                introduction(
+                    sequence,
+                    sequence.token_ids,
+                    block_ids=sequence.block_ids[: len(sequence.block_ids) - len(entry.new_block_ids)],
+                    num_cached_tokens=entry.start,
+                )
+            )
             budget -= count
         return new
 
@@ -243,14 +286,26 @@ class Scheduler:
         )
 
 
-def _introduce(sequence: Sequence, entry: ScheduledSequence) -> NewSequence:
-    """Describe a sequence to the worker; blocks for this step come with its entry in the step."""
-    cached_blocks = len(sequence.block_ids) - len(entry.new_block_ids)
+def introduction(
+    sequence: Sequence,
+    token_ids: Iterable[int] = (),
+    *,
+    block_ids: Iterable[int] = (),
+    num_cached_tokens: int = 0,
+) -> NewSequence:
+    """Return what describes a sequence to the worker.
+
+    Args:
+        token_ids: its tokens.
+        block_ids: its blocks so far; those for the step come with its entry in the step.
+    """
     return NewSequence(
         seq_id=sequence.seq_id,
-        token_ids=list(sequence.token_ids),
+        token_ids=list(token_ids),
         num_prompt_tokens=sequence.num_prompt_tokens,
         params=sequence.params,
-        block_ids=sequence.block_ids[:cached_blocks],
-        num_cached_tokens=entry.start,
+        block_ids=list(block_ids),
+        num_cached_tokens=num_cached_tokens,
+        grammar=sequence.grammar,
+        adapter=sequence.adapter,
     )

@@ -14,6 +14,8 @@ from ullm.engine.status import EngineStatistics, Health
 STATES = (*(state.value for state in EngineState), "restarting", "sleeping")
 """The values of `Health.state`; restarting and sleeping are states of a running engine."""
 SLEEP_STATES = ("awake", "falling_asleep", "asleep", "waking")
+HANDOVER_OUTCOMES = ("moved", "ended", "identity", "full", "lost", "refused", "late")
+"""What becomes of a choice that is to move with its KV; see `EngineStatistics.handovers_total`."""
 _UP_TO_A_SECOND = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1)
 SECONDS_TO_FIRST_TOKEN = (*_UP_TO_A_SECOND, 2.5, 5, 7.5, 10, 20, 40, 80)
 _UP_TO_A_TENTH = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1)
@@ -214,6 +216,18 @@ METRICS: tuple[MetricSpec, ...] = (
         statistics=lambda statistics: statistics.accepted_tokens_total,
     ),
     MetricSpec(
+        "ullm_event_loop_hold_seconds",
+        MetricType.GAUGE,
+        "Longest time in which the event loop did not look for I/O, since the engine runs.",
+        statistics=lambda statistics: statistics.loop_hold_seconds,
+    ),
+    MetricSpec(
+        "ullm_event_loop_holds",
+        MetricType.COUNTER,
+        "Times above 0.1 s in which the event loop did not look for I/O.",
+        statistics=lambda statistics: statistics.loop_holds_total,
+    ),
+    MetricSpec(
         "ullm_worker_restarts",
         MetricType.COUNTER,
         "Restarts of worker groups.",
@@ -284,6 +298,40 @@ METRICS: tuple[MetricSpec, ...] = (
         MetricType.GAUGE,
         "Seconds that the last waking up took.",
         statistics=lambda statistics: statistics.last_wake_seconds,
+    ),
+    MetricSpec(
+        "ullm_requests_routed",
+        MetricType.COUNTER,
+        "Choices given to a replica, by the reason for that one: session, cached prefix, load, or turn.",
+        labels=("reason",),
+        statistics=lambda statistics: _counts(
+            statistics.requests_routed_total, ("session", "prefix", "load", "turn")
+        ),
+    ),
+    MetricSpec(
+        "ullm_kv_handovers",
+        MetricType.COUNTER,
+        "Choices that were to move to another replica with their KV, by what came of it: moved, or why not.",
+        labels=("outcome",),
+        statistics=lambda statistics: _counts(statistics.handovers_total, HANDOVER_OUTCOMES),
+    ),
+    MetricSpec(
+        "ullm_kv_handover_blocks",
+        MetricType.COUNTER,
+        "KV blocks that were handed over, of all ranks together.",
+        statistics=lambda statistics: statistics.handover_blocks_total,
+    ),
+    MetricSpec(
+        "ullm_kv_handover_bytes",
+        MetricType.COUNTER,
+        "Bytes of KV that were handed over.",
+        statistics=lambda statistics: statistics.handover_bytes_total,
+    ),
+    MetricSpec(
+        "ullm_kv_handover_seconds",
+        MetricType.COUNTER,
+        "Seconds that hand-overs of KV took, while the choices were computed on.",
+        statistics=lambda statistics: statistics.handover_seconds_total,
     ),
     MetricSpec(
         "ullm_bytes_given_back",

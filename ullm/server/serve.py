@@ -1,20 +1,17 @@
-"""Listening before the model is loaded, and serving as a supervised child."""
+"""Serving as a supervised child, on sockets that listen already."""
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import ssl
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import trio
 
 from ullm.config import ServerConfig
-from ullm.errors import ConfigError, PortTaken
-from ullm.logs import get_logger
 from ullm.protocol import stop_budget
 from ullm.server.api.types import EngineInterface
 from ullm.server.app import create_app
@@ -22,84 +19,9 @@ from ullm.server.http.descriptors import connection_limit
 from ullm.server.http.listener import Listener
 from ullm.server.http.tls import tls_context
 from ullm.server.routes.service import Shutdown
+from ullm.server.sockets import is_local, urls
+from ullm.server.stored.answers import Answers
 from ullm.supervision.actor import current_lifetime
-
-log = get_logger(__name__)
-
-BACKLOG = 2048
-"""Connections that the kernel holds until they are accepted."""
-
-
-def bind(server_config: ServerConfig) -> socket.socket:
-    """Bind the address and listen, so that a port in use is reported before the model loads.
-
-    Connections wait in the backlog until `serve_http` runs.
-
-    Raises:
-        PortTaken: another program listens there.
-        ConfigError: the address does not belong to this machine.
-    """
-    host, port = server_config.host, server_config.port
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise ConfigError(f"--host {host}: {error.strerror or error}") from None
-    sock = socket.socket(family, kind, protocol)
-    try:
-        claim(sock, address)
-    except OSError as error:
-        sock.close()
-        raise _bind_error(error, host, port) from None
-    return sock
-
-
-def claim(sock: socket.socket, address: tuple[Any, ...]) -> None:
-    """Bind a TCP socket exclusively and listen.
-
-    Raises:
-        OSError: the address is in use, or does not belong to this machine.
-    """
-    if sys.platform == "win32":
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-    else:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setblocking(False)
-    sock.bind(address)
-    sock.listen(BACKLOG)
-
-
-def _bind_error(error: OSError, host: str, port: int) -> Exception:
-    import errno
-
-    if error.errno in (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE)):
-        return PortTaken(host, port)
-    return ConfigError(f"cannot listen on --host {host} --port {port}: {error.strerror or error}")
-
-
-def urls(sockets: Sequence[socket.socket], scheme: str = "http") -> list[str]:
-    """Return the URLs of the sockets, with the real port where ``--port 0`` was given."""
-    addresses = []
-    for sock in sockets:
-        if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            addresses.append(f"unix:{sock.getsockname()}")
-            continue
-        host, port = sock.getsockname()[:2]
-        addresses.append(f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}")
-    return addresses
-
-
-def warn_if_open(server_config: ServerConfig, sock: socket.socket) -> None:
-    """Warn once if other machines can reach the API and no key is asked for."""
-    host = sock.getsockname()[0]
-    if not server_config.api_keys and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
-        log.warning(
-            "other machines can reach the API, and no key is asked for; use --api-key-file, or --host "
-            "127.0.0.1 behind a proxy",
-            host=host,
-        )
 
 
 async def serve_http(
@@ -109,6 +31,8 @@ async def serve_http(
     sockets: Sequence[socket.socket],
     shutdown: Shutdown | None = None,
     tls: ssl.SSLContext | None = None,
+    shared: bool = False,
+    answers: Answers | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve the whole API until cancelled; see `serve_app`. Runs as a supervised child.
@@ -116,11 +40,16 @@ async def serve_http(
     Args:
         shutdown: see `ullm.server.app.create_app`.
         tls: made from the configured files before; default: they are read now.
+        shared: see `serve_app`.
+        answers: see `ullm.server.app.create_app`; a restart of the child needs the same ones.
         task_status: gets the URLs.
     """
-    app = create_app(engine, server_config, shutdown=shutdown)
-    tls = tls or tls_context(server_config.ssl_certfile, server_config.ssl_keyfile)
-    await serve_app(app, server_config, sockets=sockets, tls=tls, task_status=task_status)
+    local = all(is_local(sock) for sock in sockets)
+    app = create_app(engine, server_config, shutdown=shutdown, local=local, answers=answers)
+    http2 = server_config.http2
+    tls = tls or tls_context(server_config.ssl_certfile, server_config.ssl_keyfile, http2=http2)
+    serve = partial(serve_app, app, server_config, sockets=sockets, tls=tls, http2=http2, shared=shared)
+    await serve(task_status=task_status)
 
 
 async def serve_app(
@@ -130,6 +59,8 @@ async def serve_app(
     sockets: Sequence[socket.socket],
     max_connections: int | None = None,
     tls: ssl.SSLContext | None = None,
+    http2: bool = False,
+    shared: bool = False,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve an app until cancelled.
@@ -139,20 +70,25 @@ async def serve_app(
     so that only answers to clients that do not read are left by then.
 
     Args:
-        sockets: from `bind`. A stop closes them; a failure does not, so that a supervisor can restart this.
+        sockets: from `open_sockets`. A stop closes them; a failure does not, so that a supervisor can
+            restart this.
         max_connections: connections at a time; default: what the limit of descriptors allows.
         tls: what to encrypt connections with; None: nothing.
+        http2: whether clients may speak HTTP/2, too.
+        shared: another process listens on the sockets, too, and goes on when this stops.
         task_status: gets the URLs.
     """
     limit = connection_limit() if max_connections is None else max_connections
-    listener = Listener(app, stall_timeout=server_config.stall_timeout, max_connections=limit, tls=tls)
+    listener = Listener(
+        app, stall_timeout=server_config.stall_timeout, max_connections=limit, tls=tls, http2=http2
+    )
     ended = trio.Event()
     scope = trio.CancelScope(shield=True)
 
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
         try:
             with scope:
-                await listener.serve(sockets, task_status=task_status)
+                await listener.serve(sockets, shared=shared, task_status=task_status)
         finally:
             ended.set()
 

@@ -4,22 +4,32 @@ A library of its own: it imports trio and the standard library and nothing else 
 docs/explanation/supervision.md shows it in a program that has nothing to do with language models.
 """
 
-from ullm.supervision.actor import Mailbox, MailboxStatistics, Reply, ask, cleanup_scope
+from ullm.supervision.actor import Mailbox, MailboxStatistics, Reply, ask, cleanup_scope, publish_state
 from ullm.supervision.errors import (
     ActorLost,
     AskTimeout,
     ChildConflict,
     ChildNotFound,
     InvalidSpec,
+    JobLost,
     MailboxClosed,
     MailboxFull,
+    NameNotFound,
+    NameTaken,
+    NoState,
+    ProcessFailed,
     RestartLimitReached,
+    StartDeadlock,
     StartFailed,
+    StartTimeout,
     SupervisionError,
+    TooManyChildren,
     first_cause,
     root_cause,
 )
-from ullm.supervision.policy import AutoShutdown, Restart, Strategy, exponential_backoff
+from ullm.supervision.names import whereis
+from ullm.supervision.policy import AutoShutdown, ExitKind, Restart, Strategy, exponential_backoff
+from ullm.supervision.pool import Pool, PoolStatistics, pool_child
 from ullm.supervision.shutdown import BRUTAL_KILL, INFINITY, ChildReport
 from ullm.supervision.signals import (
     STOP_SIGNALS,
@@ -32,9 +42,12 @@ from ullm.supervision.signals import (
 from ullm.supervision.spec import (
     IGNORE,
     ChildCounts,
+    ChildEnd,
+    ChildFunction,
     ChildInfo,
     ChildSpec,
     ChildStatus,
+    Hook,
     Kind,
     Shutdown,
 )
@@ -51,28 +64,42 @@ __all__ = [
     "AutoShutdown",
     "ChildConflict",
     "ChildCounts",
+    "ChildEnd",
+    "ChildFunction",
     "ChildInfo",
     "ChildNotFound",
     "ChildReport",
     "ChildSpec",
     "ChildStatus",
+    "ExitKind",
     "ForwardState",
+    "Hook",
     "InvalidSpec",
+    "JobLost",
     "Kind",
     "Mailbox",
     "MailboxClosed",
     "MailboxFull",
     "MailboxStatistics",
+    "NameNotFound",
+    "NameTaken",
+    "NoState",
+    "Pool",
+    "PoolStatistics",
+    "ProcessFailed",
     "Reply",
     "Restart",
     "RestartLimitReached",
     "Shutdown",
+    "StartDeadlock",
     "StartFailed",
+    "StartTimeout",
     "StateCell",
     "StateReader",
     "Strategy",
     "SupervisionError",
     "Supervisor",
+    "TooManyChildren",
     "Watchdog",
     "ask",
     "cleanup_scope",
@@ -81,8 +108,11 @@ __all__ = [
     "forced_exit_code",
     "leave_now",
     "open_supervisor",
+    "pool_child",
+    "publish_state",
     "remember_signals",
     "root_cause",
     "signal_ladder",
     "supervisor_child",
+    "whereis",
 ]

@@ -32,12 +32,32 @@ class Lifetime:
 
     Args:
         name: the actor's name, for error messages.
+
+    Attributes:
+        parent: that of the actor whose supervisor runs this one; None for the outermost.
+        task: the actor's own task, while it runs.
+        holds_up_siblings: whether its supervisor starts no other child before it is ready.
+        state: returns the actor's state, see `publish_state`.
     """
 
-    __slots__ = ("_at_end", "_followers", "ended", "name", "stop_deadline")
+    __slots__ = (
+        "_at_end",
+        "_followers",
+        "ended",
+        "holds_up_siblings",
+        "name",
+        "parent",
+        "state",
+        "stop_deadline",
+        "task",
+    )
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.parent = _lifetime.get()
+        self.task: trio.lowlevel.Task | None = None
+        self.holds_up_siblings = False
+        self.state: Callable[[], Any] | None = None
         self.ended = False
         self.stop_deadline: float | None = None
         self._followers: set[Callable[[float], None]] | None = None
@@ -47,6 +67,7 @@ class Lifetime:
     def running(self) -> Iterator[Lifetime]:
         """Make this the current task's lifetime; leaving the block ends it."""
         token = _lifetime.set(self)
+        self.task = trio.lowlevel.current_task()
         try:
             yield self
         finally:
@@ -83,6 +104,7 @@ class Lifetime:
     def end(self) -> None:
         """Mark the actor as ended. A second call does nothing."""
         self.ended = True
+        self.parent = self.task = self.state = None
         callbacks, self._at_end = self._at_end, None
         for callback in callbacks or ():
             callback(self)
@@ -94,6 +116,21 @@ _lifetime: ContextVar[Lifetime | None] = ContextVar("lifetime", default=None)
 def current_lifetime() -> Lifetime | None:
     """Return the lifetime of the actor that the current task belongs to; None outside of any."""
     return _lifetime.get()
+
+
+def publish_state(read: Callable[[], Any]) -> None:
+    """Let `Supervisor.get_state` read the state of the actor that the current task belongs to.
+
+    Args:
+        read: returns the state; called in the reader's task, so it must be quick and change nothing.
+
+    Raises:
+        RuntimeError: the task belongs to no actor.
+    """
+    lifetime = _lifetime.get()
+    if lifetime is None:
+        raise RuntimeError("publish_state must be called within a supervised child")
+    lifetime.state = read
 
 
 @contextmanager

@@ -9,28 +9,32 @@ import trio
 
 from ullm.supervision.actor import Lifetime
 from ullm.supervision.errors import ActorLost, root_cause
+from ullm.supervision.names import tree_names
 from ullm.supervision.policy import ExitKind, Restart
-from ullm.supervision.spec import IGNORE, ChildInfo, ChildSpec, ChildStatus, Kind, Shutdown
+from ullm.supervision.spec import IGNORE, ChildEnd, ChildInfo, ChildSpec, ChildStatus, Kind, Shutdown
 
 
 class Incarnation:
     """One life of a child: its task, its cancel scope, and how it ended. Also its ``task_status``.
 
     Args:
-        ended: called when the task has ended.
+        changed: called when the child is ready, and when its task has ended.
 
     Attributes:
         settled: set when the child is ready, or has ended before that.
+        overdue: whether the time for its start was over before it was ready.
         done: set when its task has ended.
         error: the exception that ended it, if there was one.
     """
 
     __slots__ = (
-        "_ended",
+        "_changed",
+        "_names",
         "done",
         "error",
         "exit_kind",
         "lifetime",
+        "overdue",
         "ready",
         "scope",
         "settled",
@@ -38,25 +42,30 @@ class Incarnation:
         "value",
     )
 
-    def __init__(self, spec: ChildSpec, ended: Callable[[Incarnation], None]) -> None:
+    def __init__(self, spec: ChildSpec, changed: Callable[[Incarnation], None]) -> None:
         self.spec = spec
         self.scope = trio.CancelScope()
         self.lifetime = Lifetime(spec.child_id)
-        self.ready = False
+        self.ready = self.overdue = False
         self.value: Any = None
         self.settled = trio.Event()
         self.done = trio.Event()
         self.exit_kind = ExitKind.NORMAL
         self.error: BaseException | None = None
-        self._ended = ended
+        self._changed = changed
+        self._names = tree_names()
 
     def started(self, value: Any = None) -> None:
         """Mark the child as ready."""
         if self.ready:
             raise RuntimeError(f"child {self.spec.child_id!r} called task_status.started() twice")
+        if self.spec.name is not None and value is not IGNORE:
+            self._names.register(self.spec.name, self, value)
         self.ready = True
+        self.lifetime.holds_up_siblings = False
         self.value = value
         self.settled.set()
+        self._changed(self)
 
     async def run(self) -> None:
         """Run the child to its end; an exception of the child is kept in `error`, not raised."""
@@ -69,9 +78,10 @@ class Incarnation:
         except BaseException as error:  # the supervisor decides, also about KeyboardInterrupt
             self._classify(error)
         finally:
+            self.release_name()
             self.done.set()
             self.settled.set()
-            self._ended(self)
+            self._changed(self)
 
     def _classify(self, error: BaseException) -> None:
         others = error.split(Shutdown)[1] if isinstance(error, BaseExceptionGroup) else error
@@ -84,6 +94,15 @@ class Incarnation:
     def declined(self) -> bool:
         """Whether the child has nothing to do and said so with `IGNORE`."""
         return self.value is IGNORE
+
+    def release_name(self) -> None:
+        """Leave its name to the next incarnation, also if this one is abandoned."""
+        if self.spec.name is not None:
+            self._names.release(self.spec.name, self)
+
+    def end(self) -> ChildEnd:
+        """Return how it has ended."""
+        return ChildEnd(self.spec.child_id, self.exit_kind, self.error)
 
     def cause(self) -> BaseException:
         """Return the reason for its end as an exception, even if it just returned."""
@@ -98,9 +117,10 @@ class Child:
     Attributes:
         incarnation: the present one; None if the child does not run.
         pending: the only event that may still cause the next attempt to start it.
+        failure: what it is being restarted for; None otherwise.
     """
 
-    __slots__ = ("incarnation", "pending", "restarts", "spec", "status")
+    __slots__ = ("failure", "incarnation", "pending", "restarts", "spec", "status")
 
     def __init__(self, spec: ChildSpec) -> None:
         self.spec = spec
@@ -108,22 +128,25 @@ class Child:
         self.incarnation: Incarnation | None = None
         self.restarts = 0
         self.pending: object | None = None
+        self.failure: BaseException | None = None
 
-    def begin(self, ended: Callable[[Incarnation], None]) -> Incarnation:
+    def begin(self, changed: Callable[[Incarnation], None]) -> Incarnation:
         """Return a new incarnation, which the caller runs."""
         self.status = ChildStatus.STARTING
         self.pending = None
-        self.incarnation = Incarnation(self.spec, ended)
+        self.incarnation = Incarnation(self.spec, changed)
         return self.incarnation
 
     def stopped(self) -> None:
         """Record that it does not run and will not be started by itself."""
         self.status = ChildStatus.STOPPED
         self.pending = None
+        if self.incarnation is not None:
+            self.incarnation.release_name()
         self.incarnation = None
 
     def restarting(self, event: object | None = None) -> None:
-        """Record that it failed, and that ``event`` is going to cause the next attempt."""
+        """Record that it is going to be started again: when ``event`` comes, or after a sibling."""
         self.stopped()
         self.status = ChildStatus.RESTARTING
         self.pending = event

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+SHOWN: Final = 3
+"""Errors of a group that a message names."""
+
 
 class SupervisionError(Exception):
     """An actor or a supervisor could not do what it was asked to.
@@ -63,9 +68,35 @@ class StartFailed(SupervisionError):
     """
 
     def __init__(self, child_id: str, cause: BaseException) -> None:
-        super().__init__(f"child {child_id!r} failed to start: {cause}")
+        super().__init__(f"child {child_id!r} failed to start: {_text(cause)}")
         self.child_id = child_id
         self.cause = cause
+
+
+class StartTimeout(SupervisionError):
+    """A child was not ready within its time limit.
+
+    Raised by: nobody as such; it is the `cause` of a `StartFailed` or a `RestartLimitReached`.
+    Remedy: find out what the child waits for, or allow more time by its ``start_timeout``.
+    """
+
+    def __init__(self, child_id: str, seconds: float) -> None:
+        super().__init__(f"{child_id!r} was not ready within {seconds:g} s")
+
+
+class StartDeadlock(SupervisionError):
+    """A child asked, before it was ready, for a start that comes only after its own.
+
+    Raised by: `Supervisor.start_child` and `Supervisor.restart_child`, called by one of the children with
+    which the supervisor begins.
+    Remedy: call ``task_status.started()`` first, or start the other child from a task beside the child's own.
+    """
+
+    def __init__(self, supervisor: str, child_id: str) -> None:
+        super().__init__(
+            f"child {child_id!r} cannot have supervisor {supervisor!r} start a child before it is ready "
+            "itself, because that start comes after its own: call task_status.started() first"
+        )
 
 
 class RestartLimitReached(SupervisionError):
@@ -90,13 +121,49 @@ class RestartLimitReached(SupervisionError):
         cause: BaseException | None,
         child_id: str = "",
     ) -> None:
-        last = f"child {child_id!r}: {cause}" if child_id else str(cause)
+        last = f"child {child_id!r}: {_text(cause)}" if child_id else _text(cause)
         super().__init__(
             f"supervisor {supervisor!r}: more than {intensity:g} restarts within {period:g} s; "
             f"last cause: {last}"
         )
         self.cause = cause
         self.child_id = child_id
+
+
+class ProcessFailed(SupervisionError):
+    """A process that is a child ended with an exit code or by a signal that is no normal end.
+
+    Raised by: a child made by `ChildSpec.process`; it is the cause of what its supervisor raises and reports.
+    Remedy: see what the process has written, in the log; name its code in ``exit_codes`` if that is normal.
+
+    Args:
+        child_id: the child.
+        how: how it ended.
+        returncode: its exit code, or minus the number of the signal that ended it.
+    """
+
+    def __init__(self, child_id: str, how: str, returncode: int | None) -> None:
+        super().__init__(f"the process of child {child_id!r} {how}")
+        self.returncode = returncode
+
+
+class JobLost(SupervisionError):
+    """A job of a pool was given up, because too many processes were lost with it.
+
+    Raised by: `Pool.ask`.
+    Remedy: see in `cause` and in the log what ended them; a job that ends each process is not tried again.
+
+    Args:
+        pool: the pool's id.
+        losses: how many processes were lost with the job.
+        cause: why the last one ended.
+    """
+
+    def __init__(self, pool: str, losses: int, cause: BaseException) -> None:
+        times = "once" if losses == 1 else f"{losses} times"
+        super().__init__(f"a job of pool {pool!r} lost its process {times}; last cause: {_text(cause)}")
+        self.losses = losses
+        self.cause = cause
 
 
 class ChildNotFound(SupervisionError, LookupError):
@@ -125,6 +192,50 @@ class ChildConflict(SupervisionError):
         self.status = status
 
 
+class TooManyChildren(SupervisionError):
+    """A supervisor has as many children as it may have.
+
+    Raised by: `Supervisor.start_child`.
+    Remedy: wait until one is gone, delete one that is stopped, or allow more by ``max_children``.
+    """
+
+    def __init__(self, supervisor: str, most: float) -> None:
+        super().__init__(f"supervisor {supervisor!r} already has {most:g} children, its max_children")
+
+
+class NameNotFound(SupervisionError, LookupError):
+    """No child of this name is up.
+
+    Raised by: `whereis` and `Supervisor.whereis`.
+    Remedy: wait until the child is ready, also when it is being restarted; give its `ChildSpec` the name.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no child named {name!r} is up")
+
+
+class NameTaken(SupervisionError):
+    """Two children of one tree have the same name.
+
+    Raised by: ``task_status.started``, in the child that comes later.
+    Remedy: give one of them another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the name {name!r} is taken by another child")
+
+
+class NoState(SupervisionError):
+    """A child has published no state.
+
+    Raised by: `Supervisor.get_state`.
+    Remedy: call `publish_state` in the child.
+    """
+
+    def __init__(self, child_id: str) -> None:
+        super().__init__(f"child {child_id!r} has published no state")
+
+
 def root_cause(error: BaseException) -> BaseException:
     """Return the exception inside nested groups of one exception each, which trio's nurseries make.
 
@@ -150,8 +261,23 @@ def first_cause(error: BaseException) -> BaseException:
             return error
 
 
+def _text(cause: BaseException | None) -> str:
+    """Return what an exception says, with the name of its class where that alone would not say what it is."""
+    if cause is None:
+        return "unknown"
+    cause = root_cause(cause)
+    message = str(cause).strip()
+    if not message or isinstance(cause, BaseExceptionGroup | KeyError):  # a key alone says nothing
+        return describe(cause)
+    return message
+
+
 def describe(error: BaseException) -> str:
-    """Return one line: the class of the error and the first line of its message."""
+    """Return one line: the class of the error and the first line of its message; of a group, its errors'."""
     error = root_cause(error)
-    message = str(error).partition("\n")[0]
+    message = str(error).strip().partition("\n")[0]
+    if isinstance(error, BaseExceptionGroup):
+        message = "; ".join(map(describe, error.exceptions[:SHOWN]))
+        if len(error.exceptions) > SHOWN:
+            message += f"; and {len(error.exceptions) - SHOWN} more"
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -8,51 +8,49 @@ from collections.abc import Callable, Sequence
 import trio
 
 from ullm.supervision.children import Child, Incarnation
-from ullm.supervision.errors import StartFailed
 from ullm.supervision.roster import Roster
 from ullm.supervision.shutdown import ChildReport
-from ullm.supervision.spec import ChildStatus
 from ullm.supervision.termination import Terminator
 
 
 class Launcher:
-    """Start and end children of one supervisor; which and when is decided by `Control`.
+    """Start and end children of one supervisor; which and when is decided by `Control` and `Starts`.
 
     Args:
         roster: the children.
         terminator: the supervisor's.
-        ended: called when a child's task has ended.
+        changed: called when a child is ready, has ended, or should have been ready by now.
 
     Attributes:
         nursery: where the children's tasks run; set by `Control` before the first start.
+        closed: set when a stop was asked for; nothing begins after it.
     """
 
     nursery: trio.Nursery
 
-    def __init__(self, roster: Roster, terminator: Terminator, ended: Callable[[Incarnation], None]) -> None:
+    def __init__(
+        self, roster: Roster, terminator: Terminator, changed: Callable[[Incarnation], None]
+    ) -> None:
+        self.closed = False
         self._roster = roster
         self._terminator = terminator
-        self._ended = ended
+        self._changed = changed
 
-    async def start(self, child: Child) -> None:
-        """Start a child and wait until it is ready, declines, or fails.
-
-        Raises:
-            StartFailed: it failed; the child is left stopped.
-        """
-        await trio.lowlevel.checkpoint_if_cancelled()  # a stop may have come while siblings were ended
-        incarnation = child.begin(self._ended)
+    def begin(self, child: Child) -> None:
+        """Start a child; `Control` hears when it is ready, declines, fails, or takes too long."""
+        if self.closed:
+            return
+        incarnation = child.begin(self._changed)
         self.nursery.start_soon(incarnation.run, name=f"{self._roster.name}/{child.spec.child_id}")
-        await incarnation.settled.wait()
-        if not incarnation.ready:
-            child.stopped()
-            raise_fatal(incarnation)
-            if not incarnation.scope.cancel_called:  # else terminate_child did not let it become ready
-                raise StartFailed(child.spec.child_id, incarnation.cause()) from incarnation.error
-        elif incarnation.declined:
-            await self.end([child])
-        else:
-            child.status = ChildStatus.RUNNING
+        if math.isfinite(child.spec.start_timeout):
+            self.nursery.start_soon(self._watch_start, incarnation)
+
+    async def _watch_start(self, incarnation: Incarnation) -> None:
+        with trio.move_on_after(incarnation.spec.start_timeout):
+            await incarnation.settled.wait()
+        if not incarnation.settled.is_set():
+            incarnation.overdue = True
+            self._changed(incarnation)
 
     async def end(
         self, children: Sequence[Child], later: float = 0.0, unlimited: int = 0
@@ -95,9 +93,3 @@ class Launcher:
             reports += await self.end([child], later, unlimited)
         reports += await self.end(left[::-1])
         return (*reports, *earlier)
-
-
-def raise_fatal(incarnation: Incarnation) -> None:
-    """Raise a child's KeyboardInterrupt or SystemExit, which stop the whole tree in order."""
-    if incarnation.error is not None and not isinstance(incarnation.error, Exception):
-        raise incarnation.error

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from ullm.supervision.children import Child
-from ullm.supervision.errors import ChildConflict, ChildNotFound, InvalidSpec
+from ullm.supervision.errors import ChildConflict, ChildNotFound, InvalidSpec, TooManyChildren
 from ullm.supervision.policy import AutoShutdown, Strategy, affected
 from ullm.supervision.spec import ChildSpec, ChildStatus, Flags
 
@@ -58,6 +58,9 @@ class Roster:
         for child_id, number in Counter(spec.child_id for spec in specs).items():
             if number > 1 and not self.dynamic:
                 raise InvalidSpec(f"supervisor {self.name!r} has {number} children called {child_id!r}")
+        if len(specs) > self.flags.max_children:
+            most = f"max_children is {self.flags.max_children:g}"
+            raise InvalidSpec(f"supervisor {self.name!r} begins with {len(specs)} children, but {most}")
         for spec in specs:
             self.check(spec)
 
@@ -66,12 +69,15 @@ class Roster:
 
         Raises:
             ChildConflict: there is a child of this id.
+            TooManyChildren: there are as many as there may be.
         """
+        if not self.dynamic and spec.child_id in self._children:
+            raise ChildConflict(self.name, spec.child_id, self._children[spec.child_id].status)
+        if len(self) >= self.flags.max_children:
+            raise TooManyChildren(self.name, self.flags.max_children)
         if self.dynamic:
             self._serial += 1
             spec = replace(spec, child_id=f"{spec.child_id}#{self._serial}")
-        elif spec.child_id in self._children:
-            raise ChildConflict(self.name, spec.child_id, self._children[spec.child_id].status)
         child = self._children[spec.child_id] = Child(spec)
         return child
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import contextvars
 import math
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import trio
 
 from ullm.supervision.actor import current_lifetime
 from ullm.supervision.control import Control
-from ullm.supervision.errors import describe
+from ullm.supervision.errors import ChildConflict, NoState, describe
+from ullm.supervision.names import context_with
 from ullm.supervision.policy import AutoShutdown, Restart, Strategy
 from ullm.supervision.shutdown import INFINITY, ChildReport
-from ullm.supervision.spec import ChildCounts, ChildInfo, ChildSpec, ChildStatus, Flags, Kind
+from ullm.supervision.spec import ChildCounts, ChildEnd, ChildInfo, ChildSpec, ChildStatus, Flags, Hook, Kind
+from ullm.supervision.starts import Change, Start
 
 
 class Supervisor:
     """A running supervisor, as `open_supervisor` yields it.
 
     Reading (`which_children`, `count_children`, `get_childspec`) answers at once, also while a child is
-    being started. Changes are made one after another by the control task; cancelling the caller of a
-    change takes it back if it is not done yet. The methods have the names of those of OTP's supervisor.
+    being started. Changes are made by the control task, which no start keeps waiting: the initial children
+    start one after another; after them children start, fail, are restarted, ended and forgotten side by side.
+    Cancelling the caller of a change takes it back if it is not done yet. The methods have the names of those
+    of OTP's supervisor.
     """
 
     def __init__(self, control: Control) -> None:
@@ -85,6 +89,42 @@ class Supervisor:
         """
         return self._control.roster.find(child_id).spec
 
+    def get_state(self, child_id: str) -> Any:
+        """Return the state that a running child has published with `publish_state`, as it is now.
+
+        Raises:
+            ChildNotFound: there is no such child.
+            NoState: it does not run, or has published none.
+        """
+        incarnation = self._control.roster.find(child_id).incarnation
+        if incarnation is None or incarnation.lifetime.state is None:
+            raise NoState(child_id)
+        return incarnation.lifetime.state()
+
+    def whereis(self, name: str) -> Any:
+        """Return what the child of this name, anywhere in the tree, passed to ``task_status.started``.
+
+        Raises:
+            NameNotFound: no child of this name is up.
+        """
+        return self._control.names.find(name)
+
+    async def monitor(self, child_id: str) -> ChildEnd:
+        """Wait for the end of a child as it runs now, and return how it ended; a restart comes after it.
+
+        An abandoned child ends when its task does, which may be never.
+
+        Raises:
+            ChildNotFound: there is no such child.
+            ChildConflict: it does not run.
+        """
+        child = self._control.roster.find(child_id)
+        incarnation = child.incarnation
+        if incarnation is None:
+            raise ChildConflict(self.name, child_id, child.status)
+        await incarnation.done.wait()
+        return incarnation.end()
+
     # --- changing ------------------------------------------------------------------------------
 
     async def start_child(self, spec: ChildSpec) -> ChildInfo:
@@ -95,11 +135,15 @@ class Supervisor:
         Raises:
             InvalidSpec: the specification does not fit the supervisor's options.
             StartFailed: it failed; the specification is not kept.
+            StartDeadlock: the caller is a child for which this supervisor waits before it starts others.
             ChildConflict: there is a child of this id.
+            TooManyChildren: there are as many as ``max_children`` allows.
             ActorLost: the supervisor is stopping.
         """
         self._control.roster.check(spec)
-        return await self._control.call(partial(self._control.add, spec))
+        self._control.check_start()
+        info: ChildInfo = await self._control.call(Start(partial(self._control.roster.add, spec)))
+        return info
 
     async def terminate_child(self, child_id: str) -> ChildReport | None:
         """Stop a child, also one that is being started or waits to be restarted.
@@ -114,20 +158,23 @@ class Supervisor:
             ActorLost: the supervisor is stopping.
         """
         child = self._control.roster.find(child_id)
-        if child.status is ChildStatus.STARTING and child.incarnation is not None:
-            child.incarnation.scope.cancel()  # a start that hangs must not keep the control task
-        return await self._control.call(partial(self._control.remove, child))
+        report: ChildReport | None = await self._control.call(Change(partial(self._control.remove, child)))
+        return report
 
     async def restart_child(self, child_id: str) -> ChildInfo:
         """Start a child again that was terminated or has ended.
 
         Raises:
             StartFailed: it failed; it stays stopped.
+            StartDeadlock: the caller is a child for which this supervisor waits before it starts others.
             ChildNotFound: there is no such child.
             ChildConflict: it runs, or is being restarted.
             ActorLost: the supervisor is stopping.
         """
-        return await self._control.call(partial(self._control.start_stopped, child_id))
+        self._control.check_start()
+        take = partial(self._control.roster.find_stopped, child_id)
+        info: ChildInfo = await self._control.call(Start(take, kept=True))
+        return info
 
     async def delete_child(self, child_id: str) -> None:
         """Forget a child that does not run.
@@ -137,7 +184,7 @@ class Supervisor:
             ChildConflict: it runs, or is being restarted.
             ActorLost: the supervisor is stopping.
         """
-        await self._control.call(partial(self._control.delete_stopped, child_id))
+        await self._control.call(Change(partial(self._control.delete_stopped, child_id)))
 
     # --- stopping ------------------------------------------------------------------------------
 
@@ -176,6 +223,10 @@ async def open_supervisor(
     auto_shutdown: AutoShutdown = AutoShutdown.NEVER,
     restart_delay: Callable[[int], float] | None = None,
     on_abandoned: Callable[[ChildReport], None] | None = None,
+    on_failure: Hook | None = None,
+    on_restart: Hook | None = None,
+    on_give_up: Hook | None = None,
+    max_children: float = INFINITY,
     shutdown_timeout: float = math.inf,
     on_opened: Callable[[Supervisor], None] | None = None,
 ) -> AsyncIterator[Supervisor]:
@@ -193,6 +244,12 @@ async def open_supervisor(
         restart_delay: seconds to wait before a restart, given how many there were within the current
             period, this one included; see `exponential_backoff`.
         on_abandoned: called with the report of a child that could not be ended.
+        on_failure: called with a child's id and its exception when it has failed, before it is restarted.
+        on_restart: called with a child's id and the exception, its own or a sibling's, for which it was
+            started again, when it is up.
+        on_give_up: called with the id of the child that failed last and the `RestartLimitReached`, before
+            the children are stopped.
+        max_children: how many children are kept at most, running or not.
         shutdown_timeout: seconds for the whole stop when the body is left or cancelled, counted from
             then; within a supervised child, its own stop deadline holds as well.
         on_opened: called before the first child is started, so that the start can be watched.
@@ -202,16 +259,18 @@ async def open_supervisor(
         RestartLimitReached: children failed too often.
         InvalidSpec: an option or a specification makes no sense.
     """
-    flags = Flags(strategy, intensity, period, auto_shutdown, restart_delay, on_abandoned)
+    hooks = (on_abandoned, on_failure, on_restart, on_give_up)
+    flags = Flags(strategy, intensity, period, auto_shutdown, restart_delay, *hooks, max_children)
     control = Control(name, tuple(children), flags)
     if on_opened is not None:
         on_opened(Supervisor(control))
-    async with _opened(control, shutdown_timeout) as supervisor:
+    async with opened(control, shutdown_timeout) as supervisor:
         yield supervisor
 
 
 @asynccontextmanager
-async def _opened(control: Control, shutdown_timeout: float) -> AsyncIterator[Supervisor]:
+async def opened(control: Control, shutdown_timeout: float) -> AsyncIterator[Supervisor]:
+    """Do what `open_supervisor` does, with a control that is not running yet."""
     supervisor = Supervisor(control)
     watched = trio.Event()
     error: BaseException | None = None
@@ -232,7 +291,7 @@ async def _opened(control: Control, shutdown_timeout: float) -> AsyncIterator[Su
         async with trio.open_nursery() as guard:
             guard.start_soon(watch)
             trio.lowlevel.spawn_system_task(
-                control.host, name=f"supervisor {control.name}", context=contextvars.copy_context()
+                control.host, name=f"supervisor {control.name}", context=context_with(control.names)
             )
             try:
                 await control.ready.wait()
@@ -263,24 +322,33 @@ def supervisor_child(
     auto_shutdown: AutoShutdown = AutoShutdown.NEVER,
     restart_delay: Callable[[int], float] | None = None,
     on_abandoned: Callable[[ChildReport], None] | None = None,
+    on_failure: Hook | None = None,
+    on_restart: Hook | None = None,
+    on_give_up: Hook | None = None,
+    max_children: float = INFINITY,
     restart: Restart = Restart.PERMANENT,
     shutdown: float = INFINITY,
     significant: bool = False,
+    start_timeout: float = INFINITY,
+    name: str | None = None,
 ) -> ChildSpec:
     """Return the specification of a child that is itself a supervisor.
 
-    The options up to ``on_abandoned`` are those of `open_supervisor`, the others those of `ChildSpec`.
+    The options up to ``max_children`` are those of `open_supervisor`, the others those of `ChildSpec`.
 
     Raises:
         InvalidSpec: a value makes no sense.
     """
-    flags = Flags(strategy, intensity, period, auto_shutdown, restart_delay, on_abandoned)
-    run = _NestedSupervisor(child_id, tuple(children), flags)
-    return ChildSpec(child_id, run, restart, shutdown, None, significant, Kind.SUPERVISOR)
+    hooks = (on_abandoned, on_failure, on_restart, on_give_up)
+    flags = Flags(strategy, intensity, period, auto_shutdown, restart_delay, *hooks, max_children)
+    run = NestedSupervisor(child_id, tuple(children), flags)
+    return ChildSpec(
+        child_id, run, restart, shutdown, None, significant, Kind.SUPERVISOR, start_timeout, name
+    )
 
 
 @dataclass(frozen=True)
-class _NestedSupervisor:
+class NestedSupervisor:
     """The async function that a child made by `supervisor_child` runs."""
 
     name: str
@@ -289,6 +357,6 @@ class _NestedSupervisor:
 
     async def __call__(self, *, task_status: trio.TaskStatus[Supervisor]) -> None:
         """Supervise until cancelled, stopped, or failed; stopping by itself is a normal end."""
-        async with _opened(Control(self.name, self.children, self.flags), math.inf) as supervisor:
+        async with opened(Control(self.name, self.children, self.flags), math.inf) as supervisor:
             task_status.started(supervisor)
             await supervisor.wait_stopped()

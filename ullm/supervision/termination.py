@@ -10,6 +10,7 @@ import trio
 
 from ullm.supervision.children import Incarnation
 from ullm.supervision.errors import describe
+from ullm.supervision.hooks import call_hook
 from ullm.supervision.shutdown import (
     BRUTAL_KILL,
     KILL_GRACE,
@@ -66,7 +67,7 @@ class _Stop:
             return math.inf
         return self.killed_at + KILL_GRACE
 
-    def kill(self) -> None:
+    def kill(self, supervisor: str) -> None:
         """Use force: end a supervisor's deadline now, call the kill hook of any other child."""
         self.killed_at = trio.current_time()
         spec = self.incarnation.spec
@@ -77,7 +78,10 @@ class _Stop:
             spec.kill()
         except Exception as error:
             self.detail = f"kill hook raised {describe(error)}"
-            log.exception("kill hook failed  child=%(child)s", {"child": spec.child_id})
+            log.exception(
+                "kill hook failed  supervisor=%(supervisor)s child=%(child)s cause=%(cause)s",
+                {"supervisor": supervisor, "child": spec.child_id, "cause": describe(error)},
+            )
 
     def report(self) -> ChildReport:
         """Return how it ended."""
@@ -182,7 +186,7 @@ class Terminator:
             "child used up its shutdown budget  supervisor=%(supervisor)s child=%(child)s",
             {"supervisor": self.name, "child": stop.incarnation.spec.child_id},
         )
-        stop.kill()
+        stop.kill(self.name)
 
     def _give_up(self, stop: _Stop) -> None:
         ignored = "cancellation" if stop.incarnation.spec.kill is None else "cancellation and its kill hook"
@@ -193,12 +197,4 @@ class Terminator:
             "child abandoned  supervisor=%(supervisor)s child=%(child)s detail=%(detail)s",
             {"supervisor": self.name, "child": report.child_id, "detail": report.detail},
         )
-        if self._on_abandoned is None:
-            return
-        try:
-            self._on_abandoned(report)
-        except Exception:
-            log.exception(
-                "on_abandoned failed  supervisor=%(supervisor)s child=%(child)s",
-                {"supervisor": self.name, "child": report.child_id},
-            )
+        call_hook("on_abandoned", self._on_abandoned, report, supervisor=self.name, child=report.child_id)

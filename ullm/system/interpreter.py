@@ -11,8 +11,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-SECRET_VARIABLES = frozenset({"ULLM_API_KEY", "ULLM_ADMIN_KEY"})
-"""Environment variables of the options that `ullm.config` marks as secret."""
+SECRET_VARIABLES = frozenset({"ULLM_API_KEY", "ULLM_ADMIN_KEY", "ULLM_ENGINE_KEY"})
+"""Variables with keys: of the options that `ullm.config` marks as secret, and of the link to front ends."""
 
 
 def python_command(*arguments: str) -> list[str]:

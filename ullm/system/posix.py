@@ -11,11 +11,3 @@ if sys.platform != "win32":
     import fcntl as fcntl
     import resource as resource
     import termios as termios
-
-
-def enable_line_editing() -> None:
-    """Have `input` edit lines and remember them, where the interpreter has the library for it."""
-    try:
-        import readline  # noqa: F401  # importing it is what changes input()
-    except ImportError:  # Windows' console does so by itself
-        return

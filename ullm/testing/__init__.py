@@ -8,6 +8,8 @@ with a folder from `write_scripted_model`. `write_tiny_model` writes a real mode
 random weights. `FakeWorkers` are workers in memory that die and hang when a test says so. The pytest
 plugin `ullm.testing.plugin` makes fixtures of all that; docs/how-to/fault-injection.md shows how to use them.
 
+`ullm.testing.strategies` are strategies for hypothesis.
+
 Names load when they are first used: pytest imports this package in every project that has ullm.
 """
 

@@ -186,9 +186,19 @@ def _is_own(name: str, processes: set[int]) -> bool:
 
 
 def _holders(name: str) -> set[int]:
-    """Return the processes that have mapped a segment."""
-    path = str(SHARED_MEMORY / name)
-    return {int(file.parent.name) for file in Path("/proc").glob("[0-9]*/maps") if path in _maps(file)}
+    """Return the processes that have mapped a segment.
+
+    By its inode: the kernel shows the name that a file had when it was mapped, and a semaphore gets its own
+    only after that (glibc's sem_open).
+    """
+    if sys.platform == "win32":  # where there is no such folder
+        return set()
+    try:
+        status = (SHARED_MEMORY / name).stat()
+    except FileNotFoundError:  # it has been removed since
+        return set()
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x} {status.st_ino} "
+    return {int(file.parent.name) for file in Path("/proc").glob("[0-9]*/maps") if device in _maps(file)}
 
 
 def _maps(file: Path) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 import trio
 
 from ullm.client.http import Connection, Endpoint
-from ullm.errors import ServerRefused, ServerUnreachable, UllmError, UsageError
+from ullm.errors import ResourceUnavailable, ServerRefused, ServerUnreachable, UllmError
 from ullm.system.interpreter import python_environment
+from ullm.testing.environment import environment_for_tests
 
 POLL = 0.02
 """Seconds between two checks of something that sends no event."""
@@ -38,7 +39,7 @@ def psutil_module() -> Any:
     """Import psutil, which only benchmarks need.
 
     Raises:
-        UsageError: it is not installed.
+        ResourceUnavailable: it is not installed.
     """
     return _optional("psutil")
 
@@ -47,7 +48,7 @@ def matplotlib_module() -> Any:
     """Import matplotlib, which only plots need.
 
     Raises:
-        UsageError: it is not installed.
+        ResourceUnavailable: it is not installed.
     """
     return _optional("matplotlib")
 
@@ -58,7 +59,7 @@ def _optional(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UsageError(f"this needs {name}: pip install {name}") from None
+        raise ResourceUnavailable(f"this needs {name}: pip install {name}") from None
 
 
 def free_port() -> int:
@@ -137,13 +138,19 @@ async def open_server(
     endpoint: Endpoint,
     log: Path,
     environ: Mapping[str, str] | None = None,
+    under_test: bool = False,
 ) -> AsyncIterator[MeasuredServer]:
     """Start ``command``; kill whatever is left of its process tree at the end of the block.
 
+    Args:
+        environ: variables beside this process's own.
+        under_test: leave out variables that configure ullm; they are meant for other servers.
+
     Raises:
-        UsageError: the command cannot be run.
+        ResourceUnavailable: the command cannot be run.
     """
     psutil_module()
+    inherited = environment_for_tests() if under_test else dict(os.environ) | python_environment()
     with log.open("wb") as output:
         try:
             process = await trio.lowlevel.open_process(
@@ -151,10 +158,10 @@ async def open_server(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=dict(os.environ) | python_environment() | dict(environ or {}),
+                env=inherited | dict(environ or {}),
             )
         except OSError as error:
-            raise UsageError(f"{name}: cannot run {command[0]}: {error.strerror}") from None
+            raise ResourceUnavailable(f"{name}: cannot run {command[0]}: {error.strerror}") from None
     server = MeasuredServer(name, process, endpoint, log)
     try:
         yield server

@@ -8,10 +8,13 @@ in its KV blocks, and refuses a plan that reads what was never written or writes
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from ullm.protocol.messages import (
+    Adapter,
     ModelInfo,
     NewSequence,
     Prepare,
@@ -72,7 +75,8 @@ def _draw(
 
 @dataclass
 class _Sequence:
-    """One sequence, as the worker knows it. ``hashes[p]`` stands for tokens 0 … p."""
+    """One sequence, as the worker knows it. ``hashes[p]`` stands for tokens 0 … p; the first ``behind``
+    blocks of its table are behind the window, and others' by now."""
 
     num_prompt_tokens: int
     params: SamplingParams
@@ -80,6 +84,7 @@ class _Sequence:
     hashes: list[int] = field(default_factory=list)
     table: list[int] = field(default_factory=list)
     computed: int = 0
+    behind: int = 0
 
     def append(self, token: int) -> None:
         self.hashes.append(_mix(self.hashes[-1] if self.hashes else _EMPTY, token))
@@ -120,6 +125,8 @@ class ScriptedRunner:
             block_size=self._block_size,
             dtype="none",
             device="none",
+            window=settings.window,
+            kv_identity=blake2b(f"{start.model_path} {settings}".encode(), digest_size=16).hexdigest(),
         )
         return self._info
 
@@ -144,6 +151,35 @@ class ScriptedRunner:
         if not self._settings.asynchronous:
             pending.wait()
         return pending
+
+    def keep_adapter(self, adapter: Adapter, *, wanted: bool) -> str:
+        """Keep nothing: the answers do not depend on adapters. One whose name begins with "broken" is."""
+        return f"{adapter.path}: is broken" if wanted and adapter.name.startswith("broken") else ""
+
+    def export_blocks(self, block_ids: list[int]) -> memoryview:
+        """Return the hashes that the blocks hold, eight bytes for each position."""
+        _require(not self._asleep, "blocks are exported while asleep")
+        held = array("Q", (state for block in block_ids for state in self._blocks[block]))
+        return memoryview(held.tobytes())
+
+    def import_blocks(self, block_ids: list[int], content: bytearray) -> None:
+        """Put hashes into blocks.
+
+        A sequence that has one of them must have ended; it cannot be computed any more.
+
+        Raises:
+            ValueError: the content is not as long as that of so many blocks.
+        """
+        _require(not self._asleep, "blocks are imported while asleep")
+        for block in block_ids:
+            for seq_id, index in self._owners[block].items():
+                owner = self._sequences[seq_id]
+                owner.computed = min(owner.computed, index * self._block_size)
+        if len(content) != 8 * self._block_size * len(block_ids):
+            raise ValueError(f"{len(content)} bytes for {len(block_ids)} KV blocks")
+        states = array("Q", bytes(content)).tolist()
+        for place, block in enumerate(block_ids):
+            self._blocks[block] = states[place * self._block_size : (place + 1) * self._block_size]
 
     def sleep(self, level: int) -> dict[str, int]:
         """Forget everything; a token in the pool counts for eight bytes, and the weights for a thousand."""
@@ -178,7 +214,7 @@ class ScriptedRunner:
     def _forget(self, seq_id: int) -> None:
         sequence = self._sequences.pop(seq_id, None)
         for block in sequence.table if sequence else ():
-            del self._owners[block][seq_id]
+            self._owners[block].pop(seq_id, None)
 
     def _add(self, new: NewSequence) -> None:
         _require(new.seq_id not in self._sequences, f"sequence {new.seq_id} is new, but known")
@@ -186,14 +222,30 @@ class ScriptedRunner:
         for token in new.token_ids:
             _require(0 <= token < self._settings.vocab_size, f"token {token} is outside of the vocabulary")
             sequence.append(token)
-        self._give_blocks(new.seq_id, sequence, new.block_ids)
-        for position in range(new.num_cached_tokens):
+        behind = self._first_seen(new.num_cached_tokens) // self._block_size
+        sequence.table, sequence.behind = new.block_ids[:behind], behind
+        self._give_blocks(new.seq_id, sequence, new.block_ids[behind:])
+        sequence.computed = new.num_cached_tokens
+        self._read(new.seq_id, sequence, new.num_cached_tokens)
+
+    def _first_seen(self, position: int) -> int:
+        return max(0, position - self._settings.window + 1) if self._settings.window else 0
+
+    def _read(self, seq_id: int, sequence: _Sequence, end: int) -> None:
+        """Check what the token at ``end`` sees before it."""
+        for position in range(self._first_seen(end), end):
             found = self._blocks[sequence.table[position // self._block_size]][position % self._block_size]
             _require(
                 found == sequence.hashes[position],
-                f"sequence {new.seq_id}: position {position} is not what its block has cached",
+                f"sequence {seq_id}: position {position} is not what its block has cached",
             )
-        sequence.computed = new.num_cached_tokens
+
+    def _leave_behind(self, seq_id: int, sequence: _Sequence, start: int) -> None:
+        """Give up what tokens from ``start`` on do not see."""
+        behind = max(sequence.behind, self._first_seen(start) // self._block_size)
+        for block in sequence.table[sequence.behind : behind]:
+            self._owners[block].pop(seq_id, None)
+        sequence.behind = behind
 
     def _give_blocks(self, seq_id: int, sequence: _Sequence, block_ids: Sequence[int]) -> None:
         for block in block_ids:
@@ -206,6 +258,7 @@ class ScriptedRunner:
         sequence = self._sequences.get(row.seq_id)
         if sequence is None:
             raise ScriptViolation(f"sequence {row.seq_id} is not known here")
+        self._leave_behind(row.seq_id, sequence, row.start)
         self._give_blocks(row.seq_id, sequence, row.new_block_ids)
         end = row.start + row.count - len(row.draft)
         who = f"sequence {row.seq_id}, positions {row.start} to {end - 1}"
@@ -216,6 +269,8 @@ class ScriptedRunner:
         _require(end <= len(sequence.tokens), f"{who}: only {len(sequence.tokens)} tokens are known")
         room = len(sequence.table) * self._block_size
         _require(end + len(row.draft) <= room, f"{who}: only {len(sequence.table)} blocks")
+        if self._settings.window:
+            self._read(row.seq_id, sequence, row.start)
         for position in range(row.start, end):
             self._write(row.seq_id, sequence, position, sequence.hashes[position])
         sequence.computed = max(sequence.computed, end)
@@ -298,7 +353,9 @@ class ScriptedStep:
 
     def wait(self) -> None:
         """Sleep until it is."""
-        time.sleep(max(0.0, self._done_at - time.perf_counter()))
+        left = self._done_at - time.perf_counter()
+        if left > 0:  # a sleep of no time would still give the processor away
+            time.sleep(left)
 
     def result(self) -> StepResult:
         """Return what was sampled."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
 import socket
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from ullm.faults import FaultReport
-from ullm.system.interpreter import python_command, python_environment
+from ullm.system.interpreter import python_command
+from ullm.testing.environment import environment_for_tests
+from ullm.testing.guardian import Guardian
 from ullm.testing.leaks import import_psutil
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 SCRIPTED = ("--load-format", "dummy", "--runner", "ullm.testing:ScriptedRunner")
 """Options that serve a model from `write_scripted_model`."""
 
+STEP_SECONDS = "0.005"
+"""What a step of a scripted server takes: long enough for a fault to come in the middle of a stream."""
+
 READY = r"^ready: (\S+)/v1"
 """What the server writes when it serves, and in it its address."""
 
@@ -36,9 +41,10 @@ START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 ANSWER_SECONDS = 60.0
 ADMIN_SECONDS = 10.0
-ADMIN_PATHS = ("/admin", "/sleep", "/wake")
+ADMIN_PATHS = ("/admin", "/sleep", "/wake", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 """How the paths of admin routes begin; a test compares them with the server's table of routes."""
 HEAR_SECONDS = 60.0
+POLL = 0.02
 READER_SECONDS = 10.0
 """Seconds after the server's end in which what it has written is read."""
 
@@ -48,13 +54,14 @@ class ServerFailed(AssertionError):
 
 
 class ServerProcess:
-    """A server that a test has started; a context manager that stops it.
+    """A server that a test has started; a context manager that stops it. It ends with a killed test, too.
 
     It has more than twenty methods because it is all that a test needs of a server.
 
     Args:
         arguments: after ``ullm serve --port 0``.
-        environ: variables beside this process's own.
+        environ: variables beside this process's own, of which those that configure ullm are left out: they
+            were exported for other servers.
         wait: until it is ready.
         log: file for its stderr.
         admin: serve the admin endpoints on a unix socket, for `request`.
@@ -91,11 +98,12 @@ class ServerProcess:
             [*(command or own), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=dict(os.environ) | python_environment() | self._admin_options() | dict(environ),
+            env=environment_for_tests(self._admin_options()) | dict(environ),
             encoding="utf-8",
             errors="replace",
             start_new_session=new_session,
         )
+        self._guardian = Guardian(self.process.pid)
         self._ready = re.compile(ready)
         self._is_ready = self._has_ended = False
         self._heard = threading.Condition()
@@ -123,16 +131,16 @@ class ServerProcess:
 
     # --- life --------------------------------------------------------------------------------------
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until it serves.
 
         Raises:
-            ServerFailed: it has ended, or does not serve within `START_SECONDS`.
+            ServerFailed: it has ended, or does not serve within `seconds` seconds.
         """
         with self._heard:
-            in_time = self._heard.wait_for(lambda: self._is_ready or self._has_ended, START_SECONDS)
+            in_time = self._heard.wait_for(lambda: self._is_ready or self._has_ended, seconds)
         if not in_time:
-            raise ServerFailed(f"not ready after {START_SECONDS:g} s\n{self.errors()}")
+            raise ServerFailed(f"not ready after {seconds:g} s\n{self.errors()}")
         if not self._is_ready:
             raise ServerFailed(f"ended before it was ready\n{self.errors()}")
 
@@ -176,10 +184,32 @@ class ServerProcess:
             return self.wait()
         finally:
             self._kill()
+            self._guardian.dismiss()
             for pipe in self._pipes:
                 pipe.close()
             if self._admin_folder is not None:
                 self._admin_folder.cleanup()
+
+    def reset(self) -> None:
+        """Have it as it was when it was ready: nothing armed, no history, awake, nothing in flight.
+
+        Raises:
+            ServerFailed: it has ended, or is not within `START_SECONDS`.
+        """
+        if self.process.poll() is not None:
+            raise ServerFailed(f"ended with status {self.process.returncode}\n{self.errors()}")
+        if self._admin_folder is not None:
+            self.faults.reset()
+            self.request("POST", "/wake")
+        deadline = time.monotonic() + START_SECONDS
+        while not self._is_at_rest():
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"not at rest after {START_SECONDS:g} s\n{self.errors()}")
+            time.sleep(POLL)
+
+    def _is_at_rest(self) -> bool:
+        status, load = self.request("GET", "/load")
+        return status == 200 and load["server_load"] == 0 and self.request("GET", "/ready")[0] == 200
 
     # --- processes ---------------------------------------------------------------------------------
 
@@ -271,6 +301,7 @@ class ServerFaults:
     def __init__(self, server: ServerProcess) -> None:
         self._server = server
         self._last = FaultReport([], [])
+        self._forgotten = 0
 
     def arm(self, plan: str) -> FaultReport:
         """Add a plan to what is armed; its hits are counted from now on.
@@ -290,11 +321,18 @@ class ServerFaults:
             self._last = self._request("GET")
         return self._last
 
+    def reset(self) -> None:
+        """Disarm everything, and leave out what has fired so far from now on."""
+        self.clear()
+        self._forgotten += len(self.describe().fired)
+        self.describe()
+
     def _request(self, method: str, body: object = None) -> FaultReport:
         status, answer = self._server.request(method, "/admin/faults", body)
         if status != 200:
             raise ServerFailed(f"{method} /admin/faults: {status} {answer}")
-        return msgspec.convert(answer, FaultReport)
+        report = msgspec.convert(answer, FaultReport)
+        return FaultReport(report.armed, report.fired[self._forgotten :])
 
 
 class UnixConnection(http.client.HTTPConnection):

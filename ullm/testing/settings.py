@@ -29,6 +29,8 @@ class ScriptedSettings:
         repeat: a token mostly equals the one ``repeat`` places before it, so that drafts of the scheduler are
             right as often as in a text with repetitions; None: never, but for chance.
         context_len, num_blocks: of the model; the engine's configuration wins.
+        window: tokens that are seen, as in models with a sliding window, so that blocks behind them are given
+            back; 0: all.
         load_seconds, wake_seconds, step_seconds, token_seconds: real time that is slept.
         asynchronous: steps run beside the host, as on a GPU.
     """
@@ -40,6 +42,7 @@ class ScriptedSettings:
     repeat: int | None = None
     context_len: int = 4096
     num_blocks: int = 1024
+    window: int = 0
     load_seconds: float = 0.0
     wake_seconds: float = 0.0
     step_seconds: float = 0.0
@@ -62,9 +65,7 @@ class ScriptedSettings:
                 "scripted", {}
             )
         names = ScriptedSettings.__dataclass_fields__
-        values |= {
-            n: environ[f"ULLM_SCRIPTED_{n.upper()}"] for n in names if f"ULLM_SCRIPTED_{n.upper()}" in environ
-        }
+        values |= {n: given for n in names if (given := environ.get(f"ULLM_SCRIPTED_{n.upper()}"))}
         try:
             return msgspec.convert(values, ScriptedSettings, strict=False)
         except msgspec.ValidationError as error:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.compiler
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ullm.errors import InvalidParameter, ModelFileBroken, UllmError
+from ullm.parsing.formats import format_of
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REMEDY = "use /v1/completions, or start the server with --chat-template FILE"
@@ -40,6 +42,10 @@ class ChatTemplateBroken(ModelFileBroken):
         self.reason = reason
 
 
+class TemplateFault(InvalidParameter):
+    """A chat template fails for these messages, maybe for all: not because it refuses them on purpose."""
+
+
 class ChatTemplate:
     """The compiled templates of a model.
 
@@ -47,16 +53,20 @@ class ChatTemplate:
         sources: name → Jinja text; ``tool_use`` is used with tools, if there is one, otherwise ``default``.
         special_tokens: ``bos_token`` and the like, as variables of the templates.
 
+    Attributes:
+        format: how the answers are read that it leads to.
+
     Raises:
         ChatTemplateBroken: a template is not valid Jinja.
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         environment = _environment()
-        self._sources = dict(sources)
-        self._special_tokens = dict(special_tokens)
+        self.sources = dict(sources)
+        self.special_tokens = dict(special_tokens)
         self._templates = {name: _compile(environment, name, text) for name, text in sources.items()}
         self._refusal = _NO_TEMPLATE
+        self.format = format_of(list(sources.values()))
 
     @classmethod
     def unusable(cls, error: ChatTemplateBroken) -> ChatTemplate:
@@ -74,16 +84,29 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
         **variables: Any,
     ) -> str:
         """Return the text of the prompt.
 
+        Args:
+            continue_final_message: leave the last message open, so that the model goes on in it.
+            chat_template: replaces these templates.
+
         Raises:
             InvalidParameter: there is no template, or it cannot be used, or it rejects the messages.
+            MemoryError: it needs more memory than there is.
         """
-        name = self._choose(bool(tools))
-        keep_parts = _READS_PARTS.search(self._sources[name]) is not None
-        values = self._special_tokens | {
+        given = {"add_generation_prompt": add_generation_prompt, "tools": tools, **variables}
+        if chat_template is not None:
+            template = _requested(chat_template, self.special_tokens)
+            return template.render(messages, continue_final_message=continue_final_message, **given)
+        if continue_final_message:
+            return _up_to_mark(self.render(_marked(messages), **given))
+        name = self.choose(bool(tools))
+        keep_parts = _READS_PARTS.search(self.sources[name]) is not None
+        values = self.special_tokens | {
             "documents": None,
             **variables,
             "tools": list(tools) if tools else None,
@@ -92,17 +115,23 @@ class ChatTemplate:
         try:
             values["messages"] = [_normalise(message, keep_parts) for message in messages]
             return self._templates[name].render(values)
-        except InvalidParameter:
+        except (InvalidParameter, MemoryError):
             raise
         except jinja2.TemplateError as error:
-            raise InvalidParameter(f"the model's chat template says: {error.message}", "messages") from None
+            kind = InvalidParameter if type(error) is jinja2.TemplateError else TemplateFault
+            raise kind(f"the model's chat template says: {error.message}", "messages") from None
         except Exception as error:
-            raise InvalidParameter(
+            raise TemplateFault(
                 f"the model's chat template cannot render these messages: {type(error).__name__}: {error}",
                 "messages",
             ) from error
 
-    def _choose(self, with_tools: bool) -> str:
+    def choose(self, with_tools: bool) -> str:
+        """Return the name of the template that is used.
+
+        Raises:
+            InvalidParameter: there is none.
+        """
         for name in ("tool_use", "default") if with_tools else ("default",):
             if name in self._templates:
                 return name
@@ -113,6 +142,39 @@ class ChatTemplate:
                 "messages",
             )
         raise InvalidParameter(self._refusal, "messages")
+
+
+_MARK = "<ullm:the-message-goes-on> "
+"""Marks the end of the message that goes on; a template that strips messages takes the blank away."""
+
+
+def _requested(text: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+    try:
+        return ChatTemplate({"default": text}, special_tokens)
+    except ChatTemplateBroken as error:
+        raise InvalidParameter(f"chat_template: {error.reason}", "chat_template") from None
+
+
+def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    last = dict(messages[-1])
+    content = last.get("content")
+    if not isinstance(content, str):
+        raise InvalidParameter(
+            "continue_final_message needs a last message whose content is a text", "continue_final_message"
+        )
+    last["content"] = content + _MARK
+    return [*messages[:-1], last]
+
+
+def _up_to_mark(text: str) -> str:
+    """Return a text up to the end of the message that goes on; as transformers does it."""
+    place = text.rfind(_MARK.strip())
+    if place < 0:
+        raise InvalidParameter(
+            "the model's chat template does not show the last message as it is, so it cannot go on",
+            "continue_final_message",
+        )
+    return text[:place] if text.startswith(_MARK, place) else text[:place].rstrip()
 
 
 def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
@@ -232,9 +294,25 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+class _CodeGenerator(jinja2.compiler.CodeGenerator):
+    """Leaves everything to the rendering: what it computed in advance would be bounded by nothing."""
+
+    def _output_child_to_const(self, node: jinja2.nodes.Expr, frame: Any, finalize: Any) -> str:
+        if not isinstance(node, jinja2.nodes.TemplateData):
+            raise jinja2.nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    code_generator_class = _CodeGenerator
+
+
+def _environment() -> _Environment:
+    environment = _Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
+
+from ullm.tokenization.stop_strings import HeldText, StopString
 
 
 class IncrementalDecoder(Protocol):
@@ -37,25 +39,30 @@ class TextAssembler:
 
     Args:
         decoder: decodes its tokens.
-        stop: strings that end the text; the earliest one in the text wins.
+        stop: strings that end the text; the earliest one in the text wins. Texts of the same stop strings
+            share what is known about them if they are given as `StopString`.
         include_stop: whether the stop string is part of the text.
         min_tokens: stop strings that end within the first ``min_tokens`` tokens do not count.
+        hidden: special tokens that are not shown, but are part of stop strings → how they are written.
     """
 
     def __init__(
         self,
         decoder: IncrementalDecoder,
-        stop: Sequence[str] = (),
+        stop: Sequence[str | StopString] = (),
         *,
         include_stop: bool = False,
         min_tokens: int = 0,
+        hidden: Mapping[int, str] = {},
     ) -> None:
         self._decoder = decoder
-        self._stop = tuple(stop)
+        self._stop = [StopString(each) if isinstance(each, str) else each for each in stop]
+        self._matched = [0] * len(self._stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        self._held = ""
+        self._hidden = hidden
+        self._held = HeldText()
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Add tokens, and return their text; text after a stop string is dropped."""
@@ -66,6 +73,9 @@ class TextAssembler:
             self._num_tokens += 1
             text, stop = self._search(self._decoder.push((token_id,)))
             shown.append(text)
+            if stop is None and (written := self._hidden.get(token_id)) is not None:
+                text, stop = self._search(written, shown=False)
+                shown.append(text)
             if stop is not None:
                 return TextDelta("".join(shown), count, stop)
         return TextDelta("".join(shown), len(token_ids))
@@ -74,28 +84,20 @@ class TextAssembler:
         """Return the rest of the text, once there are no more tokens; it may contain a stop string."""
         text, stop = self._search(self._decoder.flush())
         if stop is None:
-            text, self._held = text + self._held, ""
+            text += self._held.take(self._held.length)
         return TextDelta(text, 0, stop)
 
-    def _search(self, piece: str) -> tuple[str, str | None]:
-        text = self._held + piece
-        hit = None if self._num_tokens <= self._min_tokens else _earliest(text, self._stop)
-        if hit is not None:
-            position, stop = hit
-            self._held = ""
-            return text[: position + (len(stop) if self._include_stop else 0)], stop
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], None
-
-
-def _earliest(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
-    """Return the stop string that starts first; of several that start there, the one listed first."""
-    hits = [(position, stop) for stop in stops if (position := text.find(stop)) >= 0]
-    return min(hits, key=lambda hit: hit[0], default=None)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+    def _search(self, piece: str, *, shown: bool = True) -> tuple[str, str | None]:
+        held, counts = self._held, self._num_tokens > self._min_tokens
+        held.append(piece, shown=shown)
+        hit: tuple[int, StopString] | None = None
+        for order, stop in enumerate(self._stop):
+            self._matched[order], end = stop.search(piece, self._matched[order], to_end=not counts)
+            if end is not None:  # of several, the one that starts first; then the one listed first
+                start = held.length - len(piece) + end - len(stop.text)
+                if hit is None or start < hit[0]:
+                    hit = start, stop
+        if hit is None:
+            return held.take(held.length - max(self._matched, default=0)), None
+        start, stop = hit
+        return held.take(start) + (stop.text if self._include_stop else ""), stop.text

@@ -14,16 +14,22 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import cast
+from typing import TypeVar, cast
 
-from ullm.errors import ConfigError, FrameBroken
+from ullm.errors import FrameBroken, ResourceUnavailable
 from ullm.logs import get_logger
 from ullm.protocol.messages import (
+    AdapterKept,
     Asleep,
     Awake,
+    BlocksExported,
+    BlocksImported,
+    ExportBlocks,
     Failed,
     FromWorker,
+    ImportBlocks,
     Inject,
+    KeepAdapter,
     ModelInfo,
     NotUnderstood,
     Ping,
@@ -41,10 +47,11 @@ from ullm.protocol.messages import (
     Wake,
 )
 from ullm.protocol.runner import PendingStep, Runner
+from ullm.worker.block_transfer import export_blocks, import_blocks
 from ullm.worker.misbehavior import Misbehave, as_process
 
 MAX_PENDING = 2
-"""Maximum number of submitted steps: the one that runs and the next one."""
+"""Maximum number of submitted steps: the one that runs and the next one. With more stages, one for each."""
 
 POLL_SECONDS = 100e-6
 """Interval at which a pending step is polled while the next message may still come: a small part of the
@@ -56,8 +63,16 @@ SLEEP_LEVELS = (1, 2)
 SLEEP_BUDGET = 120.0
 """Seconds that freeing memory may take: weights cross the bus once, to memory that is pinned first."""
 
+ADAPTER_BUDGET = 120.0
+"""Seconds that reading an adapter from disk may take."""
+
 IMPORT_BUDGET = 120.0
 """Seconds that importing the runner may take, including torch from a cold disk."""
+
+NO_POOL = "there is no KV pool: the worker is asleep, or has not started"
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 log = get_logger(__name__)
 
@@ -86,13 +101,13 @@ def load_runner(path: str) -> Runner:
     """Import and build the runner that ``module:class`` names.
 
     Raises:
-        ConfigError: there is no such module or class.
+        ResourceUnavailable: there is no such module or class.
     """
     module_name, _, class_name = FORMER_RUNNERS.get(path, path).partition(":")
     try:
         runner_class = getattr(importlib.import_module(module_name), class_name)
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--runner {path!r} cannot be imported as module:class: {error}") from error
+        raise ResourceUnavailable(f"--runner {path!r} cannot be imported as module:class: {error}") from error
     return cast(Runner, runner_class())
 
 
@@ -142,6 +157,7 @@ class WorkerLoop:
         self._level = 0
         self._given_back: dict[str, int] = {}
         self._pending: deque[PendingStep] = deque()
+        self._max_pending = MAX_PENDING
         self.stopped = False
 
     @property
@@ -152,7 +168,7 @@ class WorkerLoop:
     @property
     def full(self) -> bool:
         """Whether a result must be sent before the next step can be submitted."""
-        return len(self._pending) >= MAX_PENDING
+        return len(self._pending) >= self._max_pending
 
     def ready(self) -> bool:
         """Whether the oldest pending step is done."""
@@ -186,6 +202,16 @@ class WorkerLoop:
                 self._sleep(level)
             case Wake():
                 self._wake()
+            case KeepAdapter():
+                self._keep_adapter(message)
+            case ExportBlocks():
+                self._send(
+                    self._move_blocks(export_blocks, message) or BlocksExported(message.number, error=NO_POOL)
+                )
+            case ImportBlocks():
+                self._send(
+                    self._move_blocks(import_blocks, message) or BlocksImported(message.number, NO_POOL)
+                )
             case Inject():
                 self._misbehave(message, self._info is not None)
             case FrameBroken():
@@ -207,6 +233,7 @@ class WorkerLoop:
         if self._info is not None:
             return self.handle(NotUnderstood("Start came twice"))
         began = time.perf_counter()
+        self._max_pending = max(MAX_PENDING, start.rank.num_stages)
         info = self._info = self._runner.load(start, self._send_progress)
         self._send(Ready(info, {"load": time.perf_counter() - began}))
 
@@ -247,6 +274,24 @@ class WorkerLoop:
             self._info = self._runner.wake(self._send_progress)
             self._level, self._given_back, self._last_step = 0, {}, None
         self._send(Awake(self._info, {"wake": time.perf_counter() - began}))
+
+    def _keep_adapter(self, message: KeepAdapter) -> None:
+        """Load or drop an adapter; asleep, it is loaded when it is needed."""
+        if self._info is None:
+            return self.handle(NotUnderstood("KeepAdapter came before Start"))
+        error = ""
+        if not self._level:
+            self._finish_pending()
+            self._send(Progress("adapter", ADAPTER_BUDGET))
+            error = self._runner.keep_adapter(message.adapter, wanted=message.wanted)
+        self._send(AdapterKept(message.adapter.number, error))
+
+    def _move_blocks(self, move: Callable[[Runner, ModelInfo, B], A], message: B) -> A | None:
+        """Copy KV blocks after the steps that were submitted before; None while there is no pool."""
+        if self._info is None or self._level:
+            return None
+        self._finish_pending()
+        return move(self._runner, self._info, message)
 
     def _finish_pending(self) -> None:
         while self._pending:

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     frames_in, frames_out = _take_pipes()
     if options.lifeline is not None:
         arm_lifeline(options.lifeline)
-    logs.configure(as_json=True)  # the transport parses these records and logs them
+    logs.configure(as_json=True, at_once=True)  # the transport parses these records and logs them
     worker = WorkerProcess(frames_in, frames_out)
     try:
         ended = worker.run(options.runner, standby=options.standby)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,23 @@ import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tests.model.model_fixtures import MODELS, LogitsModel, random_tokens, reference_logits, save_tiny
+from tests.model.model_fixtures import (
+    MODELS,
+    VARIANTS,
+    LogitsModel,
+    random_tokens,
+    reference_logits,
+    save_tiny,
+)
 from ullm.errors import ModelUnsupported
-from ullm.model.layers.rope import rope_cache
+from ullm.model.architectures.registry import NATIVE
+from ullm.model.layers.lora import AdaptableModel
+from ullm.model.layers.rope import read_rope, rope_cache
 
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=[*MODELS, *VARIANTS])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     path = tmp_path_factory.mktemp(request.param)
     return path, save_tiny(path, request.param)
@@ -78,13 +88,14 @@ def test_prefix_of_another_sequence(pair: tuple[Path, Any]) -> None:
 
 def test_native_file_sizes() -> None:
     """A model file is a page: everything shared is elsewhere."""
-    import ullm.model.architectures as package
+    files = {inspect.getsourcefile(native) for native in NATIVE.values()}
+    assert len(files) > 8
+    for file in files:
+        assert file is not None
+        assert len(Path(file).read_text("utf-8").splitlines()) < 100
 
-    for name in ("llama", "qwen2", "qwen3"):
-        assert len((Path(package.__path__[0]) / f"{name}.py").read_text().splitlines()) < 100
 
-
-@pytest.mark.parametrize("kind", ["longrope", "proportional", "unheard-of"])
+@pytest.mark.parametrize("kind", ["proportional", "unheard-of"])
 def test_unknown_rope_is_named(kind: str) -> None:
     with pytest.raises(ModelUnsupported, match=kind):
         rope_cache({"rope_type": kind, "rope_theta": 10000.0}, 16, 8)
@@ -110,3 +121,34 @@ def test_yarn_attention_factor_matches_transformers() -> None:
     angles = torch.outer(torch.arange(20.0), frequencies)
     torch.testing.assert_close(cos[:, 0, :16], angles.cos() * factor)
     torch.testing.assert_close(sin[:, 0, 16:], angles.sin() * factor)
+
+
+def test_longrope_matches_transformers_within_the_original_context() -> None:
+    from transformers import Phi3Config
+
+    config = {
+        **{"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512},
+        **{"original_max_position_embeddings": 128, "pad_token_id": 0},
+    }
+    rope = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.5, 2, 2, 3, 4, 5], "long_factor": [9.0] * 8}
+    theirs = Phi3Config(**config, rope_scaling=dict(rope))
+    frequencies, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, seq_len=100)
+    ours = read_rope({**config, "rope_scaling": rope}, 10000.0, partial=True)
+    cos, _ = rope_cache(ours, 16, 20)
+    assert factor > 1
+    torch.testing.assert_close(cos[:, 0, :8], torch.outer(torch.arange(20.0), frequencies).cos() * factor)
+
+
+def test_adapters_find_one_fused_layer_and_no_expert(tmp_path: Path) -> None:
+    """An expert sees some rows of a step only, so that what is added to them would go to others."""
+    for name, present, absent in (
+        ("phi3", "self_attn.qkv_proj", "self_attn.q_proj"),
+        ("qwen2-moe", "mlp.shared_expert.up_proj", "mlp.experts.0.up_proj"),
+        ("gemma3", "mlp.down_proj", "mlp.gate_up_proj"),
+    ):
+        save_tiny(tmp_path / name, name)
+        model = LogitsModel(tmp_path / name).model
+        assert isinstance(model, AdaptableModel)
+        places = model.lora().places
+        assert f"model.layers.0.{present}" in places
+        assert f"model.layers.0.{absent}" not in places

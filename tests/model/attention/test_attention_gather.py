@@ -71,6 +71,12 @@ def test_random_steps(window: int | None, softcap: float | None, seed: int) -> N
                 history[layer][row.seq_id] = keys, values
         for row in rows:
             done[row.seq_id] += row.count
+            if window is not None:  # what is behind it may be another's, and not even a number
+                behind = max(0, done[row.seq_id] + 1 - window) // BLOCK
+                slot = table.sequences[row.seq_id].slot
+                lost = table._blocks.rows([slot], behind)[0] if behind else []
+                for layer in range(SHAPE.num_layers):
+                    backend.pages[layer].view(BLOCKS, -1)[lost] = torch.nan
 
 
 def test_unused_pool_occupies_nothing() -> None:

@@ -30,6 +30,7 @@ from ullm.sampling import SamplingParams
 from ullm.scheduling.block_pool import BlockPool
 from ullm.scheduling.scheduler import Scheduler
 from ullm.scheduling.sequence import Sequence
+from ullm.scheduling.sequence_blocks import most_blocks
 from ullm.scheduling.statistics import SchedulerStatistics
 
 BLOCK, EOS = 4, SHAPE["eos_token_id"]
@@ -66,7 +67,8 @@ def run(
     """Serve the unfinished requests for at most ``steps`` steps."""
     settings = config(path, **options)
     pool = BlockPool(settings.num_blocks or 1)
-    scheduler = Scheduler(settings, pool, BLOCK, [EOS], prefix_cache=settings.prefix_cache)
+    window = runner._loaded()[0].info.window
+    scheduler = Scheduler(settings, pool, BLOCK, [EOS], prefix_cache=settings.prefix_cache, window=window)
     for seq_id, request in enumerate(requests):
         if request.finish_reason is None:
             scheduler.add(request.sequence(seq_id))
@@ -130,7 +132,8 @@ def test_greedy_under_pressure_equals_transformers(name: str, tmp_path: Path) ->
     requests = [SampledRequest(prompt, params) for prompt in prompts()]
     options: dict[str, Any] = {"num_blocks": TIGHT, "max_num_batched_tokens": 16}
     statistics = run(load_runner(tmp_path, **options), tmp_path, requests, **options)
-    assert statistics.preemptions > 0
+    # Where all layers have a window, a sequence gives back what is behind it, and all of them fit.
+    assert statistics.preemptions > 0 or name == "mistral"
     assert statistics.prefix_hits > 0
     for request in requests:
         expected = reference_greedy(reference, request.prompt, 24)
@@ -138,6 +141,30 @@ def test_greedy_under_pressure_equals_transformers(name: str, tmp_path: Path) ->
             expected = expected[: expected.index(EOS) + 1]
         assert request.found == expected
         assert request.finish_reason == ("stop" if expected[-1] == EOS else "length")
+
+
+@pytest.mark.parametrize(("name", "cpu_kernels"), [("mistral", True), ("mixtral", False)])
+def test_texts_of_any_length_in_the_blocks_of_a_window(name: str, cpu_kernels: bool, tmp_path: Path) -> None:
+    """All layers see a window, so a pool of 40 tokens holds a text of 250, and two others beside it."""
+    reference = build(name, tmp_path)
+    options: dict[str, Any] = {"max_num_batched_tokens": 16, "max_bs": 8, "cpu_kernels": cpu_kernels}
+    options["num_blocks"] = most_blocks(8, 16, BLOCK) + 3
+    runner = load_runner(tmp_path, **options)
+    assert runner._loaded()[0].info.context_len == 256
+    lengths = {230: 20, 90: 30, 9: 40}
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in lengths.values()]
+    texts = [random_tokens(length, seed=length) for length in lengths]
+    requests = [SampledRequest(*each) for each in zip(texts, params, strict=True)]
+    assert run(runner, tmp_path, requests, **options).steps < 80  # they take turns, or share steps
+    for request, count in zip(requests, lengths.values(), strict=True):
+        assert request.found == reference_greedy(reference, request.prompt, count)
+
+
+def test_a_pool_that_holds_no_window_limits_the_context(tmp_path: Path) -> None:
+    build("mistral", tmp_path)
+    for num_blocks, context_len in ((7, 256), (6, 24)):
+        runner = load_runner(tmp_path, num_blocks=num_blocks, max_num_batched_tokens=16)
+        assert runner._loaded()[0].info.context_len == context_len
 
 
 VARIETY: list[dict[str, Any]] = [

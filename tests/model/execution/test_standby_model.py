@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.model.model_fixtures import config, generate, load_runner, random_tokens, save_tiny
 from ullm.errors import ModelNotFound
@@ -17,7 +18,9 @@ from ullm.model.execution import standby
 from ullm.model.execution.runner import ModelRunner
 from ullm.model.execution.standby import prepare_model, read_ahead
 from ullm.model.kernels.cpu.build import find_compiler
+from ullm.model.layers.parallel import ParallelContext
 from ullm.model.loading import packed
+from ullm.model.loading.checkpoint import read_checkpoint
 from ullm.protocol.messages import Prepare, Progress, RankSpec, Start
 
 PROMPT = random_tokens(9, seed=3)
@@ -111,6 +114,22 @@ def test_a_rank_among_others_meets_them_when_it_starts(model: Path, files_read: 
     load_runner(model)
     assert prepare_model(prepare(model, RankSpec(rank=1, world_size=2, rendezvous="nowhere:1"))) is None
     assert files_read == [model / "model.safetensors"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_rank_among_others_maps_its_own_part(model: Path, stages: int) -> None:
+    rank, options = RankSpec(rank=1, world_size=2, rendezvous="nowhere:1", num_stages=stages), config(model)
+    cpu, place = torch.device("cpu"), ParallelContext.of(rank)
+    registry.load_model(read_checkpoint(model, options, cpu), options, cpu, place, lambda: None)
+    prepared = prepare_model(prepare(model, rank))
+    assert prepared is not None
+    assert (prepared.parallel.rank, prepared.parallel.stage) == ((1, 0) if stages == 1 else (0, 1))
+    assert prepared.suits(Start(options, rank, str(model)))
+    assert not prepared.suits(start(model))
+    other = RankSpec(rank=1, world_size=2, num_stages=3 - stages)
+    assert not prepared.suits(Start(options, other, str(model)))
+    assert prepare_model(prepare(model, other)) is None, "what another rank has packed is of no use"
 
 
 def test_without_kernels_weights_are_only_read(model: Path, files_read: list[Path]) -> None:

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import torch
 from tests.model.model_fixtures import save_tiny
 from tests.support.waiting import eventually
 from ullm.config import EngineConfig
+from ullm.hub.guarded import open_guarded
 from ullm.model.architectures import registry
 from ullm.model.architectures.decoder import Decoder
 from ullm.model.kernels.cpu import build, library_file
@@ -156,6 +159,41 @@ def test_what_another_user_planted_is_never_loaded(planted: str, compiler: Compi
         assert path.stat().st_uid == 0
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("flags\t: avx2 fma\n", "flags\t: avx2 fma avx_vnni\n"),
+        ("Features\t: asimd asimddp\n", "Features\t: asimd asimddp i8mm bf16\n"),
+        ("Features\t: asimd\nCPU part\t: 0xd0c\n", "Features\t: asimd\nCPU part\t: 0xd40\n"),
+    ],
+    ids=["x86", "ARM", "ARM's model"],
+)
+def test_machines_with_other_processors_share_a_cache_but_no_library(
+    one: str, other: str, compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(SMALL)
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(build, "CPUINFO", cpuinfo)
+    paths = []
+    for text in (one, other, one):
+        cpuinfo.write_text(text)
+        paths.append(build.library_path())
+    assert paths[0] == paths[2] != paths[1]
+
+
+def test_macs_with_other_processors_share_a_cache_but_no_library(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(SMALL)
+    monkeypatch.setattr(build, "CPUINFO", tmp_path / "no cpuinfo")
+    older, newer = frozenset({"asimddp"}), frozenset({"asimddp", "bf16", "i8mm"})
+    paths = []
+    for features in (older, newer, older):
+        monkeypatch.setattr(build, "arm_features", lambda features=features: features)
+        paths.append(build.library_path())
+    assert paths[0] == paths[2] != paths[1]
+
+
 def test_what_is_compiled_is_kept_when_a_start_is_cut_short(
     compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +205,7 @@ def test_what_is_compiled_is_kept_when_a_start_is_cut_short(
             raise Stopped  # as if the worker were stopped
 
     with pytest.raises(Stopped):
-        build._open_library(impatient)
+        build.require_library(impatient)
     assert not [name for name in kept(tmp_path) if "partial" in name]
     (tmp_path / "go").touch()
     before = calls(calls_file)
@@ -176,10 +214,42 @@ def test_what_is_compiled_is_kept_when_a_start_is_cut_short(
     assert len(kept(tmp_path)) == 2
 
 
+def test_a_signal_while_a_compiler_is_started_leaves_none(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exception of the handler may come when the process is there and nobody knows of it yet."""
+    compiler("exec sleep 100")
+    started: list[subprocess.Popen[bytes]] = []
+    raised = threading.Event()
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as a worker does
+        raised.set()
+        raise Stopped
+
+    def open_and_interrupt(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = open_guarded(*arguments, **options)
+        started.append(process)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        raised.wait(10)  # in the main thread, it is raised here
+        return process
+
+    monkeypatch.setattr(build, "open_guarded", open_and_interrupt)
+    former = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with pytest.raises(Stopped):
+            build.require_library()
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert started
+    assert all(process.returncode is not None for process in started)
+    assert not [name for name in kept(tmp_path) if "partial" in name]
+
+
 def test_a_compiler_that_hangs_costs_a_warning(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     calls_file = compiler("exec sleep 100")
-    monkeypatch.setattr(build, "COMPILE_SECONDS", 0.3)
-    assert "did not end within 0.3 s" in build.why_no_library()
+    monkeypatch.setattr(build, "COMPILE_SECONDS", 2.0)
+    assert "did not end within 2 s" in build.why_no_library()
     pids = calls_file.read_text().split()
     eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
 

@@ -166,13 +166,13 @@ def test_add_rms_norm(kernels: CpuKernels, rows: int) -> None:
     torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_silu_and_mul(kernels: CpuKernels) -> None:
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gate_and_mul(kernels: CpuKernels, gelu: bool) -> None:
     gate_up = torch.cat((torch.linspace(-120, 120, 64), numbers(64))).repeat(9, 1)
-    expected = F.silu(gate_up[:, :64]) * gate_up[:, 64:]
+    gate = F.gelu(gate_up[:, :64], approximate="tanh") if gelu else F.silu(gate_up[:, :64])
     tolerance = TOLERANCE[kernels.dtype]
-    torch.testing.assert_close(
-        kernels.silu_and_mul(gate_up).float(), expected, rtol=tolerance, atol=tolerance
-    )
+    found = kernels.gate_and_mul(gate_up, gelu=gelu).float()
+    torch.testing.assert_close(found, gate * gate_up[:, 64:], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 1000])

@@ -42,7 +42,7 @@ dtypes = torch.float32, torch.bfloat16
 shapes = [(4, 2, 16, True), (3, 1, 24, True), (2, 2, 8, False), (16, 8, 128, True)]
 for (heads, kv_heads, size, norm), dtype in zip(shapes, dtypes * 2):
     pair, module = tables(size, dtype), attention(heads, kv_heads, size, norm, dtype)
-    found = disagreements(FusedOps(*pair, kernels, choose.choose_tokens), TorchOps(*pair), module, 80, 1100)
+    found = disagreements(FusedOps(pair, kernels, choose.choose_tokens), TorchOps(pair), module, 80, 1100)
     assert not found, (heads, kv_heads, size, norm, dtype, found)
 for shape in ((2, 2, 16, 32), (1, 3, 24, 16), (2, 1, 8, 16), (1, 5, 80, 32)):
     for dtype in (torch.float32, torch.float16):  # the interpreter does not multiply bfloat16
@@ -91,7 +91,7 @@ def test_tokens_are_transformers(name: str, graphs: bool, tmp_path: Path) -> Non
     model = cuda.rank.model
     assert isinstance(model, Decoder)
     assert isinstance(model.ops, TorchOps)
-    model.ops = FusedOps(*model.ops.tables, PlainKernels(), choose_tokens)
+    model.ops = FusedOps(model.ops.tables, PlainKernels(), choose_tokens)
     if graphs:
         cuda.capture()
     prompts = [random_tokens(length, seed=length) for length in (5, 1, 9)]
@@ -104,7 +104,7 @@ def test_tokens_are_transformers(name: str, graphs: bool, tmp_path: Path) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_agrees(dtype: torch.dtype, norm: bool) -> None:
     pair = tables(16, dtype)
-    fused, plain = FusedOps(*pair, PlainKernels(), choose_tokens), TorchOps(*pair)
+    fused, plain = FusedOps(pair, PlainKernels(), choose_tokens), TorchOps(pair)
     assert disagreements(fused, plain, attention(4, 2, 16, norm, dtype), 64, 96) == []
 
 
@@ -121,8 +121,8 @@ def test_what_does_not_agree_is_named(name: str, where: set[str]) -> None:
     right = getattr(kernels, name)
     setattr(kernels, name, lambda *args: right(*args) * 1.1)
     found = disagreements(
-        FusedOps(*tables(16), kernels, choose_tokens),
-        TorchOps(*tables(16)),
+        FusedOps(tables(16), kernels, choose_tokens),
+        TorchOps(tables(16)),
         attention(4, 2, 16, True),
         64,
         96,
@@ -134,8 +134,8 @@ def test_other_tokens_do_not_agree() -> None:
     def other(logits: Tensor, *args: Any) -> Tensor:
         return (choose_tokens(logits, *args) + 1) % logits.shape[1]
 
-    fused = FusedOps(*tables(16), PlainKernels(), other)
-    found = disagreements(fused, TorchOps(*tables(16)), attention(4, 2, 16, True), 64, 96)
+    fused = FusedOps(tables(16), PlainKernels(), other)
+    found = disagreements(fused, TorchOps(tables(16)), attention(4, 2, 16, True), 64, 96)
     assert set(found) == {"tokens in torch.float32"}
 
 
@@ -143,8 +143,8 @@ def test_nan_does_not_agree() -> None:
     kernels: Any = PlainKernels()
     kernels.silu_and_mul = lambda gate_up: gate_up[:, ::2] * torch.nan
     found = disagreements(
-        FusedOps(*tables(16), kernels, choose_tokens),
-        TorchOps(*tables(16)),
+        FusedOps(tables(16), kernels, choose_tokens),
+        TorchOps(tables(16)),
         attention(4, 2, 16, True),
         64,
         96,
@@ -154,7 +154,7 @@ def test_nan_does_not_agree() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="what is done without Triton")
 def test_without_triton_layers_are_pytorch_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    assert type(choose_ops(*tables(16), attention(4, 2, 16, True), 64, 96)) is TorchOps
+    assert type(choose_ops(tables(16), attention(4, 2, 16, True), 64, 96)) is TorchOps
     (record,) = caplog.records
     assert "without fused kernels" in record.getMessage()
 
@@ -171,7 +171,7 @@ def test_only_kernels_that_agree_are_used(
     kernels.silu_and_mul = lambda gate_up: right(gate_up) * factor
     kernels.choose_tokens = choose_tokens
     monkeypatch.setattr("ullm.model.kernels.cuda.ops.import_module", lambda _: kernels)
-    assert type(choose_ops(*tables(16), attention(4, 2, 16, True), 64, 96)) is kind
+    assert type(choose_ops(tables(16), attention(4, 2, 16, True), 64, 96)) is kind
     assert bool(caplog.records) == (kind is TorchOps)
 
 

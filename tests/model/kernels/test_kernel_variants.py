@@ -1,127 +1,104 @@
 """The kernels compiled for other processors, against plain loops over numbers; see variants.cpp.
 
-What this machine lacks is emulated: ARM by QEMU, and the tiles of AVX-512, whose instructions QEMU does not
-have, by plain vectors of the same width.
+What this machine lacks is emulated: ARM by QEMU, instructions of x86 by SIMDe.
 """
 
 from __future__ import annotations
 
-import platform
-import shutil
-import subprocess
+import re
 import tempfile
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.model.kernels.variants import BUILDS, VARIANTS, Build, run_driver, shape
 from ullm.model.kernels.cpu import build
 
-pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.xdist_group("kernel variants")]
+pytestmark = [pytest.mark.process, pytest.mark.xdist_group("kernel variants")]
 
-DRIVER = Path(__file__).with_name("variants.cpp")
-PACKAGES = {
-    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
-    "qemu-aarch64": "qemu-user",
-}
-"""Debian's packages with the commands that tests need."""
-SECONDS = 300.0
+DOCS = Path(__file__).parents[3] / "docs" / "explanation" / "performance.md"
+SHAPES = {(variant.name, variant.lanes, variant.registers) for variant in VARIANTS}
+SAMPLE = next(target for target in BUILDS if target.variant is VARIANTS[-1])
+"""The one that no other test of the fast tier comes near."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to compile the kernels.
-
-    Args:
-        name: what the kernels call it.
-        flags: the compiler's.
-        needs: flags of /proc/cpuinfo without which this machine cannot run it.
-        is_fused: multiplies and adds without rounding in between.
-    """
-
-    name: str
-    flags: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-    is_fused: bool = True
+@pytest.mark.parametrize("target", [each for each in BUILDS if not each.is_emulated], ids=str)
+def test_flags_choose_the_variant(target: Build) -> None:
+    if target.compiler is None or target.is_foreign:
+        pytest.skip(target.why_not() or "needs a C++ compiler")
+    variant = target.variant
+    assert shape(target.compiler, target.flags) == (variant.name, variant.lanes, variant.registers)
 
 
-X86 = {
-    "plain": Variant("plain C++", ("-march=x86-64",), is_fused=False),
-    "ssse3": Variant("SSSE3", ("-march=x86-64-v2",), ("ssse3",), is_fused=False),
-    "avx2": Variant("AVX2", ("-march=x86-64-v3",), ("avx2", "fma")),
-    "avx512": Variant("AVX-512", ("-march=x86-64-v4",), ("avx512f", "avx512bw")),
-    "avx512-tiles": Variant("plain C++", ("-march=x86-64-v3", "-DULLM_LANES=16"), ("avx2", "fma")),
-}
-ARM = {
-    "neon": Variant("NEON", ("-march=armv8-a",)),
-    "neon-dotprod": Variant("NEON, dotprod", ("-march=armv8.2-a+dotprod",)),
-    "neon-bf16": Variant("NEON, dotprod, BF16", ("-march=armv8.6-a",)),
-}
+def test_what_this_machine_has_is_a_variant() -> None:
+    compiler = build.find_compiler()
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    assert shape(compiler, build.NATIVE) in SHAPES
 
 
-@pytest.mark.parametrize("key", [*X86, *ARM])
-def test_results_are_those_of_plain_loops(key: str) -> None:
-    digests(key)
+def test_the_documentation_has_every_variant() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) floats, (\d+) registers \|", DOCS.read_text(), re.MULTILINE)
+    assert sorted((name, int(lanes), int(registers)) for name, lanes, registers in rows) == sorted(SHAPES)
 
 
+def test_products_of_a_sample(tmp_path: Path) -> None:
+    if reason := SAMPLE.why_not():
+        pytest.skip(reason)
+    options = ("-O2", "-DPRODUCTS_ONLY")
+    check(SAMPLE, run_driver(SAMPLE, tmp_path, ("linear.cpp", "quantized.cpp"), options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", BUILDS, ids=str)
+def test_results_are_those_of_plain_loops(target: Build) -> None:
+    digests(target)
+
+
+@pytest.mark.slow
 def test_variants_agree() -> None:
     """Products with the same rounding are equal bit by bit, so a text may move to another kind of machine."""
-    fused = [key for key, variant in (X86 | ARM).items() if variant.is_fused and can_run(key)]
+    fused = [target for target in BUILDS if target.variant.is_fused and not target.why_not()]
     if len(fused) < 2:
         pytest.skip("only one variant can run here")
-    found = [digests(key) for key in fused]
+    found = [digests(target) for target in fused]
     for operation in ("float32 weights", "bfloat16 weights", "float16 weights", "8 bits", "4 bits", "choose"):
         assert len({each[operation] for each in found}) == 1, operation
 
 
-def digests(key: str) -> dict[str, str]:
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [each for each in BUILDS if each.is_emulated], ids=str)
+def test_emulated_instructions_are_the_processors(target: Build) -> None:
+    native = Build(target.variant)
+    if reason := native.why_not() or target.why_not():
+        pytest.skip(reason)
+    emulated, real = digests(target), digests(native)
+    rounded = {"bfloat16 arithmetic", "attention in bfloat16"} if "BF16" in str(target) else set()
+    assert emulated.keys() == real.keys() > rounded  # SIMDe's vdpbf16ps does not round as the processor's
+    assert [name for name in real if emulated[name] != real[name] and name not in rounded] == []
+
+
+def digests(target: Build) -> dict[str, str]:
     """Compile and run one variant; return a digest of the results of each operation.
 
     Raises:
         AssertionError: the results are wrong, or it is not the variant that was asked for.
     """
-    if reason := cannot_run(key):
+    if reason := target.why_not():
         pytest.skip(reason)
-    output = run(key)
-    assert "WRONG" not in output, output
-    lines = dict(line.rsplit(" ", 1) for line in output.splitlines()[1:])
-    assert output.splitlines()[0] == f"variant {(X86 | ARM)[key].name}"
-    return lines
+    return check(target, output(target))
 
 
-def can_run(key: str) -> bool:
-    return not cannot_run(key)
-
-
-@cache
-def cannot_run(key: str) -> str:
-    """Return why this machine cannot run a variant; empty if it can."""
-    if key in ARM:
-        missing = [package for command, package in PACKAGES.items() if shutil.which(command) is None]
-        return f"needs Debian's {' and '.join(missing)}" if missing else ""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return "another architecture"
-    if build.find_compiler() is None:
-        return "needs a C++ compiler"
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    lacking = [flag for flag in X86[key].needs if flag not in flags]
-    return f"this machine has no {lacking[0]}" if lacking else ""
+def check(target: Build, printed: str) -> dict[str, str]:
+    assert "WRONG" not in printed, printed
+    first, *lines = printed.splitlines()
+    assert first == f"variant {target.variant.name}"
+    return dict((line.rsplit(" ", 1)[0], line.rsplit(" ", 1)[1]) for line in lines)
 
 
 @cache
-def run(key: str) -> str:
+def output(target: Build) -> str:
     """Compile a variant and return what it prints; at most once per process."""
-    variant = (X86 | ARM)[key]
-    compiler = "aarch64-linux-gnu-g++" if key in ARM else build.find_compiler()
-    emulator = ["qemu-aarch64", "-cpu", "max"] if key in ARM else []
-    assert compiler is not None
-    flags = [flag for flag in build.FLAGS if flag not in build.NATIVE]
-    sources = [str(DRIVER), *(str(build.FOLDER / name) for name in build.SOURCES)]
-    command = [compiler, *flags, *variant.flags, *(["-static"] if key in ARM else []), f"-I{build.FOLDER}"]
     with tempfile.TemporaryDirectory() as folder:
-        program = f"{folder}/{key}"
-        subprocess.run([*command, *sources, "-o", program], check=True, timeout=SECONDS)
-        done = subprocess.run([*emulator, program], capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode in (0, 1), (done.returncode, done.stderr)
-    return done.stdout
+        return run_driver(target, Path(folder))

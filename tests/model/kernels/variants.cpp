@@ -2,6 +2,8 @@
 //
 // Each line of the output is an operation and a digest of its results. The program ends with 1, and says where, if
 // results depend on the batch or on the number of threads, or are not what plain loops over numbers give.
+//
+// PRODUCTS_ONLY leaves out all but linear layers.
 
 #include <algorithm>
 #include <cmath>
@@ -26,7 +28,7 @@ void pack_bfloat16(const void* weight, void* packed, int64_t bytes, int64_t in, 
 int64_t quantized_group_bytes(int64_t bits);
 void pack_quantized(int64_t bits, const uint8_t*, const uint16_t*, const uint16_t*, uint8_t*, int64_t, int64_t);
 void add_rms_norm_float32(float*, const float*, const float*, float*, int64_t rows, int64_t size, float eps);
-void silu_and_mul_float32(const float*, float*, int64_t rows, int64_t size);
+void gate_and_mul_float32(const float*, float*, int64_t rows, int64_t size, int64_t gelu);
 void choose_tokens(const float*, int64_t, int64_t, int64_t, const SamplingFilter*, int64_t*);
 }
 
@@ -79,7 +81,7 @@ void print(const char* name, const Vector<T>& values) {
     std::printf("%s %016llx\n", name, static_cast<unsigned long long>(digest));
 }
 
-// Compute all rows on three threads, and then each row alone on one.
+// Compute all rows on three threads, then each row alone on one, and the first few rows together.
 template <typename X>
 Vector<float> multiply_rows(const char* name, const Vector<X>& x, const Matrix& matrix, int64_t rows,
                             void (*linear)(const Matrix*, const X*, float*, int64_t)) {
@@ -90,6 +92,11 @@ Vector<float> multiply_rows(const char* name, const Vector<X>& x, const Matrix& 
     for (int64_t row = 0; row < rows; ++row) {
         linear(&matrix, x.data() + row * matrix.inputs, alone.data(), 1);
         expect(same(alone.data(), all.data() + row * matrix.outputs, matrix.outputs), name);
+    }
+    for (int64_t count = 2; count < 8; ++count) {
+        Vector<float> few(count * matrix.outputs);
+        linear(&matrix, x.data(), few.data(), count);
+        expect(same(few.data(), all.data(), few.size()), name);
     }
     print(name, all);
     return all;
@@ -216,6 +223,7 @@ void quantized(int64_t bits, const char* name) {
     expect(same(got.data(), want.data(), got.size()), name);
 }
 
+#ifndef PRODUCTS_ONLY
 void between() {
     const Vector<float> weight = numbers(IN), start = numbers(ROWS * IN), delta = numbers(ROWS * IN);
     Vector<float> x = start, out(ROWS * IN);
@@ -232,7 +240,7 @@ void between() {
     expect(close(out, normed, 1e-6), "norm");
     print("norm", out);
     const Vector<float> gate_up = numbers(ROWS * 2 * IN);
-    silu_and_mul_float32(gate_up.data(), out.data(), ROWS, IN);
+    gate_and_mul_float32(gate_up.data(), out.data(), ROWS, IN, 0);
     Vector<double> silu(ROWS * IN);
     for (int64_t row = 0; row < ROWS; ++row)
         for (int64_t i = 0; i < IN; ++i) {
@@ -259,7 +267,7 @@ void attention(const char* name, double tolerance) {
     Vector<T> pages(2 * blocks * kv * 2 * size * dim), out(length * heads * dim);
     Vector<int32_t> tables(2 * blocks);
     for (int64_t i = 0; i < blocks; ++i) tables[i] = int32_t(blocks - 1 - i), tables[blocks + i] = int32_t(blocks + i);
-    Layer layer{heads, kv, dim, 0, 0.25f, 0, cosines.data(), sines.data(), nullptr, nullptr};
+    Layer layer{heads, kv, dim, dim, 0, 1, 0.25f, 0, 0, cosines.data(), sines.data(), nullptr, nullptr};
     const auto run = [&](int64_t sequence, int64_t first, int64_t count, int64_t tile) {
         Vector<int64_t> positions(count), slots(count);
         Vector<int32_t> tiles;
@@ -337,6 +345,7 @@ void choose() {
     }
     print("choose", got);
 }
+#endif
 
 }  // namespace
 
@@ -345,9 +354,11 @@ int main() {
     linear_layers();
     quantized(8, "8 bits");
     quantized(4, "4 bits");
+#ifndef PRODUCTS_ONLY
     between();
     attention<float>("attention in float32", 1e-6);
     attention<bfloat16>("attention in bfloat16", 1e-2);
     choose();
+#endif
     return failed;
 }

@@ -23,7 +23,9 @@ from tests.model.model_fixtures import (
 from ullm.errors import ModelUnsupported
 from ullm.model.architectures.decoder import split_heads
 from ullm.model.architectures.llama import LlamaForCausalLM
+from ullm.model.execution.chosen import digest
 from ullm.model.layers.parallel import ParallelContext
+from ullm.model.layers.split import HeadShare
 
 WAIT = 120
 ROOT = Path(__file__).parents[3]
@@ -38,7 +40,7 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def run_ranks(folder: Path, out: Path, world_size: int) -> list[dict[str, Any]]:
+def run_ranks(folder: Path, out: Path, world_size: int, stages: int = 1) -> list[dict[str, Any]]:
     """Each rank opens two process groups, one after the other; each needs a port of its own."""
     files = [out / f"rank{rank}.pt" for rank in range(world_size)]
     meet = [f"127.0.0.1:{port}" for port in free_ports(2)]
@@ -52,6 +54,7 @@ def run_ranks(folder: Path, out: Path, world_size: int) -> list[dict[str, Any]]:
                 folder,
                 str(rank),
                 str(world_size),
+                str(stages),
                 *meet,
                 file,
             ]
@@ -65,16 +68,27 @@ def run_ranks(folder: Path, out: Path, world_size: int) -> list[dict[str, Any]]:
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("name", "world_size"), [("llama-bias", 2), pytest.param("qwen3", 4, marks=pytest.mark.slow)]
+    ("name", "world_size"),
+    [
+        ("llama-bias", 2),
+        pytest.param("llama-bias", 3, marks=pytest.mark.slow),
+        pytest.param("qwen3", 4, marks=pytest.mark.slow),
+        pytest.param("gemma3", 2, marks=pytest.mark.slow),
+        pytest.param("phi3", 2, marks=pytest.mark.slow),
+        pytest.param("qwen2-moe", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_agree_with_one(name: str, world_size: int, tmp_path: Path) -> None:
     """Qwen3's two KV heads over four ranks are held twice; 120 tokens divide, 122 would be padded."""
     reference = save_tiny(tmp_path / "model", name)
     tokens = random_tokens(20, seed=1)
     found = run_ranks(tmp_path / "model", tmp_path, world_size)
-    for rank in found:
+    greedy = reference_greedy(reference, tokens, 8)
+    numbers = [0, *range(7)]  # of the steps
+    digests = [digest(number, [token]) for number, token in zip(numbers, greedy, strict=True)]
+    for index, rank in enumerate(found):
         torch.testing.assert_close(rank["logits"], reference_logits(reference, tokens), atol=1e-4, rtol=0)
-        assert rank["generated"] == [reference_greedy(reference, tokens, 8)] * 4
+        assert rank["generated"] == [greedy if index == 0 else digests] * 4
         assert rank["closed"][4] == "process_group"
 
 
@@ -84,7 +98,7 @@ def test_more_ranks_than_kv_heads_share_them(kv_heads: int, firsts: list[int], t
     hf = json.loads((tmp_path / "config.json").read_text()) | {"num_key_value_heads": kv_heads}
     shape = LlamaForCausalLM.read_config(hf, 64)
     assert [split_heads(shape, ParallelContext(rank, 4)) for rank in range(4)] == [
-        (1, 1, first) for first in firsts
+        HeadShare((rank,), (first,)) for rank, first in enumerate(firsts)
     ]
 
 
@@ -94,10 +108,34 @@ def test_vocabulary_that_does_not_divide(rank: int) -> None:
 
     head = VocabParallelHead(10, 4, ParallelContext(rank, 3))
     (shard,) = (shard for _, shard in head.shards("lm_head"))
-    assert (shard.start, len(shard.target), head.rows) == (rank * 4, (4, 4, 2)[rank], 4)
+    count = (4, 4, 2)[rank]
+    assert (shard.runs, len(shard.target), head.rows) == (((rank * 4, count),), count, 4)
 
 
-def test_heads_that_do_not_divide(tmp_path: Path) -> None:
+def test_more_ranks_than_heads(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
-    with pytest.raises(ModelUnsupported, match="4 attention heads cannot be split over --tp-size 3"):
-        LogitsModel(tmp_path, ParallelContext(0, 3))
+    with pytest.raises(ModelUnsupported, match="4 attention heads cannot be split over --tp-size 5"):
+        LogitsModel(tmp_path, ParallelContext(0, 5))
+
+
+def test_more_stages_than_layers(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    with pytest.raises(ModelUnsupported, match="3 layers cannot be split over --pp-size 4"):
+        LogitsModel(tmp_path, ParallelContext(0, 1, 0, 4))
+
+
+@pytest.mark.parametrize("stage", range(2))
+def test_a_stage_reads_its_tensors_and_complains_of_no_other_stage_s(
+    stage: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny(tmp_path, "llama")
+    place = ParallelContext(0, 1, stage, 2)
+    model = LogitsModel(tmp_path, place).model
+    names = {name for name, _ in model.named_parameters()} if isinstance(model, LlamaForCausalLM) else set()
+    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    assert layers == ({"0", "1"} if stage == 0 else {"2"})
+    assert "not used" not in caplog.text
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.is_elsewhere("model.embed_tokens.weight") == (stage == 1)
+    assert model.is_elsewhere("lm_head.weight") == (stage == 0)
+    assert not model.is_elsewhere("model.layers.7.mlp.up_proj.weight"), "no stage has such a layer"

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from ullm.model.kernels.cpu import build
 from ullm.model.kernels.cpu.kernels import NAMES, CpuKernels, load_kernels
-from ullm.model.layers.quantization import GROUP, ZERO, Bits, QuantizedWeight, num_groups, quantize
+from ullm.model.layers.quantization import (
+    GROUP,
+    ZERO,
+    Bits,
+    QuantizedWeight,
+    join_quantized,
+    num_groups,
+    quantize,
+)
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -142,3 +150,33 @@ def test_codes_at_both_ends_do_not_overflow(kernels: CpuKernels) -> None:
     x = torch.ones(1, 64, dtype=kernels.dtype)
     got = kernels.linear(kernels.pack_quantized(weight), None, 2, 64)(x)
     assert got.tolist() == [pytest.approx([64.0 * (255 - ZERO), 64.0 * (1 - ZERO)])]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_slices_of_whole_groups_are_joined_without_loss(bits: Bits, dim: int) -> None:
+    """What a rank gets of a stored weight are the codes that one rank would use."""
+    whole = quantize(torch.randn(5 * GROUP, 5 * GROUP, generator=torch.Generator().manual_seed(1)), bits)
+    runs = ((GROUP, GROUP), (3 * GROUP, 2 * GROUP))
+    joined = join_quantized([whole.narrow(dim, *run) for run in runs], dim)
+    assert isinstance(joined, QuantizedWeight)
+    expected = torch.cat([whole.dequantize().narrow(dim, *run) for run in runs], dim)
+    assert torch.equal(joined.dequantize(), expected)
+
+
+def test_slices_that_cut_groups_are_joined_as_numbers() -> None:
+    whole = quantize(torch.randn(4, 3 * GROUP, generator=torch.Generator().manual_seed(1)), 8)
+    runs = ((0, GROUP + 8), (2 * GROUP, GROUP))
+    joined = join_quantized([whole.narrow(1, *run) for run in runs], 1)
+    expected = torch.cat([whole.dequantize().narrow(1, *run) for run in runs], 1)
+    assert isinstance(joined, torch.Tensor)
+    assert torch.equal(joined, expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_rank_quantizes_its_part_as_one_rank_would(bits: Bits) -> None:
+    weight = torch.randn(8, 6 * GROUP, generator=torch.Generator().manual_seed(1))
+    part = QuantizedWeight.empty(8, 3 * GROUP, bits)
+    part.copy_(torch.cat((weight[:, :GROUP], weight[:, 4 * GROUP :]), 1))
+    whole = quantize(weight, bits).dequantize()
+    assert torch.equal(part.dequantize(), torch.cat((whole[:, :GROUP], whole[:, 4 * GROUP :]), 1))

@@ -1,7 +1,7 @@
 """Run by test_parallel.py, once per rank: greedy tokens and logits of a tiny model, written to a file;
 tokens again after each kind of sleep.
 
-Arguments: model folder, rank, world size, two rendezvous, output file.
+Arguments: model folder, rank, world size, stages, two rendezvous, output file.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ullm.model.layers.parallel import open_parallel
 from ullm.protocol.messages import RankSpec
 
 if __name__ == "__main__":
-    folder, rank, world_size, first, second, out = sys.argv[1:]
+    folder, rank, world_size, stages, first, second, out = sys.argv[1:]
     torch.set_num_threads(1)
-    spec = RankSpec(rank=int(rank), world_size=int(world_size), rendezvous=second)
+    spec = RankSpec(rank=int(rank), world_size=int(world_size), rendezvous=second, num_stages=int(stages))
     parallel = open_parallel(msgspec.structs.replace(spec, rendezvous=first), torch.device("cpu"))
     model, tokens = LogitsModel(Path(folder), parallel), random_tokens(20, seed=1)
     model.add(0, tokens, [0, 1, 2, 3, 4])

@@ -215,7 +215,7 @@ def test_unknown_architecture_tensor_and_experts(tmp_path: Path) -> None:
     finish(start_file(tmp_path / "mamba.gguf", "mamba"))
     with pytest.raises(ModelUnsupported, match="'mamba'"):
         read_gguf_config(tmp_path / "mamba.gguf")
-    writer = start_file(tmp_path / "moe.gguf")
+    writer = start_file(tmp_path / "moe.gguf", "qwen3")
     writer.add_expert_count(8)
     finish(writer)
     with pytest.raises(ModelUnsupported, match="experts"):
@@ -314,6 +314,20 @@ def test_byte_level_splits_are_those_of_transformers(tmp_path: Path, pre: str) -
         assert tokenizer.encode(text, add_special_tokens=False).ids == expected.encode(text).ids
     adds_bos = pre != "qwen2"  # llama.cpp's default where the file does not say
     assert tokenizer.encode("").ids == [1] * adds_bos
+
+
+def test_recommended_sampling_becomes_a_generation_config(tmp_path: Path) -> None:
+    writer = start_file(tmp_path / "model.gguf")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_scores([0.0] * VOCAB)
+    writer.add_float32("general.sampling.temp", 0.5)
+    writer.add_int32("general.sampling.top_k", 40)
+    writer.add_float32("general.sampling.penalty_repeat", 1.25)
+    finish(writer)
+    write_tokenizer(tmp_path / "model.gguf", tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    expected = {"temperature": 0.5, "top_k": 40, "repetition_penalty": 1.25}
+    assert {name: written.get(name) for name in expected} == expected
 
 
 def test_written_folder_loads_in_transformers(tmp_path: Path) -> None:

@@ -5,10 +5,15 @@ Imports errors, logs, faults, protocol and worker, but no actor.
 
 from __future__ import annotations
 
-from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
-from ullm.errors import ConfigError
+from typing import TYPE_CHECKING
 
-__all__ = ["OpenTransport", "StopReport", "Transport", "WorkerSpec", "open_transport"]
+from ullm.actors.transports.base import OpenTransport, StopReport, Transport, WorkerSpec
+from ullm.errors import ConfigError, ResourceUnavailable
+
+if TYPE_CHECKING:
+    from ullm.actors.transports.ray import RayWorkers
+
+__all__ = ["OpenTransport", "StopReport", "Transport", "WorkerSpec", "open_transport", "ray_workers"]
 
 
 def open_transport(kind: str) -> OpenTransport:
@@ -31,9 +36,20 @@ def open_transport(kind: str) -> OpenTransport:
 
             return FakeWorkers().open
         case "ray":
-            try:
-                from ullm.actors.transports.ray import open_ray
-            except ModuleNotFoundError as error:
-                raise ConfigError(f"--transport ray needs Ray ({error}): pip install ray") from None
-            return open_ray
+            return ray_workers().open
     raise ConfigError(f"--transport {kind!r} is not one of process, thread, ray, fake")
+
+
+def ray_workers() -> RayWorkers:
+    """Return what starts workers as Ray actors.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+    try:
+        from ullm.actors.transports.ray import RayWorkers
+    except ModuleNotFoundError as error:
+        raise ResourceUnavailable(
+            f"--transport ray needs Ray ({error}): pip install 'ullm-engine[ray]'"
+        ) from None
+    return RayWorkers()

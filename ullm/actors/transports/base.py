@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ullm.protocol.messages import FromWorker, RankSpec, ToWorker
 
@@ -22,12 +22,20 @@ class WorkerSpec:
         runner: ``module:class`` of the `ullm.protocol.runner.Runner` to build in the worker.
         cpu_threads: number of compute threads; None: all cores.
         standby: whether the worker is a standby one, which runs at a low priority while it prepares.
+        node: index of the host to start it on; 0 is the engine's own.
+        meets_on: the host of its replica's first rank, where the ranks meet.
+        alone: whether all ranks of its replica are on one host.
+        interface: the network interface by which ranks on several hosts reach each other; empty: loopback.
     """
 
     rank: RankSpec
     runner: str
     cpu_threads: int | None = None
     standby: bool = False
+    node: int = 0
+    meets_on: int = 0
+    alone: bool = True
+    interface: str = ""
 
 
 class Transport(Protocol):
@@ -69,6 +77,17 @@ class Transport(Protocol):
 
         Processes get `Stop`, then SIGTERM for the last quarter of the budget, then SIGKILL.
         """
+
+
+@runtime_checkable
+class Pipe(Protocol):
+    """A transport that carries bytes."""
+
+    async def send_bytes(self, frame: bytes) -> None:
+        """Send bytes that need not be a valid frame."""
+
+    def unread(self, data: bytes) -> None:
+        """Put bytes in front of those still to be read."""
 
 
 @dataclass(frozen=True)

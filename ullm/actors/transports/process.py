@@ -24,6 +24,7 @@ from ullm.logs import get_logger
 from ullm.protocol import stop_budget
 from ullm.protocol.frames import FrameReader, encode
 from ullm.protocol.messages import FromWorker, Ready, Stop, Stopped, ToWorker
+from ullm.system.forks import forks
 
 OUTBOX = 64
 """Frames that may queue for the pipe before senders wait."""
@@ -64,6 +65,9 @@ class ProcessTransport:
         self.stderr = StderrForwarder(process.stderr, self)
         self._process = process
         self._stdin, self._stdout = process.stdin, process.stdout
+        # Its end tells the worker that this process has gone; a child of this process must not hold it.
+        if sys.platform != "win32" and isinstance(process.stdin, trio.lowlevel.FdStream):
+            forks.close_in_child(process.stdin.fileno())
         self._outbox, self._to_write = trio.open_memory_channel[bytes](OUTBOX)
         self._reader: FrameReader[FromWorker] = FrameReader(FromWorker)
         self._reading = trio.Lock()

@@ -18,6 +18,7 @@ from ullm.actors.transports.base import WorkerSpec
 from ullm.hub.guarded import working_folder
 from ullm.logs import get_logger
 from ullm.supervision import exponential_backoff
+from ullm.system.forks import forks
 from ullm.system.interpreter import python_command, python_environment
 
 FIRST_DELAY, LAST_DELAY = 0.1, 2.0
@@ -32,11 +33,16 @@ log = get_logger(__name__)
 
 @contextmanager
 def lifeline() -> Iterator[int | None]:
-    """Open a pipe living as long as this process and this context; yield the worker's end. Linux only."""
+    """Open a pipe living as long as this process and this context; yield the worker's end. Linux only.
+
+    A forked child does not prolong its life.
+    """
     if sys.platform != "linux":
         yield None
         return
-    theirs, ours = os.pipe()
+    with forks.held_off():
+        theirs, ours = os.pipe()
+        forks.close_in_child(ours)
     try:
         yield theirs
     finally:
@@ -89,9 +95,12 @@ async def _persistently(start: Callable[[], Awaitable[trio.Process]], name: str)
 
 
 def _environment(spec: WorkerSpec) -> dict[str, str]:
-    """Return this process's environment without keys, with its module path and the compute threads."""
+    """Return this process's environment without keys, with its module path and what libraries read."""
     environment = python_environment()
     if spec.cpu_threads is not None:
         for library in ("OMP", "MKL", "OPENBLAS"):
             environment[f"{library}_NUM_THREADS"] = str(spec.cpu_threads)
+    if spec.interface:
+        for library in ("GLOO", "NCCL"):
+            environment.setdefault(f"{library}_SOCKET_IFNAME", spec.interface)
     return environment

@@ -81,6 +81,7 @@ def _parse_record(line: str) -> tuple[str, int, str]:
         level = logging.getLevelNamesMapping()[record.pop("level").upper()]
         logger, text = record.pop("logger"), record.pop("event")
         record.pop("time")
+        record.pop("date", None)
     except (ValueError, KeyError, TypeError, AttributeError):
         return __name__, logging.INFO, line
     return logger, level, " ".join([text, *(f"{key}={value}" for key, value in record.items())])

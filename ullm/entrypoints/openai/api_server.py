@@ -6,6 +6,7 @@ Takes every flag of ``ullm serve``, vLLM's names of the common ones included, an
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from ullm.cli.early import answer_signals, fill_closed_descriptors
+    from ullm.cli.early import answer_signals, fill_closed_descriptors, unset_empty_variables
 
     fill_closed_descriptors()
+    unset_empty_variables(os.environ)
     answer_signals(["serve"])
     sys.exit(main())

@@ -76,6 +76,11 @@ class Channel(Generic[T]):
         for wake in due:
             wake()
 
+    def forked(self, error: BaseException) -> None:
+        """End with this error in a forked child, where no other thread holds a lock or waits."""
+        self._lock = threading.Lock()
+        self._ended, self._error = True, self._error or error
+
     # --- called by the consumer ---
 
     def cancel(self) -> None:

@@ -13,14 +13,17 @@ from typing import Any, TypeVar, cast
 import sniffio
 import trio
 
-from ullm.errors import EngineDead, EngineStopped
+from ullm.errors import EngineDead, EngineForked, EngineStopped
 from ullm.hosting.bridge import tasks
 from ullm.hosting.bridge.channel import AsyncioLoop, Channel, ConsumerLoop, TrioLoop
 from ullm.hosting.bridge.handles import BackgroundTask, Stream
+from ullm.system.forks import forks
 
 T = TypeVar("T")
 STOPPED = "it was stopped"
 """Why the loop of a thread does not run, if nothing failed."""
+FORKED = "it runs in the process that this one was forked from"
+"""Likewise, in a forked child, which has no copy of the thread."""
 
 
 def in_trio() -> bool:
@@ -50,6 +53,7 @@ class TrioThread:
         self._running = threading.Event()
         self._dead: str | None = None
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        forks.tell(self)
 
     def start(self) -> TrioThread:
         """Start the loop and wait until it runs. May be called once."""
@@ -185,6 +189,15 @@ class TrioThread:
 
         return await asyncio.to_thread(self.stop, timeout)
 
+    def forked(self) -> None:
+        """Note that this is a forked child's copy: everything ends here, as everybody will be told."""
+        self._lock = threading.Lock()
+        self._dead = self._dead or FORKED
+        self._dirty.clear()
+        for channel in self._channels:
+            channel.forked(self._death())
+        self._channels.clear()
+
     def _main(self) -> None:
         cause = STOPPED
         try:
@@ -210,6 +223,8 @@ class TrioThread:
     def _death(self) -> EngineDead:
         if self._dead == STOPPED:
             return EngineStopped()
+        if self._dead == FORKED:
+            return EngineForked()
         return EngineDead(f"the engine's event loop does not run: {self._dead or 'it was never started'}")
 
     def _post_if_alive(self, function: Callable[[], object]) -> None:

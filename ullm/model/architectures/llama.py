@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ullm.model.architectures.decoder import Decoder, DecoderConfig, require_silu
+from ullm.model.architectures.decoder import Decoder
+from ullm.model.architectures.decoder_config import DecoderConfig, read_activation
 from ullm.model.layers.rope import read_rope
 
 
@@ -28,7 +29,6 @@ class MistralForCausalLM(Decoder):
 
 
 def _llama(hf: dict[str, Any], context_len: int, *, bias: bool, window: int | None) -> DecoderConfig:
-    require_silu(hf)
     heads = hf["num_attention_heads"]
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
@@ -46,4 +46,5 @@ def _llama(hf: dict[str, Any], context_len: int, *, bias: bool, window: int | No
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=hf.get("mlp_bias", False),
+        activation=read_activation(hf),
     )

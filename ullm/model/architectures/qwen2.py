@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ullm.model.architectures.decoder import Decoder, DecoderConfig, require_silu
+from ullm.model.architectures.decoder import Decoder
+from ullm.model.architectures.decoder_config import DecoderConfig, read_activation
 from ullm.model.layers.rope import read_rope
 
 
@@ -14,7 +15,6 @@ class Qwen2ForCausalLM(Decoder):
     @staticmethod
     def read_config(hf: dict[str, Any], context_len: int) -> DecoderConfig:
         """See `Decoder.read_config`; defaults are those of transformers' ``Qwen2Config``."""
-        require_silu(hf)
         heads = hf["num_attention_heads"]
         return DecoderConfig(
             vocab_size=hf["vocab_size"],
@@ -30,6 +30,7 @@ class Qwen2ForCausalLM(Decoder):
             sliding_windows=qwen_windows(hf),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
             qkv_bias=True,
+            activation=read_activation(hf),
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ullm.model.architectures.decoder import Decoder, DecoderConfig
+from ullm.model.architectures.decoder import Decoder
+from ullm.model.architectures.decoder_config import DecoderConfig
 from ullm.model.architectures.qwen2 import Qwen2ForCausalLM
 
 

@@ -8,32 +8,79 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ullm.config import EngineConfig, ModelConfig
-from ullm.errors import ConfigError, ModelError, ModelFileBroken, ModelUnsupported, OutOfMemory
+from ullm.errors import ModelError, ModelFileBroken, ModelUnsupported, OutOfMemory, ResourceUnavailable
+from ullm.logs import get_logger
 from ullm.machine import available_memory
 from ullm.model.architectures.decoder import Decoder
+from ullm.model.architectures.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
+from ullm.model.architectures.granite import GraniteForCausalLM
 from ullm.model.architectures.llama import LlamaForCausalLM, MistralForCausalLM
+from ullm.model.architectures.mixtral import MixtralForCausalLM
+from ullm.model.architectures.olmo import Olmo2ForCausalLM, Olmo3ForCausalLM
+from ullm.model.architectures.phi3 import Phi3ForCausalLM
 from ullm.model.architectures.qwen2 import Qwen2ForCausalLM
 from ullm.model.architectures.qwen3 import Qwen3ForCausalLM
+from ullm.model.architectures.qwen_moe import Qwen2MoeForCausalLM, Qwen3MoeForCausalLM
+from ullm.model.architectures.smollm3 import SmolLM3ForCausalLM
 from ullm.model.attention.batch import CausalModel
 from ullm.model.kernels.cpu.build import library_path, why_no_library
 from ullm.model.kernels.cpu.kernels import NAMES, CpuKernels, load_kernels
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.quantization import Scheme
-from ullm.model.loading.checkpoint import Checkpoint
+from ullm.model.loading.checkpoint import Checkpoint, knows_model_type
+from ullm.model.loading.config_keys import ReadKeys
 from ullm.model.loading.packed import PackedFile, packed_file
-from ullm.model.loading.weights import fill_dummy, load_weights, stored_dtypes, weight_files
+from ullm.model.loading.weights import (
+    fill_dummy,
+    has_own_head,
+    lacks_prefix,
+    load_weights,
+    names_with_codes,
+    stored_dtypes,
+    weight_files,
+)
 from ullm.model.memory.kv_pool import mib
+
+log = get_logger(__name__)
 
 NATIVE: dict[str, type[Decoder]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": MistralForCausalLM,
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "Gemma2ForCausalLM": Gemma2ForCausalLM,
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
+    "GraniteForCausalLM": GraniteForCausalLM,
+    "MixtralForCausalLM": MixtralForCausalLM,
+    "Olmo2ForCausalLM": Olmo2ForCausalLM,
+    "Olmo3ForCausalLM": Olmo3ForCausalLM,
+    "Phi3ForCausalLM": Phi3ForCausalLM,
+    "Qwen2MoeForCausalLM": Qwen2MoeForCausalLM,
+    "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
+    "SmolLM3ForCausalLM": SmolLM3ForCausalLM,
 }
 """Architecture, as named in config.json, → class."""
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "GraniteForCausalLM": "granite",
+    "MixtralForCausalLM": "mixtral",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
+    "Phi3ForCausalLM": "phi3",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "SmolLM3ForCausalLM": "smollm3",
+}
+"""Architecture → the ``model_type`` by which transformers knows it."""
 NOT_IN_WEIGHTS = frozenset(
     {
         *("model", "revision", "tokenizer", "served_model_name", "chat_template"),
+        *("generation_config", "verify", "lora"),
         *("context_len", "enforce_eager", "gpu_kernels", "cpu_calibration", "runner"),
     }
 )
@@ -55,11 +102,19 @@ def load_model(
     Raises:
         ModelError: the model cannot be loaded; one line says why.
     """
-    native = NATIVE.get(checkpoint.architecture)
-    if native is None:
+    native = native_class(checkpoint)
+    if isinstance(native, str):
         choose_scheme(checkpoint, config, None)
-        return load_with_transformers(checkpoint, config, device, parallel)
+        return load_with_transformers(checkpoint, config, device, parallel, why=native)
     model = build(native, checkpoint, parallel)
+    if model.config.experts is not None and device.type == "cuda" and not config.enforce_eager:
+        # Ours are chosen on the host, which the capture of a CUDA graph cannot wait for.
+        if checkpoint.path.suffix == ".gguf":
+            raise ModelUnsupported(
+                f"{checkpoint.path}: experts of a GGUF file run on CUDA with --enforce-eager"
+            )
+        choose_scheme(checkpoint, config, None)
+        return load_with_transformers(checkpoint, config, device, parallel, why="its experts, on CUDA")
     use_kernels = config.cpu_kernels and device.type == "cpu" and model.suits_kernels()
     packed = find_packed(checkpoint, config, parallel) if use_kernels else None
     kernels = load_kernels(checkpoint.dtype, progress) if use_kernels else None
@@ -69,17 +124,46 @@ def load_model(
         return model
     scheme = choose_scheme(checkpoint, config, kernels)
     if scheme is not None:
-        model.quantize(scheme)
+        of_codes = scheme == "stored" and checkpoint.stored_format
+        model.quantize(scheme, names_with_codes(checkpoint.path) if of_codes else None)
     stored = stored_dtypes(model, checkpoint.path) if keeps_stored(checkpoint, config, kernels) else None
     allocate(model, checkpoint.dtype, device, stored)
     if config.load_format == "dummy":
-        fill_dummy(model, seed=parallel.rank)
+        fill_dummy(model, seed=parallel.rank + parallel.stage * parallel.world_size)
     else:
-        load_weights(model, checkpoint.path, progress)
+        load_weights(model, checkpoint.path, progress, model.is_elsewhere)
     model.prepare(device, kernels, fuse=config.gpu_kernels)
     if packed is not None and kernels is not None and packed.write(model.packed_weights(), progress):
         restore(model, packed, kernels, checkpoint.dtype)  # shared with others, and the unmapped are freed
     return model
+
+
+def native_class(checkpoint: Checkpoint) -> type[Decoder] | str:
+    """Return the native class that computes a checkpoint, or why only transformers' code may be able to.
+
+    Like transformers, it goes by the config's ``model_type``, if there is a class for it.
+
+    Raises:
+        ModelFileBroken: a file of the checkpoint cannot be read.
+    """
+    native = NATIVE.get(checkpoint.architecture)
+    if native is None:
+        return f"{checkpoint.architecture} is not native"
+    kind = checkpoint.hf.get("model_type")
+    if kind is not None and kind != MODEL_TYPES[checkpoint.architecture]:
+        if kind in MODEL_TYPES.values():
+            native = next(NATIVE[name] for name, each in MODEL_TYPES.items() if each == kind)
+        elif knows_model_type(kind):
+            return f"its model_type is {kind!r}"
+    try:
+        native.read_config(checkpoint.hf, checkpoint.context_len)  # what it refuses, transformers may run
+    except ModelUnsupported as error:
+        return str(error)
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        return native  # `build` says what is wrong
+    if lacks_prefix(checkpoint.path):
+        return "the names of its tensors do not begin with 'model.'"
+    return native
 
 
 def choose_scheme(checkpoint: Checkpoint, config: EngineConfig, kernels: CpuKernels | None) -> Scheme | None:
@@ -94,13 +178,15 @@ def choose_scheme(checkpoint: Checkpoint, config: EngineConfig, kernels: CpuKern
     wanted = config.quantization
     if wanted in ("int8", "int4") and kernels is None:
         if config.cpu_kernels and checkpoint.architecture in NATIVE and (reason := why_no_library()):
-            raise ConfigError(
+            raise ResourceUnavailable(
                 f"--quantization {wanted} needs compiled kernels, and {reason}; or use --quantization none"
             )
-        raise ConfigError(
+        raise ResourceUnavailable(
             f"--quantization {wanted} needs ullm's own kernels, which run on CPUs, for {', '.join(NATIVE)}, "
             "with --cpu-kernels; use --quantization none"
         )
+    if wanted == "auto" and kernels is not None and checkpoint.stored_format:
+        return "stored" if names_with_codes(checkpoint.path) else None
     if wanted == "auto" and kernels is not None and checkpoint.path.suffix == ".gguf":
         from ullm.model.loading.gguf import is_quantized  # its libraries take long to import
 
@@ -115,8 +201,8 @@ def keeps_stored(checkpoint: Checkpoint, config: EngineConfig, kernels: CpuKerne
 
 def map_model(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelContext) -> Decoder | None:
     """Return the model with weights that `load_model` has left in the cache; None if there are none."""
-    native = NATIVE.get(checkpoint.architecture)
-    model = build(native, checkpoint, parallel) if native is not None and config.cpu_kernels else None
+    native = native_class(checkpoint) if config.cpu_kernels else ""
+    model = None if isinstance(native, str) else build(native, checkpoint, parallel)
     packed = find_packed(checkpoint, config, parallel) if model is not None else None
     if model is None or packed is None or not packed.path.exists():
         return None
@@ -134,7 +220,8 @@ def find_packed(checkpoint: Checkpoint, config: EngineConfig, parallel: Parallel
         for field in dataclasses.fields(ModelConfig)
         if field.name not in NOT_IN_WEIGHTS
     }
-    made = [checkpoint.hf, options, str(checkpoint.dtype), library.name, parallel.rank, parallel.world_size]
+    place = [parallel.rank, parallel.world_size, parallel.stage, parallel.num_stages]
+    made = [checkpoint.hf, options, str(checkpoint.dtype), library.name, *place]
     try:
         return packed_file(weight_files(checkpoint.path), made)
     except (OSError, ModelError):
@@ -158,12 +245,19 @@ def build(native: type[Decoder], checkpoint: Checkpoint, parallel: ParallelConte
         ModelUnsupported: the config asks for something that the decoder cannot do.
     """
     file = checkpoint.path if checkpoint.path.suffix == ".gguf" else checkpoint.path / "config.json"
+    keys = ReadKeys(checkpoint.hf)
     try:
-        shape = native.read_config(checkpoint.hf, checkpoint.context_len)
+        shape = native.read_config(keys, checkpoint.context_len)
+        shape.check()
     except KeyError as error:
         raise ModelFileBroken(file, f"has no {error}") from None
-    except (TypeError, ValueError) as error:
-        raise ModelFileBroken(file, str(error)) from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ModelFileBroken(file, f"makes no {checkpoint.architecture}: {error}") from None
+    if file.suffix != ".gguf" and (unread := keys.unread()):  # ours, of a GGUF file's metadata, are all known
+        log.warning(f"{file}: keys that have no effect here: {', '.join(unread)}")
+    if shape.tie_word_embeddings and has_own_head(checkpoint.path):
+        log.warning("the checkpoint has a head of its own, which is used", tie_word_embeddings=True)
+        shape = dataclasses.replace(shape, tie_word_embeddings=False)
     if shape.num_layers < 1:
         raise ModelFileBroken(file, f"says that the model has {shape.num_layers} layers")
     try:
@@ -194,23 +288,37 @@ def allocate(
 
 
 def load_with_transformers(
-    checkpoint: Checkpoint, config: EngineConfig, device: torch.device, parallel: ParallelContext
+    checkpoint: Checkpoint, config: EngineConfig, device: torch.device, parallel: ParallelContext, *, why: str
 ) -> CausalModel:
     """Load any other causal language model through transformers' code.
+
+    Args:
+        why: why no native class computes it.
 
     Raises:
         ModelUnsupported: several ranks, a GGUF file, or a model that paged attention cannot run.
     """
-    if parallel.world_size > 1:
-        raise ModelUnsupported(f"{checkpoint.architecture} runs on one rank only; use --tp-size 1")
-    if checkpoint.path.suffix == ".gguf":
+    if parallel.total > 1:
         raise ModelUnsupported(
-            f"{checkpoint.path}: GGUF files of {checkpoint.architecture} are not supported"
+            f"{checkpoint.path}: runs on one rank only ({why}); use --tp-size 1 and --pp-size 1"
         )
+    refuse_gguf(checkpoint, why)
+    if checkpoint.architecture in NATIVE:
+        log.info("the model runs through transformers' code", why=why)
     # transformers takes seconds to import
     from ullm.model.architectures.transformers_model import TransformersModel
 
     return TransformersModel.load(checkpoint, config, device)
+
+
+def refuse_gguf(checkpoint: Checkpoint, why: str) -> None:
+    """Refuse a GGUF file that no native class computes.
+
+    Raises:
+        ModelUnsupported: so it is.
+    """
+    if checkpoint.path.suffix == ".gguf":
+        raise ModelUnsupported(f"{checkpoint.path}: this GGUF file cannot be run: {why}")
 
 
 def choose_device(config: EngineConfig, device_index: int | None) -> torch.device:
@@ -223,5 +331,5 @@ def choose_device(config: EngineConfig, device_index: int | None) -> torch.devic
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but PyTorch sees no CUDA device; use --device cpu")
+        raise ResourceUnavailable("--device is cuda, but PyTorch sees no CUDA device; use --device cpu")
     return torch.device("cuda", device_index or 0) if kind == "cuda" else torch.device("cpu")

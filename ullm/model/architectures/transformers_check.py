@@ -72,14 +72,7 @@ def observe(model: Any) -> ReferenceRun:
         ModelUnsupported: the model does something that paged attention cannot do; says what.
     """
     name = type(model).__name__
-    if not model._supports_attention_backend:
-        raise ModelUnsupported(f"{name}: its attention cannot be replaced by paged attention")
-    if model._is_stateful or model.config.is_encoder_decoder:
-        raise ModelUnsupported(f"{name} keeps state other than the keys and values of its tokens")
-    text_config = model.config.get_text_config()
-    unknown = {*(getattr(text_config, "layer_types", None) or ())} - LAYER_TYPES
-    if unknown:
-        raise ModelUnsupported(f"{name}: layers of type {', '.join(sorted(unknown))} are not supported")
+    refuse_by_kind(model)
     with refusing(name):
         vocab_size = model.get_input_embeddings().weight.shape[0]
         texts = [
@@ -89,6 +82,23 @@ def observe(model: Any) -> ReferenceRun:
         model.set_attn_implementation("eager")
         logits = torch.cat([model(input_ids=text[None], use_cache=False).logits[0] for text in texts])
         return ReferenceRun(name, texts, logits, _record_layers(model, texts))
+
+
+def refuse_by_kind(model: Any) -> None:
+    """Refuse what can be told without the weights.
+
+    Raises:
+        ModelUnsupported: the model does something that paged attention cannot do; says what.
+    """
+    name = type(model).__name__
+    if not model._supports_attention_backend:
+        raise ModelUnsupported(f"{name}: its attention cannot be replaced by paged attention")
+    if model._is_stateful or model.config.is_encoder_decoder:
+        raise ModelUnsupported(f"{name} keeps state other than the keys and values of its tokens")
+    text_config = model.config.get_text_config()
+    unknown = {*(getattr(text_config, "layer_types", None) or ())} - LAYER_TYPES
+    if unknown:
+        raise ModelUnsupported(f"{name}: layers of type {', '.join(sorted(unknown))} are not supported")
 
 
 def compare(model: CausalModel, reference: ReferenceRun) -> None:
@@ -134,8 +144,10 @@ def refusing(name: str) -> Iterator[None]:
     try:
         with torch.inference_mode():
             yield
-    except (ModelUnsupported, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
+    except ModelUnsupported as error:
+        raise ModelUnsupported(str(error) if name in str(error) else f"{name}: {error}") from error
     except Exception as error:
         message = f"{name} does not run with paged attention: {type(error).__name__}: {one_line(error)}"
         raise ModelUnsupported(message) from error
@@ -162,6 +174,7 @@ def _dense(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute attention of ``[T, heads, D]`` under a mask ``[T, T]``."""
     groups = q.shape[1] // k.shape[1]
@@ -171,7 +184,10 @@ def _dense(
         scores = softcap * torch.tanh(scores / softcap)
     if window is not None:
         visible = visible & torch.ones_like(visible).triu(1 - window)
-    weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float().view(-1, 1, 1).expand(-1, len(q), 1)), -1)
+    weights = torch.softmax(scores, dim=-1)[..., : k.shape[1]]
     return (weights @ v).transpose(0, 1).to(q.dtype).contiguous()
 
 
@@ -196,8 +212,9 @@ class LayerRecorder:
         if any(len(calls) != num_passes for calls in self._calls.values()):
             raise ModelUnsupported(f"{name} runs its layers more than once per token")
         uses = [self._calls[layer][0] for layer in range(num_layers)]
-        if len({(use.num_query_heads, use.num_kv_heads, use.head_dim) for use in uses}) > 1:
-            raise ModelUnsupported(f"{name}: its layers' keys and values have different shapes")
+        most = max(use.num_kv_heads for use in uses)
+        if len({use.num_query_heads for use in uses}) > 1 or any(most % use.num_kv_heads for use in uses):
+            raise ModelUnsupported(f"{name}: its layers have different numbers of heads")
         return uses
 
 
@@ -211,6 +228,7 @@ def _record(
     ullm_recorder: LayerRecorder | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute plain attention and record how the layer uses it."""
@@ -218,16 +236,15 @@ def _record(
     if ullm_recorder is None:
         raise ModelUnsupported(f"{name} does not pass keyword arguments on to its attention function")
     _refuse_extras(name, others)
-    if value.shape[-1] != key.shape[-1]:
-        raise ModelUnsupported(f"{name}: keys and values of different sizes are not supported")
     if attention_mask is None or attention_mask.numel() != 1:
         raise ModelUnsupported(f"{name} makes its attention mask itself")
     window = int(attention_mask) or None
-    ullm_recorder.add(module.layer_idx, LayerUse(query.shape[1], key.shape[1], key.shape[-1], window))
+    size = max(key.shape[-1], value.shape[-1])
+    ullm_recorder.add(module.layer_idx, LayerUse(query.shape[1], key.shape[1], size, window))
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
     visible = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril()
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return _dense(visible, q, k, v, scale, window, softcap)[None], None
+    return _dense(visible, q, k, v, scale, window, softcap, s_aux)[None], None
 
 
 def _refuse_extras(name: str, others: dict[str, Any]) -> None:
@@ -262,5 +279,8 @@ def _mark_mask(
         expected = expected & (key > query - local_size)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     if not torch.equal(torch.as_tensor(mask_function(zero, zero, query, key)), expected):
-        raise ModelUnsupported("its attention mask is neither causal nor a sliding window")
+        raise ModelUnsupported(
+            "not a causal language model: its attention mask shows it later tokens, or is "
+            "of a kind that is not supported"
+        )
     return torch.full((1, 1, 1, 1), float(local_size or 0), device=device)

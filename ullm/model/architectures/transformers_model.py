@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 
 from ullm.config import ModelConfig
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported, one_line
-from ullm.model.architectures.transformers_check import compare, observe
+from ullm.model.architectures.transformers_check import compare, observe, refuse_by_kind
 from ullm.model.attention.batch import Batch
-from ullm.model.memory.kv_pool import KvShape
+from ullm.model.layers.linear_kernels import PlainKernel
+from ullm.model.layers.lora import LoraHost, LoraLayer, Place
+from ullm.model.memory.kv_pool import KvShape, common_window
 from ullm.model.sampling.choose import SamplingFilter, choose_tokens
 
 if TYPE_CHECKING:
     from ullm.model.loading.checkpoint import Checkpoint
+from ullm.model.loading.weights import INDEX, SINGLE, iterate_sources, reject_codes
 
 PAGED_ATTENTION = "ullm_paged"
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -45,13 +49,19 @@ class TransformersModel:
         reference = observe(model)
         transformers.AttentionInterface.register(PAGED_ATTENTION, paged_attention)
         model.set_attn_implementation(PAGED_ATTENTION)
-        first = reference.layers[0]
-        self.kv_shape = KvShape(
-            len(reference.layers), first.num_kv_heads, first.head_dim, first.num_query_heads
+        layers = reference.layers
+        self.kv_shape = KvShape(  # layers with fewer or smaller heads are padded
+            len(layers),
+            max(layer.num_kv_heads for layer in layers),
+            max(layer.head_dim for layer in layers),
+            layers[0].num_query_heads,
+            common_window(layer.sliding_window for layer in layers),
         )
         self._windows = tuple(layer.sliding_window for layer in reference.layers)
         self._parameters = list(model.parameters())
         self._dtype = model.dtype
+        self._linears = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+        self._lora: LoraHost | None = None
         self._head, self._body = model, model.base_model
         setattr(model, model.base_model_prefix, _GivenHidden())
         compare(self, reference)
@@ -67,7 +77,7 @@ class TransformersModel:
         """
         hf_config = read_hf_config(checkpoint, config.trust_remote_code)
         check_rope(hf_config, checkpoint)
-        with _quiet():
+        with quiet():
             if config.load_format == "dummy":
                 model = _random_model(hf_config, checkpoint, config.trust_remote_code)
             else:
@@ -82,12 +92,15 @@ class TransformersModel:
 
     def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
         """Compute ``[T]`` token ids → ``[T, hidden_size]`` after the final norm."""
+        if self._lora is not None:
+            self._lora.groups = batch.adapters
         output = self._body(
             input_ids=token_ids[None],
             position_ids=batch.positions[None],
             use_cache=False,
             ullm_batch=batch,
             ullm_windows=self._windows,
+            ullm_shape=self.kv_shape,
         )
         hidden: Tensor = output[0][0]
         return hidden
@@ -100,6 +113,18 @@ class TransformersModel:
     def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `CausalModel.choose`."""
         return choose_tokens(logits, filters, uniforms)
+
+    def lora(self) -> LoraHost:
+        """See `AdaptableModel.lora`. The head, and layers that see only some tokens, have no place."""
+        if self._lora is None:
+            self._lora = host = LoraHost(PlainKernel(), self._dtype, self._parameters[0].device)
+            head = self._head.get_output_embeddings()
+            for name, linear in self._linears.items():
+                if linear is not head and ".experts." not in name:
+                    layer, outputs = LoraLayer(host), linear.out_features
+                    linear.register_forward_hook(partial(_add_adapters, layer, host))
+                    host.places[name] = Place(layer, linear.in_features, outputs, slice(0, outputs))
+        return self._lora
 
     def tensors(self) -> Iterator[Tensor]:
         """See `CausalModel.tensors`."""
@@ -118,6 +143,14 @@ class TransformersModel:
     def weight_formats(self) -> tuple[str, ...]:
         """See `CausalModel.weight_formats`."""
         return tuple(sorted({str(each.dtype).removeprefix("torch.") for each in self._parameters}))
+
+
+def _add_adapters(
+    layer: LoraLayer, host: LoraHost, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    """Add the step's adapters to a linear layer's outputs; a hook, called after the layer."""
+    if host.groups:
+        layer.add(inputs[0].reshape(-1, module.in_features), output.view(-1, module.out_features))
 
 
 class _GivenHidden(nn.Module):
@@ -154,8 +187,10 @@ def paged_attention(
     *,
     ullm_batch: Batch,
     ullm_windows: tuple[int | None, ...],
+    ullm_shape: KvShape,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Compute paged attention; an attention function for `transformers.AttentionInterface`.
@@ -168,13 +203,23 @@ def paged_attention(
         attention_mask: None, since transformers makes none for functions that it does not know.
         ullm_batch: the step's batch.
         ullm_windows: the sliding window of each layer.
+        ullm_shape: shape of the keys and values in the pool, to which smaller ones are padded.
+        s_aux: what transformers calls attention sinks, see `Attend`.
     """
     layer: int = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    q, k, v = (heads[0].transpose(0, 1).contiguous() for heads in (query, key, value))
-    attended = ullm_batch.attention(layer, q, k, v, scale, ullm_windows[layer], softcap)
+    q, k, v = (_padded(heads[0].transpose(0, 1), ullm_shape.head_dim) for heads in (query, key, value))
+    if (copies := ullm_shape.num_kv_heads // k.shape[1]) > 1:
+        k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
+    attended = ullm_batch.attention(layer, q, k, v, scale, ullm_windows[layer], softcap, s_aux)
     ullm_batch.layer_done()
-    return attended[None], None
+    return attended[None, ..., : value.shape[-1]], None
+
+
+def _padded(heads: Tensor, size: int) -> Tensor:
+    """Return ``[T, heads, D]`` with zeros up to ``size``, which change no product; contiguous."""
+    missing = size - heads.shape[-1]
+    return nn.functional.pad(heads, (0, missing)) if missing else heads.contiguous()
 
 
 def read_hf_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
@@ -213,7 +258,8 @@ def check_rope(hf_config: Any, checkpoint: Checkpoint) -> None:
     whole = getattr(text, "rope_parameters", None) or {}
     for parameters in (whole, *(part for part in whole.values() if isinstance(part, dict))):
         kind = parameters.get("rope_type")
-        limit = parameters.get("original_max_position_embeddings") or text.max_position_embeddings
+        own = getattr(text, "max_position_embeddings", None) or checkpoint.context_len
+        limit = parameters.get("original_max_position_embeddings") or own
         if kind in LENGTH_DEPENDENT_ROPE and checkpoint.context_len > limit:
             raise ModelUnsupported(
                 f"{checkpoint.path}: {kind} rotary embeddings are supported up to the original context; "
@@ -223,13 +269,19 @@ def check_rope(hf_config: Any, checkpoint: Checkpoint) -> None:
 
 def _stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     path = checkpoint.path
+    if (path / SINGLE).exists() or (path / INDEX).exists():
+        reject_codes(path)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    auto: Any = transformers.AutoModelForCausalLM
+    if checkpoint.stored_format:
+        source, auto = _dequantized(hf_config, checkpoint), _known_class(hf_config, checkpoint)
     try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
+        loaded: Any = auto.from_pretrained(
+            **source,
             config=hf_config,
             dtype=checkpoint.dtype,
             local_files_only=True,
-            trust_remote_code=trust_remote_code,
+            **({} if checkpoint.stored_format else {"trust_remote_code": trust_remote_code}),
             use_safetensors=True,  # a .bin is a pickle, whose loading may run code
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
@@ -255,6 +307,46 @@ def _stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: boo
     return model
 
 
+def empty_model(checkpoint: Checkpoint, config: ModelConfig) -> Any:
+    """Return the model without memory for its weights.
+
+    Raises:
+        ModelUnsupported: it is known without them that paged attention cannot run it.
+    """
+    hf_config = read_hf_config(checkpoint, config.trust_remote_code)
+    check_rope(hf_config, checkpoint)
+    with quiet(), torch.device("meta"):
+        model = _random_model(hf_config, checkpoint, config.trust_remote_code)
+    refuse_by_kind(model)
+    return model
+
+
+def _known_class(hf_config: Any, checkpoint: Checkpoint) -> Any:
+    """Return the class of a model whose tensors are given to it.
+
+    Raises:
+        ModelUnsupported: it is not one of transformers' own.
+    """
+    if type(hf_config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelUnsupported(
+            f"{checkpoint.path}: a model with its own code and weights in {checkpoint.stored_format} is not "
+            "supported; use an unquantized checkpoint"
+        )
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+
+
+def _dequantized(hf_config: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the arguments that load the weights of a quantized checkpoint in the dtype of the arithmetic."""
+    for name in ("quantization_config", "compression_config"):
+        if hasattr(hf_config, name):
+            delattr(hf_config, name)
+    state = {}
+    for name, tensor in iterate_sources(checkpoint.path, None, str):  # by their own names
+        whole = tensor.read(0, 0, tensor.shape[0]) if tensor.shape else tensor.read(0, 0, 0)
+        state[name] = whole.to(checkpoint.dtype) if whole.is_floating_point() else whole
+    return {"pretrained_model_name_or_path": None, "state_dict": state}
+
+
 def _random_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     try:
         auto: Any = transformers.AutoModelForCausalLM
@@ -266,7 +358,7 @@ def _random_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: boo
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and tables of tensors while loading; errors are raised anyway."""
     logging: Any = transformers.utils.logging
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

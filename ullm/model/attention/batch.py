@@ -26,6 +26,9 @@ from torch import Tensor
 from ullm.model.memory.kv_pool import KvShape
 from ullm.model.sampling.choose import SamplingFilter
 
+AdapterRows = tuple[int, Tensor | slice]
+"""An adapter's number, and the rows of the step that it applies to: a slice or int64 indices."""
+
 
 class Attend(Protocol):
     """Attention over the paged KV pool for one step."""
@@ -39,6 +42,7 @@ class Attend(Protocol):
         scale: float,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Store ``k`` and ``v``, then compute attention.
 
@@ -50,6 +54,8 @@ class Attend(Protocol):
             scale: factor of the scores, usually ``head_dim ** -0.5``.
             sliding_window: keys that a query sees, itself included; None: all before it.
             softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+            sinks: ``[query heads]``, a score of each head that takes part in the softmax and has no value
+                (arXiv:2309.17453; GPT-OSS).
 
         Returns:
             ``[T, query heads, head_dim]``, contiguous.
@@ -76,6 +82,7 @@ class Batch:
         num_decodes: number of leading sequences with one query token.
         attention: attention over this batch's sequences.
         layer_done: called after each layer, or after a few quick ones, to report progress.
+        adapters: the adapters of this step, and the rows that each applies to.
     """
 
     token_ids: Tensor
@@ -89,6 +96,7 @@ class Batch:
     num_decodes: int
     attention: Attend
     layer_done: Callable[[], None] = no_progress
+    adapters: tuple[AdapterRows, ...] = ()
 
 
 class CausalModel(Protocol):
@@ -171,6 +179,9 @@ class AttentionBackend(Protocol):
 
     def prepare(self, layout: BatchLayout) -> Batch:
         """Copy a step's batch to the device and prepare whatever all layers share."""
+
+    def block_rows(self) -> list[Tensor]:
+        """Return all of the pool as tensors whose first index is a block."""
 
     def release(self) -> None:
         """Free the pool."""

@@ -16,6 +16,7 @@ Rows, masks and groups are computed once per step and shared by all layers.
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,10 @@ class GatherAttention:
         """Return the array as a tensor on the pool's device."""
         return torch.from_numpy(array).to(self.device)
 
+    def block_rows(self) -> list[Tensor]:
+        """See `AttentionBackend.block_rows`."""
+        return [pages.view(self.num_blocks, -1) for pages in self.pages]
+
     def release(self) -> None:
         """Free the pool."""
         self.pages.clear()
@@ -103,18 +108,39 @@ class GatherStep:
         scale: float,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Attend`."""
+        how = _How(scale, sliding_window, softcap, sinks)
         slots, pages = self.backend.slots[layer], self.backend.pages[layer]
         slots.index_put_((self.key_slots,), k)
         slots.index_put_((self.value_slots,), v)
         if len(self.parts) == 1:
-            return self.parts[0].attend(pages, (q, k, v), scale, sliding_window, softcap).contiguous()
+            return self.parts[0].attend(pages, (q, k, v), how).contiguous()
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for part in self.parts:
             rows = slice(part.start, part.end)
-            out[rows] = part.attend(pages, (q[rows], k[rows], v[rows]), scale, sliding_window, softcap)
+            out[rows] = part.attend(pages, (q[rows], k[rows], v[rows]), how)
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What one layer's attention is like; see `Attend`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    def softmax(self, scores: Tensor, dim: int) -> Tensor:
+        """Return the weights of ``scores [KV heads, …, keys]``; query heads per KV head are at ``dim``."""
+        if self.sinks is None:
+            return torch.softmax(scores, -1)
+        shape = [1] * scores.ndim
+        shape[0], shape[dim] = scores.shape[0], scores.shape[dim]
+        column = self.sinks.to(scores.dtype).view(shape).expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
 
 
 class _Decodes:
@@ -123,40 +149,43 @@ class _Decodes:
     def __init__(self, backend: GatherAttention, layout: BatchLayout, start: int, end: int) -> None:
         self.start, self.end = start, end
         self.shape, self.count = backend.shape, end - start
-        blocks = -(-max(layout.seq_lens[start:end]) // backend.block_size)
-        self.keys = blocks * backend.block_size
-        self.rows = backend.page_rows(layout.block_tables[start:end, :blocks])
-        self.lens = backend.to_device(np.asarray(layout.seq_lens[start:end], dtype=np.int64))
-        self.masks: dict[int | None, Tensor] = {}
+        self.backend, self.tables = backend, layout.block_tables[start:end]
+        self.lens = np.asarray(layout.seq_lens[start:end], dtype=np.int64)
+        self.views: dict[int | None, tuple[Tensor, Tensor]] = {}
 
-    def attend(
-        self, pages: Tensor, qkv: QKV, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, pages: Tensor, qkv: QKV, how: _How) -> Tensor:
         """Attend for ``q [n, query heads, D]``; keys and values come from the pages."""
         q = qkv[0]
         n, heads, dim = self.count, self.shape.num_kv_heads, self.shape.head_dim
-        keys, values = pages.index_select(0, self.rows).view(2, heads * n, self.keys, dim)
+        rows, mask = self._view(how.window, q.dtype)
+        keys, values = pages.index_select(0, rows).view(2, heads * n, -1, dim)
         grouped = q.view(n, heads, -1, dim).transpose(0, 1).reshape(heads * n, -1, dim)
-        mask = self._mask(window, q.dtype)
-        if softcap is None:
-            scores = torch.baddbmm(mask, grouped, keys.transpose(1, 2), alpha=scale)
+        if how.softcap is None:
+            scores = torch.baddbmm(mask, grouped, keys.transpose(1, 2), alpha=how.scale)
         else:
-            scores = cap(torch.bmm(grouped, keys.transpose(1, 2)), scale, softcap).add_(mask)
-        out = torch.bmm(torch.softmax(scores, -1), values)
+            scores = cap(torch.bmm(grouped, keys.transpose(1, 2)), how.scale, how.softcap).add_(mask)
+        out = torch.bmm(how.softmax(scores.view(heads, n, -1, mask.shape[-1]), 2).flatten(0, 1), values)
         return out.view(heads, n, -1, dim).transpose(0, 1).reshape(n, -1, dim)
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Return the mask to add to the scores, ``[KV heads * n, 1 → query heads per KV head, keys]``."""
-        if window not in self.masks:
-            positions = torch.arange(self.keys, device=self.lens.device)
-            lens = self.lens[:, None]
-            hidden = positions >= lens
-            if window is not None:
-                hidden |= positions < lens - window
+    def _view(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the pool's rows from the first block that the window reaches, and the mask to add to the
+        scores, ``[KV heads * n, 1 → query heads per KV head, keys]``.
+
+        Only a sequence's own blocks are read: what is behind the window may be another one's by now, and its
+        infinities would go through a mask.
+        """
+        if window not in self.views:
+            size, lens = self.backend.block_size, self.lens[:, None]
+            seen = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0)
+            first, end = seen // size, -(-lens // size)
+            blocks = first + np.arange((end - first).max())
+            positions = (blocks[:, :, None] * size + np.arange(size)).reshape(self.count, -1)
+            rows = self.backend.page_rows(np.take_along_axis(self.tables, np.minimum(blocks, end - 1), 1))
+            hidden = self.backend.to_device((positions < seen) | (positions >= lens))
             heads, groups = self.shape.num_kv_heads, self.shape.num_query_heads // self.shape.num_kv_heads
             mask = minus_infinity(hidden, dtype).repeat(heads, 1).unsqueeze(1)
-            self.masks[window] = mask.expand(-1, groups, -1)
-        return self.masks[window]
+            self.views[window] = rows, mask.expand(-1, groups, -1)
+        return self.views[window]
 
 
 class _Prefill:
@@ -166,47 +195,58 @@ class _Prefill:
         self.start, self.end = start, start + layout.query_lens[index]
         self.shape, self.keys = backend.shape, layout.seq_lens[index]
         self.prefix = self.keys - layout.query_lens[index]
-        blocks = -(-self.keys // backend.block_size)
-        self.rows = (
-            backend.page_rows(layout.block_tables[index : index + 1, :blocks]) if self.prefix else None
-        )
+        self.backend, self.table = backend, layout.block_tables[index : index + 1]
+        self.rows: dict[int | None, Tensor] = {}
         self.masks: dict[int | None, Tensor] = {}
 
-    def attend(
-        self, pages: Tensor, qkv: QKV, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, pages: Tensor, qkv: QKV, how: _How) -> Tensor:
         """Attend for ``q [T, query heads, D]``; without a prefix, its k and v are all the keys and values."""
         q, k, v = qkv
         heads, dim, tokens = self.shape.num_kv_heads, self.shape.head_dim, q.shape[0]
-        if self.rows is None:
+        if not self.prefix:
             keys, values = k.transpose(0, 1), v.transpose(0, 1)
         else:
-            keys, values = pages.index_select(0, self.rows).view(2, heads, -1, dim)[:, :, : self.keys]
+            stored = self.keys - self._first_key(how.window)
+            rows = self._rows(how.window)
+            keys, values = pages.index_select(0, rows).view(2, heads, -1, dim)[:, :, :stored]
         grouped = q.view(tokens, heads, -1, dim).permute(1, 2, 0, 3)
-        if softcap is not None or tokens <= MATMUL_QUERIES:
-            out = self._multiply(grouped, keys, values, scale, window, softcap)
+        if how.softcap is not None or how.sinks is not None or tokens <= MATMUL_QUERIES:
+            out = self._multiply(grouped, keys, values, how)
         else:
-            plain = self.prefix == 0 and (window is None or self.keys <= window)
-            mask = None if plain else self._mask(window, q)
+            plain = self.prefix == 0 and (how.window is None or self.keys <= how.window)
+            mask = None if plain else self._mask(how.window, q)
             keys, values = (x.unsqueeze(1).expand(-1, grouped.shape[1], -1, -1) for x in (keys, values))
-            out = F.scaled_dot_product_attention(grouped, keys, values, mask, is_causal=plain, scale=scale)
+            out = F.scaled_dot_product_attention(
+                grouped, keys, values, mask, is_causal=plain, scale=how.scale
+            )
         return out.permute(2, 0, 1, 3).reshape(tokens, -1, dim)
 
-    def _multiply(
-        self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def _multiply(self, q: Tensor, keys: Tensor, values: Tensor, how: _How) -> Tensor:
         """Attend for ``q [KV heads, query heads per KV head, T, D]`` over ``keys [KV heads, L, D]``."""
         rows = q.reshape(q.shape[0], -1, q.shape[3])
         scores = torch.bmm(rows, keys.transpose(1, 2))
-        scores = scores.mul_(scale) if softcap is None else cap(scores, scale, softcap)
-        scores.view(*q.shape[:3], -1).add_(self._mask(window, q))
-        return torch.bmm(torch.softmax(scores, -1), values).view(q.shape)
+        scores = scores.mul_(how.scale) if how.softcap is None else cap(scores, how.scale, how.softcap)
+        scores = scores.view(*q.shape[:3], -1).add_(self._mask(how.window, q))
+        return torch.bmm(how.softmax(scores, 1).flatten(1, 2), values).view(q.shape)
+
+    def _first_key(self, window: int | None) -> int:
+        """Return the position of the first key that is read: a block's first, which the window reaches."""
+        size = self.backend.block_size
+        return 0 if window is None else max(0, self.prefix + 1 - window) // size * size
+
+    def _rows(self, window: int | None) -> Tensor:
+        """Return the pool's rows with the keys from `_first_key` on."""
+        if window not in self.rows:
+            size = self.backend.block_size
+            blocks = slice(self._first_key(window) // size, -(-self.keys // size))
+            self.rows[window] = self.backend.page_rows(self.table[:, blocks])
+        return self.rows[window]
 
     def _mask(self, window: int | None, q: Tensor) -> Tensor:
         """Return the mask to add to the scores, ``[T, keys]``: causal from the lower right corner."""
         if window not in self.masks:
             queries = torch.arange(self.prefix, self.keys, device=q.device)[:, None]
-            keys = torch.arange(self.keys, device=q.device)
+            keys = torch.arange(self._first_key(window), self.keys, device=q.device)
             hidden = keys > queries
             if window is not None:
                 hidden |= keys <= queries - window

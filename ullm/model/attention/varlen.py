@@ -83,6 +83,10 @@ class VarlenAttention:
             attention=VarlenStep(self, slot_mapping, groups),
         )
 
+    def block_rows(self) -> list[Tensor]:
+        """See `AttentionBackend.block_rows`; the padding block is the last one."""
+        return [part.view(self.num_blocks + 1, -1) for pool in self.pools for part in pool]
+
     def release(self) -> None:
         """Free the pool."""
         self.pools.clear()
@@ -160,14 +164,19 @@ class VarlenStep:
         scale: float,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Attend`.
 
         Raises:
-            ModelUnsupported: the model caps its scores, which the kernel cannot do.
+            ModelUnsupported: the model caps its scores or has sinks, which the kernel cannot do.
         """
         if softcap is not None:
             raise ModelUnsupported("soft-capped attention scores are not supported on CUDA; use --device cpu")
+        if sinks is not None:
+            raise ModelUnsupported(
+                "attention sinks are not supported on CUDA in half precision; use --device cpu"
+            )
         keys, values = self.backend.pools[layer]
         keys.view(-1, *keys.shape[2:]).index_copy_(0, self.slot_mapping, k)
         values.view(-1, *values.shape[2:]).index_copy_(0, self.slot_mapping, v)

@@ -28,6 +28,11 @@ class SampledPositions:
     ahead: list[int] = field(default_factory=list)
     drafted: bool = False
 
+    @property
+    def drafts(self) -> dict[int, list[int]]:
+        """Sequence → its draft, for those that have one."""
+        return {each.seq_id: each.draft for each, _ in self.sequences if each.draft}
+
     def count_accepted(self, tokens: list[int]) -> list[int]:
         """Return, per sequence, how many guesses come before the first wrong one.
 

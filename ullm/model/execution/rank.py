@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,17 +15,22 @@ from torch import Tensor
 
 from ullm.config import EngineConfig, Tuning
 from ullm.errors import OutOfMemory, one_line
+from ullm.logs import get_logger
 from ullm.machine import usable_cores
 from ullm.model.architectures.decoder import Decoder
-from ullm.model.architectures.registry import NATIVE, choose_device, load_model
+from ullm.model.architectures.registry import choose_device, load_model, native_class
 from ullm.model.attention.batch import AttentionBackend, BatchLayout, CausalModel
-from ullm.model.attention.gather import GatherAttention
 from ullm.model.attention.varlen import VarlenAttention
 from ullm.model.execution.graphs import DecodeGraphs, make_graphs
+from ullm.model.execution.identity import kv_identity, weights_fingerprint
 from ullm.model.execution.last_tokens import LastTokens
-from ullm.model.kernels.cpu.ops import KernelAttention, KernelOps
+from ullm.model.execution.pools import choose_gather
+from ullm.model.execution.verify import verify
+from ullm.model.kernels.cpu.build import open_library
+from ullm.model.kernels.cpu.exchange import SPINS, SharedExchange
+from ullm.model.kernels.cpu.ops import KernelOps
 from ullm.model.layers.layer_ops import TorchOps
-from ullm.model.layers.parallel import ParallelContext, open_parallel
+from ullm.model.layers.parallel import RENDEZVOUS_TIMEOUT, ParallelContext
 from ullm.model.loading.checkpoint import Checkpoint, read_checkpoint
 from ullm.model.memory.device_memory import release_cached_memory
 from ullm.model.memory.kv_pool import (
@@ -35,6 +41,9 @@ from ullm.model.memory.kv_pool import (
     kv_bytes_per_token,
 )
 from ullm.protocol.messages import ModelInfo, Progress, Start
+from ullm.scheduling.sequence_blocks import most_blocks
+
+log = get_logger(__name__)
 
 PROGRESS_SECONDS = 1.0
 """Least seconds between two progress messages."""
@@ -55,6 +64,7 @@ class RankContext:
         parallel: the other ranks of the replica.
         threads: number of threads that compute on a CPU: the kernels' or PyTorch's.
         tuning: how the CPU kernels divide products.
+        fingerprint: of the weights' files, before they were read.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +73,7 @@ class RankContext:
     parallel: ParallelContext
     threads: int
     tuning: Tuning = Tuning()
+    fingerprint: str = ""
 
 
 @dataclass
@@ -86,8 +97,24 @@ class Rank:
     info: ModelInfo
 
 
+class ConnectableModel(Protocol):
+    """A model that a standby worker has prepared, and its rank, which is not connected yet."""
+
+    @property
+    def model(self) -> CausalModel:
+        """The model with its weights."""
+
+    @property
+    def parallel(self) -> ParallelContext:
+        """The rank that the model computes for."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the weights' files, before they were mapped."""
+
+
 def open_rank(
-    start: Start, progress: Callable[[Progress], None], prepared: CausalModel | None = None
+    start: Start, progress: Callable[[Progress], None], prepared: ConnectableModel | None = None
 ) -> Rank:
     """Load the model, size the KV pool, warm up, capture graphs.
 
@@ -100,39 +127,77 @@ def open_rank(
         ModelError: one line that names file and tensor, or device and bytes.
         ConfigError: options that do not fit this machine or this model.
     """
-    context = open_context(start)
+    context = open_context(start, progress, prepared)
     try:
         with reporting_out_of_memory(context.device):
-            model = read_model(context, progress) if prepared is None else assign_threads(context, prepared)
+            if prepared is None:
+                model = read_model(context, progress)
+            else:
+                model = assign_threads(context, prepared.model)
             return attach_kv_pool(context, model, None, progress)
     except BaseException:
         context.parallel.close()
         raise
 
 
-def open_context(start: Start) -> RankContext:
+def open_context(
+    start: Start, progress: Callable[[Progress], None], prepared: ConnectableModel | None = None
+) -> RankContext:
     """Read the checkpoint's configuration, choose the device, and connect to the other ranks."""
     config = start.config
     device = choose_device(config, start.rank.device_index)
-    checkpoint = read_checkpoint(Path(start.model_path), config, device)
-    # PyTorch counts physical cores, but knows no quota.
-    torch.set_num_threads(config.cpu_threads or min(torch.get_num_threads(), usable_cores()))
+    path = Path(start.model_path)
+    fingerprint = weights_fingerprint(path) if prepared is None else prepared.fingerprint
+    checkpoint = read_checkpoint(path, config, device)
+    # PyTorch counts physical cores, but knows no quota. The ranks of a replica compute at the same time.
+    cores = min(torch.get_num_threads(), usable_cores())
+    torch.set_num_threads(config.cpu_threads or max(1, cores // start.rank.world_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     config = config.on_device(device.type)
-    parallel = open_parallel(start.rank, device)
-    return RankContext(checkpoint, config, device, parallel, torch.get_num_threads(), start.tuning)
+    parallel = ParallelContext.of(start.rank) if prepared is None else prepared.parallel
+    parallel.connect(
+        start.rank, device, lambda address: progress(Progress("rendezvous", RENDEZVOUS_TIMEOUT, address))
+    )
+    if device.type == "cpu" and config.cpu_kernels and parallel.total > 1 and start.rank.shares_memory:
+        share_memory(parallel, torch.get_num_threads(), throttled_progress("load", progress))
+    return RankContext(
+        checkpoint, config, device, parallel, torch.get_num_threads(), start.tuning, fingerprint
+    )
+
+
+def share_memory(parallel: ParallelContext, threads: int, progress: Callable[[], None]) -> None:
+    """Have CPU ranks add up through shared memory instead of sockets, where all of them can.
+
+    Args:
+        threads: number of threads that each rank computes with.
+        progress: called now and then while the kernels are compiled.
+    """
+    library = open_library(progress)
+    # A rank that spins takes a core that others may need, at least the engine. Measured with two ranks on two
+    # busy cores: SmolLM2-135M takes 10 ms per step if they sleep at once, 16 to 30 if they spin first.
+    spins = SPINS if threads * parallel.total < usable_cores() else 0
+
+    def make(path: str | None) -> SharedExchange:
+        if library is None:
+            raise OSError("there are no compiled kernels")
+        size, rank = parallel.world_size, parallel.rank
+        return SharedExchange(library, size, rank, path, spins=spins, timeout=RENDEZVOUS_TIMEOUT)
+
+    parallel.use_exchange(make)
 
 
 def read_model(context: RankContext, progress: Callable[[Progress], None]) -> CausalModel:
     """Load the model with its weights from disk."""
     checkpoint, config = context.checkpoint, context.config
-    if checkpoint.architecture not in NATIVE:  # transformers reports no progress while it loads
+    if config.verify or isinstance(native_class(checkpoint), str):  # transformers reports no progress
         progress(Progress("load", config.start_timeout))
     with single_thread():
         model = load_model(
             checkpoint, config, context.device, context.parallel, throttled_progress("load", progress)
         )
+    if config.verify:
+        log.info(f"{checkpoint.path}: {verify(model, checkpoint)}")
     release_cached_memory(context.device)  # of the unpacked weights
     return assign_threads(context, model)
 
@@ -190,25 +255,23 @@ def open_pool(context: RankContext, model: CausalModel, num_blocks: int | None) 
     return make(model.kv_shape, num_blocks, block_size, model.dtype, device)
 
 
-def choose_gather(model: CausalModel) -> type[GatherAttention | KernelAttention]:
-    """Return the CPU attention backend that fits how the model computes its layers."""
-    if isinstance(model, Decoder) and isinstance(model.ops, KernelOps):
-        return KernelAttention
-    return GatherAttention
-
-
 def model_info(
     context: RankContext, model: CausalModel, backend: AttentionBackend, vocab_size: int
 ) -> ModelInfo:
-    """Describe the model for the engine. A pool smaller than the model's context limits the context."""
-    checkpoint = context.checkpoint
+    """Describe the model for the engine. A pool smaller than the model's context limits the context, unless
+    the model sees less than its context, and the pool has all that a sequence needs at a time."""
+    checkpoint, window = context.checkpoint, model.kv_shape.window or 0
+    room = backend.num_blocks * backend.block_size
+    most = most_blocks(window, context.config.max_num_batched_tokens, backend.block_size)
+    if window and backend.num_blocks >= most:
+        room = checkpoint.context_len
     kernels = isinstance(model, Decoder) and isinstance(model.ops, KernelOps)
     return ModelInfo(
         architecture=checkpoint.architecture,
         num_parameters=model.num_parameters(),
         vocab_size=vocab_size,
         eos_token_ids=checkpoint.eos_token_ids,
-        context_len=min(checkpoint.context_len, backend.num_blocks * backend.block_size),
+        context_len=min(checkpoint.context_len, room),
         num_blocks=backend.num_blocks,
         block_size=backend.block_size,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -219,6 +282,12 @@ def model_info(
         kv_dtype=str(model.dtype).removeprefix("torch."),
         kernels=model.ops.name if isinstance(model, Decoder) else TorchOps.name,
         tuning=context.tuning.origin if kernels else "",
+        stored_format="gguf" if checkpoint.path.suffix == ".gguf" else checkpoint.stored_format,
+        pools=True,
+        window=window,
+        kv_identity=kv_identity(
+            checkpoint, context.config, context.fingerprint, model, backend, context.device
+        ),
     )
 
 

@@ -104,7 +104,7 @@ class SleepingRank:
     def park_weights(self) -> None:
         """Move the weights to host memory; drop them if they do not fit there, so that a wake loads them."""
         # All ranks do this at the same time, most likely on the same machine.
-        need, free = self._info.weight_bytes * self.context.parallel.world_size, available_memory()
+        need, free = self._info.weight_bytes * self.context.parallel.total, available_memory()
         if need > free:
             log.warning(
                 "the weights do not fit into host memory, a wake will load them",

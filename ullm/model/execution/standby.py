@@ -16,7 +16,9 @@ from ullm.errors import UllmError
 from ullm.logs import get_logger
 from ullm.model.architectures.registry import choose_device, map_model
 from ullm.model.attention.batch import CausalModel
-from ullm.model.execution.rank import choose_gather, single_thread, trial_run
+from ullm.model.execution.identity import weights_fingerprint
+from ullm.model.execution.pools import choose_gather
+from ullm.model.execution.rank import single_thread, trial_run
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.loading.checkpoint import read_checkpoint
 from ullm.model.loading.weights import weight_files
@@ -27,10 +29,16 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model, and the message that it was prepared for."""
+    """A model, the message that it was prepared for, and its rank, which connects when it starts.
+
+    Args:
+        fingerprint: of the weights' files, before they were mapped.
+    """
 
     prepare: Prepare
     model: CausalModel
+    parallel: ParallelContext
+    fingerprint: str = ""
 
     def suits(self, start: Start) -> bool:
         """Return True if ``start`` wants this model."""
@@ -47,12 +55,11 @@ def prepare_model(prepare: Prepare) -> PreparedModel | None:
     config, path = prepare.config, Path(prepare.model_path)
     try:
         device = choose_device(config, prepare.rank.device_index)
+        fingerprint = weights_fingerprint(path)
         checkpoint = read_checkpoint(path, config, device)
-        alone = prepare.rank.world_size == 1  # several ranks connect when they start
+        parallel = ParallelContext.of(prepare.rank)
         with single_thread():
-            model = (
-                map_model(checkpoint, config, ParallelContext()) if alone and device.type == "cpu" else None
-            )
+            model = map_model(checkpoint, config, parallel) if device.type == "cpu" else None
             if model is None:
                 read_ahead(weight_files(path))
                 return None
@@ -62,7 +69,7 @@ def prepare_model(prepare: Prepare) -> PreparedModel | None:
     except (UllmError, OSError) as error:
         log.info("nothing prepared", reason=str(error))  # the start raises it again, if it is still true
         return None
-    return PreparedModel(prepare, model)
+    return PreparedModel(prepare, model, parallel, fingerprint)
 
 
 def read_ahead(files: list[Path]) -> None:
@@ -74,6 +81,6 @@ def read_ahead(files: list[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _place(rank: RankSpec) -> tuple[int, int, int | None]:
+def _place(rank: RankSpec) -> tuple[int, int, int, int | None]:
     """Return the part of a rank that its weights depend on."""
-    return rank.rank, rank.world_size, rank.device_index
+    return rank.rank, rank.world_size, rank.num_stages, rank.device_index

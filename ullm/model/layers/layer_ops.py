@@ -5,8 +5,8 @@ One implementation is chosen per model. `TorchOps` is the reference for the othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,25 @@ from torch import Tensor
 
 from ullm.model.attention.batch import Batch
 from ullm.model.layers.linear import RMSNorm
+from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.rope import rotate
 from ullm.model.sampling.choose import SamplingFilter, choose_tokens
 
+Activation = Literal["silu", "gelu_tanh"]
+"""What the MLP does to its gate; GELU is approximated by tanh (arXiv:1606.08415)."""
+Rope = Literal["main", "local", "none"]
+"""A layer's rotary embedding: layers with a sliding window may have one of their own, ``local``."""
+RopeTables = Mapping[Rope, tuple[Tensor, Tensor]]
+"""Cosines and sines of `ullm.model.layers.rope.rope_cache`; there is none of ``none``."""
+Norms = tuple["RMSNorm | None", "RMSNorm | None", "RMSNorm | None", "RMSNorm | None"]
+"""A layer's norms: before attention, of what it returns, before the MLP, of what that returns."""
+
 
 class AttentionModule(Protocol):
-    """One layer's attention on this rank, as `StepOps.attend` needs it."""
+    """One layer's attention on this rank, as `StepOps.attend` needs it.
+
+    ``norm_all_heads``: queries, and keys, of all heads are normalised together.
+    """
 
     layer: int
     num_heads: int
@@ -27,6 +40,9 @@ class AttentionModule(Protocol):
     head_dim: int
     scale: float
     window: int | None
+    softcap: float | None
+    rope: Rope
+    norm_all_heads: bool
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
 
@@ -56,6 +72,8 @@ class AttentionBlock(AttentionModule, Protocol):
 class MlpBlock(Protocol):
     """A gated MLP."""
 
+    activation: Activation
+
     @property
     def gate_up_proj(self) -> LinearModule:
         """Projection to gate and up, side by side."""
@@ -66,19 +84,26 @@ class MlpBlock(Protocol):
 
 
 class LayerModule(Protocol):
-    """A decoder layer."""
+    """A decoder layer.
 
-    input_layernorm: RMSNorm
-    post_attention_layernorm: RMSNorm
-    world_size: int
+    ``is_dense``: its MLP is a `MlpBlock`. ``residual_scale``: factor of what attention and MLP return.
+    """
+
+    parallel: ParallelContext
+    is_dense: bool
+    residual_scale: float
+
+    @property
+    def norms(self) -> Norms:
+        """The layer's norms."""
 
     @property
     def self_attn(self) -> AttentionBlock:
         """The layer's attention."""
 
     @property
-    def mlp(self) -> MlpBlock:
-        """The layer's MLP."""
+    def mlp(self) -> object:
+        """The layer's MLP, or its experts."""
 
     def forward(self, x: Tensor, delta: Tensor | None, step: StepOps) -> Tensor:
         """Add ``delta``, the previous layer's MLP output, and the attention's output to the residual stream
@@ -98,11 +123,11 @@ class StepOps(Protocol):
             The last layer's MLP output, which is still to be added.
         """
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
-        """Add ``delta`` to the residual stream ``x [T, hidden_size]`` in place; return its norm."""
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm | None) -> Tensor:
+        """Add ``delta`` to the residual stream ``x [T, hidden_size]`` in place; return its norm or it."""
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """Return ``silu(gate) * up`` of ``[T, gate and up side by side]``."""
+    def gate_and_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """Return ``activation(gate) * up`` of ``[T, gate and up side by side]``."""
 
     def attend(self, module: AttentionModule, qkv: Tensor) -> Tensor:
         """Normalise and rotate queries and keys, store keys and values, compute attention.
@@ -145,13 +170,13 @@ class TorchOps:
     """Implements `LayerOps` on any device.
 
     Args:
-        cos, sin: tables of `ullm.model.layers.rope.rope_cache`.
+        tables: see `RopeTables`, in the model's dtype.
     """
 
     name = "PyTorch"
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self.tables = cos, sin
+    def __init__(self, tables: RopeTables) -> None:
+        self.tables = tables
 
     def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
         """See `LayerOps`."""
@@ -159,30 +184,31 @@ class TorchOps:
 
     def begin(self, batch: Batch) -> StepOps:
         """See `LayerOps`."""
-        cos, sin = self.tables
-        return TorchStep(batch, cos[batch.positions], sin[batch.positions])
+        return TorchStep(batch, self.tables)
 
 
 class TorchStep:
     """Implements `StepOps`; see there."""
 
-    def __init__(self, batch: Batch, cos: Tensor, sin: Tensor) -> None:
-        self._batch, self._cos, self._sin = batch, cos, sin
+    def __init__(self, batch: Batch, tables: RopeTables) -> None:
+        self._batch, positions = batch, batch.positions
+        self._tables = {rope: (cos[positions], sin[positions]) for rope, (cos, sin) in tables.items()}
+        self._dtype = tables["main"][0].dtype if tables else torch.float32  # fused kernels need neither
 
     def layers(self, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
         """See `StepOps`."""
         return layer_by_layer(self, modules, x, done)
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm | None) -> Tensor:
         """See `StepOps`."""
         if delta is not None:
             x.add_(delta)
-        return norm.forward(x)
+        return (x if norm is None else norm.forward(x)).to(self._dtype)
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+    def gate_and_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """See `StepOps`."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
 
     def attend(self, module: AttentionModule, qkv: Tensor) -> Tensor:
         """See `StepOps`."""
@@ -191,6 +217,11 @@ class TorchStep:
         qk, v = torch.split(heads, [sum(counts), module.num_kv_heads], dim=1)
         if module.q_norm is not None and module.k_norm is not None:
             q, k = torch.split(qk, counts, dim=1)
-            qk = torch.cat((module.q_norm.forward(q), module.k_norm.forward(k)), dim=1)
-        q, k = torch.split(rotate(qk, self._cos, self._sin), counts, dim=1)
-        return self._batch.attention(module.layer, q, k, v, module.scale, module.window).view(tokens, -1)
+            if module.norm_all_heads:
+                q, k = q.flatten(1), k.flatten(1)
+            normed = module.q_norm.forward(q), module.k_norm.forward(k)
+            qk = torch.cat([each.view(tokens, -1, module.head_dim) for each in normed], dim=1)
+        table = self._tables.get(module.rope)
+        q, k = torch.split(qk if table is None else rotate(qk, *table), counts, dim=1)
+        attend = self._batch.attention
+        return attend(module.layer, q, k, v, module.scale, module.window, module.softcap).view(tokens, -1)

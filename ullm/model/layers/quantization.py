@@ -122,6 +122,21 @@ class QuantizedWeight:
         return runs
 
 
+def join_quantized(parts: list[QuantizedWeight | Tensor], dim: int) -> QuantizedWeight | Tensor:
+    """Return slices of a weight one after the other; in float32 if a seam along the inputs cuts a group."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = [part for part in parts if isinstance(part, QuantizedWeight)]
+    if len(whole) < len(parts) or (dim == 1 and any(part.shape[1] % GROUP for part in whole[:-1])):
+        plain = [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
+        return torch.cat(plain, dim)
+    codes, scales, minima = (
+        torch.cat([getattr(part, name) for part in whole], dim) for name in ("codes", "scales", "minima")
+    )
+    bits = torch.cat([part.bits for part in whole]) if dim == 0 else whole[0].bits
+    return QuantizedWeight(codes, scales, minima, bits, whole[0].wanted)
+
+
 def quantize(weight: Tensor, bits: Bits) -> QuantizedWeight:
     """Round ``weight [out, in]`` to codes."""
     outputs, inputs = weight.shape

@@ -20,6 +20,9 @@ from ullm.logs import get_logger
 
 log = get_logger(__name__)
 
+LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Keys of the language model's own config, in models that also see or hear."""
+
 
 class _AddedToken(msgspec.Struct):
     id: int
@@ -57,7 +60,7 @@ def eos_token_ids(hf: dict[str, Any], path: Path, config: ModelConfig) -> tuple[
     sources = (
         (path / "generation_config.json", generation),
         (path / "config.json", hf),
-        (path / "config.json", hf.get("text_config") or {}),  # of models that also see or hear
+        *((path / "config.json", hf[name]) for name in LANGUAGE_PARTS if isinstance(hf.get(name), dict)),
     )
     listed = next((ids for file, source in sources if (ids := _listed(file, source))), [])
     tokenizer = _tokenizer_path(path, config)

@@ -1,7 +1,6 @@
 """GGUF models in the form of Hugging Face checkpoints: config, tensors, tokenizer.
 
-Names and metadata keys are llama.cpp's (gguf-py/gguf/constants.py). Its convert_hf_to_gguf.py permutes
-Llama's query and key projections, which is undone here.
+What differs between architectures is in `ullm.model.loading.gguf_kinds`.
 """
 
 from __future__ import annotations
@@ -17,14 +16,24 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from ullm.errors import ModelUnsupported
+from ullm.logs import get_logger
 from ullm.model.layers.quantization import QuantizedWeight
 from ullm.model.loading.gguf_blocks import has_codes, read_codes
 from ullm.model.loading.gguf_file import PLAIN_TYPES, GgufFile
-from ullm.model.loading.gguf_tokenizer import token_ids, write_tokenizer
+from ullm.model.loading.gguf_kinds import KINDS, LONG_FACTORS, MIXTRAL, SHORT_FACTORS, GgufKind
+from ullm.model.loading.gguf_tokenizer import token_ids, write_generation_config, write_tokenizer
 
-__all__ = ["gguf_sources", "is_quantized", "iterate_gguf_tensors", "read_gguf_config", "write_tokenizer"]
+__all__ = [
+    "gguf_sources",
+    "is_quantized",
+    "iterate_gguf_tensors",
+    "read_gguf_config",
+    "write_generation_config",
+    "write_tokenizer",
+]
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+log = get_logger(__name__)
+
 _KEYS = {
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
@@ -61,21 +70,22 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
     """Return the model's config in the form of a Hugging Face config.json.
 
     Args:
-        path: a GGUF file of a Llama (SmolLM2, Mistral), Qwen2 or Qwen3 model.
+        path: a GGUF file of one of `KINDS`.
 
     Raises:
         ModelNotFound: there is no such file.
         ModelFileBroken: the file is damaged or its metadata are incomplete; names the key.
-        ModelUnsupported: another architecture, experts, or an unknown rotary scaling.
+        ModelUnsupported: another architecture, or an unknown rotary scaling.
     """
     file = GgufFile(path)
-    arch = _architecture(file)
+    arch, kind = _architecture(file)
     config = {ours: file.number(f"{arch}.{theirs}") for theirs, ours in _KEYS.items()}
     heads, kv_heads = _head_counts(file, arch)
     head_dim = file.number(f"{arch}.attention.key_length", config["hidden_size"] // heads or None)
-    return {
-        "architectures": [ARCHITECTURES[arch]],
-        "model_type": arch,
+    _check_metadata(file, arch, kind, head_dim)
+    config = {
+        "architectures": [kind.architecture],
+        "model_type": kind.model_type,
         **config,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -83,13 +93,74 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
         "vocab_size": _vocab_size(file),
         "hidden_act": "silu",
         "rope_theta": float(file.number(f"{arch}.rope.freq_base", 10000.0)),
-        "rope_scaling": _rope_scaling(file, arch, head_dim),
+        "rope_scaling": None if SHORT_FACTORS in file.tensors else _rope_scaling(file, arch, head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "torch_dtype": _dtype_name(file),
         **token_ids(file),
     }
+    return config | kind.config(file, arch, config)
+
+
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "attention.temperature_scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "use_parallel_residual": (False,),
+    "expert_used_count": (0,),
+    "expert_weights_scale": (0.0, 1.0),
+}
+"""Keys that would change the numbers, and their values that change nothing."""
+_READ = frozenset(
+    {
+        *_KEYS,
+        *("attention.head_count", "attention.head_count_kv", "attention.key_length", "rope.freq_base"),
+        *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scale_linear"),
+        *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+        *("rope.scaling.original_context_length", "rope.dimension_count", "attention.value_length"),
+        *(
+            "rope.scaling.finetuned",
+            "attention.sliding_window",
+            "vocab_size",
+            "tensor_data_layout",
+            "expert_count",
+        ),
+    }
+)
+"""Keys of an architecture that are acted on, or change nothing."""
+
+
+def _check_metadata(file: GgufFile, arch: str, kind: GgufKind, head_dim: int) -> None:
+    """Refuse what would change the numbers, and name in a warning what nobody knows."""
+    for name in {"rope.dimension_count", "attention.value_length"} - kind.reads:
+        value = file.metadata.get(f"{arch}.{name}", head_dim)
+        if value != head_dim:
+            raise ModelUnsupported(f"{file.path}: {arch}.{name} is {value}, and heads have {head_dim}")
+    for name, neutral in _MUST_BE.items():
+        if name in kind.reads:
+            continue
+        value = file.metadata.get(f"{arch}.{name}", neutral[0])
+        if value not in neutral:
+            raise ModelUnsupported(f"{file.path}: {arch}.{name} is {value}, which is not supported")
+    window = file.metadata.get(f"{arch}.attention.sliding_window", 0)
+    windowed = "attention.sliding_window" in kind.reads
+    if not windowed and 0 < window < file.number(f"{arch}.context_length"):
+        raise ModelUnsupported(f"{file.path}: {arch}.attention.sliding_window is {window}, not supported")
+    known = {f"{arch}.{name}" for name in (*_READ, *_MUST_BE, *kind.reads)}
+    unknown = sorted(name for name in file.metadata if name.startswith(f"{arch}.") and name not in known)
+    if unknown:
+        log.warning(f"{file.path}: metadata that have no effect here: {', '.join(unknown)}")
 
 
 _HALVES = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
@@ -107,17 +178,24 @@ class GgufSource:
         stored_name: the tensor's name in the file.
         name: the tensor's name in a Hugging Face checkpoint.
         heads: number of heads whose rows must be reordered; 0: none.
+        offset: what was added to the values.
+        index: which expert's part it is; None: it is the whole.
     """
 
     file: GgufFile
     stored_name: str
     name: str
-    heads: int
+    heads: int = 0
+    offset: float = 0.0
+    index: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape, outermost dimension first."""
-        return self.file.tensors[self.stored_name].shape
+        shape = self.file.tensors[self.stored_name].shape
+        if self.index is not None:
+            return shape[1:]
+        return (1, *shape) if self.name.endswith("shared_expert_gate.weight") and len(shape) == 1 else shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,15 +208,17 @@ class GgufSource:
         Raises:
             ModelUnsupported: an unknown quantization.
         """
-        tensor = _tensor(self.file, self.stored_name)
+        tensor = _tensor(self.file, self.stored_name, self.index).reshape(self.shape)
+        if self.offset:
+            tensor = tensor.float() - self.offset
         return tensor[_transformers_order(self.shape[0], self.heads)] if self.heads else tensor
 
     def codes(self) -> QuantizedWeight | None:
         """Read the tensor's codes; None if it is not quantized, or in a format without such codes."""
         entry = self.file.tensors[self.stored_name]
-        if len(entry.shape) != 2 or not has_codes(entry.type):
+        if len(self.shape) != 2 or not has_codes(entry.type):
             return None
-        codes = read_codes(self.file.raw(self.stored_name), entry.type, entry.shape)
+        codes = read_codes(self.file.raw(self.stored_name, self.index), entry.type, self.shape)
         return codes[_transformers_order(self.shape[0], self.heads)] if self.heads else codes
 
 
@@ -154,14 +234,19 @@ def gguf_sources(path: str | Path) -> Iterator[GgufSource]:
         ModelUnsupported: an unknown architecture, tensor or quantization; names it.
     """
     file = GgufFile(path)
-    arch = _architecture(file)
+    arch, kind = _architecture(file)
     heads, kv_heads = _head_counts(file, arch)
-    permuted = {"q_proj": heads, "k_proj": kv_heads} if arch == "llama" else {}
-    for name in file.tensors:
-        if name == ROPE_FACTORS:
+    permuted = {"q_proj": heads, "k_proj": kv_heads} if kind.permuted else {}
+    for name, entry in file.tensors.items():
+        if name in (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS):
             continue
-        hf_name = _hf_name(file, name)
-        yield GgufSource(file, name, hf_name, permuted.get(hf_name.split(".")[-2], 0))
+        hf_name = _hf_name(file, kind, name)
+        offset = kind.norm_offset if hf_name.endswith("norm.weight") else 0.0
+        if "{}" in hf_name:
+            for index in range(entry.shape[0]):
+                yield GgufSource(file, name, hf_name.format(index), index=index)
+        else:
+            yield GgufSource(file, name, hf_name, permuted.get(hf_name.split(".")[-2], 0), offset)
 
 
 def iterate_gguf_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -176,16 +261,22 @@ def is_quantized(path: str | Path) -> bool:
     return any(entry.type not in plain for entry in GgufFile(path).tensors.values())
 
 
-def _architecture(file: GgufFile) -> str:
+def _architecture(file: GgufFile) -> tuple[str, GgufKind]:
+    """Return the name of the architecture, with which metadata keys begin, and what it is."""
     arch = file.require("general.architecture")
-    if arch not in ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in KINDS:
         raise ModelUnsupported(
             f"{file.path}: GGUF models of architecture {arch!r} cannot be run, those of "
-            f"{', '.join(ARCHITECTURES)} can; use the model's safetensors checkpoint"
+            f"{', '.join(KINDS)} can; use the model's safetensors checkpoint"
         )
-    if file.metadata.get(f"{arch}.expert_count"):
-        raise ModelUnsupported(f"{file.path}: GGUF models with experts cannot be run")
-    return str(arch)
+    kind = KINDS[arch]
+    if file.metadata.get(f"{arch}.expert_count") and "expert_count" not in kind.reads:
+        if arch != "llama":
+            raise ModelUnsupported(
+                f"{file.path}: GGUF models of architecture {arch!r} with experts cannot be run"
+            )
+        kind = MIXTRAL
+    return arch, kind
 
 
 def _head_counts(file: GgufFile, arch: str) -> tuple[int, int]:
@@ -218,14 +309,28 @@ def _dtype_name(file: GgufFile) -> str:
 def _rope_scaling(file: GgufFile, arch: str, head_dim: int) -> dict[str, Any] | None:
     if ROPE_FACTORS in file.tensors:
         return _llama3_scaling(file, arch, head_dim)
-    kind = file.metadata.get(f"{arch}.rope.scaling.type", "none")
+    # An older name of a linear factor, which counts where the newer one is missing.
+    older = float(file.number(f"{arch}.rope.scale_linear", 1.0))
+    factor = float(file.number(f"{arch}.rope.scaling.factor", older))
+    kind = file.metadata.get(f"{arch}.rope.scaling.type", "none" if factor == 1 else "linear")
+    attention = float(file.number(f"{arch}.rope.scaling.attn_factor", 1.0))
+    if kind not in ("none", "linear", "yarn") or (kind != "yarn" and attention != 1):
+        raise ModelUnsupported(
+            f"{file.path}: rotary scaling {kind!r} with attn_factor {attention:g} is not known"
+        )
     if kind == "none":
         return None
-    if kind not in ("linear", "yarn"):
-        raise ModelUnsupported(f"{file.path}: rotary scaling {kind!r} is not known")
-    scaling = {"rope_type": kind, "factor": float(file.number(f"{arch}.rope.scaling.factor"))}
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
     original = file.metadata.get(f"{arch}.rope.scaling.original_context_length")
-    return scaling if original is None else {**scaling, "original_max_position_embeddings": original}
+    if original is not None:
+        scaling["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        for ours in ("beta_fast", "beta_slow"):
+            if (beta := file.metadata.get(f"{arch}.rope.scaling.yarn_{ours}")) is not None:
+                scaling[ours] = beta
+        if attention != 1:  # ggml multiplies it by YaRN's own
+            scaling["attention_factor"] = attention * (1 + 0.1 * math.log(factor))
+    return scaling
 
 
 def _llama3_scaling(file: GgufFile, arch: str, head_dim: int) -> dict[str, Any]:
@@ -249,22 +354,21 @@ def _llama3_scaling(file: GgufFile, arch: str, head_dim: int) -> dict[str, Any]:
     }
 
 
-def _hf_name(file: GgufFile, name: str) -> str:
+def _hf_name(file: GgufFile, kind: GgufKind, name: str) -> str:
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
-    match = _BLOCK_TENSOR.fullmatch(name)
-    if match is None or match[2] not in _BLOCK_NAMES:
+    names, match = {**_BLOCK_NAMES, **kind.names}, _BLOCK_TENSOR.fullmatch(name)
+    if match is None or match[2] not in names:
         raise ModelUnsupported(
-            f"{file.path}: the tensor {name!r} has no place in a {_architecture(file)} model"
+            f"{file.path}: the tensor {name!r} has no place in a model of kind {kind.model_type}"
         )
-    return f"model.layers.{match[1]}.{_BLOCK_NAMES[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
 
 
-def _tensor(file: GgufFile, name: str) -> torch.Tensor:
-    entry = file.tensors[name]
-    if entry.type == GGMLQuantizationType.BF16:  # numpy has no such type, torch does
-        return torch.from_numpy(file.raw(name).copy()).view(torch.bfloat16).reshape(entry.shape)
-    values = file.values(name)
+def _tensor(file: GgufFile, name: str, index: int | None) -> torch.Tensor:
+    if file.tensors[name].type == GGMLQuantizationType.BF16:  # numpy has no such type, torch does
+        return torch.from_numpy(file.raw(name, index).copy()).view(torch.bfloat16)
+    values = file.values(name, index)
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,13 @@ from gguf.constants import (
 from gguf.quants import dequantize
 
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
+from ullm.hub.files import gguf_part_names
 
 SUPPORTED_VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
+MAX_ITEMS = 1 << 22
+"""Items of an array, 15 times those of the largest vocabularies: as Python's objects they take many times
+their bytes in the file."""
 _SCALARS = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -69,10 +75,11 @@ class GgufTensor:
 
 
 class GgufFile:
-    """A GGUF file, memory-mapped, with its header read and checked.
+    """A GGUF file, memory-mapped, with its header read and checked; with the other parts of a split one.
 
     Args:
-        path: the file.
+        path: the file; of a split one, the first part.
+        first: False for the other parts.
 
     Raises:
         ModelNotFound: there is no such file.
@@ -80,7 +87,7 @@ class GgufFile:
         ModelUnsupported: the version, or the type of a tensor, cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, first: bool = True) -> None:
         self.path = Path(path)
         self._data = _map(self.path)
         self._position = 0
@@ -88,6 +95,21 @@ class GgufFile:
             self.metadata, self.tensors = self._read_header()
         except UnicodeDecodeError as error:
             raise self.broken(f"a name in the header is not UTF-8 ({error.reason})") from error
+        self._owners: dict[str, GgufFile] = {}
+        for part in gguf_parts(self.path)[1:] if first and self.metadata.get("split.count", 1) != 1 else ():
+            other = GgufFile(part, first=False)
+            if twice := sorted(self.tensors.keys() & other.tensors.keys()):
+                raise other.broken(f"the tensor {twice[0]!r} is in another part as well")
+            self.tensors |= other.tensors
+            self._owners |= dict.fromkeys(other.tensors, other)
+        if first:
+            self._check_count()
+
+    def _check_count(self) -> None:
+        """Refuse a model in parts some of which are missing, or of another model."""
+        count = self.metadata.get("split.tensors.count")
+        if isinstance(count, int) and count != len(self.tensors):
+            raise self.broken(f"its parts have {len(self.tensors)} tensors in all, and it says {count}")
 
     def broken(self, detail: str) -> ModelFileBroken:
         """Return an error about this file."""
@@ -114,25 +136,32 @@ class GgufFile:
             raise self.broken(f"the metadata's {key!r} is {value!r}, not one positive number")
         return value
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """Return a tensor's bytes as stored, a read-only view of the mapped file."""
+    def raw(self, name: str, index: int | None = None) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes as stored, a read-only view of the mapped file; see `values`."""
+        if name in self._owners:
+            return self._owners[name].raw(name, index)
         tensor = self.tensors[name]
-        return np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
+        whole = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
+        return whole if index is None else whole.reshape(tensor.shape[0], -1)[index]
 
-    def values(self, name: str) -> npt.NDArray[Any]:
+    def values(self, name: str, index: int | None = None) -> npt.NDArray[Any]:
         """Return a tensor's values in its shape: float32 if it is quantized, else as stored.
+
+        Args:
+            index: only this place of the outermost dimension, which the result lacks.
 
         Raises:
             ModelUnsupported: `gguf.quants` does not know the quantization.
         """
-        tensor, raw = self.tensors[name], self.raw(name)
+        tensor, raw = self.tensors[name], self.raw(name, index)
+        shape = tensor.shape if index is None else tensor.shape[1:]
         if tensor.type in PLAIN_TYPES:
             plain: npt.NDArray[Any] = raw.view(PLAIN_TYPES[tensor.type])
-            return plain.reshape(tensor.shape)
+            return plain.reshape(shape)
         try:
-            rows = raw.reshape(*tensor.shape[:-1], -1)
+            rows = raw.reshape(*shape[:-1], -1)
             with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale may be infinite
-                return np.asarray(dequantize(rows, tensor.type)).reshape(tensor.shape)
+                return np.asarray(dequantize(rows, tensor.type)).reshape(shape)
         except NotImplementedError as error:
             raise ModelUnsupported(f"{self.path}: tensor {name!r} is {tensor.type.name}: {error}") from error
 
@@ -142,13 +171,34 @@ class GgufFile:
         metadata = {}
         for _ in range(num_values):
             key = self._string()
+            if key in metadata:
+                raise self.broken(f"the metadata have {key!r} twice")
             metadata[key] = self._value(self._unpack("I")[0], key)
-        entries = [self._tensor_entry() for _ in range(num_tensors)]
+        entries: dict[str, tuple[int, tuple[int, ...], int]] = {}
+        for _ in range(num_tensors):
+            name, kind, shape, offset = self._tensor_entry()
+            if name in entries:
+                raise self.broken(f"there are two tensors {name!r}")
+            entries[name] = kind, shape, offset
         alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise self.broken(f"general.alignment is {alignment!r}")
         start = -(-self._position // alignment) * alignment
-        return metadata, {entry[0]: self._place(start, *entry) for entry in entries}
+        tensors = {name: self._place(start, name, *entry) for name, entry in entries.items()}
+        self._check_places(tensors, alignment)
+        return metadata, tensors
+
+    def _check_places(self, tensors: dict[str, GgufTensor], alignment: int) -> None:
+        """Refuse tensors that share bytes or begin out of step: nothing else tells of a wrong offset."""
+        for tensor in tensors.values():
+            if tensor.offset % alignment:
+                raise self.broken(
+                    f"the tensor {tensor.name!r} begins at byte {tensor.offset}, no multiple of {alignment}"
+                )
+        ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
+        for one, other in pairwise(ordered):
+            if other.offset < one.offset + one.num_bytes:
+                raise self.broken(f"the tensors {one.name!r} and {other.name!r} overlap")
 
     def _check_magic(self) -> None:
         if len(self._data) < 24 or self._unpack("I")[0] != GGUF_MAGIC:
@@ -182,6 +232,10 @@ class GgufFile:
             return self._string()
         if type_id == GGUFValueType.ARRAY:
             item_type, count = self._unpack("IQ")
+            if count > MAX_ITEMS:
+                raise self.broken(f"metadata {key!r} has {count} items; at most {MAX_ITEMS} are read")
+            if item_type == GGUFValueType.ARRAY:
+                raise self.broken(f"metadata {key!r} is an array of arrays, which no model has")
             if item_type in _SCALARS:
                 code = _SCALARS[GGUFValueType(item_type)]
                 start = self._take(count * struct.calcsize("<" + code))
@@ -217,6 +271,23 @@ class GgufFile:
                 f"the file at {len(self._data)}"
             )
         return GgufTensor(name, kind, tuple(shape), start + offset, num_bytes)
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """Return the files of a model: one, or all parts of a split one, the first of which is named.
+
+    Raises:
+        ModelNotFound: a part is missing; names it.
+        ModelUnsupported: another part than the first is named.
+    """
+    try:
+        parts = [path.with_name(name) for name in gguf_part_names(path.name)]
+    except ModelUnsupported as error:
+        raise ModelUnsupported(f"{path.parent}{os.sep}{error}") from None
+    for part in parts[1:]:
+        if not part.is_file():
+            raise ModelNotFound(f"{part}: this part of the model is missing")
+    return parts
 
 
 def _map(path: Path) -> mmap.mmap | bytes:

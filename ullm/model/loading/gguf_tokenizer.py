@@ -45,6 +45,14 @@ _SPECIAL_TOKENS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+"""Key below ``general.sampling`` → key of a generation_config.json."""
 
 
 def write_tokenizer(path: str | Path, folder: str | Path) -> None:
@@ -62,11 +70,18 @@ def write_tokenizer(path: str | Path, folder: str | Path) -> None:
     file, folder = GgufFile(path), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer(file).save(str(folder / "tokenizer.json"))
-    for name, content in (
-        ("tokenizer_config.json", _tokenizer_config(file)),
-        ("generation_config.json", token_ids(file)),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(file))
+    write_generation_config(path, folder)
+
+
+def write_generation_config(path: str | Path, folder: str | Path) -> None:
+    """Write generation_config.json for a GGUF file: special tokens, and the sampling that it recommends."""
+    file = GgufFile(path)
+    _write_json(Path(folder) / "generation_config.json", {**token_ids(file), **_sampling(file)})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def token_ids(file: GgufFile) -> dict[str, Any]:
@@ -79,6 +94,12 @@ def token_ids(file: GgufFile) -> dict[str, Any]:
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": get("tokenizer.ggml.padding_token_id"),
     }
+
+
+def _sampling(file: GgufFile) -> dict[str, Any]:
+    """Return the sampling parameters that the file recommends, under transformers' names."""
+    values = {ours: file.metadata.get(f"general.sampling.{key}") for key, ours in _SAMPLING.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def build_tokenizer(file: GgufFile) -> Tokenizer:

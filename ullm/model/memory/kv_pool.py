@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -33,12 +34,21 @@ class KvShape:
         num_kv_heads: number of KV heads of this rank.
         head_dim: size of each key and value.
         num_query_heads: number of query heads of this rank.
+        window: keys that a query sees in the layer that sees most; None: all. Keys and values behind it are
+            never read again.
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     num_query_heads: int
+    window: int | None = None
+
+
+def common_window(windows: Iterable[int | None]) -> int | None:
+    """Return the largest of the layers' sliding windows; None: a layer sees all keys."""
+    sizes = list(windows)
+    return None if None in sizes else max(size for size in sizes if size is not None)
 
 
 def effective_block_size(block_size: int, *, varlen: bool) -> int:

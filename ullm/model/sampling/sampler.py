@@ -8,20 +8,26 @@ at temperature 1.
 The random number of a token is a pure function of (seed, token index), and everything else is computed row by
 row, so a row's token never depends on the rest of the batch. Filters are thresholds on the probability: ties
 with the last kept token are kept, in whatever order a sort puts them. Sums that decide are float64.
+
+What a grammar does not allow is impossible in the choice, and does not change log probabilities. Where only
+an end is left, the ban of end tokens does not count.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ullm.grammars.matcher import Mask
+from ullm.model.memory.fetch import Fetched
 from ullm.model.memory.upload import select_rows, upload_list
 from ullm.model.sampling.choose import ChooseTokens, choose_tokens, uniform
+from ullm.model.sampling.constraints import Constraints
 from ullm.model.sampling.logprobs import PendingLogprobs, start_logprobs
 from ullm.model.sampling.penalties import PenaltyTable
 from ullm.protocol.messages import TokenLogprobs
@@ -69,6 +75,7 @@ class Sampler:
         device: where the logits are.
         eos_token_ids: tokens that ``min_tokens`` bans besides a request's own stop tokens.
         choose: returns one token per row of logits; see `ullm.model.sampling.choose.choose_tokens`.
+        constraints: the grammars of constrained sequences; None where there can be none.
     """
 
     def __init__(
@@ -77,24 +84,36 @@ class Sampler:
         device: torch.device,
         eos_token_ids: tuple[int, ...],
         choose: ChooseTokens = choose_tokens,
+        constraints: Constraints | None = None,
     ) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._eos_token_ids = eos_token_ids
         self._choose = choose
+        self._constraints = constraints
         self._sequences: dict[int, _SamplingState] = {}
         self._penalties = PenaltyTable(vocab_size, device)
         self._adjusted: tuple[Tensor, dict[int, int]] | None = None
 
     @torch.inference_mode()
-    def add(self, seq_id: int, params: SamplingParams, token_ids: list[int], num_prompt_tokens: int) -> None:
+    def add(
+        self,
+        seq_id: int,
+        params: SamplingParams,
+        token_ids: list[int],
+        num_prompt_tokens: int,
+        grammar: str = "",
+    ) -> None:
         """Add a sequence, new or resumed.
 
         Args:
             token_ids: the prompt and the tokens generated so far.
             num_prompt_tokens: length of the prompt; the rest counts as generated.
+            grammar: what constrains it, in llguidance's format; empty if nothing does.
         """
         self.forget(seq_id)
+        if (grammar or params.filters_tokens) and self._constraints is not None:
+            self._constraints.add(seq_id, grammar, token_ids[num_prompt_tokens:], params)
         banned = {*self._eos_token_ids, *params.stop_token_ids}
         banned = {token for token in banned if token < self._vocab_size}
         bias = {token: value for token, value in params.logit_bias.items() if token < self._vocab_size}
@@ -116,9 +135,22 @@ class Sampler:
         sequence = self._sequences.pop(seq_id, None)
         if sequence is not None and sequence.slot is not None:
             self._penalties.release(sequence.slot)
+        if self._constraints is not None:
+            self._constraints.forget(seq_id)
+
+    def close(self) -> None:
+        """Forget everything, and end the thread of the grammars."""
+        if self._constraints is not None:
+            self._constraints.close()
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, seq_ids: list[int], ahead: Sequence[int] | None = None) -> Tensor:
+    def sample(
+        self,
+        logits: Tensor,
+        seq_ids: list[int],
+        ahead: Sequence[int] | None = None,
+        drafts: Mapping[int, Sequence[int]] = {},
+    ) -> Tensor:
         """Sample the next token of each sequence and advance its index by one.
 
         Args:
@@ -126,6 +158,7 @@ class Sampler:
             seq_ids: the sequence of each row; the same one twice only with different ``ahead``.
             ahead: distance of each row's token from its sequence's next one, with drafts. Such a sequence has
                 neither penalties nor log probabilities. Call `advance` with the number of accepted guesses.
+            drafts: the drafts of sequences that have one.
 
         Returns:
             ``[rows]`` int64 on the device; on CUDA the host does not wait for it.
@@ -134,8 +167,11 @@ class Sampler:
         if ahead is not None:  # copies: advancing them has no effect
             pairs = zip(sequences, ahead, strict=True)
             sequences = [replace(s, index=s.index + more) if more else s for s, more in pairs]
-        adjusted = self._adjust(logits, sequences)
+        rows, masks = self._masks(seq_ids, drafts)
+        adjusted = self._adjust(logits, sequences, self._only_ends(sequences, rows, masks))
         self._adjusted = None if adjusted is logits else (adjusted, _positions(seq_ids))
+        if self._constraints is not None and rows:
+            adjusted = self._constraints.block(adjusted, rows, masks)
         filters = [(s.params.temperature, s.top_k, s.params.top_p, s.params.min_p) for s in sequences]
         uniforms = [0.0 if s.params.greedy else uniform(s.seed, s.index) for s in sequences]
         tokens = self._choose(adjusted, filters, uniforms)
@@ -145,6 +181,17 @@ class Sampler:
         for sequence in sequences:
             sequence.index += 1
         return tokens
+
+    def follow(self, tokens: Fetched, counts: Mapping[int, tuple[int, int]]) -> None:
+        """Go on in the grammars of constrained sequences; see `Constraints.follow`."""
+        if self._constraints is not None:
+            self._constraints.follow(tokens, counts)
+
+    def errors(self, seq_ids: Sequence[int]) -> dict[int, str]:
+        """Return why sequences of the last `sample` cannot go on in their grammars; mostly nothing."""
+        if self._constraints is None:
+            return {}
+        return {seq_id: error for seq_id in seq_ids if (error := self._constraints.error(seq_id))}
 
     def advance(self, seq_id: int, count: int) -> None:
         """Advance a sequence's index by the ``count`` guesses that were accepted."""
@@ -186,8 +233,32 @@ class Sampler:
         entries = start_logprobs(logits, tokens, [k] * len(logits)).result()
         return [entry for entry in entries if entry is not None]
 
-    def _adjust(self, logits: Tensor, sequences: list[_SamplingState]) -> Tensor:
-        """Return a float32 copy with penalties, bias and bans; ``logits`` itself if no row has any."""
+    def _masks(self, seq_ids: list[int], drafts: Mapping[int, Sequence[int]]) -> tuple[list[int], Mask]:
+        """Return the rows of constrained sequences, and the tokens that each row may have."""
+        constraints = self._constraints
+        rows = [] if constraints is None else [row for row, seq in enumerate(seq_ids) if seq in constraints]
+        if constraints is None or not rows:
+            return [], np.empty((0, 0), np.int32)
+        return rows, constraints.allowed([seq_ids[row] for row in rows], drafts)
+
+    @staticmethod
+    def _only_ends(sequences: list[_SamplingState], rows: list[int], masks: Mask) -> set[int]:
+        """Return the rows whose grammar leaves nothing but tokens that are banned."""
+        found = set()
+        for row, mask in zip(rows, masks, strict=True):
+            if sequences[row].bans:
+                left, banned = mask.copy().view(np.uint32), np.array(sequences[row].banned)
+                np.bitwise_and.at(left, banned // 32, ~(np.uint32(1) << (banned % 32).astype(np.uint32)))
+                if not left.any():
+                    found.add(row)
+        return found
+
+    def _adjust(self, logits: Tensor, sequences: list[_SamplingState], only_ends: set[int]) -> Tensor:
+        """Return a float32 copy with penalties, bias and bans; ``logits`` itself if no row has any.
+
+        Args:
+            only_ends: rows without a ban.
+        """
         if not any(sequence.adjusts for sequence in sequences):
             return logits
         logits = logits.to(torch.float32, copy=True)
@@ -201,7 +272,8 @@ class Sampler:
             where = self._entries([(row, ids) for row, (ids, _) in biased])
             values = self._upload([value for _, (_, values) in biased for value in values])
             logits[where] += values.float()
-        banned = [(row, sequence.banned) for row, sequence in enumerate(sequences) if sequence.bans]
+        banning = [row for row, sequence in enumerate(sequences) if sequence.bans and row not in only_ends]
+        banned = [(row, sequences[row].banned) for row in banning]
         if banned:
             logits[self._entries(banned)] = -torch.inf
         return logits

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
-from quart import Response
+from quart import Response, current_app, g, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
@@ -20,10 +21,14 @@ from ullm.errors import (
     RequestError,
 )
 from ullm.logs import get_logger
+from ullm.server.api.message_errors import is_messages, message_error_body, message_status
 from ullm.server.api.responses import ErrorBody, ErrorDetail
 from ullm.supervision import root_cause
 
 log = get_logger(__name__)
+
+MAX_PATH = 100
+"""Characters of a path that an error shows."""
 
 _PATH = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
 _FIELD = re.compile(r"field `(?P<field>[^`]+)`")
@@ -68,18 +73,123 @@ class AdminDisabled(RequestError):
 
 
 class ForeignOrigin(RequestError):
-    """A web page has sent its visitor's browser to the admin listener.
+    """A web page of somebody else has had its visitor's browser send the request.
 
-    Raised by: the listener of ``--admin-listen``, for requests with an origin or a foreign host name.
-    Remedy: use a client that is no browser, and address the listener as localhost or by its address.
+    Raised by: a server on loopback without API keys, for origins that are neither its own nor among
+    ``--cors-origins``; the listener of ``--admin-listen``, for any origin and for foreign host names.
+    Remedy: name the page's origin in ``--cors-origins``. For the admin listener, use a client that is no
+    browser, and address it as localhost or by its address.
     """
 
     status = 403
     code = "foreign_origin"
 
 
+class ForeignHost(RequestError):
+    """The request calls the server by a name that is not its own, as pages do that rebind a name.
+
+    Raised by: a server on loopback without API keys, and any server with ``--allowed-hosts``.
+    Remedy: address it as localhost or by its address, or name the host in ``--allowed-hosts``.
+    """
+
+    status = 403
+    code = "foreign_host"
+
+
+class AnswerUnknown(RequestError):
+    """No answer of this id is stored, or another key asked for it.
+
+    Raised by: the server.
+    Remedy: ask again; answers are kept for ``--stored-answer-hours``, and at most ``--max-stored-answers``.
+    """
+
+    status = 404
+    code = "response_not_found"
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"no answer {id!r} is stored for this key")
+
+
+class AnswersNotKept(RequestError):
+    """A front end apart from its engine keeps no answers, because the next request may reach another one.
+
+    Raised by: the server, for ``background``, ``store: true``, ``previous_response_id``, stored responses.
+    Remedy: ask with ``store: false`` and send the whole conversation, or start the server without
+        ``--connect`` and ``--api-server-count``.
+    """
+
+    code = "answers_not_kept"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this server is one of several front ends, which keep no answers; send the whole conversation, "
+            "without background and store",
+            "store",
+        )
+
+
+class AnswerNotDurable(RequestError):
+    """The answer cannot be written to the journal, and was asked for as one that survives the process.
+
+    Raised by: the server.
+    Remedy: free space where ``--journal`` is, delete stored responses, or ask without ``background``.
+    """
+
+    status = 503
+    type = "server_error"
+    code = "journal_full"
+
+    def __init__(self, cause: object) -> None:
+        super().__init__(f"the answer cannot be written to the journal: {cause}")
+
+
+class ServedChanged(RequestError):
+    """An unfinished answer cannot go on: another model, arithmetic or release began it.
+
+    Raised by: the server, for answers of an earlier run.
+    Remedy: ask again.
+    """
+
+    status = 409
+    code = "model_changed"
+
+    def __init__(self, then: str, now: str) -> None:
+        super().__init__(f"the answer was begun by {then}; this is {now}, which would go on otherwise")
+
+
+class AnswerInterrupted(RequestError):
+    """The server stops; the answer goes on after its next start.
+
+    Raised by: the server, as the last event of a stream.
+    Remedy: ask for the rest with ``GET /v1/responses/ID?stream=true&starting_after=N``, or the same below
+    ``/v1/chat/completions/ID``, ``/v1/completions/ID`` or ``/v1/messages/ID``.
+    """
+
+    status = 503
+    type = "server_error"
+    code = "interrupted"
+
+    def __init__(self) -> None:
+        super().__init__("the server stops; the answer goes on after its next start")
+
+
+class CutShort(RequestError):
+    """The request ended before it was computed, and a part of such an answer is of no use.
+
+    Raised by: the server, for embeddings, scores and rankings.
+    Remedy: ask again, with a longer ``X-Request-Timeout`` if that was the cause.
+    """
+
+    status = 503
+    type = "server_error"
+    code = "cut_short"
+
+    def __init__(self, reason: str | None) -> None:
+        super().__init__(f"the request ended before all of it was computed: {reason}")
+
+
 class UnsupportedMediaType(RequestError):
-    """The content type of the body is not JSON.
+    """The content type of the body is not JSON, or missing.
 
     Raised by: the server.
     Remedy: send ``Content-Type: application/json``.
@@ -87,6 +197,20 @@ class UnsupportedMediaType(RequestError):
 
     status = 415
     code = "unsupported_media_type"
+
+
+class HttpVersionRefused(RequestError):
+    """The request is of a version of HTTP that the server does not speak.
+
+    Raised by: the server, which speaks HTTP/1.1, and HTTP/2 if it was started with ``--http2``.
+    Remedy: use HTTP/1.1, or start the server with ``--http2``.
+    """
+
+    status = 505
+    code = "http_version_not_supported"
+
+    def __init__(self, version: str) -> None:
+        super().__init__(f"HTTP/{version} is not spoken here; use HTTP/1.1, or start the server with --http2")
 
 
 class InvalidJSON(RequestError):
@@ -132,11 +256,20 @@ def error_headers(error: RequestError) -> dict[str, str]:
 
 
 def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the response for an error."""
+    """Return the response for an error, in the form of the API that the current request's path belongs to."""
+    headers = {**error_headers(error), **(headers or {})}
+    if is_messages(request.path):
+        name = getattr(g, "request_id", None)
+        return Response(
+            message_error_body(error, name),
+            status=message_status(error.status),
+            headers={**headers, **({"request-id": name} if name else {})},
+            content_type="application/json",
+        )
     return Response(
         error_body(error),
         status=error.status,
-        headers={**error_headers(error), **(headers or {})},
+        headers=headers,
         content_type="application/json",
     )
 
@@ -164,18 +297,18 @@ def as_request_error(error: BaseException) -> RequestError:
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "body_too_large"}
 
 
-def install(app: QuartTrio, max_body: int) -> None:
+def install(app: QuartTrio, max_body: Callable[[], int]) -> None:
     """Answer every error of ``app`` with OpenAI's body.
 
     Args:
-        max_body: bytes, for the message about a larger body.
+        max_body: returns the bytes that a body may have, for the message about a larger one.
     """
 
     async def on_request_error(error: RequestError) -> Response:
         return error_response(error)
 
     async def on_http_error(error: HTTPException) -> Response:
-        return _http_error(error, max_body)
+        return _http_error(error, max_body())
 
     async def on_bug(error: Exception) -> Response:
         return error_response(as_request_error(error))
@@ -185,10 +318,19 @@ def install(app: QuartTrio, max_body: int) -> None:
     app.register_error_handler(Exception, on_bug)
 
 
+def _no_such_route() -> str:
+    """Return a line that names the current request's path, and the route that it is nearest to."""
+    path = request.path if len(request.path) <= MAX_PATH else request.path[:MAX_PATH] + "…"
+    rules = sorted({rule.rule for rule in current_app.url_map.iter_rules()})
+    plain = {re.sub(r"<path:(\w+)>", r"{\1}", rule): rule for rule in rules}
+    close = difflib.get_close_matches(path, plain, 1)
+    return f"there is no route {path!r}; " + (f"did you mean {close[0]}?" if close else "GET /docs lists all")
+
+
 def _http_error(error: HTTPException, max_body: int) -> Response:
     status = error.code or 500
     messages = {
-        404: "no such route",
+        404: _no_such_route() if status == 404 else "",
         405: "method not allowed",
         408: "the body did not arrive in time",
         413: f"the body is larger than {max_body} bytes; see --max-body",

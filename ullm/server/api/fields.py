@@ -1,108 +1,36 @@
 """The effect of each request field of OpenAI's API and of vLLM's: honoured, refused, or without effect.
 
 Includes the fields that the schemas do not have. Fields that are neither here nor there are ignored, whatever
-their value.
+their value, and the log and a header say so; or refused, with ``--strict-fields``.
 """
 
 from __future__ import annotations
 
-import enum
-import json
-from dataclasses import dataclass
-from typing import Any
-
 import msgspec
 
 from ullm.server.api import schemas
+from ullm.server.api.field_rules import Effect as Effect
+from ullm.server.api.field_rules import FieldRule as FieldRule
+from ullm.server.api.field_rules import Origin as Origin
+from ullm.server.api.field_rules import honoured as _honoured
+from ullm.server.api.field_rules import ignored as _ignored
+from ullm.server.api.field_rules import own as _own
+from ullm.server.api.field_rules import refused as _refused
+from ullm.server.api.field_rules import vllm_ignored as _vllm_ignored
+from ullm.server.api.field_rules import vllm_refused as _vllm_refused
+from ullm.server.api.message_fields import COUNT_FIELDS, MESSAGE_FIELDS
+from ullm.server.api.message_requests import CountTokensRequest, MessagesRequest
+from ullm.server.api.pooling_schemas import (
+    EMBEDDING_FIELDS,
+    RERANK_FIELDS,
+    SCORE_FIELDS,
+    EmbeddingsRequest,
+    RerankRequest,
+    ScoreRequest,
+)
+from ullm.server.api.response_requests import ResponsesRequest
 
-
-class Effect(enum.Enum):
-    """The effect of a field."""
-
-    HONOURED = "honoured"
-    REFUSED = "refused"
-    """Status 400, except for neutral values: null, what is empty, and what the rule accepts."""
-    IGNORED = "without effect"
-
-
-class Origin(enum.Enum):
-    """The API that a field comes from."""
-
-    OPENAI = "OpenAI"
-    VLLM = "vLLM"
-    """A field of vLLM's that ullm does not have."""
-    OWN = "ullm"
-    """A field of ullm's that OpenAI's API does not have; most are vLLM's, too."""
-
-
-@dataclass(frozen=True)
-class FieldRule:
-    """One request field.
-
-    Args:
-        note: values, defaults, reasons, alternatives.
-        accepted: values of a refused field that ask for what happens anyway. An object stands for all that
-            have its entries.
-        unless: name and value of another field that makes a refused one harmless.
-    """
-
-    name: str
-    effect: Effect
-    note: str = ""
-    origin: Origin = Origin.OPENAI
-    accepted: tuple[Any, ...] = ()
-    unless: tuple[str, Any] | None = None
-
-    @property
-    def meaning(self) -> str:
-        """The exceptions of a refusal, and the note, in Markdown."""
-        return "; ".join(part for part in (self._exceptions(), self.note) if part)
-
-    @property
-    def refusal(self) -> str:
-        """The message of the refusal."""
-        exceptions = self._exceptions()
-        text = f"{self.name} is not supported" + (f", {exceptions}" if exceptions else "")
-        return (text + (f"; {self.note}" if self.note else "")).replace("`", "")
-
-    def _exceptions(self) -> str:
-        if self.unless is not None:
-            name, value = self.unless
-            return f"except with `{name}` {_code(value)}"
-        return f"except for {' and '.join(map(_code, self.accepted))}" if self.accepted else ""
-
-
-def _code(value: Any) -> str:
-    return f"`{json.dumps(value)}`"
-
-
-def _honoured(name: str, note: str = "") -> FieldRule:
-    return FieldRule(name, Effect.HONOURED, note)
-
-
-def _own(name: str, note: str) -> FieldRule:
-    return FieldRule(name, Effect.HONOURED, note, Origin.OWN)
-
-
-def _refused(name: str, note: str, *accepted: Any, unless: tuple[str, Any] | None = None) -> FieldRule:
-    return FieldRule(name, Effect.REFUSED, note, accepted=accepted, unless=unless)
-
-
-def _ignored(name: str, note: str = "") -> FieldRule:
-    return FieldRule(name, Effect.IGNORED, note)
-
-
-def _vllm_refused(name: str, note: str, *accepted: Any) -> FieldRule:
-    return FieldRule(name, Effect.REFUSED, note, Origin.VLLM, accepted)
-
-
-def _vllm_ignored(name: str, note: str) -> FieldRule:
-    return FieldRule(name, Effect.IGNORED, note, Origin.VLLM)
-
-
-_SHAPE = "the shape of an answer cannot be prescribed"
 _TOKENS = "see `logit_bias`"
-_CALLS = "calls are not parsed out of the text"
 
 _SHARED = (
     _honoured("model", "must be the served name, if given"),
@@ -113,12 +41,13 @@ _SHARED = (
     _honoured("presence_penalty"),
     _honoured("frequency_penalty"),
     _honoured("logit_bias"),
-    _honoured("seed"),
+    _honoured("seed", "sampling is a pure function of (seed, index of the token); -1: a random seed"),
     _honoured("stream"),
     _honoured(
         "stream_options",
-        "`include_usage`; `continuous_usage_stats` is refused, other options are ignored; needs `stream`",
+        "`include_usage`, `continuous_usage_stats`; needs `stream`",
     ),
+    _own("max_new_tokens", "another name of `max_tokens`"),
     _own("top_k", "sample from the k most likely tokens"),
     _own("min_p", "least probability of a token, relative to the most likely one"),
     _own("min_tokens", "tokens before which nothing ends the text"),
@@ -131,34 +60,42 @@ _SHARED = (
     _own("timeout", "seconds after which the text ends with `finish_reason: timeout`"),
     _own("priority", "lower values run first"),
     _ignored("user"),
-    _vllm_refused("structured_outputs", _SHAPE),
-    _vllm_refused("guided_json", _SHAPE),
-    _vllm_refused("guided_regex", _SHAPE),
-    _vllm_refused("guided_choice", _SHAPE),
-    _vllm_refused("guided_grammar", _SHAPE),
-    _vllm_refused("structural_tag", _SHAPE),
+    _own(
+        "structured_outputs",
+        "the form of the text: one of `json` (a schema), `json_object`, `regex`, `choice`, `grammar`, "
+        "`structural_tag`; also `whitespace_pattern`, `disable_any_whitespace`",
+    ),
+    _own("guided_json", "vLLM's older name of `structured_outputs.json`"),
+    _own("guided_regex", "vLLM's older name of `structured_outputs.regex`"),
+    _own("guided_choice", "vLLM's older name of `structured_outputs.choice`"),
+    _own("guided_grammar", "vLLM's older name of `structured_outputs.grammar`"),
+    _own("guided_whitespace_pattern", "vLLM's older name of `structured_outputs.whitespace_pattern`"),
+    _own("structural_tag", "the same as `structured_outputs.structural_tag`"),
+    _own("json_schema", "llama.cpp's name of `structured_outputs.json`"),
+    _own("grammar", "llama.cpp's name of `structured_outputs.grammar`, which may be in GBNF"),
     _vllm_refused("logits_processors", _TOKENS),
-    _vllm_refused("allowed_token_ids", _TOKENS),
-    _vllm_refused("bad_words", _TOKENS),
+    _own("allowed_token_ids", "the only tokens that are possible"),
+    _own("bad_words", "texts that the answer must not have"),
     _vllm_refused("logprob_token_ids", "see `logprobs`"),
     _vllm_refused("use_beam_search", "there is no beam search", False),
-    _vllm_refused("truncate_prompt_tokens", "shorten the prompt"),
+    _own("truncate_prompt_tokens", "keep the last tokens of the prompt; -1: as many as fit"),
+    _own("truncation_side", "`left` drops the first tokens, `right` the last ones"),
     _vllm_refused("spaces_between_special_tokens", "special tokens are decoded with their spaces", True),
-    _vllm_refused("return_tokens_as_token_ids", "see `/tokenize`", False),
-    _vllm_refused("return_token_ids", "see `/tokenize`", False),
+    _own("return_tokens_as_token_ids", "name tokens in log probabilities `token_id:17`"),
+    _own("return_token_ids", "also answer `token_ids` and `prompt_token_ids`"),
     _vllm_refused("repetition_detection", "see `repetition_penalty`"),
-    _vllm_refused("thinking_token_budget", "reasoning is not told from the rest of the text", -1),
-    _vllm_refused(
-        "cache_salt", "requests share the prefix cache; the server's `--no-prefix-cache` turns it off"
+    _own(
+        "thinking_token_budget",
+        "tokens of reasoning after which its end is forced; -1: no limit. Refused where the model has no "
+        "token `</think>`",
     ),
+    _own("cache_salt", "only requests of the same salt share the prefix cache"),
     _vllm_refused("kv_transfer_params", "prefill and decode run in the same workers"),
     _vllm_refused("ec_transfer_params", "prefill and decode run in the same workers"),
     _vllm_refused("vllm_xargs", "there are no extensions that could read it"),
-    _vllm_ignored("guided_decoding_backend", "has no effect without `guided_json` and its like"),
-    _vllm_ignored("guided_whitespace_pattern", "has no effect without `guided_json` and its like"),
+    _vllm_ignored("guided_decoding_backend", "there is one backend"),
     _vllm_ignored("length_penalty", "has no effect without `use_beam_search`"),
     _vllm_ignored("early_stopping", "has no effect without `use_beam_search`"),
-    _vllm_ignored("truncation_side", "has no effect without `truncate_prompt_tokens`"),
     _vllm_ignored("return_token_offsets", "ignored on this route by vLLM, too"),
     _vllm_ignored("routed_experts_prompt_start", "routed experts are not returned"),
     _vllm_ignored("request_id", "see the header `X-Request-Id`"),
@@ -169,9 +106,12 @@ _SHARED = (
 """Fields of both routes."""
 
 _RENDERING = (
-    _vllm_refused("chat_template", "the server's `--chat-template` replaces the model's own"),
-    _vllm_refused("continue_final_message", "see `add_generation_prompt`", False),
-    _vllm_refused("documents", "pass them in `chat_template_kwargs`"),
+    _own(
+        "chat_template",
+        "replaces the model's own; refused unless the server has `--trust-request-chat-template`",
+    ),
+    _own("continue_final_message", "leave the last message open, and go on in it"),
+    _own("documents", "for the chat template; a system message where that has no place for them"),
     _vllm_ignored("media_io_kwargs", "images and sounds are refused anyway"),
     _vllm_ignored("mm_processor_kwargs", "images and sounds are refused anyway"),
 )
@@ -184,33 +124,40 @@ CHAT_FIELDS: tuple[FieldRule, ...] = (
     _honoured("max_completion_tokens"),
     _honoured("logprobs", "true or false"),
     _honoured("top_logprobs", "needs `logprobs`"),
-    _refused("tools", _CALLS, unless=("tool_choice", "none")),
-    _refused("tool_choice", "calls cannot be forced", "none", "auto"),
-    _refused("functions", f"deprecated by OpenAI; {_CALLS}", unless=("function_call", "none")),
-    _refused("function_call", "deprecated by OpenAI; calls cannot be forced", "none", "auto"),
-    _refused("response_format", _SHAPE, {"type": "text"}),
+    _honoured("tools", "functions; other kinds are refused. With `strict`, calls are always valid"),
+    _honoured("tool_choice", "`none`, `auto`, `required`, a function, or `allowed_tools`"),
+    _honoured("parallel_tool_calls", "true by default"),
+    _honoured("functions", "deprecated by OpenAI; see `tools`"),
+    _honoured("function_call", "deprecated by OpenAI; see `tool_choice`"),
+    _honoured("reasoning_effort", "handed to the chat template"),
+    _honoured(
+        "response_format",
+        "`text`, `json_object`, `json_schema` (strict, whatever `strict` says), and vLLM's `structural_tag`",
+    ),
     _refused("modalities", "the answer is always text", ["text"]),
     _refused("audio", "the answer is always text"),
     _refused("web_search_options", "there is no web search"),
     _refused("moderation", "nothing is moderated"),
-    _refused("store", "nothing is stored", False),
+    _honoured("store", "with `--journal` true by default; without it, true is refused"),
     _refused("service_tier", "see `priority`", "auto", "default"),
     _own(
         "add_generation_prompt", "end the prompt with the beginning of the assistant's turn; true by default"
     ),
     _own("chat_template_kwargs", "further arguments of the chat template"),
+    _own(
+        "include_reasoning",
+        "false: the reasoning is not sent, though its tokens count; log probabilities and token ids, where "
+        "they are asked for, are still those of all tokens",
+    ),
     *_RENDERING,
-    _vllm_refused("echo", "the answer never begins with the last message", False),
+    _own("echo", "begin the text with the last message, if that is the assistant's"),
     _vllm_refused("add_special_tokens", "the chat template writes special tokens", False),
-    _vllm_refused("include_reasoning", "reasoning is not told from the rest of the text", True),
     _vllm_refused("return_prompt_text", "see `/tokenize`", False),
     _ignored("metadata"),
-    _ignored("parallel_tool_calls", "has no effect without `tools`"),
     _ignored("prediction", "a hint for speed; drafts come from repetitions"),
     _ignored("prompt_cache_key", "the prefix cache finds equal prefixes by itself"),
     _ignored("prompt_cache_options", "the prefix cache finds equal prefixes by itself"),
     _ignored("prompt_cache_retention", "the prefix cache keeps what there is room for"),
-    _ignored("reasoning_effort", "a hint; see `chat_template_kwargs`"),
     _ignored("safety_identifier"),
     _ignored("verbosity", "a hint"),
 )
@@ -221,16 +168,68 @@ COMPLETION_FIELDS: tuple[FieldRule, ...] = (
     *_SHARED,
     _honoured("max_tokens", "16 by default; 0 with `echo` scores the prompt"),
     _honoured("echo"),
+    _own("max_completion_tokens", "newer name of `max_tokens`, over which it has precedence"),
     _honoured("logprobs", "alternatives per token"),
     _honoured("best_of", "must equal `n`; other values are refused"),
     _refused("suffix", "there is no infilling"),
+    _own("store", "as in chat completions"),
     _own("add_special_tokens", "put the tokenizer's special tokens around a text; true by default"),
-    _vllm_refused("response_format", _SHAPE, {"type": "text"}),
+    _own("response_format", "as in chat completions"),
     _vllm_refused("prompt_embeds", "see `prompt`"),
 )
 """Every request field of completions."""
 
+RESPONSES_FIELDS: tuple[FieldRule, ...] = (
+    _honoured(
+        "input", "a text, or items: messages of text, function calls and their outputs; others are refused"
+    ),
+    _honoured("model", "must be the served name, if given"),
+    _honoured("instructions", "a system message; not taken over from the previous response"),
+    _honoured("previous_response_id", "a stored response, whose conversation goes on"),
+    _honoured("max_output_tokens"),
+    _honoured("temperature", "0 is greedy"),
+    _honoured("top_p"),
+    _honoured("text", "`format`: `text`, `json_object`, or `json_schema`; `verbosity` is a hint"),
+    _honoured("stream", "typed events; each one's number is also its `id`, for `Last-Event-ID`"),
+    _honoured("store", "true by default; needed for `background`"),
+    _honoured("background", "answer at once, and go on without the client; survives the process"),
+    _honoured("metadata", "sent back"),
+    _honoured("tools", "functions; others are refused"),
+    _honoured("tool_choice", "`none`, `auto`, `required`, a function, or `allowed_tools`"),
+    _honoured("parallel_tool_calls", "true by default"),
+    _honoured(
+        "reasoning",
+        "`effort`: handed to the chat template as `reasoning_effort`; `max_tokens` (OpenRouter's): another "
+        "name of `thinking_token_budget`; `summary` is a hint: reasoning is shown as it is",
+    ),
+    _own("top_k", "sample from the k most likely tokens"),
+    _own("seed", "-1 is a new one"),
+    _own("thinking_token_budget", "as in chat completions"),
+    _own("chat_template_kwargs", "further arguments of the chat template"),
+    _refused("include", "there is nothing more to include", ["reasoning.encrypted_content"]),
+    _refused("top_logprobs", "see `/v1/chat/completions`", 0),
+    _refused("truncation", "shorten the input", "disabled"),
+    _refused("conversation", "see `previous_response_id`"),
+    _refused("prompt", "there are no stored prompts; see `input`"),
+    _refused("service_tier", "all requests are served alike", "auto", "default"),
+    _refused("context_management", "nothing is compacted"),
+    _refused("moderation", "nothing is moderated"),
+    _ignored("max_tool_calls", "there are no tools of the server's own"),
+    _ignored("stream_options", "events are not padded"),
+    _ignored("user"),
+    _ignored("safety_identifier"),
+    _ignored("prompt_cache_key", "the prefix cache finds equal prefixes by itself"),
+    _ignored("prompt_cache_retention", "the prefix cache keeps what there is room for"),
+)
+"""Every request field of responses."""
+
 FIELDS: dict[type[msgspec.Struct], tuple[FieldRule, ...]] = {
+    ResponsesRequest: RESPONSES_FIELDS,
+    MessagesRequest: MESSAGE_FIELDS,
+    CountTokensRequest: COUNT_FIELDS,
+    EmbeddingsRequest: EMBEDDING_FIELDS,
+    ScoreRequest: SCORE_FIELDS,
+    RerankRequest: RERANK_FIELDS,
     schemas.ChatCompletionRequest: CHAT_FIELDS,
     schemas.CompletionRequest: COMPLETION_FIELDS,
 }

@@ -9,14 +9,13 @@ from typing import Any
 import msgspec
 
 import ullm
-from ullm.server.api.responses import ErrorBody
 from ullm.server.api.route import Access, Route
 
 DESCRIPTIONS = {
     200: "The answer.",
     400: "The request cannot be served as it is; `param` names the field.",
     401: "The key is missing or wrong.",
-    403: "The admin endpoints are closed; the message says how to open them.",
+    403: "Admin endpoints that are closed, a strange web page or host; the message says how to open them.",
     404: "No such model.",
     408: "The body did not arrive in time.",
     409: "Another change of the engine overtook this one.",
@@ -25,6 +24,7 @@ DESCRIPTIONS = {
     429: "The queue is full; `Retry-After` says when to come back.",
     500: "The engine failed.",
     503: "The engine is starting, restarting, asleep, or stopping; `Retry-After` says when to come back.",
+    529: "The same as 503, on the routes of Anthropic's API.",
 }
 """Status → its meaning, for the documents."""
 
@@ -56,7 +56,7 @@ def openapi_document(routes: Sequence[Route], *, secured: bool = False) -> dict[
 def _schemas(routes: Sequence[Route]) -> Iterator[Any]:
     for route in routes:
         yield from (each for each in (route.request, route.answer, route.event) if each is not None)
-    yield ErrorBody
+        yield route.error
 
 
 def _operation(route: Route, components: dict[str, Any], secured: bool) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _responses(route: Route, secured: bool) -> dict[str, Any]:
     schema = _answer_schema(route)
     content = {route.media_type: {"schema": schema}}
     if route.event is not None:
-        content["text/event-stream"] = {"schema": _event(route.event)}
+        content["text/event-stream"] = {"schema": _event(route.event, route.error)}
     if route.verdict:
         return {
             "200": {"description": "Yes.", "content": content},
@@ -85,7 +85,7 @@ def _responses(route: Route, secured: bool) -> dict[str, Any]:
         }
     responses = {"200": {"description": DESCRIPTIONS[200], "content": content}}
     for status in route.error_statuses(secured=secured):
-        responses[str(status)] = {"description": DESCRIPTIONS[status], "content": _json(_ref(ErrorBody))}
+        responses[str(status)] = {"description": DESCRIPTIONS[status], "content": _json(_ref(route.error))}
     return responses
 
 
@@ -117,11 +117,11 @@ def _json(schema: dict[str, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-def _event(schema: Any) -> dict[str, Any]:
+def _event(schema: Any, error: Any) -> dict[str, Any]:
     chunk = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"anyOf": [_ref(schema), _ref(ErrorBody)]},
+        "contentSchema": {"anyOf": [_ref(schema), _ref(error)]},
     }
     data = {"anyOf": [{"const": "[DONE]"}, chunk]}
     return {"type": "object", "required": ["data"], "properties": {"data": data}}

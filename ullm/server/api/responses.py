@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 from quart import Response
 
+from ullm.engine.sampling_defaults import SamplingDefaults
 from ullm.protocol.messages import ModelInfo
 
 
@@ -55,6 +56,9 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType | None = msgspec.UNSET
+    finish_cause: str | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class TextCompletion(msgspec.Struct, kw_only=True):
@@ -91,11 +95,38 @@ class ChatLogprobs(msgspec.Struct):
     content: list[TokenLogprob]
 
 
-class ChatMessage(msgspec.Struct, kw_only=True):
-    """The assistant's turn."""
+class FunctionOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The function that the model calls, with its arguments as JSON text; or a piece of them."""
 
-    content: str
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    arguments: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class ToolCallOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A call of a tool, or a piece of one, which belongs to the call of its index."""
+
+    function: FunctionOutput
+    index: int | msgspec.UnsetType = msgspec.UNSET
+    id: str | msgspec.UnsetType = msgspec.UNSET
+    type: Literal["function"] | msgspec.UnsetType = msgspec.UNSET
+
+
+class ChatMessage(msgspec.Struct, kw_only=True):
+    """The assistant's turn.
+
+    Args:
+        content: null beside calls.
+        reasoning_content: what the model thought before, if its template tells that from the answer.
+        reasoning: the same, by vLLM's newer name.
+        function_call: the call, where the request had ``functions``.
+    """
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCallOutput] | msgspec.UnsetType = msgspec.UNSET
+    function_call: FunctionOutput | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -106,6 +137,16 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    finish_cause: str | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+class DeletedAnswer(msgspec.Struct, kw_only=True):
+    """The answer of ``DELETE /v1/chat/completions/{id}`` and of the same for completions."""
+
+    id: str
+    object: Literal["chat.completion.deleted", "text_completion.deleted"]
+    deleted: bool = True
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -118,6 +159,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType | None = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -125,6 +167,10 @@ class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCallOutput] | None = None
+    function_call: FunctionOutput | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):
@@ -135,6 +181,8 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | msgspec.UnsetType | None = msgspec.UNSET
+    finish_cause: str | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct, kw_only=True):
@@ -146,14 +194,25 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     choices: list[ChatChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType | None = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """A model that is served."""
+    """A model that is served.
+
+    Args:
+        sampling_defaults: parameters of requests that name none, from the model's generation_config.json.
+        parent: of an adapter, the model that it belongs to.
+        root: of an adapter, its folder.
+    """
 
     id: str
     created: int
     max_model_len: int | None
+    sampling_defaults: SamplingDefaults
+    parent: str | None = None
+    root: str | None = None
     object: Literal["model"] = "model"
     owned_by: str = "ullm"
 
@@ -163,6 +222,16 @@ class ModelList(msgspec.Struct, kw_only=True):
 
     data: list[ModelCard]
     object: Literal["list"] = "list"
+
+
+class AdapterList(msgspec.Struct, kw_only=True):
+    """The answer of ``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``: what is loaded then.
+
+    Args:
+        adapters: name → folder.
+    """
+
+    adapters: dict[str, str]
 
 
 class Tokenized(msgspec.Struct, kw_only=True):
@@ -191,6 +260,20 @@ class Liveness(msgspec.Struct):
 
     status: str
     state: str
+
+
+class Load(msgspec.Struct):
+    """The answer of ``GET /load``.
+
+    Args:
+        server_load: requests that run or wait; vLLM's name.
+        running: requests that run.
+        waiting: requests that wait.
+    """
+
+    server_load: int
+    running: int
+    waiting: int
 
 
 class Sleeping(msgspec.Struct):
@@ -222,6 +305,7 @@ class BackendInfo(msgspec.Struct, kw_only=True):
     transport: str
     replicas: int
     tp_size: int
+    pp_size: int
     info: ModelInfo | None
     versions: dict[str, str]
 

@@ -10,6 +10,10 @@ from typing import Any
 import msgspec
 from quart import Response
 
+from ullm.server.api.message_errors import is_messages, message_status
+from ullm.server.api.message_objects import MessageError
+from ullm.server.api.responses import ErrorBody
+
 Handler = Callable[..., Awaitable[Response]]
 """Called with the app's service, the decoded request if the route has a schema, and the path's parameters."""
 
@@ -86,6 +90,13 @@ class Route:
             statuses |= {400, 408, 413, 415}
         if self.access is Access.ADMIN:
             statuses |= {400, 401, 403}
-        if self.access is Access.KEY and secured:
-            statuses.add(401)
+        if self.access is Access.KEY:
+            statuses.add(401 if secured else 403)
+        if is_messages(self.path):
+            statuses = {message_status(status) for status in statuses}
         return tuple(sorted(statuses))
+
+    @property
+    def error(self) -> type[msgspec.Struct]:
+        """Schema of an error's body."""
+        return MessageError if is_messages(self.path) else ErrorBody

@@ -1,6 +1,6 @@
 """Schemas of requests: OpenAI's fields and ullm's own. Wrong types are errors.
 
-Unknown fields are ignored, but for those that `ullm.server.api.fields` refuses.
+Unknown fields are ignored with a warning, but for those that `ullm.server.api.fields` refuses.
 
 ``null`` means a field's default; some clients send it for options that were not set.
 """
@@ -25,8 +25,37 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    """The form of the answer, as OpenAI says it.
+
+    Args:
+        type: ``text``, ``json_object``, ``json_schema``, or vLLM's ``structural_tag``.
+        json_schema: has the ``schema``; its other entries change nothing.
+        schema: of a ``json_object``, as llama.cpp has it.
+        structures: of a structural tag, with ``triggers``.
+    """
+
+    type: str
+    json_schema: dict[str, Any] | None = None
+    schema: dict[str, Any] | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+
+
 class GenerationRequest(msgspec.Struct, kw_only=True):
-    """The fields that completions and chat completions share; see `ullm.sampling.SamplingParams`."""
+    """The fields that completions and chat completions share; see `ullm.sampling.SamplingParams`.
+
+    Args:
+        max_new_tokens: another name of ``max_tokens``.
+        max_completion_tokens: newer name of ``max_tokens``, over which it has precedence.
+        structured_outputs: arguments of `ullm.grammars.structured_outputs.StructuredOutputs`.
+        guided_json: and the other ``guided_`` fields: vLLM's older names of the same.
+        json_schema: llama.cpp's name; so is ``grammar``.
+        return_token_ids: show the tokens of the prompt and of the text.
+        return_tokens_as_token_ids: name tokens in log probabilities ``token_id:17``.
+        truncate_prompt_tokens: keep this many tokens of the prompt; -1: as many as fit.
+        truncation_side: ``left`` (the default) drops the first ones, ``right`` the last ones.
+    """
 
     model: str | None = None
     n: Int | None = None
@@ -35,6 +64,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     top_k: Int | None = None
     min_p: float | None = None
     max_tokens: Int | None = None
+    max_new_tokens: Int | None = None
+    max_completion_tokens: Int | None = None
     min_tokens: Int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[Int] | None = None
@@ -49,13 +80,26 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     timeout: float | None = None
     priority: Int | None = None
+    thinking_token_budget: Int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    @property
-    def wants_usage(self) -> bool:
-        """True if a stream is to end with the usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    json_schema: str | dict[str, Any] | None = None
+    grammar: str | None = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: list[str] | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: Int | None = None
+    truncation_side: Literal["left", "right"] | None = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -63,9 +107,10 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     Args:
         prompt: a text, token ids, or a list of either for several prompts.
-        echo: begin the text with the prompt.
+        echo: begin the text with the prompt; its log probabilities come with the first choice.
         logprobs: report this many alternatives per token.
         best_of: must equal ``n``.
+        store: as in `ChatCompletionRequest`.
     """
 
     prompt: str | list[str | Int | list[Int]]
@@ -73,6 +118,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     echo: bool | None = None
     logprobs: Int | None = None
     suffix: str | None = None
+    store: bool | None = None
     add_special_tokens: bool | None = None
 
 
@@ -81,6 +127,7 @@ class ContentPart(msgspec.Struct, kw_only=True):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class CalledFunction(msgspec.Struct, kw_only=True):
@@ -102,16 +149,21 @@ class Message(msgspec.Struct, kw_only=True):
     """One turn of a conversation.
 
     Args:
-        function_call: refused, unless it is null; `tool_calls` is the newer form.
+        function_call: older form of `tool_calls`; the role ``function`` of ``tool``.
+        refusal: why the assistant refused, in place of the content.
+        reasoning_content: what the assistant thought; also called ``reasoning``.
         audio: refused, unless it is null.
     """
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[ToolCall] | None = None
-    function_call: Any = None
+    function_call: CalledFunction | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     audio: Any = None
 
 
@@ -121,6 +173,7 @@ class Function(msgspec.Struct, kw_only=True):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class Tool(msgspec.Struct, kw_only=True):
@@ -130,31 +183,38 @@ class Tool(msgspec.Struct, kw_only=True):
     type: Literal["function"] = "function"
 
 
-class ResponseFormat(msgspec.Struct, kw_only=True):
-    """The shape of the answer; only ``text``."""
-
-    type: str
-
-
 class ChatCompletionRequest(GenerationRequest, kw_only=True):
     """``POST /v1/chat/completions``.
 
     Args:
-        max_completion_tokens: newer name of ``max_tokens``, over which it has precedence.
         logprobs: report the log probability of each token, with ``top_logprobs`` alternatives.
-        tools: with the ``tool_choice`` ``none`` only, which keeps them from the template.
-        tool_choice: ``auto`` or ``none``.
+        tool_choice: ``none``, ``auto``, ``required``, a function, or ``allowed_tools``.
+        functions: older form of ``tools``; ``function_call`` of ``tool_choice``.
+        continue_final_message: leave the last message open, and go on in it.
+        documents: for the chat template.
+        chat_template: replaces the model's; needs ``--trust-request-chat-template``.
+        echo: begin the text with the last message, if that is the assistant's.
+        store: keep the answer, with ``--journal``; true by default there.
+        include_reasoning: send what the model thinks before it answers; true by default.
     """
 
     messages: list[Message]
+    store: bool | None = None
     tools: list[Tool] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    max_completion_tokens: Int | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    echo: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
     tool_choice: str | dict[str, Any] | None = None
-    response_format: ResponseFormat | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Function] | None = None
+    function_call: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -167,6 +227,9 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
     return_token_strs: bool | None = None
 
 
@@ -183,6 +246,8 @@ class InferenceRequest(msgspec.Struct, kw_only=True):
 
     prompt: str
     max_new_tokens: Int | None = None
+    max_tokens: Int | None = None
+    max_completion_tokens: Int | None = None
 
 
 class WakeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -216,6 +281,21 @@ class ReloadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     model: Annotated[str, Meta(min_length=1)] | None = None
     revision: Annotated[str, Meta(min_length=1)] | None = None
+
+
+class LoadAdapterRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """``POST /v1/load_lora_adapter``: a folder on the server, and the name to serve it by."""
+
+    lora_name: Annotated[str, Meta(min_length=1)]
+    lora_path: Annotated[str, Meta(min_length=1)]
+    load_inplace: bool = False
+
+
+class UnloadAdapterRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """``POST /v1/unload_lora_adapter``; ``lora_int_id``, which vLLM's clients may send, has no effect."""
+
+    lora_name: Annotated[str, Meta(min_length=1)]
+    lora_int_id: int | None = None
 
 
 class FaultsRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ullm.config import EngineConfig, SleepMode
+from ullm.parsing.formats import ChatFormat
 from ullm.protocol.messages import ModelInfo, TokenLogprobs
 from ullm.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from ullm.engine.adapters import Adapters
     from ullm.engine.output import Output
+    from ullm.engine.sampling_defaults import SamplingDefaults
     from ullm.engine.status import EngineStatistics, Health, ReloadReport, SleepHealth
+    from ullm.faults import Fault
     from ullm.supervision import ChildInfo
     from ullm.tokenization.detokenizer import IncrementalDecoder
 
@@ -23,6 +28,10 @@ class TokenizerInterface(Protocol):
     @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How the answers are read that the chat template leads to."""
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a text."""
@@ -41,6 +50,9 @@ class TokenizerInterface(Protocol):
             InvalidParameter: the template refuses the messages.
         """
 
+    def describe(self) -> dict[str, Any]:
+        """Return the tokenizer's configuration, its special tokens, and its chat template."""
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of tokens."""
 
@@ -48,6 +60,9 @@ class TokenizerInterface(Protocol):
         self, *, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
     ) -> IncrementalDecoder:
         """Return a decoder for a sequence that continues ``prompt_token_ids``."""
+
+    def special_tokens_in(self, texts: Sequence[str]) -> dict[int, str]:
+        """Return the special tokens that are part of texts, as they are written there."""
 
     def token_text(self, token_id: int) -> str:
         """Return one token as text, for log probabilities."""
@@ -66,6 +81,10 @@ class GenerationInterface(Protocol):
     @property
     def prompt_logprobs(self) -> Sequence[TokenLogprobs | None] | None:
         """One per prompt token once the first output has come, if requested."""
+
+    @property
+    def embedding(self) -> array[float]:
+        """The pooled prompt, once the only output has come, if requested; empty otherwise."""
 
     async def __aenter__(self) -> GenerationInterface:
         """Admit the request."""
@@ -86,21 +105,30 @@ class GenerationInterface(Protocol):
         """
 
 
+class FiringInterface(Protocol):
+    """A fault to be carried out; see `ullm.faults.injector.Firing`."""
+
+    @property
+    def action(self) -> str:
+        """What is to happen."""
+
+    @property
+    def fault(self) -> Fault:
+        """The fault, with its options."""
+
+    def note(self, effect: str) -> None:
+        """Record what has been done."""
+
+
 class FaultsInterface(Protocol):
-    """Plans of faults; see `ullm.faults`."""
+    """Faults that are to happen in this process; see `ullm.faults.FaultInjector`."""
 
-    def arm(self, plan: str) -> object:
-        """Add a plan to what is armed.
+    @property
+    def watching(self) -> bool:
+        """Whether points have to ask."""
 
-        Raises:
-            ConfigError: the plan cannot be parsed.
-        """
-
-    def clear(self) -> object:
-        """Disarm everything."""
-
-    def describe(self) -> object:
-        """Return what is armed and what has happened; encodes to JSON."""
+    def hits(self, point: str, *, request: str = "", token: int | None = None) -> Sequence[FiringInterface]:
+        """Count a hit of a point, and return the faults to carry out there."""
 
 
 class EngineInterface(Protocol):
@@ -119,12 +147,30 @@ class EngineInterface(Protocol):
         """The loaded model's tokenizer."""
 
     @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """What the model recommends for requests that name no sampling parameters."""
+
+    @property
     def config(self) -> EngineConfig:
         """The current configuration."""
 
     @property
-    def faults(self) -> FaultsInterface:
-        """The fault injector."""
+    def adapters(self) -> Adapters:
+        """The LoRA adapters that are served beside the model."""
+
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> None:
+        """Load an adapter and serve it; return when it is.
+
+        Raises:
+            AdapterUnusable, InvalidParameter, EngineNotReady, EngineDraining, EngineDead, EngineBusy
+        """
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve an adapter no more.
+
+        Raises:
+            ModelUnknown, EngineNotReady, EngineDraining, EngineDead, EngineBusy
+        """
 
     @property
     def state(self) -> str:
@@ -144,12 +190,32 @@ class EngineInterface(Protocol):
         *,
         request_id: str | None = None,
         pace: Callable[[], float] | None = None,
+        client: str = "",
+        emitted: Sequence[int] = (),
+        session: str = "",
     ) -> GenerationInterface:
         """Make a request, which is admitted when the result is entered.
 
         Args:
+            emitted: tokens that the answer has already; it goes on after them.
             pace: returns the seconds for which further tokens are held back after outputs were read.
+            client: who sends it; waiting requests of several clients run in turn.
+            session: of several replicas, requests of one session go to the same one.
         """
+
+    @property
+    def http_faults(self) -> FaultsInterface | None:
+        """Faults between this process and its clients; None where the engine, and its plan, is in another."""
+
+    async def manage_faults(self, action: Literal["show", "arm", "clear"], plan: str = "") -> object:
+        """Show the plan of faults, add to it, or disarm it; return what is armed and has happened.
+
+        Raises:
+            ConfigError: the plan cannot be parsed.
+        """
+
+    def start_soon(self, task: Callable[[], Awaitable[object]]) -> None:
+        """Run a task from when the engine runs until it has stopped."""
 
     def health(self) -> Health:
         """Return the state, for probes."""

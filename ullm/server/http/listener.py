@@ -15,6 +15,7 @@ import trio
 from ullm.logs import get_logger
 from ullm.server.http.connection_slots import ConnectionSlots
 from ullm.server.http.hypercorn_connection import HypercornConnection, HypercornWorker
+from ullm.server.http.last_connections import take_last
 from ullm.server.http.tls import TlsStream
 
 log = get_logger(__name__)
@@ -31,13 +32,20 @@ class Listener:
         stall_timeout: seconds that a client may leave what it was sent unread.
         max_connections: connections at a time; others wait until one of these ends.
         tls: what to encrypt connections with; None: nothing.
+        http2: whether clients may speak HTTP/2, too.
     """
 
     def __init__(
-        self, app: Any, *, stall_timeout: float, max_connections: int, tls: ssl.SSLContext | None = None
+        self,
+        app: Any,
+        *,
+        stall_timeout: float,
+        max_connections: int,
+        tls: ssl.SSLContext | None = None,
+        http2: bool = False,
     ) -> None:
         self._tls = tls
-        self._worker = HypercornWorker(app, stall_timeout)
+        self._worker = HypercornWorker(app, stall_timeout, http2=http2)
         self._slots = ConnectionSlots(max_connections)
         self._stop = trio.Event()
 
@@ -54,11 +62,18 @@ class Listener:
         """Close every connection at once, whatever its client has not read yet."""
         self._slots.cut_all()
 
-    async def serve(self, sockets: Sequence[socket.socket], *, task_status: trio.TaskStatus[None]) -> None:
+    async def serve(
+        self,
+        sockets: Sequence[socket.socket],
+        *,
+        shared: bool = False,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
         """Serve until stopped and every connection has ended.
 
         Args:
             sockets: listen already; duplicates of them are used, and closed when this stops.
+            shared: another process listens on them, too, and goes on: who waits there is left to it.
         """
         async with trio.open_nursery() as handlers:
             async with trio.open_nursery() as accepting:
@@ -66,6 +81,9 @@ class Listener:
                 accepting.start_soon(self._accept, listeners, handlers)
                 task_status.started()
                 await self._stop.wait()
+                for stream in () if shared else [last for each in listeners for last in each.take_last()]:
+                    self._slots.take()
+                    handlers.start_soon(self._handle, stream)
                 accepting.cancel_scope.cancel()
             await self._worker.terminate()
 
@@ -121,6 +139,10 @@ class SlotListener(trio.abc.Listener[trio.SocketStream]):
             self._at_once = 0
             return None
         return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+    def take_last(self) -> list[trio.SocketStream]:
+        """Let nobody else connect, and return the connections that wait."""
+        return [trio.SocketStream(trio.socket.from_stdlib_socket(sock)) for sock in take_last(self._direct)]
 
     async def aclose(self) -> None:
         """Stop listening; the socket that this was made of stays open."""

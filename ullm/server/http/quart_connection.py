@@ -100,6 +100,7 @@ class QuartConnection(TrioASGIHTTPConnection):
     def _create_request_from_scope(self, send: Any) -> Any:
         if not self.scope["path"].startswith("/"):
             self.scope["path"] = "/" + self.scope["path"]  # as in "GET ?query"; Quart needs a path
+        self.app.config["MAX_CONTENT_LENGTH"] = self.app.config["BODY_LIMIT"]()  # the model may change
         self._request = super()._create_request_from_scope(send)
         extensions: Any = self.scope.get("extensions") or {}
         self._request.wire = Wire(send, extensions.get(CHUNKS))

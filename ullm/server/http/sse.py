@@ -10,6 +10,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import trio
 
 from ullm.server.api.answers import error_event
+from ullm.server.api.message_answer import message_error_event
+from ullm.server.api.message_objects import PING
 
 CHUNKS = "ullm.chunks"
 """An extension in the scope of a request (ASGI 3, extensions): ``async (bytes) -> None`` sends a piece of a
@@ -22,9 +24,30 @@ KEEP_ALIVE = b": keep-alive\n\n"
 Send = Callable[[Any], Awaitable[None]]
 """ASGI's ``send``."""
 
-_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache"}
+_HEADERS = {
+    "content-type": "text/event-stream",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx, and proxies that follow it, would hold events back
+}
 
 T = TypeVar("T", covariant=True)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The events of a stream that are no part of the answer, as the client's API has them.
+
+    Args:
+        error: returns the events that end a stream with an error.
+        silence: what the client gets after a silence.
+    """
+
+    error: Callable[[BaseException], bytes] = error_event
+    silence: bytes = KEEP_ALIVE
+
+
+OPENAI = Dialect()
+ANTHROPIC = Dialect(message_error_event, PING)
 
 
 @dataclass(frozen=True)
@@ -71,25 +94,33 @@ class EventStream:
 
     Args:
         headers: beside those that every event stream has.
-        keep_alive: seconds of silence after which the client gets a comment.
+        keep_alive: seconds of silence after which the client gets ``silence``.
+        silence: by default a comment.
     """
 
-    def __init__(self, wire: Wire, headers: Mapping[str, str], keep_alive: float) -> None:
+    def __init__(
+        self, wire: Wire, headers: Mapping[str, str], keep_alive: float, silence: bytes = KEEP_ALIVE
+    ) -> None:
         self._wire = wire
         self._send_piece = wire.write
         self._headers = headers
         self._keep_alive = keep_alive
+        self.silence = silence
         self._silent_since = trio.current_time()
         self.started = False
 
     async def write(self, data: bytes) -> None:
         """Send events."""
+        await self.begin()
+        await self._send_piece(data)
+        self._silent_since = trio.current_time()
+
+    async def begin(self) -> None:
+        """Send the status and the headers, unless they were sent."""
         if not self.started:
             headers = {**_HEADERS, **self._headers}
             await self._wire.start(200, [(name.lower().encode(), v.encode()) for name, v in headers.items()])
             self.started = True
-        await self._send_piece(data)
-        self._silent_since = trio.current_time()
 
     def each(self, source: TimedSource[T]) -> KeptAlive[T]:
         """Iterate over the items of ``source``, with a comment for the client after each silence.
@@ -115,13 +146,13 @@ class KeptAlive(Generic[T]):
 
     async def __anext__(self) -> T:
         while (item := await self._source.next(self._stream.comment_due)) is None:
-            await self._stream.write(KEEP_ALIVE)
+            await self._stream.write(self._stream.silence)
         return item
 
 
 @asynccontextmanager
 async def open_event_stream(
-    wire: Wire, headers: Mapping[str, str], keep_alive: float
+    wire: Wire, headers: Mapping[str, str], keep_alive: float, dialect: Dialect = OPENAI
 ) -> AsyncIterator[EventStream]:
     """Open the event stream that answers a request; its handler writes to it.
 
@@ -132,14 +163,16 @@ async def open_event_stream(
         wire: of the request.
         headers: beside those that every event stream has.
         keep_alive: see `EventStream`.
+        dialect: of the client's API.
     """
-    stream = EventStream(wire, headers, keep_alive)
+    stream = EventStream(wire, headers, keep_alive, dialect.silence)
     try:
         yield stream
     except (Exception, BaseExceptionGroup) as error:
         if not stream.started or _is_cancelled(error):
             raise
-        await stream.write(error_event(error))
+        await stream.write(dialect.error(error))
+    await stream.begin()  # a stream that is taken up at its end has no events
     await wire.finish()
 
 

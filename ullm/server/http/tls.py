@@ -7,64 +7,28 @@ import ssl
 
 import trio
 
-from ullm.errors import ConfigError
+from ullm.tls.certificates import load_certificate
 
 CLOSE_WITHIN = 1.0
 """Seconds for telling the client that the connection ends; its socket is closed in any case."""
 
 
-class _EncryptedKey(Exception):
-    """The key wants a password; OpenSSL would ask for it on the terminal."""
-
-
-def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
+def tls_context(certificate: str | None, key: str | None, *, http2: bool = False) -> ssl.SSLContext | None:
     """Return what connections are encrypted with, from two PEM files; None without them.
 
-    TLS 1.2 and 1.3, ciphers by Python's defaults; HTTP/1.1 is all that is negotiated.
+    TLS 1.2 and 1.3, ciphers by Python's defaults; HTTP/1.1 is negotiated, and HTTP/2 if it is wanted.
 
     Raises:
         ConfigError: a file that is missing, cannot be read, or does not belong to the other.
     """
     if certificate is None or key is None:
         return None
-    for option, path in (("--ssl-certfile", certificate), ("--ssl-keyfile", key)):
-        _check_readable(option, path)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(certificate, key, password=_refuse_password)
-    except _EncryptedKey:
-        raise ConfigError(
-            f"--ssl-keyfile {key}: the key is encrypted; give one without a password, readable only by the "
-            "server's user"
-        ) from None
-    except ssl.SSLError as error:
-        raise ConfigError(_cause(error, certificate, key)) from None
+    context.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
+    load_certificate(context, certificate, key, "--ssl")
     return context
-
-
-def _check_readable(option: str, path: str) -> None:
-    try:
-        with open(path, "rb") as file:
-            file.read(1)
-    except OSError as error:
-        raise ConfigError(f"{option} {path}: {error.strerror or error}") from None
-
-
-def _refuse_password() -> str:
-    raise _EncryptedKey
-
-
-def _cause(error: ssl.SSLError, certificate: str, key: str) -> str:
-    if error.reason == "KEY_VALUES_MISMATCH":
-        return f"--ssl-keyfile {key} does not belong to --ssl-certfile {certificate}"
-    try:
-        ssl.create_default_context().load_verify_locations(certificate)
-    except ssl.SSLError:
-        return f"--ssl-certfile {certificate}: no certificate in PEM format"
-    return f"--ssl-keyfile {key}: no private key in PEM format that fits --ssl-certfile ({error.reason})"
 
 
 class TlsStream:

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING
 from quart import Response
 
 from ullm.errors import ConfigError, InvalidParameter
-from ullm.server.api.responses import Stopping, Tree, TreeNode, json_response
-from ullm.server.api.schemas import FaultsRequest, ReloadRequest, ShutdownRequest, SleepRequest, WakeRequest
+from ullm.server.api.responses import AdapterList, Stopping, Tree, TreeNode, json_response
+from ullm.server.api.schemas import (
+    FaultsRequest,
+    LoadAdapterRequest,
+    ReloadRequest,
+    ShutdownRequest,
+    SleepRequest,
+    UnloadAdapterRequest,
+    WakeRequest,
+)
 from ullm.server.routes.service import Service
 
 if TYPE_CHECKING:
@@ -30,6 +38,22 @@ async def reload(service: Service, request: ReloadRequest) -> Response:
     return json_response(await service.engine.reload(request.model, request.revision))
 
 
+async def load_adapter(service: Service, request: LoadAdapterRequest) -> Response:
+    """Load a LoRA adapter and serve it; answer when it is."""
+    await service.engine.load_adapter(request.lora_name, request.lora_path, replace=request.load_inplace)
+    return _adapters(service)
+
+
+async def unload_adapter(service: Service, request: UnloadAdapterRequest) -> Response:
+    """Serve a LoRA adapter no more."""
+    await service.engine.unload_adapter(request.lora_name)
+    return _adapters(service)
+
+
+def _adapters(service: Service) -> Response:
+    return json_response(AdapterList(adapters={each.name: each.path for each in service.engine.adapters}))
+
+
 async def shutdown(service: Service, request: ShutdownRequest) -> Response:
     """Begin the stop and answer at once; admitted requests run on within the timeout.
 
@@ -49,22 +73,21 @@ async def show_tree(service: Service) -> Response:
 
 async def show_faults(service: Service) -> Response:
     """Show the faults that are armed and those that have happened."""
-    return json_response(service.engine.faults.describe())
+    return json_response(await service.engine.manage_faults("show"))
 
 
 async def arm_faults(service: Service, request: FaultsRequest) -> Response:
     """Add a plan to what is armed; answer with all of it."""
     try:
-        service.engine.faults.arm(request.plan)
+        report = await service.engine.manage_faults("arm", request.plan)
     except ConfigError as error:
         raise InvalidParameter(f"plan: {error}", "plan") from None
-    return json_response(service.engine.faults.describe())
+    return json_response(report)
 
 
 async def clear_faults(service: Service) -> Response:
     """Disarm all faults."""
-    service.engine.faults.clear()
-    return json_response(service.engine.faults.describe())
+    return json_response(await service.engine.manage_faults("clear"))
 
 
 def _child(info: ChildInfo) -> TreeNode:

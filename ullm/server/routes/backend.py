@@ -24,6 +24,7 @@ async def backend(service: Service) -> Response:
             transport=engine.config.worker_transport,
             replicas=engine.config.replicas,
             tp_size=engine.config.tp_size,
+            pp_size=engine.config.pp_size,
             info=engine.info,
             versions=_versions(),
         )

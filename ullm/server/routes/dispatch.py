@@ -7,16 +7,25 @@ from typing import Any
 import trio
 from quart import Response
 from quart_trio import QuartTrio
+from werkzeug.routing import PathConverter
 
-from ullm.server.api import requests
+from ullm.server.api import limits, requests
 from ullm.server.api.errors import as_request_error
 from ullm.server.api.route import Access, Handler, Needs, Route
 from ullm.server.api.types import EngineInterface
 from ullm.server.routes.service import Service
 
 
+class RestOfPath(PathConverter):
+    """Takes the rest of a path, which may begin with a slash, as a folder's name does."""
+
+    regex = ".+?"
+    part_isolating = False
+
+
 def install(app: QuartTrio, service: Service) -> None:
     """Add the service's routes to ``app``."""
+    app.url_map.converters["path"] = RestOfPath
     for route in service.routes:
         rule = route.path.replace("{", "<path:").replace("}", ">")
         endpoint = f"{route.method} {route.path}".replace(".", "_")  # a dot would name a blueprint
@@ -24,7 +33,15 @@ def install(app: QuartTrio, service: Service) -> None:
 
 
 def _view(route: Route, service: Service) -> Handler:
-    read = None if route.request is None else requests.json_reader(route.request, optional=route.optional)
+    read = None
+    if route.request is not None:
+        read = requests.json_reader(
+            route.request,
+            service.config,
+            service.unknown_fields,
+            service.large_bodies.parse,
+            optional=route.optional,
+        )
 
     async def view(**parameters: str) -> Response:
         arguments: list[Any] = [service]
@@ -33,6 +50,7 @@ def _view(route: Route, service: Service) -> Handler:
             requests.check_query(route.fields if route.in_query else ())
         if read is not None:
             body = await read()
+            limits.check_request(body, service.config, service.engine.info)
             arguments.append(requests.with_query(body) if route.in_query else body)
         try:
             return await route.handler(*arguments, **parameters)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from quart import Response, g
 
 from ullm.errors import InvalidParameter
-from ullm.sampling import SamplingParams
 from ullm.server.api import requests
 from ullm.server.api.responses import Inference, json_response
 from ullm.server.api.schemas import InferenceRequest
@@ -20,11 +19,14 @@ async def inference(service: Service, request: InferenceRequest) -> Response:
     """Continue a prompt; the answer comes in one piece."""
     info, tokenizer = requests.loaded(service.engine)
     prompt = await tokenizer.encode(request.prompt)
-    params = SamplingParams(
+    params = service.engine.sampling_defaults.params(
         max_new_tokens=_limit(request, room=info.context_len - len(prompt)),
         timeout=requests.header_timeout(),
     )
-    outputs = service.outputs(Submission(f"inf-{g.request_id}", [prompt], params, g.arrived))
+    session = requests.header_session()
+    outputs = service.outputs(
+        Submission(f"inf-{g.request_id}", [prompt], params, g.arrived, client=g.client, session=session)
+    )
     text, reason = "", None
     async with outputs.open(unhurried):
         async for _, output in outputs:
@@ -43,7 +45,8 @@ async def inference(service: Service, request: InferenceRequest) -> Response:
 
 def _limit(request: InferenceRequest, room: int) -> int:
     """Return the number of tokens to generate; fewer than requested where the context ends."""
-    wanted = DEFAULT_NEW_TOKENS if request.max_new_tokens is None else request.max_new_tokens
+    name, limit = requests.token_limit(request)
+    wanted = DEFAULT_NEW_TOKENS if limit is None else limit
     if wanted < 1:
-        raise InvalidParameter(f"max_new_tokens must be at least 1, got {wanted}", "max_new_tokens")
+        raise InvalidParameter(f"{name} must be at least 1, got {wanted}", name)
     return max(1, min(wanted, room))

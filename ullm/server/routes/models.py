@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import trio
 from quart import Response
 
+from ullm.config import ServerConfig
 from ullm.errors import InvalidParameter
 from ullm.server.api import requests
 from ullm.server.api.responses import Detokenized, ModelCard, ModelList, Tokenized, json_response
 from ullm.server.api.schemas import DetokenizeRequest, TokenizeRequest
+from ullm.server.api.tool_use import as_dicts
 from ullm.server.api.types import TokenizerInterface
 from ullm.server.routes.service import Service
 
+TOKENS_AT_ONCE = 10_000
+"""Tokens that are put into words before other tasks run."""
+
 
 async def list_models(service: Service) -> Response:
-    """List the served model under all its names."""
-    names = service.engine.config.model_names
+    """List the served model under all its names, and its adapters."""
+    engine = service.engine
+    names = [*engine.config.model_names, *(adapter.name for adapter in engine.adapters)]
     return json_response(ModelList(data=[_card(service, name) for name in names]))
 
 
 async def show_model(service: Service, model: str) -> Response:
-    """Describe the served model."""
+    """Describe the served model, or an adapter."""
     requests.check_model(service.engine, model)
     return json_response(_card(service, model))
 
@@ -27,34 +34,47 @@ async def show_model(service: Service, model: str) -> Response:
 def _card(service: Service, name: str) -> ModelCard:
     info = service.engine.info
     limit = None if info is None else info.context_len
-    return ModelCard(id=name, created=service.created, max_model_len=limit)
+    adapter = next((each for each in service.engine.adapters if each.name == name), None)
+    return ModelCard(
+        id=name,
+        created=service.created,
+        max_model_len=limit,
+        sampling_defaults=service.engine.sampling_defaults,
+        parent=None if adapter is None else service.engine.model_name,
+        root=None if adapter is None else adapter.path,
+    )
 
 
 async def tokenize(service: Service, request: TokenizeRequest) -> Response:
     """Return the tokens of a prompt or a conversation."""
     info, tokenizer = requests.loaded(service.engine)
     requests.check_model(service.engine, request.model)
-    tokens = await _tokenize(request, tokenizer)
+    tokens = await _tokenize(request, tokenizer, service.config)
     answer = Tokenized(tokens=tokens, count=len(tokens), max_model_len=info.context_len)
     if request.return_token_strs:
-        answer.token_strs = [tokenizer.token_text(token) for token in tokens]
+        answer.token_strs = []
+        for start in range(0, len(tokens), TOKENS_AT_ONCE):
+            answer.token_strs += map(tokenizer.token_text, tokens[start : start + TOKENS_AT_ONCE])
+            await trio.lowlevel.checkpoint()
     return json_response(answer)
 
 
-async def _tokenize(request: TokenizeRequest, tokenizer: TokenizerInterface) -> list[int]:
+async def _tokenize(
+    request: TokenizeRequest, tokenizer: TokenizerInterface, config: ServerConfig
+) -> list[int]:
     if (request.prompt is None) == (request.messages is None):
         raise InvalidParameter("give either prompt or messages", "prompt")
     if request.prompt is not None:
         return await tokenizer.encode(
             request.prompt, add_special_tokens=request.add_special_tokens is not False
         )
-    return await requests.encode_conversation(
-        tokenizer,
-        request.messages or [],
-        request.tools,
-        request.add_generation_prompt,
-        request.chat_template_kwargs,
-    )
+    return await requests.encode_conversation(tokenizer, request, as_dicts(request.tools), config)
+
+
+async def tokenizer_info(service: Service) -> Response:
+    """Describe the tokenizer, with its chat template."""
+    _, tokenizer = requests.loaded(service.engine)
+    return json_response(tokenizer.describe())
 
 
 async def detokenize(service: Service, request: DetokenizeRequest) -> Response:
@@ -68,7 +88,7 @@ async def detokenize(service: Service, request: DetokenizeRequest) -> Response:
 
 def _check_vocabulary(tokens: list[int], vocab_size: int) -> None:
     """Refuse what a tokenizer cannot decode; no engine sees these tokens."""
-    for token in tokens:
+    for token in (min(tokens, default=0), max(tokens, default=0)):
         if not 0 <= token < vocab_size:
             raise InvalidParameter(
                 f"tokens: token id {token} is not in the model's vocabulary of {vocab_size}", "tokens"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,10 @@ class Submission:
         request_id: the response's id; the engine's requests are numbered under it.
         arrived: trio time from which the request's timeout counts, encoding and queueing included.
         prompt_field: the field that the client put the prompt in, for errors.
+        client: who sends it; see `ullm.server.access`.
+        session: the session that it belongs to, if it names one.
+        emitted: tokens of the answer, which goes on after them.
+        limit_field: the field that the client put the limit of tokens in, for errors.
     """
 
     request_id: str
@@ -37,6 +42,10 @@ class Submission:
     params: SamplingParams
     arrived: float
     prompt_field: str = "prompt"
+    emitted: tuple[int, ...] = ()
+    client: str = ""
+    limit_field: str = "max_tokens"
+    session: str = ""
 
     def params_from_now(self) -> SamplingParams:
         """Return the parameters with what is left of the timeout."""
@@ -74,6 +83,7 @@ class Outputs:
         async with AsyncExitStack() as stack:
             for generation in self._start(pace):
                 self._generations.append(await self._enter(generation, stack))
+                await trio.lowlevel.checkpoint()  # many long prompts take long
             if len(self._generations) == 1:
                 self._next_before = _only(self._generations[0])
             else:
@@ -85,7 +95,15 @@ class Outputs:
         # Made unique, because clients may use an X-Request-Id twice.
         name = f"{self._submission.request_id}-{secrets.token_hex(4)}"
         return [
-            self._engine.generate(prompt, params, request_id=f"{name}-{index}", pace=pace)
+            self._engine.generate(
+                prompt,
+                params,
+                request_id=f"{name}-{index}",
+                pace=pace,
+                client=self._submission.client,
+                emitted=self._submission.emitted,
+                session=self._submission.session,
+            )
             for index, prompt in enumerate(self._submission.prompts)
         ]
 
@@ -95,6 +113,7 @@ class Outputs:
         except (InvalidParameter, PromptTooLong) as error:
             if error.param == "prompt":
                 error.param = self._submission.prompt_field
+            error.rename_field("max_tokens", self._submission.limit_field)
             raise
 
     def __aiter__(self) -> Outputs:
@@ -136,6 +155,10 @@ class Outputs:
             total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(sum(self._cached_tokens.values())),
         )
+
+    def embedding(self, index: int) -> array[float]:
+        """Return the pooled prompt, once its output has come; empty if it was not asked for."""
+        return self._generations[index].embedding
 
     def prompt_logprobs(self, index: int) -> Sequence[TokenLogprobs | None] | None:
         """Return the log probabilities of a prompt's tokens, once its first output has come, if asked for."""

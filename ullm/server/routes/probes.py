@@ -10,7 +10,7 @@ from quart import Response
 
 import ullm
 from ullm.engine.status import Health
-from ullm.server.api.responses import Liveness, Sleeping, Version, json_response
+from ullm.server.api.responses import Liveness, Load, Sleeping, Version, json_response
 from ullm.server.routes.service import Service
 
 
@@ -36,6 +36,17 @@ async def is_sleeping(service: Service) -> Response:
     """Tell whether the engine is anything but awake, falling asleep and waking up included."""
     sleep = service.engine.health().sleep
     return json_response(Sleeping(sleep.state != "awake", sleep.level))
+
+
+async def ping(service: Service) -> Response:
+    """Answer as `ready` does, under the name that SageMaker asks for."""
+    return await ready(service)
+
+
+async def load(service: Service) -> Response:
+    """Tell how many requests run and wait."""
+    counts = service.engine.statistics()
+    return json_response(Load(counts.running + counts.waiting, counts.running, counts.waiting))
 
 
 async def version(service: Service) -> Response:

@@ -6,9 +6,24 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ullm.engine import status
-from ullm.server.api import responses, schemas
+from ullm.server.api import message_objects, message_requests, pooling_schemas, responses, schemas
+from ullm.server.api import response_objects as objects
+from ullm.server.api.response_requests import ResponsesRequest
 from ullm.server.api.route import Access, Needs, Route
-from ullm.server.routes import admin, backend, chat, completions, inference, models, probes
+from ullm.server.routes import (
+    admin,
+    backend,
+    chat,
+    completions,
+    inference,
+    messages,
+    models,
+    pages,
+    pooling,
+    probes,
+    stored_completions,
+    stored_responses,
+)
 
 _CHANGE = (409, 500, 503)
 """Statuses of the errors of a change of the engine."""
@@ -91,6 +106,152 @@ API = (
         event=responses.TextCompletion,
         errors=(404,),
     ),
+    *(
+        route
+        for path, show, delete, answer, event, deleted in (
+            (
+                "/v1/chat/completions/{id}",
+                stored_completions.show_chat,
+                stored_completions.delete_chat,
+                responses.ChatCompletion,
+                responses.ChatCompletionChunk,
+                responses.DeletedAnswer,
+            ),
+            (
+                "/v1/completions/{id}",
+                stored_completions.show_completion,
+                stored_completions.delete_completion,
+                responses.TextCompletion,
+                responses.TextCompletion,
+                responses.DeletedAnswer,
+            ),
+            (
+                "/v1/messages/{id}",
+                stored_completions.show_message,
+                stored_completions.delete_message,
+                message_objects.MessageObject,
+                message_objects.MessageEvent,
+                message_objects.DeletedMessage,
+            ),
+        )
+        for route in (
+            Route(
+                "GET",
+                path,
+                show,
+                "With `--journal`: an answer, once it has ended; with `?stream=true&starting_after=N` its "
+                "events after number N.",
+                needs=Needs.MODEL,
+                answer=answer,
+                event=event,
+                errors=(400, 404),
+            ),
+            Route(
+                "DELETE",
+                path,
+                delete,
+                "With `--journal`: forget an answer; one that is being made is cancelled.",
+                answer=deleted,
+                errors=(404, 503),
+            ),
+        )
+    ),
+    Route(
+        "POST",
+        "/v1/responses",
+        stored_responses.create,
+        "Answer, and store the answer; in the background, if asked to.",
+        needs=Needs.ADMISSION,
+        request=ResponsesRequest,
+        answer=objects.ResponseObject,
+        event=objects.ResponseEvent,
+        errors=(404,),
+    ),
+    Route(
+        "POST",
+        "/v1/responses/{id}/cancel",
+        stored_responses.cancel,
+        "Cancel an answer in the background.",
+        answer=objects.ResponseObject,
+        errors=(400, 404),
+    ),
+    Route(
+        "GET",
+        "/v1/responses/{id}/input_items",
+        stored_responses.input_items,
+        "What a stored answer was asked with.",
+        answer=objects.InputItems,
+        errors=(404,),
+    ),
+    Route(
+        "GET",
+        "/v1/responses/{id}",
+        stored_responses.show,
+        "A stored answer; with `?stream=true&starting_after=N` its events after number N.",
+        needs=Needs.MODEL,
+        answer=objects.ResponseObject,
+        event=objects.ResponseEvent,
+        errors=(400, 404),
+    ),
+    Route(
+        "DELETE",
+        "/v1/responses/{id}",
+        stored_responses.delete,
+        "Forget a stored answer.",
+        answer=objects.DeletedResponse,
+        errors=(404,),
+    ),
+    Route(
+        "POST",
+        "/v1/messages",
+        messages.create,
+        "Answer a conversation, by Anthropic's API.",
+        needs=Needs.ADMISSION,
+        request=message_requests.MessagesRequest,
+        answer=message_objects.MessageObject,
+        event=message_objects.MessageEvent,
+        errors=(404,),
+    ),
+    Route(
+        "POST",
+        "/v1/messages/count_tokens",
+        messages.count_tokens,
+        "Count the tokens of a conversation, by Anthropic's API.",
+        needs=Needs.MODEL,
+        request=message_requests.CountTokensRequest,
+        answer=message_objects.TokenCount,
+        errors=(404,),
+    ),
+    Route(
+        "POST",
+        "/v1/embeddings",
+        pooling.embeddings,
+        "A vector per prompt.",
+        needs=Needs.ADMISSION,
+        request=pooling_schemas.EmbeddingsRequest,
+        answer=pooling_schemas.Embeddings,
+        errors=(404,),
+    ),
+    Route(
+        "POST",
+        "/v1/score",
+        pooling.score,
+        "How likely texts are after other texts.",
+        needs=Needs.ADMISSION,
+        request=pooling_schemas.ScoreRequest,
+        answer=pooling_schemas.Scores,
+        errors=(404,),
+    ),
+    Route(
+        "POST",
+        "/v1/rerank",
+        pooling.rerank,
+        "Documents, the one after which the query is the likeliest first.",
+        needs=Needs.ADMISSION,
+        request=pooling_schemas.RerankRequest,
+        answer=pooling_schemas.Ranking,
+        errors=(404,),
+    ),
     Route(
         "POST",
         "/inference",
@@ -135,6 +296,34 @@ API = (
         backend.backend,
         "The model, its workers and the versions of the packages.",
         answer=responses.BackendInfo,
+    ),
+    Route(
+        "GET",
+        "/tokenizer_info",
+        models.tokenizer_info,
+        "The tokenizer's configuration, with its chat template.",
+        needs=Needs.MODEL,
+    ),
+    Route("GET", "/load", probes.load, "How many requests run and wait.", answer=responses.Load),
+    *(
+        Route(
+            method,
+            "/ping",
+            probes.ping,
+            "The same as `/ready`, under SageMaker's name.",
+            access=Access.OPEN,
+            answer=responses.Liveness,
+            verdict=True,
+        )
+        for method in ("GET", "POST")
+    ),
+    *(
+        Route("GET", path, handler, summary, access=Access.OPEN, media_type="text/html")
+        for path, handler, summary in (
+            ("/", pages.home, "A page for people: what serves here."),
+            ("/v1", pages.home, "The same page, at the address that clients take."),
+            ("/docs", pages.docs, "A page for people: the routes."),
+        )
     ),
     Route("GET", "/openapi.json", probes.openapi, "The OpenAPI document.", access=Access.OPEN),
 )
@@ -188,6 +377,26 @@ ADMIN = (
         optional=True,
         answer=status.ReloadReport,
         errors=_CHANGE,
+    ),
+    Route(
+        "POST",
+        "/v1/load_lora_adapter",
+        admin.load_adapter,
+        "Load a LoRA adapter, and serve it as a model of that name.",
+        access=Access.ADMIN,
+        request=schemas.LoadAdapterRequest,
+        answer=responses.AdapterList,
+        errors=_CHANGE,
+    ),
+    Route(
+        "POST",
+        "/v1/unload_lora_adapter",
+        admin.unload_adapter,
+        "Serve a LoRA adapter no more.",
+        access=Access.ADMIN,
+        request=schemas.UnloadAdapterRequest,
+        answer=responses.AdapterList,
+        errors=(404, *_CHANGE),
     ),
     Route(
         "GET",

@@ -93,16 +93,20 @@ inline void store_value(T* values, const float* value, int64_t offset, int64_t d
 // Normalise and rotate queries and keys in place, and store keys and values in their pages.
 template <typename T>
 void rotate_and_store(const Step& step, const Layer& layer, float* qkv, T* pages) {
-    const int64_t dim = layer.head_dim, half = dim / 2, size = step.block_size;
+    const int64_t dim = layer.head_dim, half = layer.rotary / 2, size = step.block_size;
     const int64_t all = layer.heads + 2 * layer.kv_heads;
     in_pieces(step.tokens, 8, [&](int64_t token, int64_t end) {
         for (; token < end; ++token) {
             float* row = qkv + token * all * dim;
             const float* cosines = layer.cosines + step.positions[token] * half;
             const float* sines = layer.sines + step.positions[token] * half;
+            if (layer.q_norm && !layer.norm_heads) {
+                normalize(row, layer.q_norm, layer.norm_eps, layer.heads * dim);
+                normalize(row + layer.heads * dim, layer.k_norm, layer.norm_eps, layer.kv_heads * dim);
+            }
             for (int64_t head = 0; head < layer.heads + layer.kv_heads; ++head) {
                 const float* weight = head < layer.heads ? layer.q_norm : layer.k_norm;
-                if (weight) normalize(row + head * dim, weight, layer.norm_eps, dim);
+                if (weight && layer.norm_heads) normalize(row + head * dim, weight, layer.norm_eps, dim);
                 rotate(row + head * dim, cosines, sines, half);
             }
             const int64_t block = step.slots[token] / size, offset = step.slots[token] % size;
@@ -224,6 +228,14 @@ float largest(const float* values, int64_t count) {
     for (int lane = 1; lane < LANES; ++lane) most = std::max(most, vector[lane]);
     for (; i < count; ++i) most = std::max(most, values[i]);
     return most;
+}
+
+// Soft caps of Gemma 2, arXiv:2408.00118: cap * tanh(score / cap), with tanh(x) = 1 - 2 / (1 + exp(2 x)).
+void cap_scores(float* scores, int64_t first, int64_t end, float cap) {
+    const auto capped = [cap](floats x) { return cap - 2 * cap / (1 + exponential(x * (2 / cap))); };
+    int64_t i = first;
+    for (; i + LANES <= end; i += LANES) store_floats(scores + i, capped(load_floats(scores + i)));
+    for (; i < end; ++i) scores[i] = capped(floats{} + scores[i])[0];
 }
 
 // Turn the scores of the keys first ... end - 1, of which there is one at least, into weights and all others into
@@ -361,6 +373,7 @@ void attend_part(const Queries<T>& q, const float* qkv, int64_t part, NextPages<
         from = std::max(from, begin), end = std::min(end, begin + width), seen = std::max(seen, end);
         float* const row_scores = scores + row * stride;
         to.sums[row] = to.most[row] = 0;
+        if (from < end && q.layer.softcap) cap_scores(row_scores, from - begin, end - begin, q.layer.softcap);
         if (from < end)
             to.sums[row] = softmax(row_scores, from - begin, end - begin, width, to.most[row]);
         else

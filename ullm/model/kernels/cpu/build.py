@@ -15,8 +15,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +27,14 @@ import filelock
 from ullm.hub import cache_dir
 from ullm.hub.guarded import end_guarded, open_guarded
 from ullm.logs import get_logger
-from ullm.machine import usable_cores
+from ullm.machine import arm_features, usable_cores
 from ullm.model.kernels.cpu.library_file import is_intact, keep, open_folder
 
 log = get_logger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("quantized.cpp", "attention.cpp", "linear.cpp", "layer.cpp", "choose.cpp")
-HEADERS = ("common.h", "dot.h", "layer.h", "matrix.h", "pool.h")
+SOURCES = ("quantized.cpp", "attention.cpp", "linear.cpp", "layer.cpp", "choose.cpp", "exchange.cpp")
+HEADERS = ("common.h", "dot.h", "exchange.h", "layer.h", "matrix.h", "pool.h")
 NATIVE = (
     ("-mcpu=native",)
     if platform.machine() in ("aarch64", "arm64")
@@ -45,6 +47,7 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),  # needed to vectorize
     "-Wno-psabi",
 )
+CPUINFO = Path("/proc/cpuinfo")
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 400.0
 """Limit of one start, less than ``--start-timeout``: compiling takes 20 to 40 s of a processor, and a
@@ -52,6 +55,8 @@ container may have a fraction of one."""
 HEARTBEAT, POLL_SECONDS = 0.25, 0.05
 """Seconds between looks at another process's lock, and at the compilers."""
 _PARTIAL = ".partial"
+_CPU_LINES = ("flags", "Features", "model name", "CPU implementer", "CPU part")
+"""Lines of /proc/cpuinfo: the last two are ARM's model names."""
 
 
 class NoLibrary(Exception):
@@ -65,7 +70,7 @@ def open_library(progress: Callable[[], None] = lambda: None) -> ctypes.CDLL | N
         progress: called several times a second while they are compiled, by this process or another one.
     """
     try:
-        return _open_library(progress)
+        return require_library(progress)
     except NoLibrary as error:
         level = logging.INFO if find_compiler() is None else logging.WARNING
         log.log(level, "decoding without fused kernels", reason=str(error))
@@ -75,13 +80,18 @@ def open_library(progress: Callable[[], None] = lambda: None) -> ctypes.CDLL | N
 def why_no_library() -> str:
     """Return why the kernels are not available, and the remedy; empty if they are."""
     try:
-        _open_library(lambda: None)
+        require_library()
     except NoLibrary as error:
         return str(error)
     return ""
 
 
-def _open_library(progress: Callable[[], None]) -> ctypes.CDLL:
+def require_library(progress: Callable[[], None] = lambda: None) -> ctypes.CDLL:
+    """Return the compiled kernels, compiling them if need be.
+
+    Raises:
+        NoLibrary: they are not available; says why.
+    """
     compiler, path = find_compiler(), library_path()
     if compiler is None or path is None:
         names = os.environ.get("CXX") or ", ".join(COMPILERS)
@@ -192,16 +202,32 @@ def _compile(compiler: str, path: Path, patience: _Patience) -> None:
 
 
 def _run_all(commands: Mapping[Path, list[str]], patience: _Patience) -> None:
-    """Run compilers side by side, one for each file to make, and keep each file as soon as it is made."""
+    """Run compilers side by side, one for each file to make, and keep each file as soon as it is made.
+
+    They are started in another thread: the signal that ends a worker raises an exception in the main one,
+    also in the middle of starting a process, which then nobody would know of.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, "compilers") as pool:
+        try:
+            made = pool.submit(_make_all, commands, patience.deadline, stop)
+            while not made.done():
+                wait([made], POLL_SECONDS)
+                patience.progress()
+            made.result()
+        finally:
+            stop.set()
+
+
+def _make_all(commands: Mapping[Path, list[str]], deadline: float, stop: threading.Event) -> None:
     waiting = list(commands.items())
     running: list[_Compilation] = []
     try:
-        while waiting or running:
-            while waiting and len(running) < usable_cores():
+        while (waiting or running) and not stop.is_set():
+            while waiting and len(running) < usable_cores() and not stop.is_set():
                 running.append(_Compilation(*waiting.pop(0)))
-            time.sleep(POLL_SECONDS)
-            patience.progress()
-            if time.monotonic() > patience.deadline:
+            stop.wait(POLL_SECONDS)
+            if time.monotonic() > deadline:
                 raise NoLibrary(
                     f"{running[0].command[0]} did not end within {COMPILE_SECONDS:g} s; what it has compiled "
                     "is kept for the next start"
@@ -260,11 +286,8 @@ def _key(compiler: str) -> str:
 
 
 def _cpu() -> str:
-    """Describe the CPU as far as ``-march=native`` depends on it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(errors="replace").splitlines()
-        return "".join(
-            sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-        )
-    return f"{platform.machine()} {platform.processor()}"
+    """Describe the CPU as far as ``-march=native`` depends on it; macOS calls every processor ``arm``."""
+    if not CPUINFO.exists():
+        return " ".join([platform.machine(), platform.processor(), *sorted(arm_features())])
+    lines = CPUINFO.read_text(errors="replace").splitlines()
+    return "".join(sorted({line for line in lines if line.startswith(_CPU_LINES)}))

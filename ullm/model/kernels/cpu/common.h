@@ -6,17 +6,13 @@
 //
 // The compiler's target decides what is used: ULLM_AVX512, ULLM_AVX2, ULLM_SSE or ULLM_NEON, else plain vectors
 // of four.
-// ULLM_LANES asks for plain vectors of that many floats, whatever the target: so tests run the tiles of
-// AVX-512 on machines without it.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#ifdef ULLM_LANES
-#define ULLM_REGISTERS (ULLM_LANES == 8 ? 16 : 32)
-#elif defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define ULLM_AVX512 1
 #define ULLM_LANES 16
@@ -54,6 +50,9 @@
 #if (defined(ULLM_AVX512) && defined(__AVX512VNNI__)) || (defined(ULLM_AVX2) && defined(__AVXVNNI__))
 #define ULLM_VNNI 1
 #define ULLM_DOTS ", VNNI"
+#elif defined(ULLM_NEON) && defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_FEATURE_MATMUL_INT8)
+#define ULLM_I8MM 1
+#define ULLM_DOTS ", dotprod, i8mm"
 #elif defined(ULLM_NEON) && defined(__ARM_FEATURE_DOTPROD)
 #define ULLM_DOTS ", dotprod"
 #else

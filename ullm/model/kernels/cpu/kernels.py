@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ullm.machine import usable_cores
 from ullm.model.kernels.cpu.build import open_library, variant
+from ullm.model.kernels.cpu.exchange import SharedExchange
 from ullm.model.layers.linear_kernels import Linear
 from ullm.model.layers.quantization import QuantizedWeight, num_groups
 from ullm.model.sampling.choose import SamplingFilter
@@ -42,8 +43,8 @@ class LayerStruct(ctypes.Structure):
     """``Layer`` of layer.h."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "window")),
-        *((name, c_float) for name in ("scale", "norm_eps")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary", "window", "norm_heads")),
+        *((name, c_float) for name in ("scale", "norm_eps", "softcap")),
         *((name, c_void_p) for name in ("cosines", "sines", "q_norm", "k_norm")),
     )
 
@@ -68,10 +69,10 @@ class BlockStruct(ctypes.Structure):
 
     _fields_ = (
         ("attention", LayerStruct),
-        *((name, c_int64) for name in ("hidden", "intermediate")),
+        *((name, c_int64) for name in ("hidden", "intermediate", "gelu")),
         *((name, MatrixStruct) for name in ("qkv", "output", "gate_up", "down")),
-        *((name, c_void_p) for name in ("input_norm", "output_norm")),
-        *((name, c_float) for name in ("input_eps", "output_eps")),
+        *((name, c_void_p) for name in ("attention_norm", "attended_norm", "mlp_norm", "made_norm")),
+        *((name, c_float) for name in ("eps", "scale")),
     )
 
 
@@ -95,13 +96,13 @@ class CpuKernels:
         self._pack = function("pack", pointer, pointer, *(c_int64,) * 3)
         self._linear = function("linear", POINTER(MatrixStruct), pointer, pointer, c_int64)
         self._add_rms_norm = function("add_rms_norm", *(pointer,) * 4, c_int64, c_int64, c_float)
-        self._silu_and_mul = function("silu_and_mul", pointer, pointer, c_int64, c_int64)
+        self._gate_and_mul = function("gate_and_mul", pointer, pointer, c_int64, c_int64, c_int64)
         self._attend = function("attend", *structs, pointer, pointer, pointer)
         self._choose_tokens = library["choose_tokens"]
         self._choose_tokens.argtypes = pointer, *(c_int64,) * 3, pointer, pointer
         self._choose_tokens.restype = None
         blocks = (POINTER(StepStruct), POINTER(BlockStruct))
-        self._decoder_layers = function("decoder_layers", *blocks, c_int64, c_int64, *(pointer,) * 4)
+        self._decoder_layers = function("decoder_layers", *blocks, c_int64, c_int64, *(pointer,) * 5)
 
     @property
     def variant(self) -> str:
@@ -176,19 +177,23 @@ class CpuKernels:
             )
         return packed
 
-    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """Add ``delta`` to ``x [rows, size]`` in place; return its norm times ``weight``, in ``dtype``."""
+    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float) -> Tensor:
+        """Add ``delta`` to ``x [rows, size]`` in place; return its norm times ``weight``, in ``dtype``.
+
+        Without a weight, return the sum itself.
+        """
         rows, size = x.shape
         out = torch.empty((rows, size), dtype=self.dtype)
         source = None if delta is None else delta.data_ptr()
-        self._add_rms_norm(x.data_ptr(), source, weight.data_ptr(), out.data_ptr(), rows, size, eps)
+        scales = None if weight is None else weight.data_ptr()
+        self._add_rms_norm(x.data_ptr(), source, scales, out.data_ptr(), rows, size, eps)
         return out
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """Return ``silu(gate) * up``: ``[rows, 2 * size]`` → ``[rows, size]`` in ``dtype``."""
+    def gate_and_mul(self, gate_up: Tensor, *, gelu: bool = False) -> Tensor:
+        """Return ``silu(gate) * up``, or GELU's: ``[rows, 2 * size]`` → ``[rows, size]`` in ``dtype``."""
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty((rows, size), dtype=self.dtype)
-        self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), rows, size)
+        self._gate_and_mul(gate_up.data_ptr(), out.data_ptr(), rows, size, gelu)
         return out
 
     def attend(self, step: StepStruct, layer: LayerStruct, qkv: Tensor, pages: Tensor) -> Tensor:
@@ -209,12 +214,23 @@ class CpuKernels:
         x: Tensor,
         delta: Tensor | None,
         pages: Array[c_void_p],
+        exchange: SharedExchange | None = None,
     ) -> Tensor:
-        """Compute layers as `StepOps.layers` does; the result is in the memory of ``delta``, if given."""
+        """Compute layers as `StepOps.layers` does; the result is in the memory of ``delta``, if given.
+
+        Args:
+            exchange: where several ranks add up their parts.
+
+        Raises:
+            RuntimeError: another rank did not answer in time.
+        """
         out = torch.empty_like(x) if delta is None else delta
         source = None if delta is None else delta.data_ptr()
         pointers = x.data_ptr(), source, pages, out.data_ptr()
-        self._decoder_layers(byref(step), blocks, layers.start, layers.stop, *pointers)
+        place = None if exchange is None else byref(exchange.struct)
+        self._decoder_layers(byref(step), blocks, layers.start, layers.stop, *pointers, place)
+        if exchange is not None:
+            exchange.check()
         return out
 
     def choose_tokens(

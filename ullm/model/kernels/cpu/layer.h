@@ -17,11 +17,14 @@ struct Step {
     const int32_t* tiles;              // (sequence, first token, tokens) of queries that share a pass
 };
 
-// One layer's attention. The rotary tables have one row of head_dim / 2 floats per position.
+// One layer's attention. The rotary tables have one row of rotary / 2 floats per position.
 struct Layer {
     int64_t heads, kv_heads, head_dim;
-    int64_t window;  // keys that a query sees, itself included; 0: all
+    int64_t rotary;     // numbers at the beginning of each head that are rotated; 0: none
+    int64_t window;     // keys that a query sees, itself included; 0: all
+    int64_t norm_heads; // 1: queries and keys are normalised head by head; 0: all heads together
     float scale, norm_eps;
+    float softcap;      // scores become softcap * tanh(score / softcap); 0: they do not
     const float *cosines, *sines;
     const float *q_norm, *k_norm;  // null: no normalisation of queries and keys
 };

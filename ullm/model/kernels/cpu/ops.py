@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ullm.model.attention.batch import Batch, BatchLayout
+from ullm.model.kernels.cpu.exchange import SharedExchange
 from ullm.model.kernels.cpu.kernels import (
     BlockStruct,
     CpuKernels,
@@ -24,9 +25,12 @@ from ullm.model.kernels.cpu.kernels import (
     matrix_struct,
 )
 from ullm.model.layers.layer_ops import (
+    Activation,
     AttentionModule,
     LayerModule,
     LinearModule,
+    MlpBlock,
+    RopeTables,
     StepOps,
     layer_by_layer,
 )
@@ -59,6 +63,10 @@ class KernelAttention:
         """See `AttentionBackend.prepare`."""
         return layout.batch(KernelAttend(self, tiles(layout, self.tile_tokens)))
 
+    def block_rows(self) -> list[Tensor]:
+        """See `AttentionBackend.block_rows`."""
+        return self.pages
+
     def release(self) -> None:
         """Free the pool."""
         self.pages.clear()
@@ -80,6 +88,7 @@ class KernelAttend:
         scale: float,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Raise TypeError: `KernelStep.attend` computes attention, together with the rotation before it."""
         raise TypeError("only KernelStep computes attention over this pool")
@@ -108,10 +117,15 @@ def layers_at_once(module: LayerModule, tokens: int) -> int:
         module: one of the layers.
         tokens: number of tokens of the step.
     """
-    parts = module.self_attn, module.mlp
+    parts = module.self_attn, cast(MlpBlock, module.mlp)
     matrices = parts[0].qkv_proj, parts[0].o_proj, parts[1].gate_up_proj, parts[1].down_proj
     operations = 2 * tokens * sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
     return max(1, CALL_OPERATIONS // operations)
+
+
+def second_half(table: Tensor) -> Tensor:
+    """Return a rotary table as the kernels take it, ``[positions, half of the rotated numbers]``."""
+    return table[:, 0, table.shape[-1] // 2 :].contiguous()
 
 
 class KernelOps:
@@ -119,14 +133,12 @@ class KernelOps:
 
     Args:
         kernels: the kernels to compute with.
-        cos, sin: tables of `ullm.model.layers.rope.rope_cache`, in float32.
+        tables: see `RopeTables`, in float32.
     """
 
-    def __init__(self, kernels: CpuKernels, cos: Tensor, sin: Tensor) -> None:
-        half = cos.shape[-1] // 2
+    def __init__(self, kernels: CpuKernels, tables: RopeTables) -> None:
         self.kernels = kernels
-        self._cosines = cos[:, 0, half:].contiguous()
-        self._sines = sin[:, 0, half:].contiguous()
+        self._tables = {rope: tuple(map(second_half, table)) for rope, table in tables.items()}
         self._layers: dict[int, LayerStruct] = {}
         self._blocks: Array[BlockStruct] | None = None
         self._biases: list[Tensor] = []
@@ -156,15 +168,19 @@ class KernelOps:
         """Return the kernels' description of a layer's attention; made at its first step."""
         if module.layer not in self._layers:
             q_norm, k_norm = module.q_norm, module.k_norm
+            cosines, sines = self._tables.get(module.rope, (None, None))
             self._layers[module.layer] = LayerStruct(
                 heads=module.num_heads,
                 kv_heads=module.num_kv_heads,
                 head_dim=module.head_dim,
+                rotary=0 if cosines is None else 2 * cosines.shape[1],
                 window=module.window or 0,
+                norm_heads=not module.norm_all_heads,
                 scale=module.scale,
                 norm_eps=q_norm.eps if q_norm is not None else 0.0,
-                cosines=self._cosines.data_ptr(),
-                sines=self._sines.data_ptr(),
+                softcap=module.softcap or 0.0,
+                cosines=None if cosines is None else cosines.data_ptr(),
+                sines=None if sines is None else sines.data_ptr(),
                 q_norm=None if q_norm is None else self.weight(q_norm).data_ptr(),
                 k_norm=None if k_norm is None else self.weight(k_norm).data_ptr(),
             )
@@ -178,20 +194,23 @@ class KernelOps:
 
     def block(self, module: LayerModule) -> BlockStruct:
         """Return the kernels' description of a layer with its matrices and norms."""
-        attention, mlp = module.self_attn, module.mlp
-        first, second = module.input_layernorm, module.post_attention_layernorm
+        attention, mlp, norms = module.self_attn, cast(MlpBlock, module.mlp), module.norms
+        pointers = [None if norm is None else self.weight(norm).data_ptr() for norm in norms]
         return BlockStruct(
             attention=self.layer(attention),
             hidden=attention.o_proj.shape[0],
             intermediate=mlp.down_proj.shape[1],
+            gelu=mlp.activation == "gelu_tanh",
             qkv=self.matrix(attention.qkv_proj),
             output=self.matrix(attention.o_proj),
             gate_up=self.matrix(mlp.gate_up_proj),
             down=self.matrix(mlp.down_proj),
-            input_norm=self.weight(first).data_ptr(),
-            output_norm=self.weight(second).data_ptr(),
-            input_eps=first.eps,
-            output_eps=second.eps,
+            attention_norm=pointers[0],
+            attended_norm=pointers[1],
+            mlp_norm=pointers[2],
+            made_norm=pointers[3],
+            eps=next(norm.eps for norm in norms if norm is not None),
+            scale=module.residual_scale,
         )
 
     def matrix(self, module: LinearModule) -> MatrixStruct:
@@ -226,25 +245,31 @@ class KernelStep:
         )
 
     def layers(self, modules: Sequence[LayerModule], x: Tensor, done: Callable[[], None]) -> Tensor:
-        """See `StepOps`. Several ranks compute layer by layer, because sums over the ranks come between."""
-        if modules[0].world_size > 1:
+        """See `StepOps`. Ranks that share no memory compute layer by layer, with sums in between; so do steps
+        with adapters, which add to products."""
+        exchange = modules[0].parallel.exchange
+        if self._batch.adapters or not all(module.is_dense for module in modules):
             return layer_by_layer(self, modules, x, done)
+        if modules[0].parallel.world_size > 1 and not isinstance(exchange, SharedExchange):
+            return layer_by_layer(self, modules, x, done)
+        shared = exchange if isinstance(exchange, SharedExchange) else None
         delta, blocks, pages = None, self._ops.blocks(modules), self._attention.pointers
         each = layers_at_once(modules[0], len(x))
         for first in range(0, len(modules), each):
             part = range(first, min(first + each, len(modules)))
-            delta = self._kernels.decoder_layers(self._struct, blocks, part, x, delta, pages)
+            delta = self._kernels.decoder_layers(self._struct, blocks, part, x, delta, pages, shared)
             done()
         assert delta is not None
         return delta
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm | None) -> Tensor:
         """See `StepOps`."""
-        return self._kernels.add_rms_norm(x, delta, self._ops.weight(norm), norm.eps)
+        weight, eps = (None, 0.0) if norm is None else (self._ops.weight(norm), norm.eps)
+        return self._kernels.add_rms_norm(x, delta, weight, eps)
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+    def gate_and_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """See `StepOps`."""
-        return self._kernels.silu_and_mul(gate_up)
+        return self._kernels.gate_and_mul(gate_up, gelu=activation == "gelu_tanh")
 
     def attend(self, module: AttentionModule, qkv: Tensor) -> Tensor:
         """See `StepOps`."""

@@ -61,7 +61,7 @@ def disagreements(
         module: the attention of one layer.
         hidden, inner: number of columns of the residual stream and of the MLP.
     """
-    cos = plain.tables[0]
+    cos = plain.tables["main"][0]
     differences = []
     for rows in ROWS:
         results = {ops: _results(ops, module, hidden, inner, rows, cos) for ops in (fused, plain)}
@@ -110,7 +110,7 @@ def _results(
         "norm": step.add_norm(x, None, norm),
         "sum and norm": step.add_norm(x, delta, norm),
         "residual": x,
-        "gate": step.silu_and_mul(random(rows, 2 * inner)),
+        "gate": step.gate_and_mul(random(rows, 2 * inner), "silu"),
         "attention": step.attend(module, random(rows, heads * module.head_dim)),
         "pool": pool,
     }

@@ -12,7 +12,14 @@ from ullm.errors import one_line
 from ullm.logs import get_logger
 from ullm.model.attention.batch import Batch
 from ullm.model.kernels.cuda.check import disagreements
-from ullm.model.layers.layer_ops import AttentionModule, StepOps, TorchOps, TorchStep
+from ullm.model.layers.layer_ops import (
+    Activation,
+    AttentionModule,
+    RopeTables,
+    StepOps,
+    TorchOps,
+    TorchStep,
+)
 from ullm.model.layers.linear import RMSNorm
 from ullm.model.sampling.choose import ChooseTokens, SamplingFilter
 
@@ -43,15 +50,15 @@ class FusedOps(TorchOps):
     """Implements `LayerOps` for batches of `VarlenAttention`.
 
     Args:
-        cos, sin: see `TorchOps`.
+        tables: see `TorchOps`; all layers have the main one.
         kernels: the layers' kernels.
         choose_kernel: chooses tokens; see `ullm.model.sampling.choose.choose_tokens`.
     """
 
     name = "Triton"
 
-    def __init__(self, cos: Tensor, sin: Tensor, kernels: FusedKernels, choose_kernel: ChooseTokens) -> None:
-        super().__init__(cos, sin)
+    def __init__(self, tables: RopeTables, kernels: FusedKernels, choose_kernel: ChooseTokens) -> None:
+        super().__init__(tables)
         self.kernels, self._choose = kernels, choose_kernel
 
     def choose(self, logits: Tensor, filters: Sequence[SamplingFilter], uniforms: Sequence[float]) -> Tensor:
@@ -67,14 +74,15 @@ class FusedStep(TorchStep):
     """Implements `StepOps`."""
 
     def __init__(self, batch: Batch, ops: FusedOps) -> None:
-        super().__init__(batch, *ops.tables)
-        self._kernels, self._tables = ops.kernels, ops.tables
+        super().__init__(batch, {})
+        self._kernels, self._main = ops.kernels, ops.tables["main"]
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> Tensor:
+    def add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm | None) -> Tensor:
         """See `StepOps`."""
+        assert norm is not None  # see `DecoderConfig.fuses`
         return self._kernels.add_norm(x, delta, norm.weight, norm.eps)
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+    def gate_and_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """See `StepOps`."""
         return self._kernels.silu_and_mul(gate_up)
 
@@ -86,23 +94,23 @@ class FusedStep(TorchStep):
             norms, eps = (module.q_norm.weight, module.k_norm.weight), module.q_norm.eps
         pool = attention.pool(module.layer)
         slots, positions = attention.slot_mapping, self._batch.positions
-        q = self._kernels.rotate_and_store(qkv, pool, slots, positions, self._tables, norms, eps)
+        q = self._kernels.rotate_and_store(qkv, pool, slots, positions, self._main, norms, eps)
         return attention.attend(module.layer, q, module.scale, module.window).view(len(qkv), -1)
 
 
-def choose_ops(cos: Tensor, sin: Tensor, module: AttentionModule, hidden: int, inner: int) -> TorchOps:
+def choose_ops(tables: RopeTables, module: AttentionModule, hidden: int, inner: int) -> TorchOps:
     """Return fused operations if they can be compiled and agree with PyTorch's, else PyTorch's.
 
     Args:
-        cos, sin: rotary tables in the model's dtype, on its device.
+        tables: see `TorchOps`, on the model's device.
         module: the attention of one layer.
         hidden, inner: number of columns of the residual stream and of the MLP, on this rank.
     """
-    plain = TorchOps(cos, sin)
+    plain = TorchOps(tables)
     try:
         kernels = cast(FusedKernels, import_module("ullm.model.kernels.cuda.kernels"))
         choose = cast(ChooseTokens, import_module("ullm.model.kernels.cuda.choose").choose_tokens)
-        fused = FusedOps(cos, sin, kernels, choose)
+        fused = FusedOps(tables, kernels, choose)
         differences = disagreements(fused, plain, module, hidden, inner)
     except Exception as error:  # no Triton, no C compiler, or whatever its compiler raises
         log.warning("layers are computed without fused kernels", reason=one_line(error))

@@ -1,0 +1,1 @@
+"""What the formats of GGUF, and ullm's kernels for them, cost a model in perplexity."""

@@ -1,0 +1,53 @@
+"""llama.cpp's names of common flags of its server and command line: what replaces each here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+LLAMA_CPP: Mapping[str, str] = {
+    "--ctx-size": "use --context-len",
+    "-c": "use --context-len",
+    "-m": "use --model",
+    "--hf-repo": "use --model owner/name",
+    "-hf": "use --model owner/name, or owner/name/file.gguf",
+    "--hf-file": "use --model owner/name/file.gguf",
+    "--model-url": "fetch the file, and use --model FILE.gguf",
+    "--alias": "use --served-model-name",
+    "--threads": "use --cpu-threads",
+    "-t": "use --cpu-threads",
+    "--parallel": "use --max-bs",
+    "-np": "use --max-bs",
+    "--batch-size": "use --max-num-batched-tokens",
+    "-b": "use --max-num-batched-tokens",
+    "--ubatch-size": "use --max-num-batched-tokens",
+    "-ub": "use --max-num-batched-tokens",
+    "--n-gpu-layers": "use --device cuda; weights are on one device",
+    "--gpu-layers": "use --device cuda; weights are on one device",
+    "-ngl": "use --device cuda; weights are on one device",
+    "--n-predict": "use --max-tokens",
+    "--predict": "use --max-tokens",
+    "-n": "use --max-tokens",
+    "--temp": "use --temperature",
+    "--prompt": 'write the prompt without an option, as in ullm generate "Hello"',
+    "--file": "pipe it in, as in ullm generate < FILE",
+    "--repeat-penalty": "use --repetition-penalty",
+    "--flash-attn": "there is no choice of it; leave it out",
+    "-fa": "there is no choice of it; leave it out",
+    "--cont-batching": "batching is always continuous; leave it out",
+    "-cb": "batching is always continuous; leave it out",
+    "--mlock": "weights stay in memory as long as the system has it; leave it out",
+    "--no-mmap": "leave it out; packed weights are mapped from a file",
+    "--cache-type-k": "the KV cache has the computation dtype, --dtype; leave it out",
+    "--cache-type-v": "the KV cache has the computation dtype, --dtype; leave it out",
+    "--jinja": "chat templates are always rendered; leave it out",
+    "--chat-template-file": "use --chat-template",
+    "--metrics": "GET /metrics is always there; leave it out",
+    "--slots": "GET /health and GET /metrics have what is in flight; leave it out",
+    "--embedding": "/v1/embeddings is always there; leave it out",
+    "--embeddings": "/v1/embeddings is always there; leave it out",
+    "--lora-scaled": "use --lora NAME=FOLDER; the scale is the adapter's own",
+    "--log-file": "redirect stderr",
+    "--log-disable": "use --log-level error",
+    "--verbose": "use --log-level debug",
+}
+"""Flag that is no option of ullm → what to do instead."""

@@ -1,0 +1,1 @@
+"""Grammars that constrain an answer: the values of a request, their compilation, and their errors."""

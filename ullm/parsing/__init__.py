@@ -1,0 +1,1 @@
+"""Reading what a model writes: its reasoning, its calls of tools, and the rest, as the text comes."""

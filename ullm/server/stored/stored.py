@@ -1,0 +1,108 @@
+"""What all stored answers have in common, whichever route they came by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import trio
+
+from ullm.errors import RequestError
+from ullm.sampling import SamplingParams
+from ullm.server.api.errors import as_request_error
+
+Durability = Literal["never", "with --journal", "always"]
+"""Whether an answer is written to a journal: no, if the operator has named one, or in any case."""
+
+
+class Head(Protocol):
+    """What every stored answer's head has: its name, whose it is, and what makes it.
+
+    Args:
+        owner: digest of the key that asked for it; empty without keys.
+        created: seconds since 1970.
+        served: model, arithmetic, adapter and release; another one would go on with another text.
+        params: how it is sampled, and by which adapter.
+    """
+
+    id: str
+    owner: str
+    created: int
+    served: str
+    params: SamplingParams
+
+
+class Stored:
+    """An answer that is being made, or has been made.
+
+    Attributes:
+        scope: cancels the task that makes it.
+        failure: the error that it ended with, if this process has made it.
+        interrupted: true if this process stops, and the next one goes on with it.
+        end_written: true once the journal has its end.
+    """
+
+    def __init__(self, *, ended: bool) -> None:
+        self.scope = trio.CancelScope()
+        self.interrupted = False
+        self.failure: RequestError | None = None
+        self.end_written = ended
+        self._changed = trio.Event()
+
+    @property
+    def name(self) -> Head:
+        """What is known of it whatever it is."""
+        raise NotImplementedError
+
+    @property
+    def durability(self) -> Durability:
+        """Whether it is written to a journal."""
+        raise NotImplementedError
+
+    @property
+    def log(self) -> list[int]:
+        """Its tokens, in the form that the journal has; it only grows."""
+        raise NotImplementedError
+
+    @property
+    def notes(self) -> Sequence[object]:
+        """What else is known with its tokens, for the journal; it only grows, and only with `log`."""
+        return ()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """About the bytes that it takes in memory and in the journal."""
+        raise NotImplementedError
+
+    def encode_head(self) -> bytes:
+        """Return what it takes to make the rest again, for the journal."""
+        raise NotImplementedError
+
+    def encode_end(self) -> bytes:
+        """Return how it ended, for the journal."""
+        raise NotImplementedError
+
+    def finish(self, reason: str, error: BaseException | None = None) -> None:
+        """Note how it ended, unless it has."""
+        if not self.ended:
+            if error is not None:
+                self.failure = as_request_error(error)
+            self._end(reason, self.failure)
+        self.announce()
+
+    def _end(self, reason: str, failure: RequestError | None) -> None:
+        raise NotImplementedError
+
+    def announce(self) -> None:
+        """Wake whoever waits for a change."""
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    async def wait_changed(self) -> None:
+        """Wait for a token, or for the end."""
+        await self._changed.wait()

@@ -1,0 +1,118 @@
+"""The tokenizer library's object, from its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from ullm.errors import ModelFileBroken
+from ullm.logs import get_logger
+
+log = get_logger(__name__)
+
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+_LISTED = ("additional_special_tokens", "extra_special_tokens")
+
+
+def load_backend(file: Path) -> Backend:
+    """Return the tokenizer that a ``tokenizer.json`` describes, without truncation and padding.
+
+    Tokens that only the files beside it name are added, as transformers does.
+
+    Raises:
+        ModelFileBroken: there is no such file, or it is not a tokenizer, or one beside it cannot be read.
+    """
+    if not file.is_file():
+        raise ModelFileBroken(file, "no such file; name the tokenizer's folder with --tokenizer")
+    try:
+        backend: Backend = Backend.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelFileBroken(file, f"not a tokenizer: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    _add_tokens(backend, file.parent)
+    return backend
+
+
+def without_special_tokens(backend: Backend) -> Backend:
+    """Return a copy that encodes special tokens in a text as text."""
+    copy: Backend = Backend.from_str(backend.to_str())
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _add_tokens(backend: Backend, folder: Path) -> None:
+    """Add the tokens of tokenizer_config.json, added_tokens.json and special_tokens_map.json."""
+    config, added, special = (
+        _read_object(folder / name)
+        for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+    )
+    named = _special_texts(config, special)
+    wanted: dict[int, AddedToken] = {}
+    try:
+        for number, entry in (config.get("added_tokens_decoder") or {}).items():
+            wanted[int(number)] = _added_token(entry, named)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ModelFileBroken(
+            folder / "tokenizer_config.json", "its added_tokens_decoder is not readable"
+        ) from None
+    texts = {token.content for token in wanted.values()}
+    for text, number in added.items():
+        if text not in texts and isinstance(number, int):
+            wanted.setdefault(number, AddedToken(text, special=text in named, normalized=False))
+    present = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    new = [token for _, token in sorted(wanted.items()) if repr(present.get(token.content)) != repr(token)]
+    known = {*present, *(token.content for token in new)}
+    new += [AddedToken(text, special=True, normalized=False) for text in named if text not in known]
+    if new:
+        backend.add_tokens(new)
+    for number, token in wanted.items():
+        if (found := backend.token_to_id(token.content)) != number:
+            log.warning(
+                "a token has another id than its file says", token=token.content, said=number, id=found
+            )
+
+
+def _added_token(entry: Any, named: Sequence[str]) -> AddedToken:
+    flags = {name: bool(entry[name]) for name in _FLAGS if name in entry}
+    special = bool(entry.get("special", False)) or entry["content"] in named
+    return AddedToken(entry["content"], special=special, **flags)
+
+
+def _special_texts(*configs: Mapping[str, Any]) -> list[str]:
+    """Return the texts of all special tokens that some configs name."""
+    found: dict[str, None] = {}
+    for config in configs:
+        values = [config.get(name) for name in _NAMED]
+        for name in _LISTED:
+            listed = config.get(name) or []
+            values += listed.values() if isinstance(listed, dict) else listed
+        for value in values:
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str) and text:
+                found[text] = None
+    return list(found)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFileBroken(file, f"cannot be read: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def special_token_ids(backend: Backend) -> frozenset[int]:
+    """Return the ids of tokens that never stand for text."""
+    return frozenset(
+        token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+    )
