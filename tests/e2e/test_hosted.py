@@ -50,7 +50,7 @@ def host(request: pytest.FixtureRequest, serve: Serve, scripted_model: Path) -> 
 @pytest.mark.parametrize("how", ["process", pytest.param("thread", marks=pytest.mark.slow)])
 def test_a_stop_drains(host: Host, how: str) -> None:
     server = host(transport=how)
-    running = [*streams(server, 4, 200), Stream(server, 200, stream=False)]
+    running = [*streams(server, 4, 800), Stream(server, 800, stream=False)]
     eventually(lambda: server.metric("ullm_num_requests_running") == 5)
     server.signal(signal.SIGTERM)
     with server.client() as client:
@@ -69,7 +69,7 @@ def test_a_stop_drains(host: Host, how: str) -> None:
 def test_a_signal_to_the_whole_group_drains_too(host: Host, number: int) -> None:
     """As a terminal's Ctrl-C or a service manager sends it; further ones do not hurry."""
     server = host()
-    running = streams(server, 4, 150)
+    running = streams(server, 4, 600)
     os.killpg(server.process.pid, number)
     eventually(lambda: server.get("/ready").status_code == 503)
     server.signal(signal.SIGTERM)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ import pytest
 from tests.support.server import SCRIPTED, Serve, Server
 from tests.support.waiting import eventually
 
-NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc"]
+NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def is_possible() -> bool:
@@ -38,17 +39,19 @@ def first_process(server: Server) -> psutil.Process:
 
 def leave_orphans(first: psutil.Process, count: int) -> None:
     """Start processes whose parents end before them, as an exec into the container does."""
-    orphans = "sleep 0.1 & " * count
+    commands = "sleep 0.1 & " * count
     inside = ["nsenter", "--target", str(first.pid), "--pid", "--mount"]
-    subprocess.run([*inside, "sh", "-c", orphans], check=True, timeout=60)
+    subprocess.run([*inside, "sh", "-c", commands], check=True, timeout=60)
 
 
-def zombies(first: psutil.Process) -> list[psutil.Process]:
-    return [each for each in first.children(recursive=True) if each.status() == psutil.STATUS_ZOMBIE]
-
-
-def sleeping(first: psutil.Process) -> list[psutil.Process]:
-    return [each for each in first.children() if each.name() == "sleep"]
+def orphans(first: psutil.Process) -> list[psutil.Process]:
+    """Return what is left of them, zombies too, at any depth."""
+    found = []
+    for each in first.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if each.name() == "sleep" or each.status() == psutil.STATUS_ZOMBIE:
+                found.append(each)
+    return found
 
 
 def test_orphans_are_reaped_and_signals_passed_on(serve: Serve, scripted_model: Path) -> None:
@@ -56,11 +59,11 @@ def test_orphans_are_reaped_and_signals_passed_on(serve: Serve, scripted_model: 
     server = serve(command=[*NAMESPACE, *own, "--standby-workers", "0"])
     first = first_process(server)
     leave_orphans(first, 20)
-    eventually(lambda: not sleeping(first) and not zombies(first))
+    eventually(lambda: not orphans(first))
     assert server.complete(max_tokens=3).status_code == 200
     # A worker's end is still told to the one who waits for it.
     (program,) = first.children()
-    worker = next(each for each in program.children() if "ullm.worker.main" in each.cmdline())
+    (worker,) = server.workers()
     worker.kill()
     eventually(lambda: worker.pid not in {each.pid for each in program.children()})
     assert server.complete(max_tokens=3).status_code == 200

@@ -22,10 +22,10 @@ LONGEST_GAP = 6.0
 
 def ask_all_ways(server: Server, tokens: int = TOKENS) -> list[Stream]:
     """One request of each kind, all of them under way."""
-    found = [Stream(server, tokens, chat=chat, stream=stream) for chat, stream in WAYS]
+    with server.worker_held(until=len(WAYS)):
+        found = [Stream(server, tokens, chat=chat, stream=stream) for chat, stream in WAYS]
     for asked, (_, stream) in zip(found, WAYS, strict=True):
         assert not stream or asked.begun.wait(SECONDS)
-    eventually(lambda: server.metric("ullm_num_requests_running") == len(WAYS))
     return found
 
 

@@ -104,7 +104,7 @@ def test_without_wake_on_request_it_says_when_to_come_back(
 
 @pytest.mark.parametrize("level", SOME_LEVELS)
 def test_mode_wait_lets_requests_end_first(server: Server, level: int) -> None:
-    running = streams(server, 3, 100)
+    running = streams(server, 3, 600)
     asking = Asking(server, f"/sleep?level={level}&mode=wait")
     eventually(lambda: sleep_state(server) == "falling_asleep")
     texts(running)

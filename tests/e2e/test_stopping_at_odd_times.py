@@ -177,8 +177,8 @@ def test_a_server_killed_while_loading_leaves_nothing(serve: Serve, scripted_mod
 
 def test_unary_requests_wait_for_the_restart_too(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED)
-    running = [Stream(server, 150, [300 + n], stream=False) for n in range(3)]
-    eventually(lambda: server.metric("ullm_num_requests_running") == 3)
+    with server.worker_held(until=3):
+        running = [Stream(server, 150, [300 + n], stream=False) for n in range(3)]
     server.worker().kill()
     server.signal(signal.SIGTERM)
     texts(running)

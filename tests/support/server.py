@@ -37,6 +37,9 @@ EXPECTED_TRACEBACK = re.compile(r"(?m)^(\S+ warning .*)(?:\n(?!\d{4}-).*)+")
 
 ORPHAN_SECONDS = 10.0
 
+REQUESTS = ("ullm_num_requests_running", "ullm_num_requests_waiting")
+"""Samples of the requests that the engine has."""
+
 
 class Server(ServerProcess):
     """A server in a process of its own, with its own folder for temporary files.
@@ -145,6 +148,20 @@ class Server(ServerProcess):
 
         eventually(runs)
         return running[0]
+
+    @contextmanager
+    def worker_held(self, *, until: int) -> Iterator[None]:
+        """Stop the only replica's worker from running until so many requests are with the engine.
+
+        A busy machine may otherwise take longer to admit them than the first of them takes to end.
+        """
+        worker = self.worker()
+        worker.suspend()
+        try:
+            yield
+            eventually(lambda: sum(map(self.metric, REQUESTS)) == until)
+        finally:
+            worker.resume()
 
     # --- the end ---------------------------------------------------------------------------------------
 
