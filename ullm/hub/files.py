@@ -30,7 +30,8 @@ Progress = Callable[[str, int, int | None], None]
 HEARTBEAT = 0.25
 """Seconds between calls of a progress function while nothing changes."""
 MAX_HEADER = 100_000_000
-"""Bytes of a safetensors header, as its own library has it."""
+"""Bytes of a safetensors header, as its own library has it; and of files of JSON, which have less."""
+INDEX = "model.safetensors.index.json"
 _PARTIAL = ".partial-"
 
 _READ = (".json", ".jinja", ".safetensors", ".gguf", ".model", ".txt", ".py")
@@ -130,15 +131,21 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
 
     Raises:
         ModelNotFound: there is no such file.
-        ModelFileBroken: the file is not a JSON object.
+        ModelFileBroken: the file is not a JSON object, or beyond reason.
     """
+    if kind := special_kind(path):
+        raise ModelFileBroken(path, f"{kind} and not a file; put a file there")
     try:
+        if (size := path.stat().st_size) > MAX_HEADER:
+            raise ModelFileBroken(path, f"has {size} bytes; at most {MAX_HEADER} are read")
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         if missing_ok:
             return {}
         raise ModelNotFound(f"{path.parent} has no {path.name}; is it a model's folder?") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ModelFileBroken(path, f"cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
         raise ModelFileBroken(path, f"not readable as JSON: {error}") from None
     except RecursionError:
         raise ModelFileBroken(path, "not readable as JSON: it is nested too deeply") from None
@@ -198,15 +205,9 @@ def shards(folder: Path) -> list[Path]:
         ModelFileBroken: the index names a file that is missing, or is itself unreadable.
         ModelUnsupported: there is no safetensors file.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelFileBroken(index, "has no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ModelFileBroken(index, f"names {outside[0]!r}, which is not in its folder")
-        paths = [folder / name for name in names]
+        paths = [folder / name for name in sorted(set(read_index(index).values()))]
     else:
         single = folder / "model.safetensors"
         paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
@@ -215,6 +216,27 @@ def shards(folder: Path) -> list[Path]:
     if not paths:
         raise ModelUnsupported(f"{folder} has no .safetensors file; other weight formats are not read")
     return paths
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Return what an index of safetensors files says: tensor → name of the file in the index's folder.
+
+    Raises:
+        ModelNotFound: there is no such index.
+        ModelFileBroken: it says no such thing, or names a file that is not one of safetensors beside it.
+    """
+    content = read_json(file)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFileBroken(file, "has no 'weight_map'")
+    if not isinstance(content.get("metadata", {}), dict):
+        raise ModelFileBroken(file, "its 'metadata' must be an object")
+    for name in weight_map.values():
+        if not isinstance(name, str) or "\0" in name or Path(name).name != name:
+            raise ModelFileBroken(file, f"names {name!r:.60}, which is not in its folder")
+        if not name.endswith(".safetensors"):
+            raise ModelFileBroken(file, f"names {name!r:.60}, which is no .safetensors file")
+    return weight_map
 
 
 def check_weights(folder: Path) -> None:

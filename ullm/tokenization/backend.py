@@ -16,6 +16,8 @@ from ullm.logs import get_logger
 log = get_logger(__name__)
 
 
+MAX_BYTES = 100_000_000
+"""Of a file of JSON beside the tokenizer's; a large vocabulary of added tokens has a tenth of that."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
@@ -50,11 +52,9 @@ def without_special_tokens(backend: Backend) -> Backend:
 
 def _add_tokens(backend: Backend, folder: Path) -> None:
     """Add the tokens of tokenizer_config.json, added_tokens.json and special_tokens_map.json."""
-    config, added, special = (
-        _read_object(folder / name)
-        for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
-    )
-    named = _special_texts(config, special)
+    files = [folder / f"{name}.json" for name in ("tokenizer_config", "added_tokens", "special_tokens_map")]
+    config, added, special = (_read_object(file) for file in files)
+    named = list(dict.fromkeys([*_special_texts(files[0], config), *_special_texts(files[2], special)]))
     wanted: dict[int, AddedToken] = {}
     try:
         for number, entry in (config.get("added_tokens_decoder") or {}).items():
@@ -86,25 +86,24 @@ def _added_token(entry: Any, named: Sequence[str]) -> AddedToken:
     return AddedToken(entry["content"], special=special, **flags)
 
 
-def _special_texts(*configs: Mapping[str, Any]) -> list[str]:
-    """Return the texts of all special tokens that some configs name."""
-    found: dict[str, None] = {}
-    for config in configs:
-        values = [config.get(name) for name in _NAMED]
-        for name in _LISTED:
-            listed = config.get(name) or []
-            values += listed.values() if isinstance(listed, dict) else listed
-        for value in values:
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str) and text:
-                found[text] = None
-    return list(found)
+def _special_texts(file: Path, config: Mapping[str, Any]) -> list[str]:
+    """Return the texts of all special tokens that a file names."""
+    values = [config.get(name) for name in _NAMED]
+    for name in _LISTED:
+        listed = config.get(name) or []
+        if not isinstance(listed, list | dict):
+            raise ModelFileBroken(file, f"{name!r} must be a list of tokens, is {listed!s:.40}")
+        values += listed.values() if isinstance(listed, dict) else listed
+    texts = [value.get("content") if isinstance(value, dict) else value for value in values]
+    return [text for text in texts if isinstance(text, str) and text]
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise ModelFileBroken(file, f"has {size} bytes; at most {MAX_BYTES} are read")
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileBroken(file, f"cannot be read: {error}") from None

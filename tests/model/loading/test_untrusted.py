@@ -17,7 +17,7 @@ from ullm.errors import ModelFileBroken, ModelNotFound
 from ullm.hub.files import check_weights, read_json
 from ullm.model.architectures.transformers_model import TransformersModel
 from ullm.model.loading.checkpoint import read_checkpoint
-from ullm.model.loading.weights import safetensors_sources
+from ullm.model.loading.sources import safetensors_sources
 
 DEEP = "[" * 100_000 + "]" * 100_000
 ARCHITECTURE = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
