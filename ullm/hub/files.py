@@ -31,6 +31,8 @@ HEARTBEAT = 0.25
 """Seconds between calls of a progress function while nothing changes."""
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header, as its own library has it; and of files of JSON, which have less."""
+MAX_NAME = 255
+"""Bytes of a file's name, on all usual file systems."""
 INDEX = "model.safetensors.index.json"
 _PARTIAL = ".partial-"
 
@@ -232,11 +234,24 @@ def read_index(file: Path) -> dict[str, str]:
     if not isinstance(content.get("metadata", {}), dict):
         raise ModelFileBroken(file, "its 'metadata' must be an object")
     for name in weight_map.values():
-        if not isinstance(name, str) or "\0" in name or Path(name).name != name:
+        if not _is_file_name(name):
             raise ModelFileBroken(file, f"names {name!r:.60}, which is not in its folder")
         if not name.endswith(".safetensors"):
             raise ModelFileBroken(file, f"names {name!r:.60}, which is no .safetensors file")
     return weight_map
+
+
+def _is_file_name(name: Any) -> bool:
+    """Return True if a value is the name of a file, without a folder, that a system may have."""
+    try:
+        return (
+            isinstance(name, str)
+            and "\0" not in name
+            and Path(name).name == name
+            and len(os.fsencode(name)) <= MAX_NAME
+        )
+    except UnicodeEncodeError:
+        return False
 
 
 def check_weights(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ullm.logs import get_logger
 log = get_logger(__name__)
 
 
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a surrogate pair, as JSON writes it."""
 MAX_BYTES = 100_000_000
 """Of a file of JSON beside the tokenizer's; a large vocabulary of added tokens has a tenth of that."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -104,7 +107,12 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         if (size := file.stat().st_size) > MAX_BYTES:
             raise ModelFileBroken(file, f"has {size} bytes; at most {MAX_BYTES} are read")
-        content = json.loads(file.read_text("utf-8"))
+        text = file.read_text("utf-8")
+        content = json.loads(text)
+        if _HALF.search(text):  # perhaps; the names of tokens would otherwise be refused one by one
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ModelFileBroken(file, "has half a surrogate pair, which is not valid Unicode") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileBroken(file, f"cannot be read: {error}") from None
     return content if isinstance(content, dict) else {}

@@ -99,7 +99,19 @@ def test_a_context_whose_tables_do_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../o.safetensors", "/o.safetensors", "config.json", 5, None, ["x"], "", ".", "a\0b"],
+    [
+        "../o.safetensors",
+        "/o.safetensors",
+        "config.json",
+        5,
+        None,
+        ["x"],
+        "",
+        ".",
+        "a\0b",
+        "[" * 256,
+        "\udc00\ud800",
+    ],
     ids=repr,
 )
 def test_an_index_that_names_something_else(tmp_path: Path, name: Any) -> None:
@@ -196,6 +208,16 @@ def test_special_tokens_that_are_no_list(tmp_path: Path, file: str, key: str, va
     (tmp_path / file).write_text(json.dumps({key: value}))
     with pytest.raises(ModelFileBroken, match=f"{file}: '{key}' must be a list of tokens, is {value}"):
         load_backend(tmp_path / "tokenizer.json")
+
+
+def test_half_a_surrogate_pair_as_a_token(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path)
+    file = tmp_path / "special_tokens_map.json"
+    file.write_text('{"additional_special_tokens": ["\\ud800"]}')
+    with pytest.raises(ModelFileBroken, match=r"special_tokens_map.json: has half a surrogate pair"):
+        load_backend(tmp_path / "tokenizer.json")
+    file.write_text('{"additional_special_tokens": ["\\ud83d\\ude00"]}')
+    assert load_backend(tmp_path / "tokenizer.json").token_to_id("\U0001f600") is not None
 
 
 @pytest.mark.parametrize("decoder", [[1], "x", 7, {"x": {"content": "<eos>"}}], ids=str)
