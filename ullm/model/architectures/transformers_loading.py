@@ -15,7 +15,7 @@ from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported, OutOfM
 from ullm.machine import available_memory
 from ullm.model.architectures.transformers_check import refuse_by_kind
 from ullm.model.loading.sources import INDEX, SINGLE, iterate_sources
-from ullm.model.loading.weights import reject_codes
+from ullm.model.loading.weights import HARMLESS, reject_codes, warn_of_unused
 from ullm.model.memory.kv_pool import mib
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool
     if info["missing_keys"]:
         name, count = min(info["missing_keys"]), len(info["missing_keys"])
         raise ModelFileBroken(path, f"tensor {name!r} is missing ({count} in all)")
+    warn_of_unused(path, [name for name in info["unexpected_keys"] if not HARMLESS.fullmatch(name)])
     return model
 
 

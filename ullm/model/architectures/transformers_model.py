@@ -17,7 +17,9 @@ import transformers
 from torch import Tensor, nn
 
 from ullm.config import ModelConfig
+from ullm.logs import get_logger
 from ullm.model.architectures.transformers_check import compare, observe
+from ullm.model.architectures.transformers_keys import keys_without_effect
 from ullm.model.architectures.transformers_loading import (
     check_rope,
     quiet,
@@ -33,6 +35,8 @@ from ullm.model.sampling.choose import SamplingFilter, choose_tokens
 
 if TYPE_CHECKING:
     from ullm.model.loading.checkpoint import Checkpoint
+
+log = get_logger(__name__)
 
 PAGED_ATTENTION = "ullm_paged"
 
@@ -79,6 +83,9 @@ class TransformersModel:
         """
         hf_config = read_hf_config(checkpoint, config.trust_remote_code)
         check_rope(hf_config, checkpoint)
+        if unread := keys_without_effect(checkpoint.hf, hf_config):
+            file = checkpoint.path / "config.json"
+            log.warning(f"{file}: keys that have no effect here: {', '.join(unread)}")
         with quiet():
             if config.load_format == "dummy":
                 model = random_model(hf_config, checkpoint, config.trust_remote_code)

@@ -71,10 +71,14 @@ def load_weights(
         for shard in shards:
             copy_shard(name, source, shard)
         progress()
-    unused = [each for each in unused if not is_elsewhere(each)]
-    if unused:
-        names = ", ".join(sorted(unused)[:3]) + (", …" if len(unused) > 3 else "")
-        log.warning(f"{path}: {len(unused)} tensors have no place in the model and are not used: {names}")
+    warn_of_unused(path, [each for each in unused if not is_elsewhere(each)])
+
+
+def warn_of_unused(path: Path, names: list[str]) -> None:
+    """Say in one line that tensors are not used, if there are any."""
+    if names:
+        some = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+        log.warning(f"{path}: {len(names)} tensors have no place in the model and are not used: {some}")
 
 
 def check_shapes(model: nn.Module, path: Path) -> None:
