@@ -102,7 +102,7 @@ Vector<float> multiply_rows(const char* name, const Vector<X>& x, const Matrix& 
     return all;
 }
 
-constexpr int64_t ROWS = 20, IN = 96, OUT = 100;
+constexpr int64_t ROWS = 40, IN = 96, OUT = 100;
 
 // One product and sum as the compiler makes it for this processor: fused where it has such an instruction.
 float fused(float sum, float a, float b) {
@@ -170,6 +170,23 @@ void linear_layers() {
     const Vector<bfloat16> inputs = rounded(x);
     const Vector<float> got = multiply_rows("bfloat16 arithmetic", inputs, matrix, ROWS, linear_bfloat16);
     expect(close(got, exact(widened(inputs), widened(narrow), bias), 1e-6), "bfloat16 arithmetic");
+
+    // Inputs that do not fill whole tiles, see tiles.h: the last 16 are not there.
+    const int64_t fewer = IN - 16;
+    Vector<bfloat16> short_inputs(ROWS * fewer), short_weights(OUT * fewer);
+    Vector<float> zeros = widened(inputs), short_zeros = widened(narrow);
+    const auto cut = [&](const Vector<bfloat16>& from, Vector<bfloat16>& to, Vector<float>& zeroed) {
+        for (size_t i = 0; i < from.size(); ++i)
+            if (int64_t(i % IN) < fewer)
+                to[i / IN * fewer + i % IN] = from[i];
+            else
+                zeroed[i] = 0;
+    };
+    cut(inputs, short_inputs, zeros), cut(narrow, short_weights, short_zeros);
+    pack_bfloat16(short_weights.data(), packed.data(), 2, fewer, OUT);
+    const Matrix narrower{packed.data(), bias.data(), fewer, OUT, Format::BFLOAT16};
+    const Vector<float> less = multiply_rows("fewer inputs", short_inputs, narrower, ROWS, linear_bfloat16);
+    expect(close(less, exact(zeros, short_zeros, bias), 1e-6), "fewer inputs");
 }
 
 struct Codes {
