@@ -87,11 +87,13 @@ inline void emulated_dpbf16ps(int to, int a, int b) {
 }
 #undef _tile_loadconfig
 #undef _tile_release
+#undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #define _tile_loadconfig emulated_loadconfig
 #define _tile_release() ((void)0)
+#define _tile_zero(tile) std::memset(emulated_tiles[tile].bytes, 0, sizeof emulated_tiles[tile].bytes)
 #define _tile_loadd emulated_loadd
 #define _tile_stored emulated_stored
 #define _tile_dpbf16ps emulated_dpbf16ps

@@ -277,8 +277,8 @@ void attend(Step& step, Layer& layer, float* qkv, Vector<bfloat16>& pages, Vecto
 
 // Two sequences: one whole prompt, and one token of another whose earlier tokens came one by one.
 template <typename T>
-void attention(const char* name, double tolerance) {
-    const int64_t heads = 6, kv = 2, dim = 16, size = 16, length = 75, all = heads + 2 * kv, blocks = 5;
+void attention(const char* name, double tolerance, const int64_t dim, const int64_t tile_tokens) {
+    const int64_t heads = 6, kv = 2, size = 16, length = 75, all = heads + 2 * kv, blocks = 5;
     const Vector<float> cosines(length * dim / 2, 1.0f), sines(length * dim / 2, 0.0f);  // no rotation
     const Vector<float> inputs = numbers(length * all * dim);
     Vector<T> pages(2 * blocks * kv * 2 * size * dim), out(length * heads * dim);
@@ -301,7 +301,7 @@ void attention(const char* name, double tolerance) {
         attend(step, layer, qkv.data(), pages, out);
     };
     use_threads(3, 4);
-    run(0, 0, length, 8);
+    run(0, 0, length, tile_tokens);
     const Vector<T> whole = out;
     use_threads(1, 4);
     for (int64_t i = 0; i < length; ++i) run(1, i, 1, 1);
@@ -373,8 +373,9 @@ int main() {
     quantized(4, "4 bits");
 #ifndef PRODUCTS_ONLY
     between();
-    attention<float>("attention in float32", 1e-6);
-    attention<bfloat16>("attention in bfloat16", 1e-2);
+    attention<float>("attention in float32", 1e-6, 16, 8);
+    attention<bfloat16>("attention in bfloat16", 1e-2, 16, 8);
+    attention<bfloat16>("attention of wide heads in bfloat16", 1e-2, 64, 12);
     choose();
 #endif
     return failed;

@@ -39,13 +39,14 @@ struct TileProduct {
 
 class Tiles {
   public:
-    // Set the sizes: sums 0 to 3 and inputs 4 and 5 have as many rows as there are, weights 6 and 7 are whole.
-    // Sums 2 and 3 are those of further rows, if there are any, else of further outputs.
-    Tiles(int64_t rows, int64_t further) {
+    // Set the sizes: sums 0 to 3 and inputs 4 and 5 have as many rows as there are, 4 and 5 as many pairs of inputs as
+    // 6 and 7 have rows of weights. Sums 2 and 3 are those of further rows, if there are any, else of further outputs.
+    Tiles(int64_t rows, int64_t further, int pairs = TILE) {
         const uint8_t one = uint8_t(rows), two = uint8_t(further ? further : rows);
-        const uint8_t sizes[8] = {one, one, two, two, one, two, TILE, TILE};
+        const uint8_t sizes[8] = {one, one, two, two, one, two, uint8_t(pairs), uint8_t(pairs)};
         std::copy(sizes, sizes + 8, rows_);
-        std::fill(row_bytes_, row_bytes_ + 8, uint16_t(64));
+        std::fill(row_bytes_, row_bytes_ + 8, uint16_t(4 * TILE));
+        row_bytes_[4] = row_bytes_[5] = uint16_t(4 * pairs);
         _tile_loadconfig(this);
     }
     ~Tiles() { _tile_release(); }
@@ -59,7 +60,37 @@ class Tiles {
     uint8_t rows_[16] = {};
 };
 
-// Up to 16 rows times four vectors of outputs. Strides are in bytes.
+// 16 rows, and further ones if there are any, times two vectors of outputs. Strides are in bytes.
+inline void add_tiles_of_two(const void* x, const void* further, int64_t stride, const bfloat16* weights,
+                             const bfloat16* next, int64_t weight_stride) {
+    _tile_loadd(6, weights, weight_stride);
+    _tile_loadd(4, x, stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, next, weight_stride);
+    _tile_dpbf16ps(1, 4, 7);
+    if (!further) return;
+    _tile_loadd(5, further, stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+// The sums of two vectors of outputs, of 16 rows and of further ones. Strides are in floats.
+inline void store_tiles_of_two(float* out, float* next, int64_t stride, bool further) {
+    _tile_stored(0, out, stride * 4);
+    _tile_stored(1, next, stride * 4);
+    if (!further) return;
+    _tile_stored(2, out + TILE * stride, stride * 4);
+    _tile_stored(3, next + TILE * stride, stride * 4);
+}
+
+inline void clear_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Up to 16 rows times four vectors of outputs.
 inline void add_tiles(const void* x, int64_t stride, const bfloat16* weights) {
     constexpr int64_t NEXT = 2 * TILE, ROW = 4 * TILE_COLUMNS;
     _tile_loadd(4, x, stride);
@@ -71,19 +102,6 @@ inline void add_tiles(const void* x, int64_t stride, const bfloat16* weights) {
     _tile_dpbf16ps(2, 4, 6);
     _tile_loadd(7, weights + 3 * NEXT, ROW);
     _tile_dpbf16ps(3, 4, 7);
-}
-
-// 16 rows and up to 16 further ones times two vectors of outputs.
-inline void add_tiles_of_two(const void* x, const void* further, int64_t stride, const bfloat16* weights) {
-    constexpr int64_t NEXT = 2 * TILE, ROW = 4 * TILE_COLUMNS;
-    _tile_loadd(6, weights, ROW);
-    _tile_loadd(4, x, stride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, weights + NEXT, ROW);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, further, stride);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
 }
 
 // Call add(inputs, their stride in bytes, weights) for whole tiles of inputs, and for the rest filled up with zeros.
@@ -130,13 +148,10 @@ inline void multiply_tiles(const TileProduct& product, int64_t rows) {
         TileProduct here = product;
         if (first) here.ahead.from = nullptr;
         over_inputs(here, rows, [&](const bfloat16* x, int64_t row_bytes, const bfloat16* weights) {
-            add_tiles_of_two(x, x + TILE * row_bytes / 2, row_bytes, weights + 2 * first);
+            const bfloat16* const here = weights + 2 * first;
+            add_tiles_of_two(x, x + TILE * row_bytes / 2, row_bytes, here, here + 2 * TILE, 4 * TILE_COLUMNS);
         });
-        float* const below = out + TILE * product.out_stride;
-        _tile_stored(0, out + first, stride);
-        _tile_stored(1, out + first + TILE, stride);
-        _tile_stored(2, below + first, stride);
-        _tile_stored(3, below + first + TILE, stride);
+        store_tiles_of_two(out + first, out + first + TILE, product.out_stride, true);
     }
 }
 
