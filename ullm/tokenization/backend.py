@@ -60,7 +60,7 @@ def _check_prefix(file: Path) -> None:
     """
     try:
         content = file.read_bytes()
-        model = json.loads(content).get("model") if _PREFIX.search(content) else None
+        model: Any = json.loads(content).get("model") if _PREFIX.search(content) else None
         prefix, merges = model["continuing_subword_prefix"], model["merges"]
         parts = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
         wrong = [part for part in parts if not part[1].startswith(prefix)]
