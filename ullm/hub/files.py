@@ -279,7 +279,7 @@ def _check_shard(path: Path) -> None:
         try:
             header = json.loads(file.read(length))
             ends = sorted((int(v["data_offsets"][1]), k) for k, v in header.items() if k != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError):
             raise ModelFileBroken(path, "its header is not that of a safetensors file") from None
     for end, name in ends:
         if 8 + length + end > size:

@@ -7,6 +7,7 @@ a signal when a case computes for longer than `SECONDS`, or waits for longer tha
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import resource
@@ -246,6 +247,8 @@ def main(root: Path, seeds: range, kinds: list[str]) -> None:
     """Write the whole models, start each, and then damaged ones."""
     torch.set_num_threads(1)
     write_models(root, kinds)
+    gc.collect()
+    gc.freeze()
     limit_memory()
     for seed in seeds:
         for kind in kinds:
@@ -256,6 +259,7 @@ def main(root: Path, seeds: range, kinds: list[str]) -> None:
                 result = outcome(kind, copy)
             say(kind=kind, seed=seed, **result)
             shutil.rmtree(copy)
+            gc.collect()  # files that are mapped count as memory, until the objects are gone
 
 
 if __name__ == "__main__":

@@ -49,6 +49,14 @@ def test_a_safetensors_header_of_many_brackets(tmp_path: Path) -> None:
         list(safetensors_sources(file))
 
 
+@pytest.mark.parametrize("end", ["1e999", "NaN", '"x"', "[]", "null"])
+def test_a_safetensors_header_with_offsets_that_are_none(tmp_path: Path, end: str) -> None:
+    header = f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": [0, {end}]}}}}'.encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(ModelFileBroken, match="its header is not that of a safetensors file"):
+        check_weights(tmp_path)
+
+
 def test_a_safetensors_header_that_is_too_long(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     with file.open("wb") as sparse:
