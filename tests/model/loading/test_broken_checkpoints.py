@@ -228,6 +228,14 @@ def test_added_tokens_of_another_type(tmp_path: Path, decoder: Any) -> None:
         eos_token_ids({}, tmp_path, config(tmp_path))
 
 
+def test_a_tokenizer_that_is_not_utf_8(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(file.read_bytes().replace(b"<|im_start|>", b"<|im_\xff|>"))
+    with pytest.raises(ModelFileBroken, match=r"tokenizer.json: cannot be read: 'utf-8' codec"):
+        eos_token_ids({}, tmp_path, config(tmp_path))
+
+
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     (tmp_path / SINGLE).unlink()

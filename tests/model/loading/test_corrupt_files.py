@@ -44,10 +44,10 @@ def check(rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.process
 def test_a_few_corrupt_files(tmp_path: Path) -> None:
-    rows = run(tmp_path, range(12, 14), *KINDS)
-    assert len(rows) == 2 * len(KINDS)
+    rows = run(tmp_path, range(12, 13), *KINDS)
+    assert len(rows) == len(KINDS)
     check(rows)
-    assert sum("refused" in row for row in rows) > len(KINDS)
+    assert sum("refused" in row for row in rows) > len(KINDS) // 2
 
 
 @pytest.mark.slow

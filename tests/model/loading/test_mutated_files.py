@@ -136,7 +136,7 @@ def _silent() -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=6, **FEW)
+@settings(max_examples=3, **FEW)
 @given(data=st.data())
 def test_a_few_configs(
     family: str, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

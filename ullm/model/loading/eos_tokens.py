@@ -126,7 +126,7 @@ def _find_token(path: Path, settings: dict[str, Any], token: str) -> int | None:
         if token in by_text:
             return by_text[token]
         vocabulary = msgspec.json.decode(content, type=_TokenizerVocabulary).model.vocab
-    except (OSError, msgspec.DecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not JSON, not of these types, or not UTF-8
         raise ModelFileBroken(file, f"cannot be read: {error}") from None
     if isinstance(vocabulary, dict):
         return vocabulary.get(token)
