@@ -255,6 +255,10 @@ class SchedulerConfig:
     )
 
 
+LINK_FILES = ("link_certfile", "link_keyfile", "link_ca_file")
+"""Options that belong together: connections between hosts are encrypted by them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Ranks and replicas, and where they run."""
@@ -517,6 +521,8 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
         self._check_hosts()
         if not 0 <= self.nccl_port <= MAX_PORT:
             raise ConfigError(f"--nccl-port must be between 0 and {MAX_PORT}, got {self.nccl_port}")
+        if self.device_ids is not None and self.device == "cpu":
+            raise ConfigError("--device-ids has no effect with --device cpu; leave out one of the two")
         workers = -(-self.world_size * self.replicas // self.nnodes)  # of the host that has the most
         if self.device_ids is not None and len(self.device_ids) < workers:
             raise ConfigError(
@@ -530,6 +536,11 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
 
     def _check_roles(self) -> None:
         if not self.roles:
+            if self.prefill_threshold != EngineConfig.prefill_threshold:
+                raise ConfigError(
+                    f"--prefill-threshold {self.prefill_threshold} has no effect without --roles; leave "
+                    "it out"
+                )
             return
         listed, known = ",".join(self.roles), typing.get_args(Role)
         for role in self.roles:
@@ -550,10 +561,9 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
             )
 
     def _check_link_files(self) -> None:
-        names = ("link_certfile", "link_keyfile", "link_ca_file")
-        missing = [name for name in names if getattr(self, name) is None]
-        if 0 < len(missing) < len(names):
-            given = next(name for name in names if name not in missing)
+        missing = [name for name in LINK_FILES if getattr(self, name) is None]
+        if 0 < len(missing) < len(LINK_FILES):
+            given = next(name for name in LINK_FILES if name not in missing)
             raise ConfigError(f"{_flag(given)} needs {_flag(missing[0])}; give all three, or none")
 
     def _check_hosts(self) -> None:
@@ -598,6 +608,7 @@ _OF_THE_API = (
     *("trust_request_chat_template", "tool_call_parser", "reasoning_parser", "cors_origins"),
     *("engine_timeout", "max_waiting"),
 )
+_OF_FRONT_ENDS = ("engine_key_file", "engine_timeout", "max_waiting")
 _STORED = ("journal", "max_stored_answers", "stored_answer_hours")
 _MEANINGLESS: Mapping[str, tuple[str, ...]] = {
     "headless": (*_OF_THE_API, *_STORED),
@@ -809,6 +820,16 @@ class ServerConfig:
         if self.headless != (self.listen is not None):
             given, missing = ("headless", "listen") if self.headless else ("listen", "headless")
             raise ConfigError(f"--{given} needs --{missing}, where front ends connect; give both, or neither")
+        alone = [
+            name
+            for name in _OF_FRONT_ENDS
+            if not parts and getattr(self, name) != getattr(ServerConfig, name)
+        ]
+        if alone:
+            raise ConfigError(
+                f"{_flag(alone[0])} has no effect without front ends of their own; leave it out, or "
+                "use --api-server-count or --connect"
+            )
         for part, options in _MEANINGLESS.items():
             if part in parts:
                 self._check_unset(part, options)
