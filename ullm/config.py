@@ -14,12 +14,13 @@ import ipaddress
 import operator
 import os
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
@@ -33,6 +34,8 @@ MAX_PORT = 65535
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """The embedded default model; see `ullm.hub`."""
 DEFAULT_RUNNER = "ullm.model.execution.runner:ModelRunner"
+
+C = TypeVar("C")
 
 SleepMode = Literal["wait", "abort", "keep"]
 """How requests in flight are treated when the engine is put to sleep."""
@@ -82,6 +85,25 @@ def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), secret: bo
     return field(
         default=default, repr=not secret, metadata={"help": help, "aliases": aliases, "secret": secret}
     )
+
+
+def explained(cls: type[C]) -> type[C]:
+    """Add the meaning of each option to a class's docstring, for `help`; written once, in the fields."""
+    if cls.__doc__:  # none with python -OO
+        summary, _, rest = cls.__doc__.partition("\n\n")
+        entries = (
+            textwrap.fill(
+                f"{spec.name}: {spec.metadata['help']}",
+                100,
+                initial_indent=" " * 8,
+                subsequent_indent=" " * 12,
+                break_on_hyphens=False,
+            )
+            for spec in dataclasses.fields(cls)  # type: ignore[arg-type]
+        )
+        arguments = "\n".join(["    Args:", *entries])
+        cls.__doc__ = "\n\n".join(part for part in (summary, arguments, rest) if part)
+    return cls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,6 +426,7 @@ class SleepConfig:
     )
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, SupervisionConfig, SleepConfig):
     """All options of an engine.
@@ -623,6 +646,7 @@ _REMEDY: Mapping[str, str] = {
 }
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """The HTTP server."""

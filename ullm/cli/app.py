@@ -26,6 +26,7 @@ from ullm.cli.flags import (
     sampling_params,
     server_options,
     with_options,
+    with_switches,
 )
 from ullm.cli.options import ApiKey, ChaosOptions, Json, LoadOptions, Output, whole_number
 from ullm.cli.prompt import with_literal_prompt
@@ -310,7 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line = sys.argv[1:] if arguments is None else arguments
     prepare_stdin()
     prepare_stdout()
-    return run_command_line(app, with_literal_prompt(with_all_names(line)), hint_for, with_both_names)
+    return run_command_line(
+        app, with_literal_prompt(with_switches(with_all_names(line))), hint_for, with_both_names
+    )
 
 
 def _named(name: str | None, options: dict[str, Any]) -> dict[str, Any]:
