@@ -156,6 +156,10 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     return content
 
 
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.tiktoken", "merges.txt")
+
+
 def check_readable(folder: Path) -> None:
     """Check that a model's folder holds plain files only, since reading a named pipe would never end.
 
@@ -165,6 +169,38 @@ def check_readable(folder: Path) -> None:
     for path in sorted((*folder.glob("*"), *folder.glob("*/*.jinja"))):
         if path.suffix in _READ and (kind := special_kind(path)):
             raise ModelFileBroken(path, f"{kind} and not a file; put a file there")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Check that a folder holds a model, as far as the names of its files tell.
+
+    Raises:
+        ModelNotFound: it holds none; says what it holds instead.
+    """
+    if (folder / "config.json").exists():
+        return
+    if not any(folder.iterdir()):
+        raise ModelNotFound(f"{folder} is empty; fetch the model into it, or name another folder")
+    if (folder / "adapter_config.json").exists():
+        raise ModelNotFound(
+            f"{folder} holds a LoRA adapter and no model; give its base model as --model, and this folder as "
+            f"--lora NAME={folder}"
+        )
+    if files := sorted(path.name for path in folder.glob("*.gguf")):
+        raise ModelNotFound(f"{folder} holds GGUF files; name one of them, as in {folder / files[0]}")
+    raise ModelNotFound(f"{folder} has no config.json; name a folder as save_pretrained writes it")
+
+
+def check_tokenizer_folder(folder: Path) -> None:
+    """Check that a folder has a file that may be a tokenizer's, in whatever format.
+
+    Raises:
+        ModelNotFound: it has none.
+    """
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        raise ModelNotFound(
+            f"{folder} has no tokenizer; fetch its tokenizer.json, too, or name another one by --tokenizer"
+        )
 
 
 def special_kind(path: Path) -> str:
@@ -216,6 +252,10 @@ def shards(folder: Path) -> list[Path]:
     if missing := [path for path in paths if not path.is_file()]:
         raise ModelFileBroken(missing[0], f"missing, though {index.name} names it; fetch the model again")
     if not paths:
+        if pickled := sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern)):
+            raise ModelUnsupported(
+                f"{folder}: {pickled[0]} may run code and is not read; save the model again as safetensors"
+            )
         raise ModelUnsupported(f"{folder} has no .safetensors file; other weight formats are not read")
     return paths
 
