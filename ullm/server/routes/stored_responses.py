@@ -10,6 +10,7 @@ from dataclasses import replace
 import trio
 from quart import Response, g
 
+from ullm.config import ServerConfig
 from ullm.errors import InvalidParameter
 from ullm.parsing.tool_use import ToolUse, constrained, read_as, use_of
 from ullm.sampling import MAX_SEED
@@ -33,6 +34,11 @@ from ullm.server.routes.resuming import event_number, wants_stream
 from ullm.server.routes.service import Service
 from ullm.server.stored.answer import AnswerHead, StoredAnswer
 from ullm.server.stored.reader import AnswerReader
+
+
+def is_kept(config: ServerConfig, asked: ResponsesRequest) -> bool:
+    """Return whether a request needs the stored answers."""
+    return asked.store is not False or asked.previous_response_id is not None
 
 
 async def create(service: Service, asked: ResponsesRequest) -> Response:

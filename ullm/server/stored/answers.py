@@ -32,6 +32,8 @@ MAX_BYTES = 256 << 20
 COMMIT_SECONDS = 0.05
 """Time over which tokens are gathered into one transaction. Those that a kill loses are computed again."""
 
+_STOPPING = frozenset(state.value for state in EngineState if state.is_stopping)
+
 Make = Callable[[Stored, Callable[[], None]], Awaitable[str]]
 """Has the engine make an answer, or go on with it; calls the function after each change, and returns how it
 ended: ``stop``, or why not."""
@@ -70,7 +72,7 @@ class Answers:
         self._writing = trio.Lock()
         self._make: Make | None = None
         self._prepare: Callable[[Stored], object]
-        self._keeps = config.connect is None
+        self._keeps = config.connect is None or config.answers_listen is not None
         self._journal = self._open_journal()
         self._recovered = trio.Event()
         if self._journal is None:
@@ -182,7 +184,8 @@ class Answers:
             self._end(answer, reason, failure)
 
     def _end(self, answer: Stored, reason: str, failure: BaseException | None) -> None:
-        stops = self._engine.state is not EngineState.RUNNING
+        engine = self._engine  # which is elsewhere, and may be stopped alone, behind a front end
+        stops = engine.state is not EngineState.RUNNING or engine.health().state in _STOPPING
         unfinished = reason in ("abort", "error") or (
             reason == "cancelled" and not answer.scope.cancelled_caught
         )
@@ -210,9 +213,11 @@ class Answers:
 
     def _journal_path(self) -> Path | None:
         """Return where the journal is; None on a port that the next start will not have again."""
+        if not self._keeps:
+            return None
         if self._config.journal is not None:
             return Path(self._config.journal).expanduser()
-        if not self._config.port or not self._keeps:
+        if not self._config.port:
             return None
         return cache_dir() / "journal" / f"answers-{self._config.port}.sqlite"
 
