@@ -340,6 +340,34 @@ async def test_calls_of_functions_are_items(engine: FakeEngine, client: httpx.As
     ]
 
 
+async def test_earlier_reasoning_is_handed_to_the_template(
+    engine: FakeEngine, client: httpx.AsyncClient
+) -> None:
+    """Whether the server knows it, the client sends it back, or a client that keeps it as a summary does."""
+    engine._tokenizer.chat_format = ChatFormat(reasons=True, describes_tools=True, reads_calls=True)
+    say(engine, "<think>hm, the weather</think>" + CALLS)
+    found = await ask(client, tools=[WEATHER])
+    thought, text, *calls = found["output"]
+    result = {"type": "function_call_output", "call_id": calls[0]["call_id"], "output": "18"}
+    await ask(client, input=[result], previous_response_id=found["id"], tools=[WEATHER])
+    known = engine._tokenizer.seen[-1]["messages"]
+    assert known[1]["reasoning_content"] == "hm, the weather"
+    user = {"role": "user", "content": "Hello"}
+    summed = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm, the weather"}]}
+    for each in (thought, summed):
+        await ask(client, input=[user, each, text, *calls, result], tools=[WEATHER])
+        assert engine._tokenizer.seen[-1]["messages"] == known
+    await ask(client, input=[user, thought, *calls, result], tools=[WEATHER])
+    without_text = engine._tokenizer.seen[-1]["messages"]
+    assert without_text == [known[0], known[1] | {"content": ""}, known[2]]
+    await ask(client, input=[user, {"type": "reasoning", "summary": []}, text, user], tools=[WEATHER])
+    turns = engine._tokenizer.seen[-1]["messages"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+    assert "reasoning_content" not in turns[1]
+    refused = await client.post(URL, json={"input": [{"type": "reasoning", "content": [{"type": "image"}]}]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input[0].content[0]")
+
+
 @pytest.mark.parametrize("reasons", [False, True])
 async def test_a_stream_of_calls_can_be_taken_up_at_every_event(
     engine: FakeEngine, client: httpx.AsyncClient, reasons: bool

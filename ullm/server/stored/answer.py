@@ -10,9 +10,10 @@ from ullm.errors import RequestError
 from ullm.parsing.parts import Part, Text
 from ullm.parsing.tool_use import PLAIN
 from ullm.sampling import SamplingParams
+from ullm.server.api import requests, schemas
 from ullm.server.api import response_objects as objects
 from ullm.server.api.response_objects import ResponseObject
-from ullm.server.api.response_requests import ResponsesRequest, called
+from ullm.server.api.response_requests import ResponsesRequest
 from ullm.server.stored.stored import Durability, Stored
 
 if TYPE_CHECKING:
@@ -213,10 +214,16 @@ class StoredAnswer(Stored):
 
     def conversation(self) -> list[dict[str, Any]]:
         """Return the conversation with this answer, for one that goes on."""
-        turn: dict[str, Any] = {"role": "assistant", "content": ""}
+        text, thought, calls = "", "", []
         for item in self._output():
             if isinstance(item, objects.OutputMessage):
-                turn["content"] += "".join(part.text for part in item.content)
-            elif isinstance(item, objects.FunctionCallItem):
-                turn.setdefault("tool_calls", []).append(called(item.call_id, item.name, item.arguments))
-        return [*self.head.messages, turn]
+                text += "".join(part.text for part in item.content)
+            elif isinstance(item, objects.ReasoningItem):
+                thought += "".join(part.text for part in item.content)
+            else:
+                function = schemas.CalledFunction(name=item.name, arguments=item.arguments)
+                calls.append(schemas.ToolCall(id=item.call_id, function=function))
+        turn = schemas.Message(
+            role="assistant", content=text, reasoning_content=thought or None, tool_calls=calls or None
+        )
+        return [*self.head.messages, *requests.template_messages([turn])]
