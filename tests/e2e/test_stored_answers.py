@@ -46,6 +46,10 @@ def _first(place: str, most: int) -> Iterator[dict[str, Any]]:
                 return
 
 
+def scores_of(event: dict[str, Any]) -> list[Any]:
+    return event["logprobs"] if event["type"] == "response.output_text.delta" else []
+
+
 def text_of(found: list[dict[str, Any]]) -> str:
     return "".join(event.get("delta", "") for event in found)
 
@@ -62,12 +66,13 @@ def test_answers_go_on_after_the_server_was_killed(
     """Each event comes once, whatever the client had seen, and the texts are the same."""
     options = ("--model", str(scripted_model), *SCRIPTED, "--journal", str(tmp_path / "answers.sqlite"))
     server = serve(*options)
-    ids = [begin(server, number) for number in range(STREAMS)]
+    scored = [{"top_logprobs": 2} if number % 2 else {} for number in range(STREAMS)]
+    ids = [begin(server, number, **fields) for number, fields in enumerate(scored)]
     seen = [events(server, id, most=20 + 5 * number) for number, id in enumerate(ids)]
     server.process.kill()
     server.wait()
     again = serve(*options)
-    for id, first, whole in zip(ids, seen, undisturbed, strict=True):
+    for id, first, whole, fields in zip(ids, seen, undisturbed, scored, strict=True):
         rest = events(again, id, first[-1]["sequence_number"])
         # A client that was slow may have had all of it: then several tokens come as one event.
         assert (first + rest)[-1]["type"] in ("response.completed", "response.incomplete")
@@ -75,7 +80,10 @@ def test_answers_go_on_after_the_server_was_killed(
         assert numbers == sorted(set(numbers))
         assert text_of(first + rest) == whole
         shown = httpx.get(f"{again.url}/v1/responses/{id}").json()
-        assert shown["output"][0]["content"][0]["text"] == whole
+        (content,) = shown["output"][0]["content"]
+        assert content["text"] == whole
+        assert content["logprobs"] == [each for event in first + rest for each in scores_of(event)]
+        assert len(content["logprobs"]) == (shown["usage"]["output_tokens"] if fields else 0)
 
 
 def test_a_stop_interrupts_them_and_says_so(

@@ -234,7 +234,8 @@ async def test_a_failure_is_an_error_where_somebody_waits(
         ({"tool_choice": "required"}, "tool_choice"),
         ({"truncation": "auto"}, "truncation"),
         ({"conversation": "c"}, "conversation"),
-        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"include": ["file_search_call.results"]}, "include"),
         ({"model": "gpt"}, "model"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
     ],
@@ -366,6 +367,47 @@ async def test_earlier_reasoning_is_handed_to_the_template(
     assert "reasoning_content" not in turns[1]
     refused = await client.post(URL, json={"input": [{"type": "reasoning", "content": [{"type": "image"}]}]})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input[0].content[0]")
+
+
+@pytest.mark.parametrize(
+    ("fields", "candidates"),
+    [
+        ({"include": ["message.output_text.logprobs"]}, 0),
+        ({"include": ["message.output_text.logprobs", "reasoning.encrypted_content"], "top_logprobs": 2}, 2),
+        ({"top_logprobs": 1}, 1),
+        ({"top_logprobs": 0, "include": []}, None),
+    ],
+)
+async def test_log_probabilities(
+    engine: FakeEngine, client: httpx.AsyncClient, fields: dict[str, Any], candidates: int | None
+) -> None:
+    """They are those of the text's tokens, whole, streamed, and taken up at any event; calls have none."""
+    engine._tokenizer.chat_format = ChatFormat(reasons=True, describes_tools=True, reads_calls=True)
+    say(engine, "<think>hm</think>" + CALLS)
+    found = await ask(client, tools=[WEATHER], **fields)
+    assert found["top_logprobs"] == (candidates or 0)
+    (scores,) = (item["content"][0]["logprobs"] for item in found["output"] if item["type"] == "message")
+    if candidates is None:
+        assert scores == []
+        return
+    assert "Let me see." in "".join(each["token"] for each in scores)
+    assert all(len(each["top_logprobs"]) == candidates for each in scores)
+    response = await client.post(URL, json={"input": "Hello", "stream": True, "tools": [WEATHER], **fields})
+    events = events_of(response.text)
+    (done,) = (event for event in events if event["type"] == "response.output_text.done")
+    assert done["logprobs"] == scores
+    place = f"{URL}/{events[0]['response']['id']}"
+    for index, event in enumerate(events):
+        params = {"stream": "true", "starting_after": event["sequence_number"]}
+        rest = events_of((await client.get(place, params=params)).text)
+        assert _scores(rest) == _scores(events[index + 1 :])
+    assert _scores(events) == scores
+    assert (await client.get(place)).json()["output"][1]["content"][0]["logprobs"] == scores
+
+
+def _scores(events: list[dict[str, Any]]) -> list[Any]:
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    return [score for event in deltas for score in event["logprobs"]]
 
 
 @pytest.mark.parametrize("reasons", [False, True])

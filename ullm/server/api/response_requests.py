@@ -14,6 +14,8 @@ from ullm.sampling import SamplingParams
 from ullm.server.api import schemas
 from ullm.server.api.schemas import Int
 
+LOGPROBS = "message.output_text.logprobs"
+_INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
 _THOUGHTS = ("reasoning_text", "summary_text", "text")
 
@@ -59,6 +61,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
         previous_response_id: a stored response, whose conversation goes on.
         store: keep the response; default: true.
         background: answer at once, and go on without the client.
+        include: what else is shown: `LOGPROBS`, and what this server shows, or does not have, anyway.
+        top_logprobs: candidates per token of the text.
     """
 
     input: str | list[dict[str, Any]]
@@ -81,6 +85,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning: ReasoningConfig | None = None
     thinking_token_budget: Int | None = None
+    include: list[str] | None = None
+    top_logprobs: Int | None = None
 
 
 def template_kwargs(request: ResponsesRequest) -> dict[str, Any]:
@@ -106,6 +112,7 @@ def _budget(request: ResponsesRequest) -> tuple[str, int | None]:
 def renamed(error: InvalidParameter, request: ResponsesRequest) -> InvalidParameter:
     """Return an error that names the field as this API does."""
     error.rename_field("max_tokens", "max_output_tokens")
+    error.rename_field("logprobs", "top_logprobs")
     error.rename_field("thinking_token_budget", _budget(request)[0])
     return error
 
@@ -128,11 +135,20 @@ def sampling_params(request: ResponsesRequest, defaults: SamplingDefaults, seed:
         "seed": seed if request.seed in (None, -1) else request.seed,
         "structured_outputs": _form(request.text),
         "thinking_token_budget": _budget(request)[1],
+        "logprobs": _logprobs(request),
     }
     try:
         return defaults.params(**{name: value for name, value in values.items() if value is not None})
     except InvalidParameter as error:
         raise renamed(error, request) from None
+
+
+def _logprobs(request: ResponsesRequest) -> int | None:
+    include = request.include or []
+    for index, each in enumerate(include):
+        if each not in _INCLUDED:
+            raise InvalidParameter(f"include[{index}]: {each!r} is not known here; leave it out", "include")
+    return request.top_logprobs or (0 if LOGPROBS in include else None)
 
 
 def _form(text: TextConfig | None) -> StructuredOutputs | None:

@@ -182,5 +182,6 @@ def prepare(service: Service, answer: StoredAnswer) -> None:
     """Say how an answer is read, the same after a restart."""
     info, tokenizer = requests.loaded(service.engine)
     use, chat = _tool_use(answer.head.request), service.chat_format(tokenizer)
+    answer.tokenizer = tokenizer
     answer.reading = read_as(use, chat, tokenizer, answer.head.prompt)
     answer.end_token_ids = frozenset(info.eos_token_ids)

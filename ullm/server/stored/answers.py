@@ -19,6 +19,7 @@ from ullm.errors import ConfigError, InvalidParameter
 from ullm.hub import cache_dir
 from ullm.journal.journal import Journal, JournalFull, NewTokens, SavedAnswer
 from ullm.logs import get_logger
+from ullm.protocol.messages import TokenLogprobs
 from ullm.server.api.errors import AnswerNotDurable, AnswersNotKept, AnswerUnknown, ServedChanged
 from ullm.server.api.response_requests import ResponsesRequest
 from ullm.server.api.types import EngineInterface
@@ -358,7 +359,8 @@ def _restored(saved: SavedAnswer) -> Stored:
 
     if saved.id.startswith("resp_"):
         end = None if saved.end is None else decode(saved.end, AnswerEnd)
-        return StoredAnswer(decode(saved.head, AnswerHead), saved.token_ids, end)
+        scores = [decode(each, TokenLogprobs) for each in saved.notes]
+        return StoredAnswer(decode(saved.head, AnswerHead), saved.token_ids, end, scores)
     end = None if saved.end is None else decode(saved.end, CompletionEnd)
     notes = [decode(each, Note) for each in saved.notes]
     return StoredCompletion(decode(saved.head, CompletionHead), saved.token_ids, end, notes)
