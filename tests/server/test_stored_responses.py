@@ -444,3 +444,15 @@ async def test_a_forced_call_is_constrained(engine: FakeEngine, client: httpx.As
     say(engine, CALLS)
     await ask(client, tools=[WEATHER], tool_choice={"type": "function", "name": "weather"})
     assert engine.admitted[-1].params.structured_outputs is not None
+
+
+async def test_headers_are_followed(engine: FakeEngine, client: httpx.AsyncClient) -> None:
+    """As on every other route."""
+    headers = {"X-Request-Timeout": "7.5", "X-Session-Id": "mine"}
+    response = await client.post(URL, json={"input": "Hello"}, headers=headers)
+    assert response.status_code == 200
+    assert 0 < (engine.params[-1].timeout or 0) <= 7.5
+    assert engine.sessions[-1] == "mine"
+    for name, value in (("X-Request-Timeout", "soon"), ("X-Session-Id", "a b")):
+        response = await client.post(URL, json={"input": "Hello"}, headers={name: value})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)

@@ -82,7 +82,7 @@ async def _head(service: Service, asked: ResponsesRequest) -> AnswerHead:
     _, tokenizer = requests.loaded(engine)
     lora = requests.check_model(engine, asked.model)
     params = sampling_params(asked, engine.sampling_defaults, secrets.randbelow(MAX_SEED))
-    params = replace(params, lora=lora)
+    params = replace(params, lora=lora, timeout=requests.header_timeout())
     messages = [Message(role="system", content=asked.instructions)] if asked.instructions else []
     turns = requests.template_messages([*messages, *input_messages(asked)])
     if asked.previous_response_id is not None:
@@ -103,6 +103,7 @@ async def _head(service: Service, asked: ResponsesRequest) -> AnswerHead:
         messages=turns[len(messages) :],
         prompt=prompt,
         params=params,
+        session=requests.header_session(),
     )
 
 
@@ -164,6 +165,7 @@ async def make(service: Service, answer: StoredAnswer, note: Callable[[], None])
         tuple(answer.token_ids),
         client=f"key {head.owner}" if head.owner else "stored answers",
         limit_field="max_output_tokens",
+        session=head.session,
     )
     async with service.outputs(submission).open(service.pacer.interval) as outputs:
         async for _, output in outputs:

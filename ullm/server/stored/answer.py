@@ -36,6 +36,7 @@ class AnswerHead(msgspec.Struct, kw_only=True):
         model: its name.
         messages: the whole conversation, as the chat template takes it.
         params: with its seed.
+        session: see `ullm.server.api.requests.header_session`.
     """
 
     id: str
@@ -47,6 +48,7 @@ class AnswerHead(msgspec.Struct, kw_only=True):
     messages: list[dict[str, Any]]
     prompt: list[int]
     params: SamplingParams
+    session: str = ""
 
 
 class AnswerEnd(msgspec.Struct, kw_only=True):
