@@ -14,6 +14,7 @@ import ipaddress
 import operator
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -840,6 +841,14 @@ class ServerConfig:
             where = getattr(self, name)
             if not where.removeprefix("unix:").strip("@") or not where.startswith("unix:"):
                 raise ConfigError(f"{_flag(name)} {where}: expected unix:PATH")
+            if sys.platform == "win32":
+                raise ResourceUnavailable(
+                    f"{_flag(name)} {where}: no unix sockets on this system; leave it out"
+                )
+            if where.startswith("unix:@") and sys.platform != "linux":
+                raise ResourceUnavailable(
+                    f"{_flag(name)} {where}: only Linux has sockets without a file; use unix:PATH"
+                )
             if self.connect is None:
                 raise ConfigError(f"{_flag(name)} needs --connect: only a front end has others beside it")
         if len(given) > 1:

@@ -101,7 +101,7 @@ class Listener:
         with self._slots.occupy(connection):
             if self._same_user and (user := foreign_user(stream.socket)) is not None:
                 log.warning("turned away; run all parts as the same user", user=user)
-                connection.cut()
+                await trio.aclose_forcefully(stream)
                 return
             try:
                 await connection
