@@ -14,6 +14,7 @@ import ipaddress
 import operator
 import os
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -636,13 +637,18 @@ _STORED = ("journal", "max_stored_answers", "stored_answer_hours")
 _MEANINGLESS: Mapping[str, tuple[str, ...]] = {
     "headless": (*_OF_THE_API, *_STORED),
     "connect": _STORED,
-    "api_server_count": (*_STORED, "engine_key_file"),
+    "answers_listen": (
+        *("host", "uds", "api_key", "api_key_file", "ssl_certfile", "ssl_keyfile", "http2", "admin_key"),
+        *("access_log", "cors_origins", "allowed_hosts"),
+    ),
+    "api_server_count": ("engine_key_file",),
 }
 """Option → those that have no effect beside it."""
 _REMEDY: Mapping[str, str] = {
     "headless": "give it to the front ends",
-    "connect": "front ends keep no answers, so leave it out",
-    "api_server_count": "front ends keep no answers, and their engine is only for them, so leave it out",
+    "connect": "this front end keeps no answers, so leave it out, or say by --answers where they are kept",
+    "answers_listen": "clients do not connect there, so give it to the front ends",
+    "api_server_count": "the engine is only for the front ends, so leave it out",
 }
 
 
@@ -778,6 +784,16 @@ class ServerConfig:
         None,
         "Serve the API for the engine that listens there, instead of running one: unix:PATH or HOST:PORT.",
     )
+    answers: str | None = option(
+        None,
+        "Where the stored answers of this front end are kept: unix:PATH, the --answers-listen of another. "
+        "Default: nowhere; requests for stored answers are refused.",
+    )
+    answers_listen: str | None = option(
+        None,
+        "Keep the stored answers of other front ends, instead of serving the API: unix:PATH (on Linux also "
+        "unix:@NAME, which has no file), where these say --answers.",
+    )
     engine_key_file: str | None = option(
         None,
         "File with the key that an engine and its front ends share, of at least 16 characters. Default: the "
@@ -854,9 +870,36 @@ class ServerConfig:
                 f"{_flag(alone[0])} has no effect without front ends of their own; leave it out, or "
                 "use --api-server-count or --connect"
             )
+        self._check_answers()
+        if self.answers_listen is not None:
+            parts = ["answers_listen"]
+        elif self.answers is not None:
+            parts.clear()
         for part, options in _MEANINGLESS.items():
             if part in parts:
                 self._check_unset(part, options)
+
+    def _check_answers(self) -> None:
+        """Check the options that say which front end keeps the stored answers, and where."""
+        given = [name for name in ("answers", "answers_listen") if getattr(self, name) is not None]
+        for name in given:
+            where = getattr(self, name)
+            if not where.removeprefix("unix:").strip("@") or not where.startswith("unix:"):
+                raise ConfigError(f"{_flag(name)} {where}: expected unix:PATH")
+            if sys.platform == "win32":
+                raise ResourceUnavailable(
+                    f"{_flag(name)} {where}: no unix sockets on this system; leave it out"
+                )
+            if where.startswith("unix:@") and sys.platform != "linux":
+                raise ResourceUnavailable(
+                    f"{_flag(name)} {where}: only Linux has sockets without a file; use unix:PATH"
+                )
+            if self.connect is None:
+                raise ConfigError(f"{_flag(name)} needs --connect: only a front end has others beside it")
+        if len(given) > 1:
+            raise ConfigError(
+                "--answers and --answers-listen exclude each other: answers are kept here, or elsewhere"
+            )
 
     def _check_unset(self, part: str, names: tuple[str, ...]) -> None:
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}

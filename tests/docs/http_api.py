@@ -14,6 +14,7 @@ from tests.docs.field_notes import NOTES
 from ullm.engine import status
 from ullm.sampling import SamplingParams
 from ullm.server.api import responses, schemas
+from ullm.server.api.elsewhere import advice
 from ullm.server.api.fields import FIELDS, REFUSED, FieldRule
 from ullm.server.api.message_requests import MessagesRequest
 from ullm.server.api.openapi import DESCRIPTIONS
@@ -117,7 +118,11 @@ def rerank_fields() -> str:
 def _request_table(schema: Struct) -> str:
     known = {name: (kind, text) for name, kind, text in fields(schema)}
     rows = [_rule_row(rule, *known.get(rule.name, ("any", ""))) for rule in FIELDS[schema]]
-    return table(["field", "type", "from", "effect", "meaning"], rows)
+    text = table(["field", "type", "from", "effect", "meaning"], rows)
+    if found := list(advice(schema)):
+        text += "\nFields of other APIs that would change the answer are refused, too:\n\n"
+        text += "".join(f"- {', '.join(names)}: {note}.\n" for note, names in found)
+    return text
 
 
 def _rule_row(rule: FieldRule, kind: str, text: str) -> list[str]:

@@ -217,6 +217,16 @@ def test_workers_of_hypercorn_share_an_engine(
         (("--connect", "unix:/x", "--max-bs", "3"), "--max-bs has no effect with --connect"),
         (("--connect", "unix:/x", "--api-server-count", "2"), "exclude each other"),
         (("--connect", "unix:/x", "--journal", "/x"), "--journal has no effect with --connect"),
+        (("--answers", "unix:/x"), "--answers needs --connect"),
+        (("--connect", "unix:/x", "--answers", "127.0.0.1:1"), "--answers 127.0.0.1:1: expected unix:PATH"),
+        (
+            ("--connect", "unix:/x", "--answers-listen", "unix:/y", "--api-key", "k"),
+            "--api-key has no effect with --answers-listen",
+        ),
+        (
+            ("--connect", "unix:/x", "--answers", "unix:/y", "--answers-listen", "unix:/z"),
+            "--answers and --answers-listen exclude each other",
+        ),
     ],
 )
 def test_options_that_do_not_fit(arguments: tuple[str, ...], line: str) -> None:

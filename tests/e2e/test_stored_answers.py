@@ -46,6 +46,10 @@ def _first(place: str, most: int) -> Iterator[dict[str, Any]]:
                 return
 
 
+def scores_of(event: dict[str, Any]) -> list[Any]:
+    return event["logprobs"] if event["type"] == "response.output_text.delta" else []
+
+
 def text_of(found: list[dict[str, Any]]) -> str:
     return "".join(event.get("delta", "") for event in found)
 
@@ -62,12 +66,13 @@ def test_answers_go_on_after_the_server_was_killed(
     """Each event comes once, whatever the client had seen, and the texts are the same."""
     options = ("--model", str(scripted_model), *SCRIPTED, "--journal", str(tmp_path / "answers.sqlite"))
     server = serve(*options)
-    ids = [begin(server, number) for number in range(STREAMS)]
+    scored = [{"top_logprobs": 2} if number % 2 else {} for number in range(STREAMS)]
+    ids = [begin(server, number, **fields) for number, fields in enumerate(scored)]
     seen = [events(server, id, most=20 + 5 * number) for number, id in enumerate(ids)]
     server.process.kill()
     server.wait()
     again = serve(*options)
-    for id, first, whole in zip(ids, seen, undisturbed, strict=True):
+    for id, first, whole, fields in zip(ids, seen, undisturbed, scored, strict=True):
         rest = events(again, id, first[-1]["sequence_number"])
         # A client that was slow may have had all of it: then several tokens come as one event.
         assert (first + rest)[-1]["type"] in ("response.completed", "response.incomplete")
@@ -75,7 +80,10 @@ def test_answers_go_on_after_the_server_was_killed(
         assert numbers == sorted(set(numbers))
         assert text_of(first + rest) == whole
         shown = httpx.get(f"{again.url}/v1/responses/{id}").json()
-        assert shown["output"][0]["content"][0]["text"] == whole
+        (content,) = shown["output"][0]["content"]
+        assert content["text"] == whole
+        assert content["logprobs"] == [each for event in first + rest for each in scores_of(event)]
+        assert len(content["logprobs"]) == (shown["usage"]["output_tokens"] if fields else 0)
 
 
 def test_a_stop_interrupts_them_and_says_so(
@@ -192,3 +200,69 @@ def test_plain_streams_go_on_after_the_server_was_killed(
         assert said(first + rest) == whole[number]
     assert "going on with the answers of an earlier run" in again.errors()
     assert httpx.delete(f"{again.url}{path}/{id}").json()["deleted"]
+
+
+MESSAGES: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 1, "stop_sequences": ["qqqq"]},
+    {"temperature": 1, "thinking": {"type": "adaptive"}},
+    {"temperature": 0, "system": "Be brief.", "metadata": {"user_id": "u"}},
+]
+"""What a stream of ``/v1/messages`` is asked with."""
+
+
+@contextmanager
+def message_streams(server: Server) -> Iterator[list[httpx.Response]]:
+    """Begin all of them, with names by which the answers are known before anything is received."""
+    with ExitStack() as stack:
+        streams = []
+        for number, fields in enumerate(MESSAGES):
+            messages = [{"role": "user", "content": f"Tell {number}"}]
+            body = {"model": "scripted", "max_tokens": 100, "stream": True, "seed": number}
+            body |= {"messages": messages} | fields
+            request = httpx.stream(
+                "POST",
+                f"{server.url}/v1/messages",
+                json=body,
+                headers={"X-Request-Id": f"mine-{number}"},
+                timeout=60,
+            )
+            streams.append(stack.enter_context(request))
+            assert streams[-1].status_code == 200, streams[-1].read()
+        yield streams
+
+
+def message_events(found: list[tuple[str, str]]) -> list[Any]:
+    """Return what the events of a whole message say."""
+    datas = [json.loads(data) for _, data in found]
+    assert [datas[0]["type"], datas[-1]["type"]] == ["message_start", "message_stop"]
+    return datas
+
+
+def test_messages_go_on_after_the_server_was_killed(
+    serve: Serve, scripted_model: Path, tmp_path: Path
+) -> None:
+    """Each event of each stream comes once, and is the one of a server that nobody has killed."""
+    options = ("--model", str(scripted_model), *SCRIPTED, "--served-model-name", "scripted")
+    options = (*options, "--reasoning-parser", "think", "--journal")
+    undisturbed = serve(*options, str(tmp_path / "undisturbed.sqlite"))
+    with message_streams(undisturbed) as streams:
+        whole = [message_events(chunks(stream)) for stream in streams]
+    server = serve(*options, str(tmp_path / "answers.sqlite"))
+    with message_streams(server) as streams:
+        seen = [chunks(stream, most=5 + 7 * number) for number, stream in enumerate(streams)]
+        server.process.kill()
+        server.wait()
+    again = serve(*options, str(tmp_path / "answers.sqlite"))
+    for number, first in enumerate(seen):
+        id, _, last = first[-1][0].rpartition(":")
+        assert (id, int(last) + 1) == (f"msg_mine-{number}", len(first))
+        place = f"{again.url}/v1/messages/{id}?stream=true"
+        with httpx.stream("GET", place, headers={"Last-Event-ID": first[-1][0]}, timeout=60) as response:
+            assert response.status_code == 200, response.read()
+            rest = chunks(response)
+        assert [name for name, _ in first + rest] == [f"{id}:{n}" for n in range(len(first + rest))]
+        assert message_events(first + rest) == whole[number]
+    assert "going on with the answers of an earlier run" in again.errors()
+    (text,) = (each["text"] for each in httpx.get(f"{again.url}/v1/messages/msg_mine-0").json()["content"])
+    assert text == "".join(each.get("delta", {}).get("text", "") for each in whole[0])

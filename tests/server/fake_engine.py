@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -233,6 +233,9 @@ class FakeEngine:
     def start_soon(self, task: Callable[[], Awaitable[object]]) -> None:
         if self.nursery is not None:
             self.nursery.start_soon(task)
+
+    def answering(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def health(self) -> Health:
         state = self.state.value

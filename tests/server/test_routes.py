@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import httpx
+import msgspec
 import pytest
 from fake_engine import FakeEngine, serving
 
 from ullm.server.api import fields, schemas
+from ullm.server.api.elsewhere import ELSEWHERE
 from ullm.server.api.fields import CHAT_FIELDS, COMPLETION_FIELDS, FIELDS, Effect, FieldRule, Origin
+from ullm.server.api.message_requests import CountTokensRequest, MessagesRequest
+from ullm.server.api.response_requests import ResponsesRequest
 from ullm.server.api.route import Access, Route
 from ullm.server.routes.table import ADMIN_ROUTES, ROUTES, access_of, reference_rows, reference_table
 from ullm.testing.server import ADMIN_PATHS
@@ -105,6 +109,31 @@ async def test_fields_do_what_their_rules_say(
         elif rule.effect is Effect.IGNORED:
             answer = await client.post(path, json={**body, rule.name: {"any": "value"}})
             assert answer.status_code == 200
+
+
+BODIES: dict[type[msgspec.Struct], tuple[str, dict[str, object]]] = {
+    schemas.ChatCompletionRequest: ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    schemas.CompletionRequest: ("/v1/completions", {"prompt": "x"}),
+    ResponsesRequest: ("/v1/responses", {"input": "x"}),
+    MessagesRequest: ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3}),
+    CountTokensRequest: ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "x"}]}),
+}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("schema", ELSEWHERE, ids=lambda schema: schema.__name__)
+async def test_fields_of_other_apis_that_change_the_answer_are_refused(
+    client: httpx.AsyncClient, schema: type[msgspec.Struct]
+) -> None:
+    """They name what the route has instead; what asks for nothing is taken."""
+    path, body = BODIES[schema]
+    assert not {rule.name for rule in ELSEWHERE[schema]} & {rule.name for rule in FIELDS[schema]}
+    for rule in ELSEWHERE[schema]:
+        answer = await client.post(path, json={**body, rule.name: {"any": "value"}})
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, rule.refusal)
+        for value in (None, *rule.accepted):
+            answer = await client.post(path, json={**body, rule.name: value})
+            assert answer.status_code == 200, (rule, value)
 
 
 # --- what derives from the table of routes -------------------------------------------------------

@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fake_engine import FakeEngine
 
 from ullm.config import ServerConfig
 from ullm.errors import ConfigError
+from ullm.hosting.front_end_listener import open_front_end_socket
 from ullm.server import open_sockets, serve_http, warn_if_open
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Python has no unix sockets there")
@@ -83,6 +85,33 @@ async def test_the_api_on_a_path(engine: FakeEngine, tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert not path.exists()
+
+
+@pytest.mark.process
+async def test_who_keeps_answers_believes_the_same_user_only(
+    engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the routes of stored answers, and no others; whoever is another user is hung up on."""
+    where = f"unix:{tmp_path}/answers"
+    config = ServerConfig(connect="unix:/nowhere", answers_listen=where)
+    with open_front_end_socket(where) as sock:
+        async with trio.open_nursery() as nursery:
+            engine.nursery = nursery
+            await nursery.start(partial(serve_http, engine, config, sockets=[sock]))
+            transport = httpx.AsyncHTTPTransport(uds=f"{tmp_path}/answers")
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                mine, theirs = {"X-Ullm-Owner": "mine"}, {"X-Ullm-Owner": "theirs"}
+                made = await client.post("/v1/responses", json={"input": "Hello"}, headers=mine)
+                assert made.status_code == 200
+                place = f"/v1/responses/{made.json()['id']}"
+                assert (await client.get(place, headers=mine)).status_code == 200
+                assert (await client.get(place, headers=theirs)).status_code == 404
+                assert (await client.get("/v1/models")).status_code == 404
+            monkeypatch.setattr("ullm.server.http.listener.foreign_user", lambda sock: 4711)
+            stream = await trio.open_unix_socket(f"{tmp_path}/answers")
+            async with stream:
+                assert await stream.receive_some() == b""
+            nursery.cancel_scope.cancel()
 
 
 def test_a_path_that_is_taken(tmp_path: Path) -> None:

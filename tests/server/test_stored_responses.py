@@ -234,7 +234,8 @@ async def test_a_failure_is_an_error_where_somebody_waits(
         ({"tool_choice": "required"}, "tool_choice"),
         ({"truncation": "auto"}, "truncation"),
         ({"conversation": "c"}, "conversation"),
-        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"include": ["file_search_call.results"]}, "include"),
         ({"model": "gpt"}, "model"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
     ],
@@ -340,6 +341,75 @@ async def test_calls_of_functions_are_items(engine: FakeEngine, client: httpx.As
     ]
 
 
+async def test_earlier_reasoning_is_handed_to_the_template(
+    engine: FakeEngine, client: httpx.AsyncClient
+) -> None:
+    """Whether the server knows it, the client sends it back, or a client that keeps it as a summary does."""
+    engine._tokenizer.chat_format = ChatFormat(reasons=True, describes_tools=True, reads_calls=True)
+    say(engine, "<think>hm, the weather</think>" + CALLS)
+    found = await ask(client, tools=[WEATHER])
+    thought, text, *calls = found["output"]
+    result = {"type": "function_call_output", "call_id": calls[0]["call_id"], "output": "18"}
+    await ask(client, input=[result], previous_response_id=found["id"], tools=[WEATHER])
+    known = engine._tokenizer.seen[-1]["messages"]
+    assert known[1]["reasoning_content"] == "hm, the weather"
+    user = {"role": "user", "content": "Hello"}
+    summed = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm, the weather"}]}
+    for each in (thought, summed):
+        await ask(client, input=[user, each, text, *calls, result], tools=[WEATHER])
+        assert engine._tokenizer.seen[-1]["messages"] == known
+    await ask(client, input=[user, thought, *calls, result], tools=[WEATHER])
+    without_text = engine._tokenizer.seen[-1]["messages"]
+    assert without_text == [known[0], known[1] | {"content": ""}, known[2]]
+    await ask(client, input=[user, {"type": "reasoning", "summary": []}, text, user], tools=[WEATHER])
+    turns = engine._tokenizer.seen[-1]["messages"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+    assert "reasoning_content" not in turns[1]
+    refused = await client.post(URL, json={"input": [{"type": "reasoning", "content": [{"type": "image"}]}]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input[0].content[0]")
+
+
+@pytest.mark.parametrize(
+    ("fields", "candidates"),
+    [
+        ({"include": ["message.output_text.logprobs"]}, 0),
+        ({"include": ["message.output_text.logprobs", "reasoning.encrypted_content"], "top_logprobs": 2}, 2),
+        ({"top_logprobs": 1}, 1),
+        ({"top_logprobs": 0, "include": []}, None),
+    ],
+)
+async def test_log_probabilities(
+    engine: FakeEngine, client: httpx.AsyncClient, fields: dict[str, Any], candidates: int | None
+) -> None:
+    """They are those of the text's tokens, whole, streamed, and taken up at any event; calls have none."""
+    engine._tokenizer.chat_format = ChatFormat(reasons=True, describes_tools=True, reads_calls=True)
+    say(engine, "<think>hm</think>" + CALLS)
+    found = await ask(client, tools=[WEATHER], **fields)
+    assert found["top_logprobs"] == (candidates or 0)
+    (scores,) = (item["content"][0]["logprobs"] for item in found["output"] if item["type"] == "message")
+    if candidates is None:
+        assert scores == []
+        return
+    assert "Let me see." in "".join(each["token"] for each in scores)
+    assert all(len(each["top_logprobs"]) == candidates for each in scores)
+    response = await client.post(URL, json={"input": "Hello", "stream": True, "tools": [WEATHER], **fields})
+    events = events_of(response.text)
+    (done,) = (event for event in events if event["type"] == "response.output_text.done")
+    assert done["logprobs"] == scores
+    place = f"{URL}/{events[0]['response']['id']}"
+    for index, event in enumerate(events):
+        params = {"stream": "true", "starting_after": event["sequence_number"]}
+        rest = events_of((await client.get(place, params=params)).text)
+        assert _scores(rest) == _scores(events[index + 1 :])
+    assert _scores(events) == scores
+    assert (await client.get(place)).json()["output"][1]["content"][0]["logprobs"] == scores
+
+
+def _scores(events: list[dict[str, Any]]) -> list[Any]:
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    return [score for event in deltas for score in event["logprobs"]]
+
+
 @pytest.mark.parametrize("reasons", [False, True])
 async def test_a_stream_of_calls_can_be_taken_up_at_every_event(
     engine: FakeEngine, client: httpx.AsyncClient, reasons: bool
@@ -374,3 +444,15 @@ async def test_a_forced_call_is_constrained(engine: FakeEngine, client: httpx.As
     say(engine, CALLS)
     await ask(client, tools=[WEATHER], tool_choice={"type": "function", "name": "weather"})
     assert engine.admitted[-1].params.structured_outputs is not None
+
+
+async def test_headers_are_followed(engine: FakeEngine, client: httpx.AsyncClient) -> None:
+    """As on every other route."""
+    headers = {"X-Request-Timeout": "7.5", "X-Session-Id": "mine"}
+    response = await client.post(URL, json={"input": "Hello"}, headers=headers)
+    assert response.status_code == 200
+    assert 0 < (engine.params[-1].timeout or 0) <= 7.5
+    assert engine.sessions[-1] == "mine"
+    for name, value in (("X-Request-Timeout", "soon"), ("X-Session-Id", "a b")):
+        response = await client.post(URL, json={"input": "Hello"}, headers={name: value})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)

@@ -1,7 +1,8 @@
 """``--api-server-count N``: an engine and N front ends as processes of their own, under one supervisor.
 
 All front ends accept from one socket that listens here, so a connection that waits in its queue outlives each
-of them. A stop goes through the front ends first, at the same time, and then to the engine.
+of them. One more keeps the stored answers for the others. A stop goes through the front ends first, at the
+same time, and then to the engine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
@@ -25,6 +27,7 @@ from ullm.cli.terminal import announce
 from ullm.config import EngineConfig, ServerConfig
 from ullm.errors import EngineDead, ResourceUnavailable
 from ullm.hosting.engine_host import RELOAD_SIGNALS, leave_soon
+from ullm.hosting.front_end_listener import open_front_end_socket
 from ullm.logs import configure, get_logger
 from ullm.protocol import stop_budget
 from ullm.protocol.exit_codes import EXIT_ABANDONED, EXIT_OK
@@ -71,35 +74,66 @@ def launch(config: EngineConfig, server: ServerConfig) -> int:
         sockets = stack.enter_context(open_sockets(server, inherited))
         for sock in sockets:
             warn_if_open(server, sock)
-        link = stack.enter_context(_meeting_place())
-        descriptors = tuple(sock.fileno() for sock in sockets)
+        link, answers = stack.enter_context(_meeting_places())
+        kept = stack.enter_context(open_front_end_socket(answers, option="--answers-listen"))
+        places = Places(link, answers, tuple(sock.fileno() for sock in sockets), (kept.fileno(),))
         removers = [] if inherited else [file_remover(sock) for sock in sockets]
-        launcher = Launcher(config, server, link, descriptors)
+        launcher = Launcher(config, server, places)
         return trio.run(launcher.run, manager, early, removers)
 
 
 @contextmanager
-def _meeting_place() -> Iterator[str]:
-    """Return where the engine will listen for the front ends; nothing of it is left by any end."""
+def _meeting_places() -> Iterator[tuple[str, str]]:
+    """Return where the engine, and who keeps answers, listens; nothing of it is left by any end."""
     if sys.platform == "linux":
-        yield f"unix:@ullm-{secrets.token_hex(16)}"  # no file; the kernel tells who connects
+        name = f"unix:@ullm-{secrets.token_hex(16)}"  # no file; the kernel tells who connects
+        yield name, f"{name}-answers"
         return
     with tempfile.TemporaryDirectory(prefix="ullm-") as folder:
-        yield f"unix:{folder}/engine"
+        yield f"unix:{folder}/engine", f"unix:{folder}/answers"
 
 
-def orders(
-    config: EngineConfig, server: ServerConfig, link: str, sockets: tuple[int, ...]
-) -> tuple[Order, Order]:
-    """Return what the engine, and each front end, is to be.
+class Places(NamedTuple):
+    """Where the parts meet each other, and clients.
 
     Args:
-        link: where they meet.
+        link: where the engine will listen.
+        answers: where the stored answers are.
         sockets: descriptors that listen for the API.
+        answers_sockets: descriptors that listen at ``answers``.
     """
+
+    link: str
+    answers: str
+    sockets: tuple[int, ...]
+    answers_sockets: tuple[int, ...]
+
+
+_OF_CLIENTS = (
+    *("host", "uds", "api_key", "api_key_file", "ssl_certfile", "ssl_keyfile", "http2", "admin_key"),
+    *("access_log", "cors_origins", "allowed_hosts", "admin_listen"),
+)
+"""Options about connections of clients, which only the front ends have."""
+
+
+class Orders(NamedTuple):
+    """What the engine, who keeps the stored answers, and each front end is to be."""
+
+    engine: Order
+    answers: Order
+    front_end: Order
+
+
+def orders(config: EngineConfig, server: ServerConfig, places: Places) -> Orders:
+    """Return what the parts are to be."""
     defaults = ServerConfig()
+    link, answers = places.link, places.answers
     engine = dataclasses.replace(defaults, headless=True, listen=link, admin_listen=server.admin_listen)
-    front_end = dataclasses.replace(server, connect=link, api_server_count=1, admin_listen=None)
+    front_end = dataclasses.replace(
+        server, connect=link, answers=answers, api_server_count=1, admin_listen=None
+    )
+    unset = {name: getattr(defaults, name) for name in _OF_CLIENTS}
+    keeper = dataclasses.replace(front_end, answers=None, answers_listen=answers, **unset)
     # The engine's teardown comes after the front ends' drain, within the same deadline.
     drain = max(0.0, config.shutdown_timeout - stop_budget.TEARDOWN_RESERVE)
     own = EngineConfig(
@@ -109,18 +143,21 @@ def orders(
         max_restarts=config.max_restarts,
         restart_period=config.restart_period,
     )
-    return Order(config, engine), Order(own, front_end, sockets)
+    return Orders(
+        Order(config, engine),
+        Order(own, keeper, places.answers_sockets),
+        Order(own, front_end, places.sockets),
+    )
 
 
 class Launcher:
     """Starts the parts, starts them again, and stops them in order."""
 
-    def __init__(
-        self, config: EngineConfig, server: ServerConfig, link: str, sockets: tuple[int, ...]
-    ) -> None:
+    def __init__(self, config: EngineConfig, server: ServerConfig, places: Places) -> None:
         self._config = config
-        engine, front_end = orders(config, server, link, sockets)
+        engine, answers, front_end = orders(config, server, places)
         self.engine = Part("engine", engine, self._note)
+        self.answers = Part("answers", answers, self._note)
         self.front_ends = [
             Part(f"front-end{number}", front_end, self._note) for number in range(server.api_server_count)
         ]
@@ -133,8 +170,12 @@ class Launcher:
 
     @property
     def parts(self) -> list[Part]:
-        """The engine, and then the front ends."""
-        return [self.engine, *self.front_ends]
+        """The engine, and then those that connect to it."""
+        return [self.engine, *self._connected]
+
+    @property
+    def _connected(self) -> list[Part]:
+        return [self.answers, *self.front_ends]
 
     async def wait_stop_requested(self) -> None:
         """Wait until a stop is requested, by whomever."""
@@ -231,11 +272,11 @@ class Launcher:
             self._requested.set()
 
     async def _stop(self, root: Supervisor) -> None:
-        """Drain all front ends at the same time, then stop the engine."""
-        for part in self.front_ends:
+        """Drain all front ends, and the stored answers, at the same time, then stop the engine."""
+        for part in self._connected:
             part.signal(signal.SIGTERM)
         with self._draining:
-            for part in self.front_ends:
+            for part in self._connected:
                 await part.wait_gone()
         self.engine.signal(signal.SIGTERM)
         await root.stop(self._deadline)
@@ -248,7 +289,7 @@ class Launcher:
     def _hurry(self, number: signal.Signals) -> None:
         """Have all parts skip the rest of their drain."""
         self._watchdog.arm(stop_budget.watchdog_seconds(0.0))
-        for part in self.front_ends:
+        for part in self._connected:
             part.signal(signal.SIGTERM)
 
     def _leave(self, number: signal.Signals) -> None:

@@ -87,7 +87,10 @@ def run_process(
     manager = ServiceManager.from_environment(os.environ)
     with ExitStack() as stack:
         sockets: list[socket.socket] = []
-        if not server.headless:
+        if server.answers_listen is not None and not inherited:
+            place = open_front_end_socket(server.answers_listen, option="--answers-listen")
+            sockets = [stack.enter_context(place)]
+        elif not server.headless:
             sockets = stack.enter_context(open_sockets(server, inherited))
         for sock in sockets:
             warn_if_open(server, sock)
@@ -98,7 +101,8 @@ def run_process(
         admin = stack.enter_context(open_admin_socket(server.admin_listen)) if server.admin_listen else None
         ours = [*([] if inherited else sockets), *(sock for sock in (gate, admin) if sock is not None)]
         removers = [file_remover(sock) for sock in ours]
-        listening = Listening(sockets, tls, admin, removers, bool(inherited), gate)
+        keeps_answers = server.answers_listen is not None
+        listening = Listening(sockets, tls, admin, removers, bool(inherited), gate, keeps_answers)
         return trio.run(run_server, config, server, listening, manager, early, companion)
 
 
@@ -113,6 +117,7 @@ class Listening:
         file_removers: remove the files of sockets, for exits that skip the cleanup.
         shared: another process listens for the API, too, and goes on when this stops.
         gate: for front ends.
+        keeps_answers: whether front ends connect to ``sockets``, and no clients.
     """
 
     sockets: Sequence[socket.socket]
@@ -121,6 +126,7 @@ class Listening:
     file_removers: Sequence[Callable[[], object]]
     shared: bool = False
     gate: socket.socket | None = None
+    keeps_answers: bool = False
 
     def remove_files(self) -> None:
         """Remove the files of unix sockets."""
@@ -265,6 +271,8 @@ class Announcement:
         where = f"{url}/v1" if "://" in url else url  # a path of a socket has none below
         if self._listening.gate is not None:
             where = f"front ends connect to {url},"
+        if self._listening.keeps_answers:
+            where = f"stored answers of front ends at {url},"
         announce(f"ready: {where} model {self._engine.model_name} in {seconds:.1f} s\n")
         self._manager.ready(f"serving {self._engine.model_name} on {where}")
 

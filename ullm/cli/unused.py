@@ -50,7 +50,7 @@ def without_link_files(config: EngineConfig, options: Mapping[str, Any]) -> Engi
         raise UsageError(
             f"no effect without --nnodes, except in ullm serve: {', '.join(given)}; leave it out"
         )
-    return dataclasses.replace(config, **dict.fromkeys(LINK_FILES))
+    return dataclasses.replace(config, link_certfile=None, link_keyfile=None, link_ca_file=None)
 
 
 def _flag(name: str) -> str:

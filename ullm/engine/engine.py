@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
 import trio
@@ -83,7 +83,7 @@ class Engine:
         self._life = EngineLife()
         self._current = CurrentModel(config)
         self._router = Router(config, faults)
-        readers = Readers()
+        self._readers = readers = Readers()
         self._stop = EngineStop(self._current, self._life, self._router, readers)
         workers, standby, hosts = _open_workers(config, transport, faults, self._stop.requested.is_set)
         self._fleet = Fleet(config, self._router, workers, self._stop.give_up, faults, standby)
@@ -183,6 +183,10 @@ class Engine:
     def start_soon(self, task: Callable[[], Awaitable[object]]) -> None:
         """Run a task from when the engine runs until it has stopped; an error of it is logged."""
         self._tree.start_soon(task)
+
+    def answering(self) -> AbstractContextManager[None]:
+        """Have the drain of a stop wait for this block: an answer that is made elsewhere."""
+        return self._readers.reading()
 
     def abort(self, request_id: str) -> bool:
         """End a request with what it has; return False if there is none of that name."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import trio
 
 
@@ -23,6 +26,15 @@ class Readers:
         self._count -= 1
         if not self._count:
             self._none.set()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count one more within this block."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
     async def wait_none(self) -> None:
         """Wait until all have left."""

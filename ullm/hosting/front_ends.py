@@ -93,6 +93,8 @@ def check_asgi(server_config: ServerConfig) -> None:
     """
     if server_config.headless:
         raise ConfigError("ULLM_HEADLESS: only ullm serve runs an engine without the API")
+    if server_config.answers_listen is not None:
+        raise ConfigError("ULLM_ANSWERS_LISTEN: only ullm serve keeps the answers of front ends")
     if server_config.api_server_count > 1:
         raise ConfigError(
             "ULLM_API_SERVER_COUNT: start an engine by ullm serve --headless, set ULLM_CONNECT to its "

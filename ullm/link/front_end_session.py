@@ -90,6 +90,7 @@ class FrontEndSession:
         self._dirty: dict[int, _Choice] = {}
         self._outbox: list[Frame] = []
         self._pulse: Pulse | None = None
+        self._told: EngineState | None = None
         self._news = trio.Event()
         self._model: tuple[object, ...] = ()
 
@@ -195,6 +196,8 @@ class FrontEndSession:
             await self._news.wait()
             self._news = trio.Event()
             messages, self._outbox = self._outbox, []
+            if self._engine.state is not self._told:  # before the requests that end by it
+                self._beat()
             if self._pulse is not None:
                 messages.append(self._pulse)
                 self._pulse = None
@@ -232,11 +235,17 @@ class FrontEndSession:
             state = (health.state, health.ready, health.sleep.state, str(self._engine.state))
             if state != told or trio.current_time() >= due:
                 told, due = state, trio.current_time() + PULSE_SECONDS
-                statistics = None if self._engine.info is None else self._engine.statistics()
-                children = [Child.of(info) for info in self._engine.children()]
-                self._pulse = Pulse(str(self._engine.state), health, statistics, children)
+                self._beat()
                 self._news.set()
             await trio.sleep(LOOK_SECONDS)
+
+    def _beat(self) -> None:
+        """Have the next frame say how the engine is."""
+        engine = self._engine
+        self._told = engine.state
+        statistics = None if engine.info is None else engine.statistics()
+        children = [Child.of(info) for info in engine.children()]
+        self._pulse = Pulse(str(engine.state), engine.health(), statistics, children)
 
     async def _tell_model(self) -> None:
         """Send what requests get from now on, if the engine runs and that has changed."""

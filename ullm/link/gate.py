@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
-import sys
 
 import trio
 
@@ -19,6 +17,7 @@ from ullm.link.secret import is_proven, proof
 from ullm.logs import get_logger
 from ullm.protocol import shared_secret
 from ullm.release import __version__
+from ullm.system.peers import foreign_user
 from ullm.tls.link_tls import LinkTls
 
 LOGIN_SECONDS = 5.0
@@ -145,13 +144,9 @@ class Gate:
 
 def _stranger(stream: trio.SocketStream) -> str:
     """Return why another user of this machine may not come in through a unix socket."""
-    if stream.socket.family in TCP or sys.platform != "linux":
-        return ""  # a key is needed there; elsewhere the file's mode decides
-    size = struct.calcsize("3i")
-    raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    _, user, _ = struct.unpack("3i", raw)
-    if user in (0, os.geteuid()):
-        return ""
+    user = None if stream.socket.family in TCP else foreign_user(stream.socket)
+    if user is None:
+        return ""  # through TCP a key is needed
     return f"the front end runs as user {user}, the engine as {os.geteuid()}; run both as the same user"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import msgspec
@@ -155,6 +156,10 @@ class RemoteEngine:
     def start_soon(self, task: Callable[[], Awaitable[object]]) -> None:
         """Run a task in this process until it stops; an error of it is logged."""
         self._tree.start_soon(task)
+
+    def answering(self) -> AbstractContextManager[None]:
+        """Have the drain of a stop wait for this block: an answer that is made elsewhere."""
+        return self._readers.reading()
 
     # --- what is inside ------------------------------------------------------------------------------
 

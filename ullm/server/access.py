@@ -19,6 +19,9 @@ from ullm.server.api import errors
 from ullm.server.api.route import Access
 from ullm.server.routes.table import access_of
 
+FORWARDED_OWNER, FORWARDED_CLIENT = "X-Ullm-Owner", "X-Ullm-Client"
+"""Headers by which a front end says whose a request is that it forwards; only there they mean anything."""
+
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -70,6 +73,16 @@ def install_keys(app: QuartTrio, config: ServerConfig) -> None:
             g.client = f"key {g.owner}"
 
     app.before_request(check)
+
+
+def install_trust(app: QuartTrio) -> None:
+    """Believe front ends, which have checked the keys of their clients, whose a request is."""
+
+    async def believe() -> None:
+        g.owner = request.headers.get(FORWARDED_OWNER, "")
+        g.client = request.headers.get(FORWARDED_CLIENT, g.client)
+
+    app.before_request(believe)
 
 
 def _digests(keys: Iterable[str]) -> list[bytes]:

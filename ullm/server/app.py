@@ -19,7 +19,7 @@ from ullm.server.metrics import Metrics
 from ullm.server.routes import dispatch
 from ullm.server.routes.service import Service, Shutdown
 from ullm.server.routes.stored_answers import serve_answers
-from ullm.server.routes.table import ADMIN_ROUTES, ROUTES, access_of
+from ullm.server.routes.table import ADMIN_ROUTES, KEPT_ROUTES, ROUTES, access_of
 from ullm.server.stored.answers import Answers
 
 BODY_TIMEOUT = 60
@@ -36,6 +36,8 @@ def create_app(
 ) -> QuartTrio:
     """Build the ASGI app, for a trio server.
 
+    With ``--answers-listen`` it is for front ends, which forward what concerns stored answers.
+
     Args:
         engine: in any state; until it is ready, requests to generate get 503.
         shutdown: carries out ``POST /admin/shutdown``; default: the engine's own `request_shutdown`.
@@ -46,10 +48,16 @@ def create_app(
         ConfigError: the journal that the configuration names cannot be used.
     """
     app = _bare_app(engine, server_config)
-    web_pages.install_strangers(app, server_config, local=local)
-    web_pages.install_cors(app, server_config.cors_origins)
-    access.install_keys(app, server_config)
-    service = _service(ROUTES, engine, server_config, shutdown, answers or Answers(engine, server_config))
+    answers = answers or Answers(engine, server_config)
+    if server_config.answers_listen is not None:
+        access.install_trust(app)
+        routes = KEPT_ROUTES
+    else:
+        web_pages.install_strangers(app, server_config, local=local)
+        web_pages.install_cors(app, server_config.cors_origins)
+        access.install_keys(app, server_config)
+        routes = ROUTES
+    service = _service(routes, engine, server_config, shutdown, answers)
     serve_answers(service)
     if engine.http_faults is not None:
         faulty = FaultyHttp(app.asgi_app, engine.http_faults, lambda path: access_of(path) is Access.KEY)

@@ -80,7 +80,12 @@ async def serve_app(
     """
     limit = connection_limit() if max_connections is None else max_connections
     listener = Listener(
-        app, stall_timeout=server_config.stall_timeout, max_connections=limit, tls=tls, http2=http2
+        app,
+        stall_timeout=server_config.stall_timeout,
+        max_connections=limit,
+        tls=tls,
+        http2=http2,
+        same_user=server_config.answers_listen is not None,
     )
     ended = trio.Event()
     scope = trio.CancelScope(shield=True)

@@ -145,7 +145,8 @@ def urls(sockets: Sequence[socket.socket], scheme: str = "http") -> list[str]:
     addresses = []
     for sock in sockets:
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            addresses.append(f"unix:{sock.getsockname()}")
+            name = sock.getsockname()  # bytes in Linux's abstract namespace
+            addresses.append(f"unix:@{name[1:].decode()}" if isinstance(name, bytes) else f"unix:{name}")
             continue
         host, port = sock.getsockname()[:2]
         addresses.append(f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}")

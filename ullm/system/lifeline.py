@@ -63,10 +63,11 @@ class Lifeline:
         """The ``pass_fds`` of `subprocess.Popen`: what the child inherits; empty where there is none."""
         return [] if self._theirs is None else [self._theirs]
 
-    def started(self, process: Started) -> None:
-        """Tie the child to its lifeline; named as in `trio.TaskStatus`, for `trio.run_process`."""
+    def started(self, value: Started | None = None) -> None:
+        """Tie the child to its lifeline; as in `trio.TaskStatus`, for `trio.run_process`."""
+        assert value is not None, "a process that has been started"
         for descriptor in self.pass_fds:
-            tie(descriptor, process.pid, self._number)
+            tie(descriptor, value.pid, self._number)
         self._close_theirs()
 
     def _close_theirs(self) -> None:

@@ -111,21 +111,36 @@ class AnswerUnknown(RequestError):
 
 
 class AnswersNotKept(RequestError):
-    """A front end apart from its engine keeps no answers, because the next request may reach another one.
+    """A front end with ``--connect`` keeps no answers, because the next request may reach another one.
 
     Raised by: the server, for ``background``, ``store: true``, ``previous_response_id``, stored responses.
-    Remedy: ask with ``store: false`` and send the whole conversation, or start the server without
-        ``--connect`` and ``--api-server-count``.
+    Remedy: ask with ``store: false`` and send the whole conversation, or start front ends with ``--answers``.
     """
 
     code = "answers_not_kept"
 
     def __init__(self) -> None:
         super().__init__(
-            "this server is one of several front ends, which keep no answers; send the whole conversation, "
-            "without background and store",
+            "this front end keeps no answers, and was not told by --answers who does; send the whole "
+            "conversation, without background and store",
             "store",
         )
+
+
+class AnswersAway(RequestError):
+    """The process that keeps the stored answers of front ends is not there.
+
+    Raised by: a front end, for requests that concern stored answers.
+    Remedy: try again after ``retry_after`` seconds; by hand, start it: ``--answers-listen``.
+    """
+
+    status = 503
+    type = "service_unavailable"
+    code = "answers_away"
+    retry_after = 1.0
+
+    def __init__(self, cause: object) -> None:
+        super().__init__(f"the process that keeps stored answers is away ({cause}); try again later")
 
 
 class AnswerNotDurable(RequestError):
@@ -158,7 +173,7 @@ class ServedChanged(RequestError):
 
 
 class AnswerInterrupted(RequestError):
-    """The server stops; the answer goes on after its next start.
+    """The server stops, or the process that keeps stored answers has ended; they go on after its next start.
 
     Raised by: the server, as the last event of a stream.
     Remedy: ask for the rest with ``GET /v1/responses/ID?stream=true&starting_after=N``, or the same below
@@ -169,8 +184,8 @@ class AnswerInterrupted(RequestError):
     type = "server_error"
     code = "interrupted"
 
-    def __init__(self) -> None:
-        super().__init__("the server stops; the answer goes on after its next start")
+    def __init__(self, message: str = "the server stops; the answer goes on after its next start") -> None:
+        super().__init__(message)
 
 
 class CutShort(RequestError):

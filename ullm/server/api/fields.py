@@ -206,8 +206,11 @@ RESPONSES_FIELDS: tuple[FieldRule, ...] = (
     _own("seed", "-1 is a new one"),
     _own("thinking_token_budget", "as in chat completions"),
     _own("chat_template_kwargs", "further arguments of the chat template"),
-    _refused("include", "there is nothing more to include", ["reasoning.encrypted_content"]),
-    _refused("top_logprobs", "see `/v1/chat/completions`", 0),
+    _honoured(
+        "include",
+        "`message.output_text.logprobs`; `reasoning.encrypted_content` adds nothing: reasoning is shown",
+    ),
+    _honoured("top_logprobs", "candidates per token, with the log probabilities of `include`"),
     _refused("truncation", "shorten the input", "disabled"),
     _refused("conversation", "see `previous_response_id`"),
     _refused("prompt", "there are no stored prompts; see `input`"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 import trio
@@ -157,6 +157,11 @@ def extend(into: CompletionLogprobs, more: CompletionLogprobs) -> None:
 def chat_logprobs(scores: Sequence[TokenLogprobs], names: TokenNames) -> ChatLogprobs:
     """Return one entry per token."""
     return ChatLogprobs([cast(TokenLogprob, _encoded(_token(score, names))) for score in scores])
+
+
+def response_logprobs(scores: Sequence[TokenLogprobs], names: TokenNames) -> list[dict[str, Any]]:
+    """Return one entry per token, as an object."""
+    return [msgspec.to_builtins(_token(score, names)) for score in scores]
 
 
 def _token(score: TokenLogprobs, names: TokenNames) -> TokenLogprob:

@@ -11,6 +11,7 @@ import msgspec
 
 from ullm.errors import InvalidParameter
 from ullm.logs import get_logger
+from ullm.server.api.elsewhere import ELSEWHERE
 from ullm.server.api.fields import FIELDS, REFUSED, FieldRule
 from ullm.server.api.json_body import decode_any
 from ullm.server.api.nested_fields import Unknown, shape_of, unknown_within
@@ -77,7 +78,7 @@ class FieldCheck:
     """
 
     def __init__(self, schema: type[msgspec.Struct]) -> None:
-        self._rules = REFUSED.get(schema, ())
+        self._rules = REFUSED.get(schema, ()) + ELSEWHERE.get(schema, ())
         names = {*schema.__struct_fields__, *(rule.name for rule in FIELDS.get(schema, ()))}
         self._known = frozenset(names | {rule.name for rule in self._rules})
         self._shape = shape_of(schema)
@@ -93,6 +94,8 @@ class FieldCheck:
         """
         fields = _outline.decode(body)
         for rule in self._rules:
+            if rule.name not in fields:
+                continue
             value = _value(fields, rule.name)
             if not _is_neutral(rule, value) and not _is_excepted(rule, fields):
                 raise InvalidParameter(rule.refusal, rule.name)

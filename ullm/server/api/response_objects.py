@@ -7,7 +7,7 @@ was sent: the events of the n-th token are numbered from `EVENTS_PER_TOKEN` time
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -129,6 +129,7 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     text: dict[str, Any] = msgspec.field(default_factory=lambda: {"format": {"type": "text"}})
     tool_choice: Any = "auto"
     tools: list[Any] = []
+    top_logprobs: int = 0
     top_p: float = 1.0
     truncation: str = "disabled"
     usage: ResponseUsage | None = None
@@ -185,8 +186,12 @@ class ItemEvents:
         self._hex = response_id.removeprefix("resp_")
         self._open = False
 
-    def take(self, part: Part) -> Iterator[_Change]:
-        """Add a part; yield the type and the fields of each event."""
+    def take(self, part: Part, logprobs: Sequence[dict[str, Any]] = ()) -> Iterator[_Change]:
+        """Add a part; yield the type and the fields of each event.
+
+        Args:
+            logprobs: of the tokens of a text.
+        """
         if isinstance(part, CallArguments):
             yield from self._add_arguments(part.text)
         elif isinstance(part, CallBegin):
@@ -201,7 +206,7 @@ class ItemEvents:
             )
             yield from self._begin(call)
         else:
-            yield from self._add_text(part)
+            yield from self._add_text(part, logprobs)
 
     def close(self, status: Literal["completed", "incomplete"]) -> Iterator[_Change]:
         """End the last item, if it has not ended."""
@@ -215,7 +220,7 @@ class ItemEvents:
         elif isinstance(item, OutputMessage):
             (text,) = item.content
             place["content_index"] = 0
-            yield "response.output_text.done", {**place, "text": text.text, "logprobs": []}
+            yield "response.output_text.done", {**place, "text": text.text, "logprobs": text.logprobs}
             yield "response.content_part.done", {**place, "part": text}
         else:
             (thought,) = item.content
@@ -234,17 +239,20 @@ class ItemEvents:
         item.arguments += text
         yield "response.function_call_arguments.delta", {**place, "delta": text}
 
-    def _add_text(self, part: Text | Reasoning) -> Iterator[_Change]:
+    def _add_text(self, part: Text | Reasoning, logprobs: Sequence[dict[str, Any]]) -> Iterator[_Change]:
         kind = OutputMessage if isinstance(part, Text) else ReasoningItem
         if not (self._open and isinstance(self.output[-1], kind)):
             yield from self.close("completed")
             yield from self._begin_text(part)
         item, index = self.output[-1], len(self.output) - 1
         assert not isinstance(item, FunctionCallItem), "it was closed"
-        item.content[0].text += part.text
+        content = item.content[0]
+        content.text += part.text
+        if isinstance(content, OutputText):
+            content.logprobs = [*content.logprobs, *logprobs] if logprobs else content.logprobs
         place = {"item_id": item.id, "output_index": index, "content_index": 0, "delta": part.text}
         if isinstance(part, Text):
-            yield "response.output_text.delta", {**place, "logprobs": []}
+            yield "response.output_text.delta", {**place, "logprobs": list(logprobs)}
         else:
             yield "response.reasoning_text.delta", place
 

@@ -14,7 +14,10 @@ from ullm.sampling import SamplingParams
 from ullm.server.api import schemas
 from ullm.server.api.schemas import Int
 
+LOGPROBS = "message.output_text.logprobs"
+_INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
+_THOUGHTS = ("reasoning_text", "summary_text", "text")
 
 
 class TextFormat(msgspec.Struct, kw_only=True):
@@ -58,6 +61,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
         previous_response_id: a stored response, whose conversation goes on.
         store: keep the response; default: true.
         background: answer at once, and go on without the client.
+        include: what else is shown: `LOGPROBS`, and what this server shows, or does not have, anyway.
+        top_logprobs: candidates per token of the text.
     """
 
     input: str | list[dict[str, Any]]
@@ -80,6 +85,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning: ReasoningConfig | None = None
     thinking_token_budget: Int | None = None
+    include: list[str] | None = None
+    top_logprobs: Int | None = None
 
 
 def template_kwargs(request: ResponsesRequest) -> dict[str, Any]:
@@ -105,6 +112,7 @@ def _budget(request: ResponsesRequest) -> tuple[str, int | None]:
 def renamed(error: InvalidParameter, request: ResponsesRequest) -> InvalidParameter:
     """Return an error that names the field as this API does."""
     error.rename_field("max_tokens", "max_output_tokens")
+    error.rename_field("logprobs", "top_logprobs")
     error.rename_field("thinking_token_budget", _budget(request)[0])
     return error
 
@@ -127,11 +135,20 @@ def sampling_params(request: ResponsesRequest, defaults: SamplingDefaults, seed:
         "seed": seed if request.seed in (None, -1) else request.seed,
         "structured_outputs": _form(request.text),
         "thinking_token_budget": _budget(request)[1],
+        "logprobs": _logprobs(request),
     }
     try:
         return defaults.params(**{name: value for name, value in values.items() if value is not None})
     except InvalidParameter as error:
         raise renamed(error, request) from None
+
+
+def _logprobs(request: ResponsesRequest) -> int | None:
+    include = request.include or []
+    for index, each in enumerate(include):
+        if each not in _INCLUDED:
+            raise InvalidParameter(f"include[{index}]: {each!r} is not known here; leave it out", "include")
+    return request.top_logprobs or (0 if LOGPROBS in include else None)
 
 
 def _form(text: TextConfig | None) -> StructuredOutputs | None:
@@ -158,12 +175,27 @@ def input_messages(request: ResponsesRequest) -> list[schemas.Message]:
     messages: list[schemas.Message] = []
     for index, item in enumerate(request.input):
         message = _message(item, f"input[{index}]")
+        if item.get("type") == "reasoning" and message.reasoning_content is None:
+            continue  # it is encrypted, or hidden
         before = messages[-1] if messages else None
-        if before is not None and message.tool_calls and before.role == message.role:
-            before.tool_calls = [*(before.tool_calls or ()), *message.tool_calls]  # of one turn
-        elif item.get("type") != "reasoning":
+        if before is None or not _is_one_turn(before, message):
             messages.append(message)
+            continue
+        if message.tool_calls:
+            before.tool_calls = [*(before.tool_calls or ()), *message.tool_calls]
+        if message.content:
+            before.content = message.content
+        if message.reasoning_content:
+            before.reasoning_content = (before.reasoning_content or "") + message.reasoning_content
     return messages
+
+
+def _is_one_turn(before: schemas.Message, message: schemas.Message) -> bool:
+    """Return whether an item goes on with the assistant's turn before: thought, then text, then calls."""
+    if not before.role == message.role == "assistant":
+        return False
+    only_thought = not before.content and not before.tool_calls and before.reasoning_content is not None
+    return only_thought or bool(message.tool_calls)
 
 
 def called(call_id: Any, name: Any, arguments: Any) -> dict[str, Any]:
@@ -205,8 +237,10 @@ def _message(item: dict[str, Any], place: str) -> schemas.Message:
             text = output if isinstance(output, str) else _content(output, place)
             fields = {"role": "tool", "content": text, "tool_call_id": item.get("call_id")}
         case "reasoning":
-            # Earlier reasoning is not repeated to the model; its summary is for people.
-            fields = {"role": "assistant", "content": ""}
+            # Some clients keep the thought itself as its summary.
+            thought = _content(item.get("content") or item.get("summary") or [], place, _THOUGHTS)
+            text = thought if isinstance(thought, str) else "".join(part["text"] or "" for part in thought)
+            fields = {"role": "assistant", "content": "", "reasoning_content": text or None}
         case other:
             raise InvalidParameter(f"{place}.type: {other!r} is not supported", f"{place}.type")
     try:
@@ -215,14 +249,14 @@ def _message(item: dict[str, Any], place: str) -> schemas.Message:
         raise InvalidParameter(f"{place}: {error}", place) from None
 
 
-def _content(content: Any, place: str) -> Any:
+def _content(content: Any, place: str, kinds: tuple[str, ...] = _TEXT_PARTS) -> Any:
     """Return content whose text parts have the name that chats give them."""
     if not isinstance(content, list):
         return content
     parts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in _TEXT_PARTS:
+        if kind not in kinds:
             where = f"{place}.content[{index}]"
             raise InvalidParameter(f"{where}: only text parts are supported, not {json.dumps(kind)}", where)
         parts.append({"type": "text", "text": part.get("text", part.get("refusal"))})

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from quart import Response
 
+from ullm.config import ServerConfig
 from ullm.server.api.message_errors import is_messages, message_status
 from ullm.server.api.message_objects import MessageError
 from ullm.server.api.responses import ErrorBody
@@ -57,6 +58,8 @@ class Route:
         media_type: of the answer.
         verdict: status 503 has the same schema as status 200, and means no.
         errors: statuses beside those that follow from the other facts.
+        kept: whether a request, decoded if there is a schema, is for whoever keeps the stored answers; None:
+            no request is.
     """
 
     method: str
@@ -73,6 +76,7 @@ class Route:
     media_type: str = "application/json"
     verdict: bool = False
     errors: tuple[int, ...] = ()
+    kept: Callable[[ServerConfig, Any], bool] | None = None
 
     @property
     def fields(self) -> tuple[str, ...]:

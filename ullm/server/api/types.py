@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -216,6 +217,9 @@ class EngineInterface(Protocol):
 
     def start_soon(self, task: Callable[[], Awaitable[object]]) -> None:
         """Run a task from when the engine runs until it has stopped."""
+
+    def answering(self) -> AbstractContextManager[None]:
+        """Have the drain of a stop wait for this block: an answer that is made elsewhere."""
 
     def health(self) -> Health:
         """Return the state, for probes."""

@@ -17,6 +17,7 @@ from ullm.server.http.connection_slots import ConnectionSlots
 from ullm.server.http.hypercorn_connection import HypercornConnection, HypercornWorker
 from ullm.server.http.last_connections import take_last
 from ullm.server.http.tls import TlsStream
+from ullm.system.peers import foreign_user
 
 log = get_logger(__name__)
 
@@ -33,6 +34,7 @@ class Listener:
         max_connections: connections at a time; others wait until one of these ends.
         tls: what to encrypt connections with; None: nothing.
         http2: whether clients may speak HTTP/2, too.
+        same_user: whether only this process's user may connect, through a unix socket.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class Listener:
         max_connections: int,
         tls: ssl.SSLContext | None = None,
         http2: bool = False,
+        same_user: bool = False,
     ) -> None:
         self._tls = tls
+        self._same_user = same_user
         self._worker = HypercornWorker(app, stall_timeout, http2=http2)
         self._slots = ConnectionSlots(max_connections)
         self._stop = trio.Event()
@@ -95,6 +99,10 @@ class Listener:
             self._worker, stream if self._tls is None else TlsStream(stream, self._tls)
         )
         with self._slots.occupy(connection):
+            if self._same_user and (user := foreign_user(stream.socket)) is not None:
+                log.warning("turned away; run all parts as the same user", user=user)
+                await trio.aclose_forcefully(stream)
+                return
             try:
                 await connection
             except Exception:

@@ -13,6 +13,7 @@ from ullm.server.api import limits, requests
 from ullm.server.api.errors import as_request_error
 from ullm.server.api.route import Access, Handler, Needs, Route
 from ullm.server.api.types import EngineInterface
+from ullm.server.routes.forwarding import forward
 from ullm.server.routes.service import Service
 
 
@@ -43,8 +44,11 @@ def _view(route: Route, service: Service) -> Handler:
             optional=route.optional,
         )
 
+    kept = route.kept if service.config.answers is not None else None
+
     async def view(**parameters: str) -> Response:
         arguments: list[Any] = [service]
+        body = None
         _check_needs(route.needs, service.engine)
         if route.access is Access.ADMIN:
             requests.check_query(route.fields if route.in_query else ())
@@ -53,6 +57,8 @@ def _view(route: Route, service: Service) -> Handler:
             limits.check_request(body, service.config, service.engine.info)
             arguments.append(requests.with_query(body) if route.in_query else body)
         try:
+            if kept is not None and kept(service.config, body):
+                return await forward(service)
             return await route.handler(*arguments, **parameters)
         except BaseExceptionGroup as error:
             if error.subgroup(trio.Cancelled) is not None:

@@ -11,6 +11,7 @@ from functools import partial
 import trio
 from quart import Response, g
 
+from ullm.config import ServerConfig
 from ullm.engine.generation import choice_seed
 from ullm.errors import InvalidParameter
 from ullm.sampling import MAX_SEED, SamplingParams
@@ -43,6 +44,12 @@ def is_stored(service: Service, asked: CompletionLike) -> bool:
             raise InvalidParameter("nothing is stored here; start the server with --journal", "store")
         return False
     return asked.store is not False
+
+
+def is_kept(config: ServerConfig, asked: CompletionLike) -> bool:
+    """Return whether a request is to begin, or to take up, an answer that is stored."""
+    taken_up = asked.stream and resumed_stream() is not None
+    return config.journal is not None and (asked.store is not False or bool(taken_up))
 
 
 async def resume(service: Service, asked: CompletionLike) -> Response | None:

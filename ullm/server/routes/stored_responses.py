@@ -10,6 +10,7 @@ from dataclasses import replace
 import trio
 from quart import Response, g
 
+from ullm.config import ServerConfig
 from ullm.errors import InvalidParameter
 from ullm.parsing.tool_use import ToolUse, constrained, read_as, use_of
 from ullm.sampling import MAX_SEED
@@ -33,6 +34,11 @@ from ullm.server.routes.resuming import event_number, wants_stream
 from ullm.server.routes.service import Service
 from ullm.server.stored.answer import AnswerHead, StoredAnswer
 from ullm.server.stored.reader import AnswerReader
+
+
+def is_kept(config: ServerConfig, asked: ResponsesRequest) -> bool:
+    """Return whether a request needs the stored answers."""
+    return asked.store is not False or asked.previous_response_id is not None
 
 
 async def create(service: Service, asked: ResponsesRequest) -> Response:
@@ -76,7 +82,7 @@ async def _head(service: Service, asked: ResponsesRequest) -> AnswerHead:
     _, tokenizer = requests.loaded(engine)
     lora = requests.check_model(engine, asked.model)
     params = sampling_params(asked, engine.sampling_defaults, secrets.randbelow(MAX_SEED))
-    params = replace(params, lora=lora)
+    params = replace(params, lora=lora, timeout=requests.header_timeout())
     messages = [Message(role="system", content=asked.instructions)] if asked.instructions else []
     turns = requests.template_messages([*messages, *input_messages(asked)])
     if asked.previous_response_id is not None:
@@ -97,6 +103,7 @@ async def _head(service: Service, asked: ResponsesRequest) -> AnswerHead:
         messages=turns[len(messages) :],
         prompt=prompt,
         params=params,
+        session=requests.header_session(),
     )
 
 
@@ -158,6 +165,7 @@ async def make(service: Service, answer: StoredAnswer, note: Callable[[], None])
         tuple(answer.token_ids),
         client=f"key {head.owner}" if head.owner else "stored answers",
         limit_field="max_output_tokens",
+        session=head.session,
     )
     async with service.outputs(submission).open(service.pacer.interval) as outputs:
         async for _, output in outputs:
@@ -176,5 +184,6 @@ def prepare(service: Service, answer: StoredAnswer) -> None:
     """Say how an answer is read, the same after a restart."""
     info, tokenizer = requests.loaded(service.engine)
     use, chat = _tool_use(answer.head.request), service.chat_format(tokenizer)
+    answer.tokenizer = tokenizer
     answer.reading = read_as(use, chat, tokenizer, answer.head.prompt)
     answer.end_token_ids = frozenset(info.eos_token_ids)

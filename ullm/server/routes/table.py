@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ullm.config import ServerConfig
 from ullm.engine import status
 from ullm.server.api import message_objects, message_requests, pooling_schemas, responses, schemas
 from ullm.server.api import response_objects as objects
@@ -27,6 +28,11 @@ from ullm.server.routes import (
 
 _CHANGE = (409, 500, 503)
 """Statuses of the errors of a change of the engine."""
+
+
+def _always(config: ServerConfig, body: object) -> bool:
+    return True
+
 
 PROBES = (
     Route(
@@ -94,6 +100,7 @@ API = (
         answer=responses.ChatCompletion,
         event=responses.ChatCompletionChunk,
         errors=(404,),
+        kept=stored_completions.is_kept,
     ),
     Route(
         "POST",
@@ -105,6 +112,7 @@ API = (
         answer=responses.TextCompletion,
         event=responses.TextCompletion,
         errors=(404,),
+        kept=stored_completions.is_kept,
     ),
     *(
         route
@@ -145,6 +153,7 @@ API = (
                 answer=answer,
                 event=event,
                 errors=(400, 404),
+                kept=_always,
             ),
             Route(
                 "DELETE",
@@ -153,6 +162,7 @@ API = (
                 "With `--journal`: forget an answer; one that is being made is cancelled.",
                 answer=deleted,
                 errors=(404, 503),
+                kept=_always,
             ),
         )
     ),
@@ -166,6 +176,7 @@ API = (
         answer=objects.ResponseObject,
         event=objects.ResponseEvent,
         errors=(404,),
+        kept=stored_responses.is_kept,
     ),
     Route(
         "POST",
@@ -174,6 +185,7 @@ API = (
         "Cancel an answer in the background.",
         answer=objects.ResponseObject,
         errors=(400, 404),
+        kept=_always,
     ),
     Route(
         "GET",
@@ -182,6 +194,7 @@ API = (
         "What a stored answer was asked with.",
         answer=objects.InputItems,
         errors=(404,),
+        kept=_always,
     ),
     Route(
         "GET",
@@ -192,6 +205,7 @@ API = (
         answer=objects.ResponseObject,
         event=objects.ResponseEvent,
         errors=(400, 404),
+        kept=_always,
     ),
     Route(
         "DELETE",
@@ -200,6 +214,7 @@ API = (
         "Forget a stored answer.",
         answer=objects.DeletedResponse,
         errors=(404,),
+        kept=_always,
     ),
     Route(
         "POST",
@@ -211,6 +226,7 @@ API = (
         answer=message_objects.MessageObject,
         event=message_objects.MessageEvent,
         errors=(404,),
+        kept=stored_completions.is_kept,
     ),
     Route(
         "POST",
@@ -432,6 +448,8 @@ ADMIN = (
 """Routes that change the engine or look inside, on the server and on the admin listener."""
 
 ROUTES: tuple[Route, ...] = (*API, *PROBES, *ADMIN)
+KEPT_ROUTES: tuple[Route, ...] = tuple(route for route in API if route.kept is not None)
+"""Routes of stored answers, as front ends have them answered by the process that keeps these."""
 ADMIN_ROUTES: tuple[Route, ...] = (*PROBES, *ADMIN)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -9,11 +10,15 @@ import msgspec
 from ullm.errors import RequestError
 from ullm.parsing.parts import Part, Text
 from ullm.parsing.tool_use import PLAIN
+from ullm.protocol.messages import TokenLogprobs
 from ullm.sampling import SamplingParams
+from ullm.server.api import requests, schemas
 from ullm.server.api import response_objects as objects
 from ullm.server.api.response_objects import ResponseObject
-from ullm.server.api.response_requests import ResponsesRequest, called
-from ullm.server.stored.stored import Durability, Stored
+from ullm.server.api.response_requests import ResponsesRequest
+from ullm.server.api.types import TokenizerInterface
+from ullm.server.stored.parts import AnswerParts, ScoredPart
+from ullm.server.stored.stored import Durability, Stored, size_of
 
 if TYPE_CHECKING:
     from ullm.engine.output import Output
@@ -31,6 +36,7 @@ class AnswerHead(msgspec.Struct, kw_only=True):
         model: its name.
         messages: the whole conversation, as the chat template takes it.
         params: with its seed.
+        session: see `ullm.server.api.requests.header_session`.
     """
 
     id: str
@@ -42,6 +48,7 @@ class AnswerHead(msgspec.Struct, kw_only=True):
     messages: list[dict[str, Any]]
     prompt: list[int]
     params: SamplingParams
+    session: str = ""
 
 
 class AnswerEnd(msgspec.Struct, kw_only=True):
@@ -68,15 +75,30 @@ class StoredAnswer(Stored):
         text: their text, as far as it is final.
         end_token_ids: tokens that end an answer and are no part of its text.
         reading: how the text is read.
+        tokenizer: of the model that makes it; set with `reading`, before it is shown.
+        scores: the log probabilities of the tokens, if they were asked for.
         end: None until it has ended.
+
+    Raises:
+        ValueError: not each token has log probabilities.
     """
 
+    tokenizer: TokenizerInterface
+
     def __init__(
-        self, head: AnswerHead, token_ids: list[int] | None = None, end: AnswerEnd | None = None
+        self,
+        head: AnswerHead,
+        token_ids: list[int] | None = None,
+        end: AnswerEnd | None = None,
+        scores: Sequence[TokenLogprobs] = (),
     ) -> None:
         super().__init__(ended=end is not None)
         self.head = head
         self.token_ids = token_ids or []
+        self.scores = list(scores)
+        if self.scored and len(self.scores) != len(self.token_ids):
+            raise ValueError("not each token has log probabilities")
+        self._scores_size = sum(map(size_of, self.scores))
         self.text = "" if end is None else end.text
         self.end = end
         self.reading = PLAIN
@@ -102,6 +124,16 @@ class StoredAnswer(Stored):
         return self.token_ids
 
     @property
+    def scored(self) -> bool:
+        """Whether its tokens have log probabilities."""
+        return self.head.params.logprobs is not None
+
+    @property
+    def notes(self) -> list[TokenLogprobs]:
+        """What else is known with its tokens; it only grows, and only with `log`."""
+        return self.scores
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more will come."""
         return self.end is not None
@@ -109,7 +141,7 @@ class StoredAnswer(Stored):
     @property
     def size(self) -> int:
         """About the bytes that it takes in memory and in the journal."""
-        return self._head_size + 8 * len(self.token_ids)
+        return self._head_size + 8 * len(self.token_ids) + self._scores_size
 
     def encode_head(self) -> bytes:
         """Return what it takes to make the rest again, for the journal."""
@@ -133,6 +165,9 @@ class StoredAnswer(Stored):
         new = known - len(self.token_ids)
         if new > 0:
             self.token_ids += output.token_ids[-new:]
+            if output.logprobs is not None:
+                self.scores += output.logprobs[-new:]
+                self._scores_size += sum(map(size_of, output.logprobs[-new:]))
         self._cached_tokens = max(self._cached_tokens, output.num_cached_tokens)
         self.announce()
         return known
@@ -169,6 +204,7 @@ class StoredAnswer(Stored):
             tool_choice=request.tool_choice or "auto",
             tools=request.tools or [],
             parallel_tool_calls=request.parallel_tool_calls is not False,
+            top_logprobs=head.params.logprobs or 0,
             top_p=head.params.top_p,
         )
         if (reasoning := request.reasoning) is not None:
@@ -191,15 +227,25 @@ class StoredAnswer(Stored):
         if self.end is None and not self.text:
             return []
         items = objects.ItemEvents(self.head.id)
-        parser = self.reading.parser() if self.reading.parser is not None else None
-        parts: list[Part] = [Text(self.text)] if parser is None else [*parser.push(self.text)]
-        if parser is not None and self.end is not None:
-            parts += parser.finish()
-        changes = [change for part in parts for change in items.take(part)]
+        changes = [change for part, scores in self._parts() for change in items.take(part, scores)]
         if self.end is not None:
             changes += items.close("completed" if self.end.reason == "stop" else "incomplete")
         assert changes or not items.output, "each item comes with a change"
         return items.output
+
+    def _parts(self) -> Iterator[ScoredPart]:
+        if not self.scored:
+            parser = self.reading.parser() if self.reading.parser is not None else None
+            parts: list[Part] = [Text(self.text)] if parser is None else [*parser.push(self.text)]
+            if parser is not None and self.end is not None:
+                parts += parser.finish()
+            yield from ((part, []) for part in parts)
+            return
+        scored = AnswerParts(self.head.prompt, self.head.params, self.reading, self.tokenizer)
+        for token_id, score in zip(self.token_ids[: self.num_shown], self.scores, strict=False):
+            yield from scored.push(token_id, score)
+        if self.end is not None:
+            yield from scored.finish()
 
     def _usage(self) -> objects.ResponseUsage:
         given, made = len(self.head.prompt), len(self.token_ids)
@@ -213,10 +259,16 @@ class StoredAnswer(Stored):
 
     def conversation(self) -> list[dict[str, Any]]:
         """Return the conversation with this answer, for one that goes on."""
-        turn: dict[str, Any] = {"role": "assistant", "content": ""}
+        text, thought, calls = "", "", []
         for item in self._output():
             if isinstance(item, objects.OutputMessage):
-                turn["content"] += "".join(part.text for part in item.content)
-            elif isinstance(item, objects.FunctionCallItem):
-                turn.setdefault("tool_calls", []).append(called(item.call_id, item.name, item.arguments))
-        return [*self.head.messages, turn]
+                text += "".join(part.text for part in item.content)
+            elif isinstance(item, objects.ReasoningItem):
+                thought += "".join(part.text for part in item.content)
+            else:
+                function = schemas.CalledFunction(name=item.name, arguments=item.arguments)
+                calls.append(schemas.ToolCall(id=item.call_id, function=function))
+        turn = schemas.Message(
+            role="assistant", content=text, reasoning_content=thought or None, tool_calls=calls or None
+        )
+        return [*self.head.messages, *requests.template_messages([turn])]

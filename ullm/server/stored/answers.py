@@ -19,6 +19,7 @@ from ullm.errors import ConfigError, InvalidParameter
 from ullm.hub import cache_dir
 from ullm.journal.journal import Journal, JournalFull, NewTokens, SavedAnswer
 from ullm.logs import get_logger
+from ullm.protocol.messages import TokenLogprobs
 from ullm.server.api.errors import AnswerNotDurable, AnswersNotKept, AnswerUnknown, ServedChanged
 from ullm.server.api.response_requests import ResponsesRequest
 from ullm.server.api.types import EngineInterface
@@ -31,6 +32,8 @@ MAX_BYTES = 256 << 20
 
 COMMIT_SECONDS = 0.05
 """Time over which tokens are gathered into one transaction. Those that a kill loses are computed again."""
+
+_STOPPING = frozenset(state.value for state in EngineState if state.is_stopping)
 
 Make = Callable[[Stored, Callable[[], None]], Awaitable[str]]
 """Has the engine make an answer, or go on with it; calls the function after each change, and returns how it
@@ -70,7 +73,7 @@ class Answers:
         self._writing = trio.Lock()
         self._make: Make | None = None
         self._prepare: Callable[[Stored], object]
-        self._keeps = config.connect is None
+        self._keeps = config.connect is None or config.answers_listen is not None
         self._journal = self._open_journal()
         self._recovered = trio.Event()
         if self._journal is None:
@@ -182,7 +185,8 @@ class Answers:
             self._end(answer, reason, failure)
 
     def _end(self, answer: Stored, reason: str, failure: BaseException | None) -> None:
-        stops = self._engine.state is not EngineState.RUNNING
+        engine = self._engine  # which is elsewhere, and may be stopped alone, behind a front end
+        stops = engine.state is not EngineState.RUNNING or engine.health().state in _STOPPING
         unfinished = reason in ("abort", "error") or (
             reason == "cancelled" and not answer.scope.cancelled_caught
         )
@@ -210,9 +214,11 @@ class Answers:
 
     def _journal_path(self) -> Path | None:
         """Return where the journal is; None on a port that the next start will not have again."""
+        if not self._keeps:
+            return None
         if self._config.journal is not None:
             return Path(self._config.journal).expanduser()
-        if not self._config.port or not self._keeps:
+        if not self._config.port:
             return None
         return cache_dir() / "journal" / f"answers-{self._config.port}.sqlite"
 
@@ -353,7 +359,8 @@ def _restored(saved: SavedAnswer) -> Stored:
 
     if saved.id.startswith("resp_"):
         end = None if saved.end is None else decode(saved.end, AnswerEnd)
-        return StoredAnswer(decode(saved.head, AnswerHead), saved.token_ids, end)
+        scores = [decode(each, TokenLogprobs) for each in saved.notes]
+        return StoredAnswer(decode(saved.head, AnswerHead), saved.token_ids, end, scores)
     end = None if saved.end is None else decode(saved.end, CompletionEnd)
     notes = [decode(each, Note) for each in saved.notes]
     return StoredCompletion(decode(saved.head, CompletionHead), saved.token_ids, end, notes)

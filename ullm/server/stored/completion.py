@@ -17,16 +17,13 @@ from ullm.server.api.message_errors import message_error_body, message_status
 from ullm.server.api.message_requests import MessagesRequest
 from ullm.server.api.responses import PromptTokensDetails, Usage
 from ullm.server.api.schemas import ChatCompletionRequest, CompletionRequest
-from ullm.server.stored.stored import Durability, Stored
+from ullm.server.stored.stored import Durability, Stored, size_of
 
 if TYPE_CHECKING:
     from ullm.engine.output import Output
 
 
 CompletionLike = ChatCompletionRequest | CompletionRequest | MessagesRequest
-
-CANDIDATE_BYTES = 64
-"""About the bytes that one candidate of a log probability takes in memory."""
 
 
 class PromptScores(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -266,9 +263,9 @@ class StoredCompletion(Stored):
             self.cached[note.prompt] = note.tokens
         elif isinstance(note, PromptScores):
             self.prompt_scores[note.prompt] = note.scores
-            self._notes_size += sum(map(_size_of, note.scores))
+            self._notes_size += sum(map(size_of, note.scores))
         else:
-            self._notes_size += _size_of(note)
+            self._notes_size += size_of(note)
 
     def num_readable(self, choice: int) -> int:
         """Return how many tokens of a choice are known not to be the last, or to be it.
@@ -294,7 +291,3 @@ class StoredCompletion(Stored):
             total_tokens=given + made,
             prompt_tokens_details=PromptTokensDetails(sum(self.cached.values())),
         )
-
-
-def _size_of(score: TokenLogprobs | None) -> int:
-    return CANDIDATE_BYTES * (1 + (0 if score is None else len(score.top)))

@@ -9,12 +9,13 @@ from typing import Any
 import msgspec
 import trio
 
-from ullm.parsing.parts import CallArguments, Parser, Part, Text
+from ullm.parsing.parts import CallArguments
 from ullm.server.api.answers import error_event
 from ullm.server.api.errors import AnswerInterrupted
 from ullm.server.api.response_objects import EVENTS_PER_TOKEN, ItemEvents, event
 from ullm.server.api.types import TokenizerInterface
 from ullm.server.stored.answer import StoredAnswer
+from ullm.server.stored.parts import AnswerParts, ScoredPart
 
 _Numbered = tuple[int, str, dict[str, Any]]
 _JOINED = frozenset(
@@ -40,10 +41,7 @@ class AnswerReader:
         self._opened = self._over = False
         self._read = 0
         self._items = ItemEvents(answer.head.id)
-        self._parser: Parser | None = answer.reading.parser() if answer.reading.parser is not None else None
-        self._decoder = tokenizer.detokenizer(
-            prompt_token_ids=answer.head.prompt, skip_special_tokens=answer.head.params.skip_special_tokens
-        )
+        self._parts = AnswerParts(answer.head.prompt, answer.head.params, answer.reading, tokenizer)
 
     async def next(self, deadline: float) -> bytes | None:
         """Return the events that are new, or None if there are none before ``deadline``.
@@ -82,14 +80,13 @@ class AnswerReader:
         while self._read < len(answer.token_ids):
             self._read += 1
             if self._read <= answer.num_shown:
-                text = self._decoder.push(answer.token_ids[self._read - 1 : self._read])
-                yield from self._parts(self._parsed(text), self._numbers())
+                score = answer.scores[self._read - 1] if answer.scored else None
+                parts = self._parts.push(answer.token_ids[self._read - 1], score)
+                yield from self._changes(parts, self._numbers())
         if answer.end is not None:
             self._over = True
             numbers = self._numbers(1)
-            rest = list(self._parsed(self._decoder.flush()))
-            rest += self._parser.finish() if self._parser is not None else ()
-            yield from self._parts(rest, numbers)
+            yield from self._changes(self._parts.finish(), numbers)
             whole = answer.end.reason == "stop"
             for kind, fields in self._items.close("completed" if whole else "incomplete"):
                 yield numbers(), kind, fields
@@ -101,17 +98,11 @@ class AnswerReader:
         numbers = count((self._read + later) * EVENTS_PER_TOKEN)
         return lambda: next(numbers)
 
-    def _parsed(self, text: str) -> Iterator[Part]:
-        if self._parser is not None:
-            yield from self._parser.push(text)
-        elif text:
-            yield Text(text)
-
-    def _parts(self, parts: Any, number: Callable[[], int]) -> Iterator[_Numbered]:
-        for part in parts:
+    def _changes(self, parts: Iterator[ScoredPart], number: Callable[[], int]) -> Iterator[_Numbered]:
+        for part, logprobs in parts:
             if isinstance(part, CallArguments) and not part.text:
                 continue
-            for kind, fields in self._items.take(part):
+            for kind, fields in self._items.take(part, logprobs):
                 yield number(), kind, msgspec.to_builtins(fields)
 
 
@@ -126,7 +117,10 @@ def _joined(events: list[_Numbered]) -> Iterator[_Numbered]:
             and kind == held[1]
             and fields["item_id"] == held[2]["item_id"]
         ):
-            held = number, kind, {**fields, "delta": held[2]["delta"] + fields["delta"]}
+            joined: dict[str, Any] = {
+                name: held[2][name] + fields[name] for name in ("delta", "logprobs") if name in fields
+            }
+            held = number, kind, {**fields, **joined}
             continue
         if held is not None:
             yield held

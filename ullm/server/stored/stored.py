@@ -8,11 +8,21 @@ from typing import Literal, Protocol
 import trio
 
 from ullm.errors import RequestError
+from ullm.protocol.messages import TokenLogprobs
 from ullm.sampling import SamplingParams
 from ullm.server.api.errors import as_request_error
 
 Durability = Literal["never", "with --journal", "always"]
 """Whether an answer is written to a journal: no, if the operator has named one, or in any case."""
+
+
+CANDIDATE_BYTES = 64
+"""About the bytes that one candidate of a log probability takes in memory."""
+
+
+def size_of(score: TokenLogprobs | None) -> int:
+    """Return about the bytes of memory that the log probabilities of a token take."""
+    return CANDIDATE_BYTES * (1 + (0 if score is None else len(score.top)))
 
 
 class Head(Protocol):
