@@ -50,8 +50,7 @@ async def calibrate_for_next_start(config: EngineConfig, model_path: str, info: 
                 stdout=subprocess.DEVNULL,
                 capture_stderr=True,
                 check=False,
-                pass_fds=lifeline.pass_fds,
-                task_status=lifeline,
+                **lifeline.run_options,
             )
     except OSError as error:
         log.warning("the CPU kernels were not calibrated", reason=str(error))

@@ -79,8 +79,7 @@ async def _parsed(body: bytes, schema: type[R], config: ServerConfig) -> Parsed:
                 stderr=subprocess.DEVNULL,
                 cwd=working_folder(),
                 env=python_environment(),
-                pass_fds=lifeline.pass_fds,
-                task_status=lifeline,
+                **lifeline.run_options,
                 **_apart(),
             )
     except OSError as error:

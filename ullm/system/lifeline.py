@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from ullm.system.forks import forks
 
@@ -62,6 +62,12 @@ class Lifeline:
     def pass_fds(self) -> list[int]:
         """The ``pass_fds`` of `subprocess.Popen`: what the child inherits; empty where there is none."""
         return [] if self._theirs is None else [self._theirs]
+
+    @property
+    def run_options(self) -> dict[str, Any]:
+        """Options of `trio.run_process`, which has no ``pass_fds`` on Windows."""
+        inherited = {"pass_fds": self.pass_fds} if self.pass_fds else {}
+        return {"task_status": self, **inherited}
 
     def started(self, value: Started | None = None) -> None:
         """Tie the child to its lifeline; as in `trio.TaskStatus`, for `trio.run_process`."""

@@ -101,7 +101,7 @@ class Listener:
         with self._slots.occupy(connection):
             if self._same_user and (user := foreign_user(stream.socket)) is not None:
                 log.warning("turned away; run all parts as the same user", user=user)
-                await trio.aclose_forcefully(stream)
+                connection.turn_away()
                 return
             try:
                 await connection
