@@ -76,6 +76,8 @@ def test_round_trip_through_a_frame() -> None:
         ({"roles": ("prefill",)}, "needs a replica with decode, or with both"),
         ({"roles": ("both",), "prefix_cache": False}, "leave out --no-prefix-cache, or --roles"),
         ({"roles": ("both",), "kv_handover": False}, "leave out --no-kv-handover, or --roles"),
+        ({"prefill_threshold": 9}, "--prefill-threshold 9 has no effect without --roles; leave it out"),
+        ({"device": "cpu", "device_ids": (0,)}, "--device-ids has no effect with --device cpu"),
         ({"prefill_threshold": 0}, "--prefill-threshold must be at least 1, got 0"),
     ],
 )

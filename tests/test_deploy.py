@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ OTHER_VARIABLES = {"ULLM_CACHE", "ULLM_ENGINE_KEY"}
 """Read by ullm, and no options."""
 MARGIN = stop_budget.WATCHDOG_MARGIN + 1
 """Seconds from the deadline of a stop to the time by which even a process that hangs has ended."""
+
+HADOLINT = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+"""Installed with the package, whether or not its environment is active."""
 
 
 def documents(name: str) -> list[dict[str, Any]]:
@@ -89,9 +93,10 @@ def test_kubernetes_knows_each_field() -> None:
     kubernetes_validate.validate(pod, "1.33", strict=True)
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="pip install '.[deploy]'")
+@pytest.mark.skipif(HADOLINT is None, reason="pip install '.[deploy]'")
 def test_hadolint_finds_nothing() -> None:
-    subprocess.run(["hadolint", str(DEPLOY / "Dockerfile")], check=True, timeout=60)
+    assert HADOLINT is not None
+    subprocess.run([HADOLINT, str(DEPLOY / "Dockerfile")], check=True, timeout=60)
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")

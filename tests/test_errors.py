@@ -105,7 +105,13 @@ def test_a_command_ends_with_one_line_for_errors_of_either_base(
 
 @pytest.mark.parametrize(
     ("error", "line"),
-    [(OSError("\n no disk \nsecond"), "no disk"), (KeyError(), "KeyError"), (ValueError("  "), "ValueError")],
+    [
+        (OSError("\n no disk \nsecond"), "no disk"),
+        (KeyError(), "KeyError"),
+        (ValueError("  "), "ValueError"),
+        (ValueError("field 'a': \n  must be a number\n"), "field 'a': must be a number"),
+        (ValueError("field 'a':"), "field 'a':"),
+    ],
 )
 def test_one_line(error: Exception, line: str) -> None:
     assert one_line(error) == line

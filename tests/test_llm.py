@@ -99,6 +99,11 @@ def test_a_batch_without_any_loop(llm: LLM, model: Path) -> None:
     assert first[0].finish_reason == "length"
 
 
+def test_a_plain_loop_is_told_what_to_do(llm: LLM) -> None:
+    with pytest.raises(TypeError, match=r"async for.*generate_sync"):
+        list(llm.generate(PROMPT))
+
+
 def test_a_batch_with_parameters_of_its_own_for_each(llm: LLM) -> None:
     lengths = [3, 1, 5]
     params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in lengths]

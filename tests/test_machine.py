@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -165,6 +166,19 @@ def test_files_at_the_usual_place_count_without_a_mount(plenty: int, tmp_path: P
     memory(tmp_path / "laid-over", max=600, current=700)
     assert available_memory(tmp_path / "none", tmp_path / "laid-over") == 0
     assert available_memory(tmp_path / "none", tmp_path) == plenty
+
+
+def test_a_limit_of_the_address_space_counts(plenty: int, tmp_path: Path) -> None:
+    proc = process(tmp_path, "", V2)
+    (proc / "statm").write_text("3 2 1 0 0 0 0\n")
+    heading, line = (
+        "Limit                     Soft Limit           Hard Limit           Units",
+        "Max address space   ",
+    )
+    (proc / "limits").write_text(f"{heading}\n{line}      {10 * mmap.PAGESIZE}    unlimited     bytes\n")
+    assert available_memory(proc, tmp_path) == 7 * mmap.PAGESIZE
+    (proc / "limits").write_text(f"{heading}\n{line}      unlimited    unlimited     bytes\n")
+    assert available_memory(proc, tmp_path) == plenty
 
 
 def test_the_kv_cache_fits_into_what_a_group_leaves(

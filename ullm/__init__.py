@@ -49,5 +49,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the public names as well, which `dir` would show only once they are loaded."""
-    return sorted({*globals(), *__all__})
+    """Return the public names, loaded or not, and those that every module has; not what is imported here."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -15,12 +15,13 @@ import operator
 import os
 import re
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
@@ -34,6 +35,8 @@ MAX_PORT = 65535
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """The embedded default model; see `ullm.hub`."""
 DEFAULT_RUNNER = "ullm.model.execution.runner:ModelRunner"
+
+C = TypeVar("C")
 
 SleepMode = Literal["wait", "abort", "keep"]
 """How requests in flight are treated when the engine is put to sleep."""
@@ -83,6 +86,25 @@ def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), secret: bo
     return field(
         default=default, repr=not secret, metadata={"help": help, "aliases": aliases, "secret": secret}
     )
+
+
+def explained(cls: type[C]) -> type[C]:
+    """Add the meaning of each option to a class's docstring, for `help`; written once, in the fields."""
+    if cls.__doc__:  # none with python -OO
+        summary, _, rest = cls.__doc__.partition("\n\n")
+        entries = (
+            textwrap.fill(
+                f"{spec.name}: {spec.metadata['help']}",
+                100,
+                initial_indent=" " * 8,
+                subsequent_indent=" " * 12,
+                break_on_hyphens=False,
+            )
+            for spec in dataclasses.fields(cls)  # type: ignore[arg-type]
+        )
+        arguments = "\n".join(["    Args:", *entries])
+        cls.__doc__ = "\n\n".join(part for part in (summary, arguments, rest) if part)
+    return cls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +278,10 @@ class SchedulerConfig:
     )
 
 
+LINK_FILES = ("link_certfile", "link_keyfile", "link_ca_file")
+"""Options that belong together: connections between hosts are encrypted by them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Ranks and replicas, and where they run."""
@@ -401,6 +427,7 @@ class SleepConfig:
     )
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, SupervisionConfig, SleepConfig):
     """All options of an engine.
@@ -518,6 +545,8 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
         self._check_hosts()
         if not 0 <= self.nccl_port <= MAX_PORT:
             raise ConfigError(f"--nccl-port must be between 0 and {MAX_PORT}, got {self.nccl_port}")
+        if self.device_ids is not None and self.device == "cpu":
+            raise ConfigError("--device-ids has no effect with --device cpu; leave out one of the two")
         workers = -(-self.world_size * self.replicas // self.nnodes)  # of the host that has the most
         if self.device_ids is not None and len(self.device_ids) < workers:
             raise ConfigError(
@@ -531,6 +560,11 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
 
     def _check_roles(self) -> None:
         if not self.roles:
+            if self.prefill_threshold != EngineConfig.prefill_threshold:
+                raise ConfigError(
+                    f"--prefill-threshold {self.prefill_threshold} has no effect without --roles; leave "
+                    "it out"
+                )
             return
         listed, known = ",".join(self.roles), typing.get_args(Role)
         for role in self.roles:
@@ -551,10 +585,9 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
             )
 
     def _check_link_files(self) -> None:
-        names = ("link_certfile", "link_keyfile", "link_ca_file")
-        missing = [name for name in names if getattr(self, name) is None]
-        if 0 < len(missing) < len(names):
-            given = next(name for name in names if name not in missing)
+        missing = [name for name in LINK_FILES if getattr(self, name) is None]
+        if 0 < len(missing) < len(LINK_FILES):
+            given = next(name for name in LINK_FILES if name not in missing)
             raise ConfigError(f"{_flag(given)} needs {_flag(missing[0])}; give all three, or none")
 
     def _check_hosts(self) -> None:
@@ -599,6 +632,7 @@ _OF_THE_API = (
     *("trust_request_chat_template", "tool_call_parser", "reasoning_parser", "cors_origins"),
     *("engine_timeout", "max_waiting"),
 )
+_OF_FRONT_ENDS = ("engine_key_file", "engine_timeout", "max_waiting")
 _STORED = ("journal", "max_stored_answers", "stored_answer_hours")
 _MEANINGLESS: Mapping[str, tuple[str, ...]] = {
     "headless": (*_OF_THE_API, *_STORED),
@@ -618,6 +652,7 @@ _REMEDY: Mapping[str, str] = {
 }
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """The HTTP server."""
@@ -825,6 +860,16 @@ class ServerConfig:
         if self.headless != (self.listen is not None):
             given, missing = ("headless", "listen") if self.headless else ("listen", "headless")
             raise ConfigError(f"--{given} needs --{missing}, where front ends connect; give both, or neither")
+        alone = [
+            name
+            for name in _OF_FRONT_ENDS
+            if not parts and getattr(self, name) != getattr(ServerConfig, name)
+        ]
+        if alone:
+            raise ConfigError(
+                f"{_flag(alone[0])} has no effect without front ends of their own; leave it out, or "
+                "use --api-server-count or --connect"
+            )
         self._check_answers()
         if self.answers_listen is not None:
             parts = ["answers_listen"]

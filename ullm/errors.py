@@ -700,6 +700,11 @@ class ServerRefused(UllmError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of the error's message, or the name of its class if there is no message."""
+    """Return the first line of the error's message, or the name of its class if there is no message.
+
+    A line that ends with a colon goes on with the next one.
+    """
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
+        return f"{lines[0].rstrip()} {lines[1].strip()}"
     return lines[0].rstrip() if lines else type(error).__name__

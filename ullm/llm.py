@@ -13,7 +13,7 @@ import inspect
 import weakref
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import trio
@@ -369,6 +369,14 @@ class TokenStream:
         self._stream: Stream[GenerateOutput] = llm._thread.stream(
             lambda: host.open_stream(prompt, params, sequence_id)
         )
+
+    def __iter__(self) -> NoReturn:
+        """Tell what to do instead: programs for other engines iterate over what ``generate`` returns.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("LLM.generate streams: iterate with `async for`, or call `generate_sync` in a script")
 
     def __aiter__(self) -> TokenStream:
         return self

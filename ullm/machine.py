@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import mmap
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,8 @@ YOUNG_OBJECTS = 20_000
 
 
 def available_memory(process: Path = Path("/proc/self"), root: Path = CGROUP_ROOT) -> int:
-    """Return the bytes of memory that this process can still use, within the limits of its control groups.
+    """Return the bytes of memory that this process can still use, within the limits of its control groups
+    and of its address space (``ulimit -v``).
 
     Of each group and of all above it the limit counts, less what is in use, less inactive page cache, which
     the kernel gives up first: files that were read, such as weights, fill a group up to its limit.
@@ -34,7 +36,8 @@ def available_memory(process: Path = Path("/proc/self"), root: Path = CGROUP_ROO
     """
     free = _meminfo_available() or _physical_memory()
     groups = {*_groups(process, "memory"), root}
-    return max(0, min([free, *(left for group in groups if (left := _memory_left(group)) is not None)]))
+    lefts = [*(_memory_left(group) for group in groups), _address_space_left(process)]
+    return max(0, min([free, *(left for left in lefts if left is not None)]))
 
 
 def open_memory(name: str, size: int) -> int:
@@ -253,6 +256,18 @@ def collect_rarely() -> None:
     to 0.2 s. Garbage that only a collection can find takes a few megabytes until then.
     """
     gc.set_threshold(YOUNG_OBJECTS)
+
+
+def _address_space_left(process: Path) -> int | None:
+    """Return how many bytes the process may still map; None if that is not limited, or not known."""
+    try:
+        lines = (process / "limits").read_text().splitlines()
+        pages = int((process / "statm").read_text().split()[0])
+    except OSError:  # not Linux
+        return None
+    name = "Max address space"
+    limit = next((line.removeprefix(name).split()[0] for line in lines if line.startswith(name)), "unlimited")
+    return int(limit) - pages * mmap.PAGESIZE if limit.isdigit() else None
 
 
 def _meminfo_available() -> int | None:

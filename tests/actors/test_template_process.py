@@ -19,6 +19,7 @@ from ullm.actors.template_process import TemplateProcess
 from ullm.actors.tokenizer import TokenizerActor
 from ullm.errors import EngineNotReady, InvalidParameter, TemplateFailed
 from ullm.supervision.actor import Lifetime
+from ullm.system.lifeline import Lifeline
 from ullm.testing import local_model
 from ullm.testing.models import CHAT_TEMPLATE, write_scripted_model
 from ullm.tokenization.chat_template import ChatTemplate
@@ -146,8 +147,8 @@ def test_processes_that_are_lost_each_time_condemn_no_template(
     """As where the machine has no memory left."""
     start = template_process._start
 
-    def doomed() -> Any:
-        process = start()
+    def doomed(lifeline: Lifeline) -> Any:
+        process = start(lifeline)
         process.kill()
         process.wait()
         return process
@@ -162,7 +163,7 @@ def test_processes_that_are_lost_each_time_condemn_no_template(
 def test_a_process_that_cannot_be_started_is_not_the_callers_error(
     chatml: TemplateProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails() -> Any:
+    def fails(lifeline: Lifeline) -> Any:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     with monkeypatch.context() as patch:

@@ -76,6 +76,12 @@ async def test_chat(tokenizer):
     assert caught.value.param == "messages"
 
 
+async def test_a_conversation_without_messages_is_refused(tokenizer):
+    for ask in (tokenizer.encode_chat, tokenizer.render_chat):
+        with pytest.raises(InvalidParameter, match="messages is empty; it must have at least one message"):
+            await ask([])
+
+
 async def test_special_tokens_in_streams(tokenizer):
     ids = await tokenizer.encode(f"a{IM_END}b")
     assert tokenizer.detokenizer().push(ids) == "ab"

@@ -32,19 +32,20 @@ def split_server_options(text: str) -> tuple[str, ...]:
     return tuple(shlex.split(text))
 
 
-def parse_numbers(values: list[str], flag: str) -> list[int]:
+def parse_numbers(values: list[str], flag: str, least: int = 1) -> list[int]:
     """Return the numbers of an option that lists them.
 
     Raises:
-        UsageError: not whole numbers above 0; names the flag.
+        UsageError: not whole numbers from ``least`` on; names the flag.
     """
     try:
         numbers = [int(value) for value in values]
     except ValueError:
-        numbers = [0]
-    if any(number < 1 for number in numbers):
+        numbers = [-1]
+    if any(number < least for number in numbers):
         raise UsageError(
-            f"{flag} {','.join(values)}: expected numbers above 0, separated by commas, as in 512,2048"
+            f"{flag} {','.join(values)}: expected numbers above {least - 1}, "
+            "separated by commas, as in 512,2048"
         )
     return numbers
 

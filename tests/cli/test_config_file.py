@@ -124,3 +124,27 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == f"error: --config {tmp_path}/no: No such file or directory\n"
     with pytest.raises(ConfigError, match="No such file"):
         from_env(ServerConfig, {"ULLM_CONFIG": str(tmp_path / "no")})
+
+
+@pytest.mark.parametrize("by", ["--config FILE", "--config=FILE", "variable"])
+def test_the_level_in_the_file_shows_tracebacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by: str
+) -> None:
+    path = written(tmp_path, 'log-level = "debug"\n')
+    line = ["generate", "hi", "--model", "/nothing"]
+    if by == "variable":
+        monkeypatch.setenv("ULLM_CONFIG", path)
+    else:
+        line += by.replace("FILE", path).split()
+    assert main(line) == 1
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("ULLM_LOG_LEVEL", "warning")
+    assert main(line) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_shows_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "hi", "--config", str(tmp_path / "none")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

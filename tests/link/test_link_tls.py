@@ -155,7 +155,8 @@ def test_a_file_that_cannot_be_used_is_named(
 @pytest.mark.parametrize("places", [{}, {"headless": True, "listen": "unix:/x"}, {"connect": "unix:/x"}])
 def test_without_a_network_the_options_are_refused(files: LinkFiles, places: dict[str, str]) -> None:
     with pytest.raises(
-        ConfigError, match="--link-certfile has no effect without --nnodes, --listen HOST:PORT"
+        ConfigError,
+        match="--link-certfile, --link-keyfile and --link-ca-file have no effect without --nnodes, --listen",
     ):
         check_link_tls(EngineConfig(**files.options()), ServerConfig(**places))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -97,8 +98,8 @@ async def test_another_version_says_so_on_both_sides(
             raise AssertionError("it was let in")
 
 
-def _connecting() -> ServerConfig:
-    return ServerConfig(connect="unix:/in/memory")
+def _connecting(**options: Any) -> ServerConfig:
+    return ServerConfig(connect="unix:/in/memory", **options)
 
 
 async def test_an_impostor_does_not_get_requests(clock: MockClock) -> None:
@@ -144,14 +145,14 @@ def test_the_proof_depends_on_everything() -> None:
 def test_where_the_key_comes_from(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_bytes(KEY + b"\n")
-    config = ServerConfig(engine_key_file=str(file))
+    config = _connecting(engine_key_file=str(file))
     assert engine_key(config, {}) == KEY
     assert engine_key(_connecting(), {"ULLM_ENGINE_KEY": KEY.decode()}) == KEY
     assert engine_key(_connecting(), {}) is None
     with pytest.raises(ConfigError, match="5 bytes are too few for a secret; take at least 16"):
         engine_key(_connecting(), {"ULLM_ENGINE_KEY": "short"})
     with pytest.raises(ConfigError, match="No such file"):
-        engine_key(ServerConfig(engine_key_file=str(tmp_path / "none")), {})
+        engine_key(_connecting(engine_key_file=str(tmp_path / "none")), {})
 
 
 # --- odd frames --------------------------------------------------------------------------------------------

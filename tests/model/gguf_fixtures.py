@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
@@ -37,8 +38,8 @@ def block_shapes(arch: str) -> dict[str, tuple[int, ...]]:
     return {f"blk.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in blocks.items()}
 
 
-def start_file(path: Path, arch: str = "llama") -> GGUFWriter:
-    writer = GGUFWriter(path, arch)
+def start_file(path: Path, arch: str = "llama", **options: Any) -> GGUFWriter:
+    writer = GGUFWriter(path, arch, **options)
     writer.add_name("tiny")  # transformers cannot read a file without one
     writer.add_context_length(256)
     writer.add_embedding_length(HIDDEN)

@@ -160,6 +160,7 @@ async def test_completion_fields(
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"modalities": "text"}, "modalities"),
+        ({"web_search_options": {}}, "web_search_options"),
         ({"functions": [{"name": 1}]}, "functions[0].name"),
         ({"store": True}, "store"),
         ({"service_tier": "flex"}, "service_tier"),

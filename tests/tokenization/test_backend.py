@@ -11,6 +11,7 @@ import transformers
 
 from ullm.errors import ModelFileBroken
 from ullm.testing.models import tiny_tokenizer
+from ullm.tokenization import backend as backend_module
 from ullm.tokenization.backend import load_backend, special_token_ids
 
 TEXT = "a <tool>x</tool> <|im_end|> <extra> b"
@@ -86,3 +87,58 @@ def test_what_cannot_be_read_is_told_with_its_file(tmp_path: Path, content: dict
     write(tmp_path, tokenizer_config=content)
     with pytest.raises(ModelFileBroken, match="tokenizer_config"):
         load_backend(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("prefix", ["x", "yarn", "é", "\U0001f600"])
+def test_a_prefix_that_merges_lack_does_not_end_the_process(tmp_path: Path, prefix: str) -> None:
+    write(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    content["model"]["continuing_subword_prefix"] = prefix
+    file.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+    with pytest.raises(ModelFileBroken, match=f"not all merges have the prefix '{prefix}'"):
+        load_backend(file)
+
+
+def test_a_prefix_that_merges_have(tmp_path: Path) -> None:
+    model = {
+        "type": "BPE",
+        "continuing_subword_prefix": "##",
+        "vocab": {"a": 0, "##b": 1, "ab": 2},
+        "merges": [["a", "##b"]],
+    }
+    empty = dict.fromkeys(
+        ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    )
+    content = {"version": "1.0", "added_tokens": [], **empty, "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert load_backend(tmp_path / "tokenizer.json").encode("ab").ids == [2]
+
+
+def test_a_panic_of_the_library_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    class Panicking:
+        @staticmethod
+        def from_file(_: str) -> None:
+            raise PanicException("range end index 18446744073709551615 out of range")
+
+    write(tmp_path)
+    monkeypatch.setattr(backend_module, "Backend", Panicking)
+    with pytest.raises(ModelFileBroken, match="not a tokenizer: range end index"):
+        load_backend(tmp_path / "tokenizer.json")
+
+
+def test_older_files_do_not_count_beside_the_newer_key(tmp_path: Path) -> None:
+    """As for transformers, which then reads neither added_tokens.json nor special_tokens_map.json."""
+    files = {
+        "added_tokens": {"<tool>": SIZE},
+        "special_tokens_map": {"additional_special_tokens": ["<extra>"]},
+    }
+    write(tmp_path, **files, tokenizer_config={"added_tokens_decoder": {}})  # type: ignore[arg-type]
+    backend = load_backend(tmp_path / "tokenizer.json")
+    assert backend.token_to_id("<tool>") is None
+    assert backend.encode(TEXT).ids == transformers.AutoTokenizer.from_pretrained(tmp_path).encode(
+        TEXT, add_special_tokens=False
+    )

@@ -9,6 +9,7 @@ survive.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from ullm.errors import EngineNotReady, InvalidParameter, TemplateFailed
 from ullm.hub.guarded import working_folder
 from ullm.logs import get_logger
 from ullm.system.interpreter import python_command, python_environment
+from ullm.system.lifeline import Lifeline
 from ullm.tokenization.chat_template import ChatTemplate
 
 RENDER_SECONDS = 2.0
@@ -60,6 +62,7 @@ class TemplateProcess:
         self._templates = Templates(template.sources, template.special_tokens, RENDER_SECONDS, MEMORY_BYTES)
         self._busy = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._lifeline = contextlib.ExitStack()
         self._template_sent = False
         self._closed = False
         self._judged = False
@@ -172,8 +175,9 @@ class TemplateProcess:
             self._reap()
         if self._process is None:
             try:
-                self._process = _start()
+                self._process = _start(self._lifeline.enter_context(Lifeline()))
             except OSError as error:
+                self._lifeline.close()
                 raise EngineNotReady(
                     f"without a process for chat templates, since none can be started: {error}"
                 ) from error
@@ -222,6 +226,7 @@ class TemplateProcess:
             return
         process.kill()
         process.wait()
+        self._lifeline.close()
         for stream in (process.stdin, process.stdout):
             assert stream is not None
             try:
@@ -236,13 +241,13 @@ def _too_much(status: int | None, late: bool) -> str:
     return f"more than {WALL_SECONDS:g} s" if late else ""
 
 
-def _start() -> subprocess.Popen[bytes]:
-    options: dict[str, Any] = {}
+def _start(lifeline: Lifeline) -> subprocess.Popen[bytes]:
+    options: dict[str, Any] = {"pass_fds": lifeline.pass_fds}
     if os.name == "posix":
         options["start_new_session"] = True  # a terminal's Ctrl-C is not for it
     else:
         options["creationflags"] = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-    return subprocess.Popen(
+    process = subprocess.Popen(
         python_command("-m", "ullm.actors.template_child"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -251,6 +256,8 @@ def _start() -> subprocess.Popen[bytes]:
         env=python_environment(),
         **options,
     )
+    lifeline.started(process)
+    return process
 
 
 def _encoded(job: Job) -> bytes:

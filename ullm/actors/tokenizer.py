@@ -238,9 +238,11 @@ class TokenizerActor:
             variables: further variables of the template, such as ``enable_thinking``.
 
         Raises:
-            InvalidParameter: there is no chat template, or it cannot be used, or it rejects the messages.
+            InvalidParameter: there are no messages; no chat template, or one that is broken or rejects them.
             TemplateFailed: it fails for every conversation.
         """
+        if not messages:
+            raise InvalidParameter("messages is empty; it must have at least one message", "messages")
 
         def render() -> str:
             return self._renderer.render(

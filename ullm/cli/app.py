@@ -26,10 +26,12 @@ from ullm.cli.flags import (
     sampling_params,
     server_options,
     with_options,
+    with_switches,
 )
 from ullm.cli.options import ApiKey, ChaosOptions, Json, LoadOptions, Output, whole_number
 from ullm.cli.prompt import with_literal_prompt
 from ullm.cli.stdout import prepare_stdin, prepare_stdout
+from ullm.cli.unused import refuse_beside_raw, refuse_beside_url, without_link_files
 from ullm.cli.vllm_flags import (
     check_without_effect,
     hint_for,
@@ -122,6 +124,7 @@ def chat(
     from ullm.cli.chat import chat as run
 
     options = _named(name, options)
+    refuse_beside_url(url, options)
     params = sampling_params(options, CHAT_DEFAULTS)
     return run(_quiet(options), params, system=system, url=url, model=options.get("model"), api_key=api_key)
 
@@ -142,6 +145,8 @@ def generate(
     from ullm.cli.generate import generate as run
     from ullm.cli.prompt import compose, read_prompt
 
+    refuse_beside_url(url, options)
+    refuse_beside_raw(raw, system)
     config = _quiet(options)
     params = sampling_params(options, GENERATE_DEFAULTS)
     question = compose(read_prompt(prompt), system, raw=raw)
@@ -306,7 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line = sys.argv[1:] if arguments is None else arguments
     prepare_stdin()
     prepare_stdout()
-    return run_command_line(app, with_literal_prompt(with_all_names(line)), hint_for, with_both_names)
+    return run_command_line(
+        app, with_literal_prompt(with_switches(with_all_names(line))), hint_for, with_both_names
+    )
 
 
 def _named(name: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -324,4 +331,4 @@ def _quiet(options: dict[str, Any]) -> EngineConfig:
     told = os.environ.get("ULLM_LOG_LEVEL") or (file is not None and "log_level" in file.values)
     config = build(EngineConfig, options if told else {"log_level": "warning", **options})
     configure(config.log_level, as_json=config.log_format == "json")
-    return config
+    return without_link_files(config, options)

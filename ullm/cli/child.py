@@ -7,6 +7,7 @@ import subprocess
 
 from ullm.errors import ResourceUnavailable
 from ullm.system.interpreter import python_command, python_environment
+from ullm.system.lifeline import Lifeline
 
 
 def ask_child(module: str, message: bytes, timeout: float, *, task: str, advice: str = "") -> bytes:
@@ -20,24 +21,35 @@ def ask_child(module: str, message: bytes, timeout: float, *, task: str, advice:
     Raises:
         ResourceUnavailable: it failed; the message is its last line on stderr, or how it ended.
     """
-    try:
-        done = subprocess.run(
+    pipe = subprocess.PIPE
+    with (
+        Lifeline() as lifeline,
+        subprocess.Popen(
             python_command("-m", module),
-            input=message,
-            capture_output=True,
-            timeout=timeout,
-            check=False,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
             env=python_environment(),
-        )
-    except subprocess.TimeoutExpired:
-        raise ResourceUnavailable(f"{task} took more than {timeout:g} s{advice and f'; {advice}'}") from None
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
+            pass_fds=lifeline.pass_fds,
+        ) as process,
+    ):
+        lifeline.started(process)
+        try:
+            output, errors = process.communicate(message, timeout)
+        except BaseException as error:
+            process.kill()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            late = f"{task} took more than {timeout:g} s{advice and f'; {advice}'}"
+            raise ResourceUnavailable(late) from None
+    status = process.returncode
+    if status:
+        lines = errors.decode(errors="replace").strip().splitlines()
         raise ResourceUnavailable(
-            f"{task} was ended by {signal.Signals(-done.returncode).name}"
-            if done.returncode < 0
+            f"{task} was ended by {signal.Signals(-status).name}"
+            if status < 0
             else lines[-1]
             if lines
-            else f"{task} ended with status {done.returncode}"
+            else f"{task} ended with status {status}"
         )
-    return done.stdout
+    return output

@@ -9,11 +9,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
 from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
 from ullm.cli.stdout import STDOUT
 from ullm.errors import ConfigError, EngineDead, ResourceUnavailable, UllmError, UsageError
+from ullm.hosting.config_sources import CONFIG_VARIABLE, ConfigFile
 from ullm.logs import flush
 from ullm.protocol import stop_budget
 from ullm.protocol.exit_codes import EXIT_FAILED, EXIT_SIGNAL_BASE, EXIT_START_FAILED, EXIT_USAGE
@@ -133,4 +135,17 @@ def _wants_debug(arguments: Sequence[str]) -> bool:
     flag = "--log-level"
     levels = [b for a, b in pairwise([*arguments, ""]) if a == flag]
     levels += [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
-    return (levels or [os.environ.get("ULLM_LOG_LEVEL", "")])[-1] == "debug"
+    level = (levels or [os.environ.get("ULLM_LOG_LEVEL", "")])[-1]
+    return (level or _level_in_file(arguments)) == "debug"
+
+
+def _level_in_file(arguments: Sequence[str]) -> Any:
+    """Return the level in the configuration file; None if it says nothing, or cannot be read."""
+    flag = "--config"
+    paths = [b for a, b in pairwise(arguments) if a == flag]
+    paths += [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
+    path = (paths or [os.environ.get(CONFIG_VARIABLE, "")])[-1]
+    try:
+        return ConfigFile.read(path).values.get("log_level") if path else None
+    except ConfigError:  # it is what the error line tells
+        return None

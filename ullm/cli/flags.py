@@ -15,7 +15,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -124,6 +124,21 @@ def engine_options() -> list[Option]:
     ]
     known = {option.name for option in grouped}
     return grouped + [option for option in fields_of(EngineConfig, "Logging") if option.name not in known]
+
+
+def with_switches(line: Sequence[str]) -> list[str]:
+    """Return a command line in which ``--prefix-cache false`` is ``--prefix-cache=false``.
+
+    The library takes a switch's value only behind ``=``, and ``false`` for the model, or the prompt.
+    """
+    options = [*engine_options(), *server_options()]
+    switches = {flag for each in options if each.annotation is bool for flag in (each.flag, *each.aliases)}
+    arguments = list(line)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    for index in reversed(range(1, end)):
+        if arguments[index - 1] in switches and arguments[index].lower() in ("true", "false"):
+            arguments[index - 1 : index + 1] = [f"{arguments[index - 1]}={arguments[index].lower()}"]
+    return arguments
 
 
 def server_options() -> list[Option]:

@@ -16,6 +16,7 @@ from ullm.errors import UllmError
 from ullm.logs import get_logger
 from ullm.supervision import cleanup_scope
 from ullm.system.interpreter import python_command, python_environment
+from ullm.system.lifeline import CONTINUE, Lifeline
 
 READY = "ready: "
 
@@ -65,8 +66,14 @@ class Part:
         Raises:
             PartLost: it has ended by itself, and is to be started again.
         """
+        # By the end of stdin it learns that the launcher has gone; then it stops in order, unless suspended.
+        with Lifeline(CONTINUE) as lifeline:
+            await self._run(lifeline, task_status)
+
+    async def _run(self, lifeline: Lifeline, task_status: trio.TaskStatus[None]) -> None:
         # A session of its own: a terminal's Ctrl-C is for the launcher, which stops its parts in order.
-        options: dict[str, Any] = {"pass_fds": self._order.sockets, "start_new_session": True}
+        inherited = [*self._order.sockets, *lifeline.pass_fds]
+        options: dict[str, Any] = {"pass_fds": inherited, "start_new_session": True}
         process = await trio.lowlevel.open_process(
             python_command("-X", "faulthandler", "-m", "ullm.cli.launched", self.name),
             stdin=subprocess.PIPE,
@@ -74,6 +81,7 @@ class Part:
             env=python_environment(),
             **options,
         )
+        lifeline.started(process)
         self._process, self._gone = process, trio.Event()
         log.info("part started", part=self.name, pid=process.pid)
         task_status.started()

@@ -13,6 +13,7 @@ from ullm.hub.tuning import read_tuning
 from ullm.logs import get_logger
 from ullm.protocol.messages import ModelInfo
 from ullm.system.interpreter import python_command, python_environment
+from ullm.system.lifeline import Lifeline
 
 log = get_logger(__name__)
 
@@ -41,14 +42,17 @@ async def calibrate_for_next_start(config: EngineConfig, model_path: str, info: 
         return
     await trio.sleep(DELAY)
     try:
-        done = await trio.run_process(
-            python_command("-c", PROGRAM),
-            env=python_environment(),
-            stdin=msgspec.json.encode((config, model_path)),
-            stdout=subprocess.DEVNULL,
-            capture_stderr=True,
-            check=False,
-        )
+        with Lifeline() as lifeline:
+            done = await trio.run_process(
+                python_command("-c", PROGRAM),
+                env=python_environment(),
+                stdin=msgspec.json.encode((config, model_path)),
+                stdout=subprocess.DEVNULL,
+                capture_stderr=True,
+                check=False,
+                pass_fds=lifeline.pass_fds,
+                task_status=lifeline,
+            )
     except OSError as error:
         log.warning("the CPU kernels were not calibrated", reason=str(error))
         return

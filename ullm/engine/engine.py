@@ -441,6 +441,11 @@ async def open_engine(
         StartCancelled: a stop was requested before it had started.
         EngineDead: it failed while it ran.
     """
+    if config.nnodes == 1 and config.link_certfile is not None:
+        raise ConfigError(
+            "--link-certfile, --link-keyfile and --link-ca-file have no effect on one host without front "
+            "ends; leave them out"
+        )
     engine = Engine(config, first_children=first_children, transport=transport, find_model=find_model)
     async with running(engine):
         yield engine

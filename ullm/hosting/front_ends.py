@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
-from ullm.config import EngineConfig, ServerConfig
+from ullm.config import LINK_FILES, EngineConfig, ServerConfig
 from ullm.engine.engine import running
 from ullm.errors import ConfigError
 from ullm.link import RemoteEngine
@@ -14,8 +14,9 @@ from ullm.link.address import Address
 from ullm.logs import get_logger
 from ullm.tls.link_tls import link_tls
 
-LINK_TLS = ("link_certfile", "link_keyfile", "link_ca_file")
-OWN = frozenset({"shutdown_timeout", "log_level", "log_format", "max_restarts", "restart_period", *LINK_TLS})
+OWN = frozenset(
+    {"shutdown_timeout", "log_level", "log_format", "max_restarts", "restart_period", *LINK_FILES}
+)
 """Options of `EngineConfig` that a front end follows itself; the others are the engine's."""
 
 log = get_logger(__name__)
@@ -48,8 +49,9 @@ def check_link_tls(config: EngineConfig, server_config: ServerConfig) -> None:
     addresses = [Address.parse(f"--{option}", where) for option, where in places if where is not None]
     if config.nnodes == 1 and all(address.is_unix for address in addresses):
         raise ConfigError(
-            "--link-certfile has no effect without --nnodes, --listen HOST:PORT or --connect HOST:PORT: "
-            "nothing else goes between hosts; leave it out"
+            "--link-certfile, --link-keyfile and --link-ca-file have no effect without --nnodes, "
+            "--listen HOST:PORT or --connect HOST:PORT: "
+            "nothing else goes between hosts; leave them out"
         )
 
 

@@ -22,7 +22,9 @@ from ullm.hub.convert import config_folder, tokenizer_folder
 from ullm.hub.files import (
     Progress,
     cache_dir,
+    check_model_folder,
     check_readable,
+    check_tokenizer_folder,
     check_weights,
     read_json,
     silent,
@@ -78,6 +80,10 @@ def resolve(config: ModelConfig, progress: Progress | None = None, *, refresh: b
     tokenizer_source = path
     if config.tokenizer is not None:
         tokenizer_source = locate(config.tokenizer, config, report, refresh=refresh, weights=False)
+    if path.is_dir():
+        check_model_folder(path)
+    if tokenizer_source.is_dir():
+        check_tokenizer_folder(tokenizer_source)
     tokenizer_path = tokenizer_folder(tokenizer_source, report, trust_remote_code=config.trust_remote_code)
     folder = path
     if not path.is_dir():

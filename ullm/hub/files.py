@@ -30,7 +30,10 @@ Progress = Callable[[str, int, int | None], None]
 HEARTBEAT = 0.25
 """Seconds between calls of a progress function while nothing changes."""
 MAX_HEADER = 100_000_000
-"""Bytes of a safetensors header, as its own library has it."""
+"""Bytes of a safetensors header, as its own library has it; and of files of JSON, which have less."""
+MAX_NAME = 255
+"""Bytes of a file's name, on all usual file systems."""
+INDEX = "model.safetensors.index.json"
 _PARTIAL = ".partial-"
 
 _READ = (".json", ".jinja", ".safetensors", ".gguf", ".model", ".txt", ".py")
@@ -130,21 +133,31 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
 
     Raises:
         ModelNotFound: there is no such file.
-        ModelFileBroken: the file is not a JSON object.
+        ModelFileBroken: the file is not a JSON object, or beyond reason.
     """
+    if kind := special_kind(path):
+        raise ModelFileBroken(path, f"{kind} and not a file; put a file there")
     try:
+        if (size := path.stat().st_size) > MAX_HEADER:
+            raise ModelFileBroken(path, f"has {size} bytes; at most {MAX_HEADER} are read")
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         if missing_ok:
             return {}
         raise ModelNotFound(f"{path.parent} has no {path.name}; is it a model's folder?") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ModelFileBroken(path, f"cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
         raise ModelFileBroken(path, f"not readable as JSON: {error}") from None
     except RecursionError:
         raise ModelFileBroken(path, "not readable as JSON: it is nested too deeply") from None
     if not isinstance(content, dict):
         raise ModelFileBroken(path, f"must hold a JSON object, holds a {type(content).__name__}")
     return content
+
+
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.tiktoken", "merges.txt")
 
 
 def check_readable(folder: Path) -> None:
@@ -156,6 +169,38 @@ def check_readable(folder: Path) -> None:
     for path in sorted((*folder.glob("*"), *folder.glob("*/*.jinja"))):
         if path.suffix in _READ and (kind := special_kind(path)):
             raise ModelFileBroken(path, f"{kind} and not a file; put a file there")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Check that a folder holds a model, as far as the names of its files tell.
+
+    Raises:
+        ModelNotFound: it holds none; says what it holds instead.
+    """
+    if (folder / "config.json").exists():
+        return
+    if not any(folder.iterdir()):
+        raise ModelNotFound(f"{folder} is empty; fetch the model into it, or name another folder")
+    if (folder / "adapter_config.json").exists():
+        raise ModelNotFound(
+            f"{folder} holds a LoRA adapter and no model; give its base model as --model, and this folder as "
+            f"--lora NAME={folder}"
+        )
+    if files := sorted(path.name for path in folder.glob("*.gguf")):
+        raise ModelNotFound(f"{folder} holds GGUF files; name one of them, as in {folder / files[0]}")
+    raise ModelNotFound(f"{folder} has no config.json; name a folder as save_pretrained writes it")
+
+
+def check_tokenizer_folder(folder: Path) -> None:
+    """Check that a folder has a file that may be a tokenizer's, in whatever format.
+
+    Raises:
+        ModelNotFound: it has none.
+    """
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        raise ModelNotFound(
+            f"{folder} has no tokenizer; fetch its tokenizer.json, too, or name another one by --tokenizer"
+        )
 
 
 def special_kind(path: Path) -> str:
@@ -198,23 +243,55 @@ def shards(folder: Path) -> list[Path]:
         ModelFileBroken: the index names a file that is missing, or is itself unreadable.
         ModelUnsupported: there is no safetensors file.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelFileBroken(index, "has no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ModelFileBroken(index, f"names {outside[0]!r}, which is not in its folder")
-        paths = [folder / name for name in names]
+        paths = [folder / name for name in sorted(set(read_index(index).values()))]
     else:
         single = folder / "model.safetensors"
         paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if missing := [path for path in paths if not path.is_file()]:
         raise ModelFileBroken(missing[0], f"missing, though {index.name} names it; fetch the model again")
     if not paths:
+        if pickled := sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern)):
+            raise ModelUnsupported(
+                f"{folder}: {pickled[0]} may run code and is not read; save the model again as safetensors"
+            )
         raise ModelUnsupported(f"{folder} has no .safetensors file; other weight formats are not read")
     return paths
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Return what an index of safetensors files says: tensor → name of the file in the index's folder.
+
+    Raises:
+        ModelNotFound: there is no such index.
+        ModelFileBroken: it says no such thing, or names a file that is not one of safetensors beside it.
+    """
+    content = read_json(file)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFileBroken(file, "has no 'weight_map'")
+    if not isinstance(content.get("metadata", {}), dict):
+        raise ModelFileBroken(file, "its 'metadata' must be an object")
+    for name in weight_map.values():
+        if not _is_file_name(name):
+            raise ModelFileBroken(file, f"names {name!r:.60}, which is not in its folder")
+        if not name.endswith(".safetensors"):
+            raise ModelFileBroken(file, f"names {name!r:.60}, which is no .safetensors file")
+    return weight_map
+
+
+def _is_file_name(name: Any) -> bool:
+    """Return True if a value is the name of a file, without a folder, that a system may have."""
+    try:
+        return (
+            isinstance(name, str)
+            and "\0" not in name
+            and Path(name).name == name
+            and len(os.fsencode(name)) <= MAX_NAME
+        )
+    except UnicodeEncodeError:
+        return False
 
 
 def check_weights(folder: Path) -> None:
@@ -242,7 +319,7 @@ def _check_shard(path: Path) -> None:
         try:
             header = json.loads(file.read(length))
             ends = sorted((int(v["data_offsets"][1]), k) for k, v in header.items() if k != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError):
             raise ModelFileBroken(path, "its header is not that of a safetensors file") from None
     for end, name in ends:
         if 8 + length + end > size:

@@ -2,8 +2,8 @@
 
 A process between the two, the guard, starts the program in a process group of its own. Its stdin is a pipe
 whose other end this process holds, so it notices the end of this process, SIGKILL included: then it removes
-what the program leaves unfinished, and kills the group, the program's own children with it.
-PR_SET_PDEATHSIG would reach only the program itself, and follow the thread that started it.
+what the program leaves unfinished, and kills the group, the program's own children with it. A guard that is
+suspended is continued by the kernel then.
 
 Also run as a script, by path, so that the guard imports nothing but a few modules of the standard library.
 """
@@ -36,17 +36,27 @@ def open_guarded(
     # Not at the top: the guard itself runs without them.
     from ullm.system.forks import forks
     from ullm.system.interpreter import without_secrets
+    from ullm.system.lifeline import CONTINUE, tie
 
     options = {"env": without_secrets(), **options}
     if os.name != "posix":
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
     guard = [sys.executable, "-I", "-S", os.path.abspath(__file__), str(len(scratch)), *map(str, scratch)]
     with forks.held_off():
+        theirs, ours = os.pipe()
+        forks.close_in_child(ours)
+    stdin = open(ours, "wb", buffering=0)
+    try:
         process = subprocess.Popen(
-            [*guard, *command], stdin=subprocess.PIPE, start_new_session=True, cwd=working_folder(), **options
+            [*guard, *command], stdin=theirs, start_new_session=True, cwd=working_folder(), **options
         )
-        assert process.stdin is not None
-        forks.close_in_child(process.stdin.fileno())
+        tie(theirs, process.pid, CONTINUE)
+    except BaseException:
+        stdin.close()
+        raise
+    finally:
+        os.close(theirs)
+    process.stdin = stdin
     return process
 
 

@@ -7,24 +7,22 @@ progress and can be cancelled, whatever DNS or a proxy does.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from ullm.errors import ModelError, ModelNotFound, ModelUnsupported, one_line
-from ullm.hub.files import HEARTBEAT, Progress, gguf_part_names, is_later_part, shards
+from ullm.hub.files import HEARTBEAT, INDEX, Progress, gguf_part_names, is_later_part, read_index, shards
 
 REACH_TIMEOUT = 4.0
 """Seconds after which a hub that does not answer counts as unreachable."""
 METADATA_TIMEOUT = 15.0
-_INDEX = "model.safetensors.index.json"
 _SMALL_FILES = frozenset(
     (
         "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
         "added_tokens.json vocab.json vocab.txt merges.txt tokenizer.model chat_template.jinja "
-        f"chat_template.json {_INDEX}"
+        f"chat_template.json {INDEX}"
     ).split()
 )
 T = TypeVar("T")
@@ -149,9 +147,8 @@ class _Download:
             return self._only
         if not self._weights:
             return []
-        if _INDEX in sizes and folder is not None:
-            weight_map = json.loads((folder / _INDEX).read_bytes())["weight_map"]
-            return sorted(set(weight_map.values()))
+        if INDEX in sizes and folder is not None:
+            return sorted(set(read_index(folder / INDEX).values()))
         if "model.safetensors" in sizes:
             return ["model.safetensors"]
         shard_names = sorted(name for name in sizes if name.endswith(".safetensors") and "/" not in name)

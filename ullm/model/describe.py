@@ -24,7 +24,8 @@ from ullm.model.kernels.cpu.kernels import load_kernels
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.quantization import GROUP, Scheme
 from ullm.model.loading.checkpoint import Checkpoint, read_checkpoint
-from ullm.model.loading.weights import stored_dtypes, weight_files
+from ullm.model.loading.sources import weight_files
+from ullm.model.loading.weights import stored_dtypes
 from ullm.model.memory.kv_pool import KvShape, effective_block_size, kv_bytes_per_token
 from ullm.scheduling.sequence_blocks import most_blocks
 
@@ -136,7 +137,7 @@ def weight_bytes(model: Decoder, checkpoint: Checkpoint, scheme: Scheme | None, 
 def describe_foreign(found: Description, checkpoint: Checkpoint, config: EngineConfig, why: str) -> None:
     """Fill in what a model of transformers needs, as far as it can be told without its weights."""
     from ullm.model.architectures.registry import refuse_gguf
-    from ullm.model.architectures.transformers_model import empty_model  # takes seconds to import
+    from ullm.model.architectures.transformers_loading import empty_model  # takes seconds to import
 
     refuse_gguf(checkpoint, why)
     choose_scheme(checkpoint, config, None)

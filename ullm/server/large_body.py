@@ -23,6 +23,7 @@ from ullm.server.api.errors import InvalidJSON
 from ullm.server.api.large_body_child import TOO_MUCH, Parsed
 from ullm.server.api.nested_fields import Unknown
 from ullm.system.interpreter import python_command, python_environment
+from ullm.system.lifeline import Lifeline
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -68,17 +69,20 @@ async def _parsed(body: bytes, schema: type[R], config: ServerConfig) -> Parsed:
         str(len(body)),
     )
     try:
-        process = await trio.run_process(
-            command,
-            stdin=body,
-            capture_stdout=True,
-            check=False,
-            deliver_cancel=_kill,
-            stderr=subprocess.DEVNULL,
-            cwd=working_folder(),
-            env=python_environment(),
-            **_apart(),
-        )
+        with Lifeline() as lifeline:
+            process = await trio.run_process(
+                command,
+                stdin=body,
+                capture_stdout=True,
+                check=False,
+                deliver_cancel=_kill,
+                stderr=subprocess.DEVNULL,
+                cwd=working_folder(),
+                env=python_environment(),
+                pass_fds=lifeline.pass_fds,
+                task_status=lifeline,
+                **_apart(),
+            )
     except OSError as error:
         raise EngineNotReady(
             f"without a process for large bodies, since none can be started: {error}"

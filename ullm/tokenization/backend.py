@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,19 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from ullm.errors import ModelFileBroken
+from ullm.errors import ModelFileBroken, one_line
 from ullm.logs import get_logger
 
 log = get_logger(__name__)
 
 
+PANIC = "PanicException"
+"""The class of a panic in a library in Rust, which is no Exception and cannot be imported."""
+_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a surrogate pair, as JSON writes it."""
+MAX_BYTES = 100_000_000
+"""Of a file of JSON beside the tokenizer's; a large vocabulary of added tokens has a tenth of that."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
@@ -31,14 +39,37 @@ def load_backend(file: Path) -> Backend:
     """
     if not file.is_file():
         raise ModelFileBroken(file, "no such file; name the tokenizer's folder with --tokenizer")
+    _check_prefix(file)
     try:
         backend: Backend = Backend.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise ModelFileBroken(file, f"not a tokenizer: {error}") from None
+    except BaseException as error:  # the library raises bare Exception, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
+        raise ModelFileBroken(file, f"not a tokenizer: {one_line(error)}") from None
     backend.no_truncation()
     backend.no_padding()
     _add_tokens(backend, file.parent)
     return backend
+
+
+def _check_prefix(file: Path) -> None:
+    """Refuse merges that the library would cut within a character: it ends the process on some of them.
+
+    Raises:
+        ModelFileBroken: a merge has a second part without the prefix that continuing parts have.
+    """
+    try:
+        content = file.read_bytes()
+        model: Any = json.loads(content).get("model") if _PREFIX.search(content) else None
+        prefix, merges = model["continuing_subword_prefix"], model["merges"]
+        parts = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
+        wrong = [part for part in parts if not part[1].startswith(prefix)]
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError):
+        return  # there is no prefix, or no merges, or the library says what is wrong
+    if wrong or (parts and not prefix.isascii()):
+        raise ModelFileBroken(
+            file, f"not a tokenizer: not all merges have the prefix {prefix!r:.40} of continuing parts"
+        )
 
 
 def without_special_tokens(backend: Backend) -> Backend:
@@ -50,11 +81,11 @@ def without_special_tokens(backend: Backend) -> Backend:
 
 def _add_tokens(backend: Backend, folder: Path) -> None:
     """Add the tokens of tokenizer_config.json, added_tokens.json and special_tokens_map.json."""
-    config, added, special = (
-        _read_object(folder / name)
-        for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
-    )
-    named = _special_texts(config, special)
+    files = [folder / f"{name}.json" for name in ("tokenizer_config", "added_tokens", "special_tokens_map")]
+    config, added, special = (_read_object(file) for file in files)
+    if "added_tokens_decoder" in config:  # then the older files beside it do not count for transformers
+        added, special = {}, {}
+    named = list(dict.fromkeys([*_special_texts(files[0], config), *_special_texts(files[2], special)]))
     wanted: dict[int, AddedToken] = {}
     try:
         for number, entry in (config.get("added_tokens_decoder") or {}).items():
@@ -66,7 +97,7 @@ def _add_tokens(backend: Backend, folder: Path) -> None:
     texts = {token.content for token in wanted.values()}
     for text, number in added.items():
         if text not in texts and isinstance(number, int):
-            wanted.setdefault(number, AddedToken(text, special=text in named, normalized=False))
+            wanted.setdefault(number, AddedToken(text, special=text in named, normalized=text not in named))
     present = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     new = [token for _, token in sorted(wanted.items()) if repr(present.get(token.content)) != repr(token)]
     known = {*present, *(token.content for token in new)}
@@ -86,26 +117,30 @@ def _added_token(entry: Any, named: Sequence[str]) -> AddedToken:
     return AddedToken(entry["content"], special=special, **flags)
 
 
-def _special_texts(*configs: Mapping[str, Any]) -> list[str]:
-    """Return the texts of all special tokens that some configs name."""
-    found: dict[str, None] = {}
-    for config in configs:
-        values = [config.get(name) for name in _NAMED]
-        for name in _LISTED:
-            listed = config.get(name) or []
-            values += listed.values() if isinstance(listed, dict) else listed
-        for value in values:
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str) and text:
-                found[text] = None
-    return list(found)
+def _special_texts(file: Path, config: Mapping[str, Any]) -> list[str]:
+    """Return the texts of all special tokens that a file names."""
+    values = [config.get(name) for name in _NAMED]
+    for name in _LISTED:
+        listed = config.get(name) or []
+        if not isinstance(listed, list | dict):
+            raise ModelFileBroken(file, f"{name!r} must be a list of tokens, is {listed!s:.40}")
+        values += listed.values() if isinstance(listed, dict) else listed
+    texts = [value.get("content") if isinstance(value, dict) else value for value in values]
+    return [text for text in texts if isinstance(text, str) and text]
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text("utf-8"))
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise ModelFileBroken(file, f"has {size} bytes; at most {MAX_BYTES} are read")
+        text = file.read_text("utf-8")
+        content = json.loads(text)
+        if _HALF.search(text):  # perhaps; the names of tokens would otherwise be refused one by one
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ModelFileBroken(file, "has half a surrogate pair, which is not valid Unicode") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileBroken(file, f"cannot be read: {error}") from None
     return content if isinstance(content, dict) else {}

@@ -42,6 +42,7 @@ from ullm.protocol.messages import (
     Wake,
 )
 from ullm.protocol.runner import Runner
+from ullm.system.lifeline import tie
 from ullm.worker.loop import IMPORT_BUDGET, Ended, Inbox, Terminated, failed, load_runner, run_worker
 from ullm.worker.low_priority import import_at_low_priority
 
@@ -158,20 +159,13 @@ def interrupt_main_thread() -> None:
 def arm_lifeline(descriptor: int) -> None:
     """Have the kernel kill this process when the other end of a pipe closes (Linux only).
 
-    PR_SET_PDEATHSIG would follow the *thread* that started the process, and trio starts processes from a
-    thread that ends when it has been idle. The other end of the pipe belongs to the whole parent process.
+    The parent has done so already, unless it ended before it could.
     """
     if sys.platform != "linux":
         raise AssertionError("only Linux signals the end of a pipe")
     import select
 
-    import ullm.system.posix
-
-    fcntl = ullm.system.posix.fcntl
-
-    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+    tie(descriptor, os.getpid(), signal.SIGKILL)
     poll = select.poll()
     poll.register(descriptor, 0)
     if poll.poll(0):  # it closed before this was set up

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -30,6 +31,9 @@ def simulate(
     *,
     replicas: Numbers = "1,4,16,64",
     requests: Numbers = "2000",
+    front_ends: Annotated[
+        str, Parameter(help="Numbers of front ends with connections of their own, separated by commas.")
+    ] = "0",
     routing: Annotated[str, Parameter(help="Policies, separated by commas.")] = "prefix",
     faults: Annotated[int, Parameter(help="Number of workers that are lost or hang, in each run.")] = 0,
     rate: Annotated[float, Parameter(help="Requests per second and replica.")] = 15.0,
@@ -47,13 +51,17 @@ def simulate(
     if plot is not None:
         matplotlib_module()  # before anything is measured
     logging.getLogger("ullm").setLevel(logging.CRITICAL)  # hundreds of losses are meant to be
+    combinations = product(
+        parse_numbers(replicas.split(","), "--replicas"),
+        parse_numbers(front_ends.split(","), "--front-ends", least=0),
+        parse_numbers(requests.split(","), "--requests"),
+        policies,
+    )
     runs = []
-    for count in parse_numbers(replicas.split(","), "--replicas"):
-        for asked in parse_numbers(requests.split(","), "--requests"):
-            for policy in policies:
-                stderr().print(f"{count} replicas, {asked} requests, {policy}", markup=False)
-                scenario = Scenario(count, asked, policy, faults, rate, seed=seed)  # type: ignore[arg-type]
-                runs.append(run_scenario(scenario))
+    for count, doors, asked, policy in combinations:
+        stderr().print(f"{count} replicas, {doors} front ends, {asked} requests, {policy}", markup=False)
+        scenario = Scenario(count, asked, policy, faults, rate, seed=seed, front_ends=doors)  # type: ignore[arg-type]
+        runs.append(run_scenario(scenario))
     report = SimulationReport(runs)
     write_report(report.markdown(), report.json(), output)
     sys.stdout.write(report.json() + "\n" if json else report.markdown())

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,10 +17,12 @@ import msgspec
 import trio
 
 from tests.benchmarks.simulation.chats import Chat, make_chats
+from tests.benchmarks.simulation.front_ends import FrontEnds, open_front_ends
 from tests.support.seeded import run_seeded
 from ullm.actors.transports.fake import FakeBehaviour, FakeWorkers
 from ullm.engine import Engine
 from ullm.errors import UllmError
+from ullm.link import RemoteEngine
 from ullm.protocol.messages import Step, ToWorker
 from ullm.sampling import SamplingParams
 from ullm.scheduling.routing import RoutingPolicy
@@ -33,6 +36,9 @@ on two cores, by the rates of 1 and 16 streams and of prefill in docs/explanatio
 LOAD_SECONDS = 2.0
 HANGS = 0.25
 """Share of faults that are hangs; the others are losses."""
+CUTS = 0.5
+"""Share of faults that cut a front end's connection, where there are front ends."""
+MAX_QUEUE = 1 << 20
 CHECKED = 10
 """One answer in this many is compared token by token with what the script says; all are counted."""
 
@@ -44,7 +50,9 @@ class Scenario:
     Args:
         rate: requests per second and replica.
         blocks: KV blocks of each replica, of 16 tokens.
-        faults: workers that are lost or hang, at random times.
+        faults: workers that are lost or hang, or connections that are cut, at random times.
+        front_ends: processes that requests come through, each with a connection of its own; 0: the engine is
+            asked directly.
     """
 
     replicas: int
@@ -54,6 +62,7 @@ class Scenario:
     rate: float = 15.0
     blocks: int = 1536
     seed: int = 1
+    front_ends: int = 0
 
 
 class SimulatedRun(msgspec.Struct, frozen=True):
@@ -62,6 +71,7 @@ class SimulatedRun(msgspec.Struct, frozen=True):
     Args:
         failed: requests that ended with an error, or with other tokens than they should have.
         lost, hung: workers to which that was done.
+        cut: connections of front ends.
         hit_rate: share of the prompts' tokens that came from a cache, at the first submission.
         first_token_p50, first_token_p99, longest_gap: virtual seconds.
         resumed: submissions of requests that had been submitted before.
@@ -73,10 +83,12 @@ class SimulatedRun(msgspec.Struct, frozen=True):
 
     replicas: int
     requests: int
+    front_ends: int
     routing: str
     failed: int
     lost: int
     hung: int
+    cut: int
     hit_rate: float
     first_token_p50: float
     first_token_p99: float
@@ -115,34 +127,37 @@ class _Simulation:
         self.first: list[float] = []
         self.longest_gap = 0.0
         self.choices: list[float] = []
-        self.prompt_tokens = self.cached_tokens = self.tokens = self.failed = self.lost = self.hung = 0
+        self.prompt_tokens = self.cached_tokens = self.tokens = self.failed = self.lost = self.hung = (
+            self.cut
+        ) = 0
         self._scenario = scenario
         self._workers = workers
         self._settings = settings
         self._asked = 0
 
-    async def live(self, engine: Engine) -> None:
+    async def live(self, engine: Engine, front_ends: FrontEnds) -> None:
         """Have all chats, with all faults among them."""
         scenario = self._scenario
+        doors: list[Engine | RemoteEngine] = [*front_ends.engines] or [engine]
         chats = list(make_chats(scenario.seed, scenario.requests, scenario.rate * scenario.replicas))
         async with trio.open_nursery() as others:
-            others.start_soon(self._break, chats[-1].start)
+            others.start_soon(self._break, chats[-1].start, front_ends)
             others.start_soon(self._forget_messages)
             async with trio.open_nursery() as nursery:
                 began = trio.current_time()
-                for chat in chats:
+                for chat, asked in zip(chats, cycle(doors)):
                     await trio.sleep_until(began + chat.start)
-                    nursery.start_soon(self._chat, engine, chat)
+                    nursery.start_soon(self._chat, asked, chat)
             others.cancel_scope.cancel()
 
-    async def _chat(self, engine: Engine, chat: Chat) -> None:
+    async def _chat(self, engine: Engine | RemoteEngine, chat: Chat) -> None:
         tokens = list(chat.system)
         for turn in chat.turns:
             await trio.sleep(turn.pause)
             tokens += turn.message
             tokens += await self._ask(engine, list(tokens), turn.max_tokens)
 
-    async def _ask(self, engine: Engine, prompt: list[int], count: int) -> list[int]:
+    async def _ask(self, engine: Engine | RemoteEngine, prompt: list[int], count: int) -> list[int]:
         self._asked += 1
         checked = self._asked % CHECKED == 0
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
@@ -167,11 +182,15 @@ class _Simulation:
         self.failed += len(answer) != count or right != answer
         return answer
 
-    async def _break(self, seconds: float) -> None:
-        """Lose a worker, or have it hang, at each of some random times."""
+    async def _break(self, seconds: float, front_ends: FrontEnds) -> None:
+        """Lose a worker, have it hang, or cut a connection, at each of some random times."""
         source, began = random.Random(self._scenario.seed + 1), trio.current_time()
         for moment in sorted(source.uniform(0, seconds) for _ in range(self._scenario.faults)):
             await trio.sleep_until(began + moment)
+            if front_ends.engines and source.random() < CUTS:
+                self.cut += 1
+                front_ends.cut(source)
+                continue
             alive = [worker for worker in self._workers.started if worker.alive()]
             if not alive:
                 continue  # all of them are down already
@@ -217,20 +236,25 @@ async def _run(scenario: Scenario, model: Path) -> SimulatedRun:
     simulation = _Simulation(scenario, workers, ScriptedSettings.read(str(model)))
     began_cpu, began = time.process_time(), trio.current_time()
     options = {"replicas": scenario.replicas, "routing": scenario.routing, "max_restarts": 1000}
-    async with open_scripted_engine(model, workers=workers, max_queue=1 << 20, **options) as engine:
+    async with (
+        open_scripted_engine(model, workers=workers, max_queue=MAX_QUEUE, **options) as engine,
+        open_front_ends(engine, scenario.front_ends, MAX_QUEUE) as front_ends,
+    ):
         routing = engine._router._routing
         vars(routing)["choose"] = simulation.time_choices(routing.choose)
-        await simulation.live(engine)
+        await simulation.live(engine, front_ends)
         seconds, cpu = trio.current_time() - began, time.process_time() - began_cpu
         statistics = engine.statistics()
     first = sorted(simulation.first)
     return SimulatedRun(
         replicas=scenario.replicas,
         requests=scenario.requests,
+        front_ends=scenario.front_ends,
         routing=scenario.routing,
         failed=simulation.failed,
         lost=simulation.lost,
         hung=simulation.hung,
+        cut=simulation.cut,
         hit_rate=simulation.cached_tokens / max(1, simulation.prompt_tokens),
         first_token_p50=first[len(first) // 2],
         first_token_p99=first[len(first) * 99 // 100],

@@ -24,9 +24,9 @@ class SimulationReport(msgspec.Struct, frozen=True):
     def markdown(self) -> str:
         """Return a table, run by run."""
         heading = [
-            "replicas, requests, routing",
+            "replicas, front ends, requests, routing",
             "failed",
-            "lost / hung",
+            "lost / hung / cut",
             "resumed",
             "hit rate",
             "first token p50 / p99, ms",
@@ -39,9 +39,9 @@ class SimulationReport(msgspec.Struct, frozen=True):
 
 def _row(run: SimulatedRun) -> list[str]:
     return [
-        f"{run.replicas}, {run.requests:,}, {run.routing}",
+        f"{run.replicas}, {run.front_ends or 'none'}, {run.requests:,}, {run.routing}",
         str(run.failed),
-        f"{run.lost} / {run.hung}",
+        f"{run.lost} / {run.hung} / {run.cut}",
         str(run.resumed),
         f"{run.hit_rate:.1%}",
         f"{1e3 * run.first_token_p50:.0f} / {1e3 * run.first_token_p99:.0f}",

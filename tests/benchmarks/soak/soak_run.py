@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trio
 
-from tests.benchmarks.soak.judge import Tolerance, ends, judge, readings
+from tests.benchmarks.soak.judge import Tolerance, TooShort, ends, judge, readings
 from tests.benchmarks.soak.mix import Mix, Unexpected, run_request
 from tests.benchmarks.soak.sample import Sample, ServerSampler
 from tests.benchmarks.soak.soak_report import SoakReport
@@ -26,6 +26,8 @@ from ullm.testing.processes import POLL, at_root, free_port, open_server
 START_SECONDS = 120.0
 SETTLE_SECONDS = 20.0
 """Seconds after the last answer within which nothing may be in flight any more."""
+PATIENCE = 5.0
+"""How often the planned duration may pass until there are readings enough: a busy machine gives few."""
 MOST_FAILURES = 50
 """Number of failed requests after which the run is given up."""
 PROGRESS_LINES = 10
@@ -132,7 +134,8 @@ async def _watch(plan: SoakPlan, load: SoakLoad, sampler: ServerSampler, say: Sa
                 samples.append(await sampler.take(load.counts.total()))
             looks += 1
             passed, answered = trio.current_time() - sampler.began, load.counts["answered"]
-            if passed >= plan.seconds and answered >= plan.requests:
+            is_enough = passed >= plan.seconds and answered >= plan.requests
+            if is_enough and (_can_be_judged(plan, samples) or passed >= plan.seconds * PATIENCE):
                 break
             share = min(passed / plan.seconds, answered / plan.requests if plan.requests else 1.0)
             if share * PROGRESS_LINES >= lines_shown:
@@ -145,6 +148,14 @@ async def _watch(plan: SoakPlan, load: SoakLoad, sampler: ServerSampler, say: Sa
     finally:
         load.stopping.set()
     return samples
+
+
+def _can_be_judged(plan: SoakPlan, samples: list[Sample]) -> bool:
+    try:
+        ends(readings(samples), plan.warm_up)
+    except TooShort:
+        return False
+    return True
 
 
 async def _at_rest(sampler: ServerSampler) -> list[str]:

@@ -102,7 +102,7 @@ Vector<float> multiply_rows(const char* name, const Vector<X>& x, const Matrix& 
     return all;
 }
 
-constexpr int64_t ROWS = 20, IN = 96, OUT = 100;
+constexpr int64_t ROWS = 40, IN = 96, OUT = 100;
 
 // One product and sum as the compiler makes it for this processor: fused where it has such an instruction.
 float fused(float sum, float a, float b) {
@@ -170,6 +170,23 @@ void linear_layers() {
     const Vector<bfloat16> inputs = rounded(x);
     const Vector<float> got = multiply_rows("bfloat16 arithmetic", inputs, matrix, ROWS, linear_bfloat16);
     expect(close(got, exact(widened(inputs), widened(narrow), bias), 1e-6), "bfloat16 arithmetic");
+
+    // Inputs that do not fill whole tiles, see tiles.h: the last 16 are not there.
+    const int64_t fewer = IN - 16;
+    Vector<bfloat16> short_inputs(ROWS * fewer), short_weights(OUT * fewer);
+    Vector<float> zeros = widened(inputs), short_zeros = widened(narrow);
+    const auto cut = [&](const Vector<bfloat16>& from, Vector<bfloat16>& to, Vector<float>& zeroed) {
+        for (size_t i = 0; i < from.size(); ++i)
+            if (int64_t(i % IN) < fewer)
+                to[i / IN * fewer + i % IN] = from[i];
+            else
+                zeroed[i] = 0;
+    };
+    cut(inputs, short_inputs, zeros), cut(narrow, short_weights, short_zeros);
+    pack_bfloat16(short_weights.data(), packed.data(), 2, fewer, OUT);
+    const Matrix narrower{packed.data(), bias.data(), fewer, OUT, Format::BFLOAT16};
+    const Vector<float> less = multiply_rows("fewer inputs", short_inputs, narrower, ROWS, linear_bfloat16);
+    expect(close(less, exact(zeros, short_zeros, bias), 1e-6), "fewer inputs");
 }
 
 struct Codes {
@@ -260,8 +277,8 @@ void attend(Step& step, Layer& layer, float* qkv, Vector<bfloat16>& pages, Vecto
 
 // Two sequences: one whole prompt, and one token of another whose earlier tokens came one by one.
 template <typename T>
-void attention(const char* name, double tolerance) {
-    const int64_t heads = 6, kv = 2, dim = 16, size = 16, length = 75, all = heads + 2 * kv, blocks = 5;
+void attention(const char* name, double tolerance, const int64_t dim, const int64_t tile_tokens) {
+    const int64_t heads = 6, kv = 2, size = 16, length = 75, all = heads + 2 * kv, blocks = 5;
     const Vector<float> cosines(length * dim / 2, 1.0f), sines(length * dim / 2, 0.0f);  // no rotation
     const Vector<float> inputs = numbers(length * all * dim);
     Vector<T> pages(2 * blocks * kv * 2 * size * dim), out(length * heads * dim);
@@ -284,7 +301,7 @@ void attention(const char* name, double tolerance) {
         attend(step, layer, qkv.data(), pages, out);
     };
     use_threads(3, 4);
-    run(0, 0, length, 8);
+    run(0, 0, length, tile_tokens);
     const Vector<T> whole = out;
     use_threads(1, 4);
     for (int64_t i = 0; i < length; ++i) run(1, i, 1, 1);
@@ -356,8 +373,9 @@ int main() {
     quantized(4, "4 bits");
 #ifndef PRODUCTS_ONLY
     between();
-    attention<float>("attention in float32", 1e-6);
-    attention<bfloat16>("attention in bfloat16", 1e-2);
+    attention<float>("attention in float32", 1e-6, 16, 8);
+    attention<bfloat16>("attention in bfloat16", 1e-2, 16, 8);
+    attention<bfloat16>("attention of wide heads in bfloat16", 1e-2, 64, 12);
     choose();
 #endif
     return failed;

@@ -80,6 +80,12 @@ VARIANTS = (
         needs=(*_AVX512, "avx512_vnni", "avx512_bf16"),
         emulation=("-DEMULATE_AVX512", "-DEMULATE_VNNI", "-DEMULATE_BF16"),
     ),
+    Variant(
+        *("AVX-512, VNNI, BF16, AMX", 16, 32),
+        flags=("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        needs=(*_AVX512, "avx512_vnni", "avx512_bf16", "amx_bf16"),
+        emulation=("-DEMULATE_AVX512", "-DEMULATE_VNNI", "-DEMULATE_BF16", "-DEMULATE_AMX"),
+    ),
     Variant("NEON", 4, 32, flags=("-march=armv8-a",)),
     Variant("NEON, dotprod", 4, 32, flags=("-march=armv8.2-a+dotprod",), needs=("asimddp",)),
     Variant(
@@ -157,7 +163,7 @@ def simde() -> Path | None:
 
 def shape(compiler: str, flags: Sequence[str]) -> tuple[str, int, int]:
     """Return name, lanes and registers of the kernels with some flags, as the preprocessor sees them."""
-    source = '#include "common.h"\n;ULLM_VECTORS ULLM_DOTS ULLM_PAIRS_OF_BF16;ULLM_LANES;ULLM_REGISTERS\n'
+    source = '#include "common.h"\n;VARIANT ULLM_TILES;ULLM_LANES;ULLM_REGISTERS\n'
     command = [compiler, *flags, "-std=c++20", f"-I{build.FOLDER}", "-E", "-P", "-xc++", "-"]
     done = subprocess.run(command, input=source, stdout=subprocess.PIPE, text=True, check=True)
     name, lanes, registers = done.stdout.rsplit(";", 3)[1:]

@@ -31,7 +31,7 @@ from tests.model.quantized_fixtures import (
 from ullm.errors import ModelError, ModelFileBroken, ModelUnsupported
 from ullm.model.layers.quantization import QuantizedWeight
 from ullm.model.loading.quantized.formats import find_format
-from ullm.model.loading.weights import iterate_sources
+from ullm.model.loading.sources import iterate_sources
 
 PACKED = {
     *("gptq", "gptq-asymmetric", "gptq-8", "gptq-v2", "gptq-of-a-file", "awq", "awq-of-a-file", "w4a16"),

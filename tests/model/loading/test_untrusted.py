@@ -17,7 +17,7 @@ from ullm.errors import ModelFileBroken, ModelNotFound
 from ullm.hub.files import check_weights, read_json
 from ullm.model.architectures.transformers_model import TransformersModel
 from ullm.model.loading.checkpoint import read_checkpoint
-from ullm.model.loading.weights import safetensors_sources
+from ullm.model.loading.sources import safetensors_sources
 
 DEEP = "[" * 100_000 + "]" * 100_000
 ARCHITECTURE = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
@@ -47,6 +47,14 @@ def test_a_safetensors_header_of_many_brackets(tmp_path: Path) -> None:
         check_weights(tmp_path)
     with pytest.raises(ModelFileBroken, match="recursion limit"):
         list(safetensors_sources(file))
+
+
+@pytest.mark.parametrize("end", ["1e999", "NaN", '"x"', "[]", "null"])
+def test_a_safetensors_header_with_offsets_that_are_none(tmp_path: Path, end: str) -> None:
+    header = f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": [0, {end}]}}}}'.encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(ModelFileBroken, match="its header is not that of a safetensors file"):
+        check_weights(tmp_path)
 
 
 def test_a_safetensors_header_that_is_too_long(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import trio
 
 from ullm.actors.transports.background import background_tasks
 from ullm.actors.transports.base import StopReport, Transport, WorkerSpec
-from ullm.actors.transports.spawn import lifeline, spawn
+from ullm.actors.transports.spawn import spawn
 from ullm.actors.transports.stderr import StderrForwarder
 from ullm.errors import FrameBroken, WorkerLost
 from ullm.logs import get_logger
@@ -25,6 +25,7 @@ from ullm.protocol import stop_budget
 from ullm.protocol.frames import FrameReader, encode
 from ullm.protocol.messages import FromWorker, Ready, Stop, Stopped, ToWorker
 from ullm.system.forks import forks
+from ullm.system.lifeline import Lifeline
 
 OUTBOX = 64
 """Frames that may queue for the pipe before senders wait."""
@@ -41,8 +42,8 @@ async def open_process(spec: WorkerSpec) -> AsyncIterator[Transport]:
     Raises:
         OSError: the process cannot be started.
     """
-    with lifeline() as inherited:
-        process = await spawn(spec, inherited)
+    with Lifeline() as lifeline:
+        process = await spawn(spec, lifeline)
         transport = ProcessTransport(spec.rank.name, process)
         async with background_tasks() as nursery:
             nursery.start_soon(transport.write_frames)

@@ -1,4 +1,4 @@
-"""Starting a worker process: its command line, its environment, and its lifeline."""
+"""Starting a worker process: its command line and its environment."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import errno
 import itertools
 import os
 import subprocess
-import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +16,8 @@ from ullm.actors.transports.base import WorkerSpec
 from ullm.hub.guarded import working_folder
 from ullm.logs import get_logger
 from ullm.supervision import exponential_backoff
-from ullm.system.forks import forks
 from ullm.system.interpreter import python_command, python_environment
+from ullm.system.lifeline import Lifeline
 
 FIRST_DELAY, LAST_DELAY = 0.1, 2.0
 """Seconds between two attempts to start a process: doubled each time, up to the limit."""
@@ -31,26 +29,8 @@ SHORT = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 log = get_logger(__name__)
 
 
-@contextmanager
-def lifeline() -> Iterator[int | None]:
-    """Open a pipe living as long as this process and this context; yield the worker's end. Linux only.
-
-    A forked child does not prolong its life.
-    """
-    if sys.platform != "linux":
-        yield None
-        return
-    with forks.held_off():
-        theirs, ours = os.pipe()
-        forks.close_in_child(ours)
-    try:
-        yield theirs
-    finally:
-        os.close(ours)
-
-
-async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
-    """Start the process, which inherits one descriptor; close that here.
+async def spawn(spec: WorkerSpec, lifeline: Lifeline) -> trio.Process:
+    """Start the process, and tie it to its lifeline.
 
     Where the system has no room for a process just now, as at a limit of processes, wait and try again.
 
@@ -65,17 +45,15 @@ async def spawn(spec: WorkerSpec, inherited: int | None) -> trio.Process:
         options["start_new_session"] = True
     else:
         options["creationflags"] = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-    if inherited is not None:
-        command += ["--lifeline", str(inherited)]
-        options["pass_fds"] = [inherited]
+    for descriptor in lifeline.pass_fds:
+        command += ["--lifeline", str(descriptor)]
+        options["pass_fds"] = [descriptor]
     pipe = subprocess.PIPE
     options |= {"stdin": pipe, "stdout": pipe, "stderr": pipe}
     options |= {"cwd": working_folder(), "env": _environment(spec)}
-    try:
-        return await _persistently(partial(trio.lowlevel.open_process, command, **options), spec.rank.name)
-    finally:
-        if inherited is not None:
-            os.close(inherited)
+    process = await _persistently(partial(trio.lowlevel.open_process, command, **options), spec.rank.name)
+    lifeline.started(process)
+    return process
 
 
 async def _persistently(start: Callable[[], Awaitable[trio.Process]], name: str) -> trio.Process:

@@ -14,6 +14,10 @@ from ullm.model.layers.rope import check_rope
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
 """Fields of a `DecoderConfig` that count something; `build` checks the layers."""
+MAX_SIZE = 1 << 31
+"""Of a dimension; published models have vocabularies of less than a million, and all else is smaller."""
+MAX_HEAD_DIM = 1 << 16
+"""Published models have at most 512."""
 NORMS = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
     "around": (
@@ -113,6 +117,9 @@ class DecoderConfig:
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+            most = MAX_HEAD_DIM if name == "head_dim" else MAX_SIZE
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is {getattr(self, name)}, and can be at most {most}")
         for name in ("sliding_windows", "no_rope"):
             if len(getattr(self, name)) not in (
                 {self.num_layers} if name == "sliding_windows" else {0, self.num_layers}
@@ -121,7 +128,7 @@ class DecoderConfig:
         if self.attention_scale is not None and not self.attention_scale > 0:
             raise ValueError(f"the factor of its attention scores is {self.attention_scale}")
         if self.experts is not None:
-            if not 1 <= self.experts.chosen <= self.experts.count or self.experts.size < 1:
+            if not 1 <= self.experts.chosen <= self.experts.count or not 1 <= self.experts.size <= MAX_SIZE:
                 raise ValueError(f"{self.experts.chosen} of {self.experts.count} experts cannot be chosen")
         for rope in (self.rope, self.local_rope):
             if rope is not None:

@@ -8,10 +8,18 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ullm.config import EngineConfig, ModelConfig
-from ullm.errors import ModelError, ModelFileBroken, ModelUnsupported, OutOfMemory, ResourceUnavailable
+from ullm.errors import (
+    ModelError,
+    ModelFileBroken,
+    ModelUnsupported,
+    OutOfMemory,
+    ResourceUnavailable,
+    one_line,
+)
 from ullm.logs import get_logger
 from ullm.machine import available_memory
 from ullm.model.architectures.decoder import Decoder
+from ullm.model.architectures.decoder_config import DecoderConfig
 from ullm.model.architectures.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
 from ullm.model.architectures.granite import GraniteForCausalLM
 from ullm.model.architectures.llama import LlamaForCausalLM, MistralForCausalLM
@@ -27,18 +35,13 @@ from ullm.model.kernels.cpu.build import library_path, why_no_library
 from ullm.model.kernels.cpu.kernels import NAMES, CpuKernels, load_kernels
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.layers.quantization import Scheme
+from ullm.model.layers.rope import cache_bytes
 from ullm.model.loading.checkpoint import Checkpoint, knows_model_type
 from ullm.model.loading.config_keys import ReadKeys
+from ullm.model.loading.dummy import fill_dummy
 from ullm.model.loading.packed import PackedFile, packed_file
-from ullm.model.loading.weights import (
-    fill_dummy,
-    has_own_head,
-    lacks_prefix,
-    load_weights,
-    names_with_codes,
-    stored_dtypes,
-    weight_files,
-)
+from ullm.model.loading.sources import names_with_codes, weight_files
+from ullm.model.loading.weights import check_shapes, has_own_head, lacks_prefix, load_weights, stored_dtypes
 from ullm.model.memory.kv_pool import mib
 
 log = get_logger(__name__)
@@ -126,6 +129,8 @@ def load_model(
     if scheme is not None:
         of_codes = scheme == "stored" and checkpoint.stored_format
         model.quantize(scheme, names_with_codes(checkpoint.path) if of_codes else None)
+    if config.load_format != "dummy":
+        check_shapes(model, checkpoint.path)
     stored = stored_dtypes(model, checkpoint.path) if keeps_stored(checkpoint, config, kernels) else None
     allocate(model, checkpoint.dtype, device, stored)
     if config.load_format == "dummy":
@@ -252,7 +257,7 @@ def build(native: type[Decoder], checkpoint: Checkpoint, parallel: ParallelConte
     except KeyError as error:
         raise ModelFileBroken(file, f"has no {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise ModelFileBroken(file, f"makes no {checkpoint.architecture}: {error}") from None
+        raise ModelFileBroken(file, f"makes no {checkpoint.architecture}: {one_line(error)}") from None
     if file.suffix != ".gguf" and (unread := keys.unread()):  # ours, of a GGUF file's metadata, are all known
         log.warning(f"{file}: keys that have no effect here: {', '.join(unread)}")
     if shape.tie_word_embeddings and has_own_head(checkpoint.path):
@@ -264,7 +269,22 @@ def build(native: type[Decoder], checkpoint: Checkpoint, parallel: ParallelConte
         with torch.device("meta"):
             return native(shape, parallel)
     except (TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
-        raise ModelFileBroken(file, f"makes no {checkpoint.architecture}: {error}") from None
+        raise ModelFileBroken(file, f"makes no {checkpoint.architecture}: {one_line(error)}") from None
+
+
+def check_context(shape: DecoderConfig) -> None:
+    """Refuse a context whose rotary embeddings do not fit into memory.
+
+    Raises:
+        OutOfMemory: names the context's length.
+    """
+    ropes = (shape.rope,) if shape.local_rope is None else (shape.rope, shape.local_rope)
+    need = sum(cache_bytes(rope, shape.head_dim, shape.context_len) for rope in ropes)
+    if need > (free := available_memory()):
+        raise OutOfMemory(
+            f"a context of {shape.context_len} tokens needs {mib(need)} for its rotary embeddings, and "
+            f"{mib(free)} are free; use a smaller --context-len"
+        )
 
 
 def allocate(
@@ -284,6 +304,7 @@ def allocate(
         raise OutOfMemory(
             f"the weights need {mib(need)}, the {device.type} has {mib(free)} free; use a smaller model"
         )
+    check_context(model.config)
     model.materialize(dtype, device, stored)
 
 

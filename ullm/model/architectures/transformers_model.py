@@ -8,7 +8,6 @@ refused, not run wrongly.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,16 @@ import transformers
 from torch import Tensor, nn
 
 from ullm.config import ModelConfig
-from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported, one_line
-from ullm.model.architectures.transformers_check import compare, observe, refuse_by_kind
+from ullm.logs import get_logger
+from ullm.model.architectures.transformers_check import compare, observe
+from ullm.model.architectures.transformers_keys import keys_without_effect
+from ullm.model.architectures.transformers_loading import (
+    check_rope,
+    quiet,
+    random_model,
+    read_hf_config,
+    stored_model,
+)
 from ullm.model.attention.batch import Batch
 from ullm.model.layers.linear_kernels import PlainKernel
 from ullm.model.layers.lora import LoraHost, LoraLayer, Place
@@ -28,11 +35,10 @@ from ullm.model.sampling.choose import SamplingFilter, choose_tokens
 
 if TYPE_CHECKING:
     from ullm.model.loading.checkpoint import Checkpoint
-from ullm.model.loading.weights import INDEX, SINGLE, iterate_sources, reject_codes
+
+log = get_logger(__name__)
 
 PAGED_ATTENTION = "ullm_paged"
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings that change for all tokens of a batch when one of them is beyond some position."""
 
 
 class TransformersModel:
@@ -77,11 +83,14 @@ class TransformersModel:
         """
         hf_config = read_hf_config(checkpoint, config.trust_remote_code)
         check_rope(hf_config, checkpoint)
+        if unread := keys_without_effect(checkpoint.hf, hf_config):
+            file = checkpoint.path / "config.json"
+            log.warning(f"{file}: keys that have no effect here: {', '.join(unread)}")
         with quiet():
             if config.load_format == "dummy":
-                model = _random_model(hf_config, checkpoint, config.trust_remote_code)
+                model = random_model(hf_config, checkpoint, config.trust_remote_code)
             else:
-                model = _stored_model(hf_config, checkpoint, config.trust_remote_code)
+                model = stored_model(hf_config, checkpoint, config.trust_remote_code)
         return cls(model.eval().requires_grad_(False).to(device))
 
     @property
@@ -220,153 +229,3 @@ def _padded(heads: Tensor, size: int) -> Tensor:
     """Return ``[T, heads, D]`` with zeros up to ``size``, which change no product; contiguous."""
     missing = size - heads.shape[-1]
     return nn.functional.pad(heads, (0, missing)) if missing else heads.contiguous()
-
-
-def read_hf_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """Return transformers' config object.
-
-    Raises:
-        ModelUnsupported: transformers does not know the architecture, or has no causal language model for it.
-        ModelFileBroken: the config has values that transformers refuses.
-    """
-    name, path = checkpoint.architecture, checkpoint.path
-    custom = "auto_map" in checkpoint.hf
-    known = checkpoint.hf.get("model_type") in transformers.CONFIG_MAPPING
-    if not known and not (custom and trust_remote_code):
-        remedy = "; it comes with its own code: use --trust-remote-code if you trust it" if custom else ""
-        raise ModelUnsupported(
-            f"{path}: transformers {transformers.__version__} does not know {name}{remedy}"
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # the config's checks may raise anything
-        raise ModelFileBroken(path / "config.json", f"cannot be used: {one_line(error)}") from error
-    if known and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not custom:
-        raise ModelUnsupported(f"{path}: {name} is not a causal language model")
-    return config
-
-
-def check_rope(hf_config: Any, checkpoint: Checkpoint) -> None:
-    """Refuse context lengths at which one sequence's rotary embedding depends on another's length.
-
-    Raises:
-        ModelUnsupported: the context is too long; names the length that works.
-    """
-    text = hf_config.get_text_config()
-    whole = getattr(text, "rope_parameters", None) or {}
-    for parameters in (whole, *(part for part in whole.values() if isinstance(part, dict))):
-        kind = parameters.get("rope_type")
-        own = getattr(text, "max_position_embeddings", None) or checkpoint.context_len
-        limit = parameters.get("original_max_position_embeddings") or own
-        if kind in LENGTH_DEPENDENT_ROPE and checkpoint.context_len > limit:
-            raise ModelUnsupported(
-                f"{checkpoint.path}: {kind} rotary embeddings are supported up to the original context; "
-                f"use --context-len {limit} or less"
-            )
-
-
-def _stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    path = checkpoint.path
-    if (path / SINGLE).exists() or (path / INDEX).exists():
-        reject_codes(path)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
-    auto: Any = transformers.AutoModelForCausalLM
-    if checkpoint.stored_format:
-        source, auto = _dequantized(hf_config, checkpoint), _known_class(hf_config, checkpoint)
-    try:
-        loaded: Any = auto.from_pretrained(
-            **source,
-            config=hf_config,
-            dtype=checkpoint.dtype,
-            local_files_only=True,
-            **({} if checkpoint.stored_format else {"trust_remote_code": trust_remote_code}),
-            use_safetensors=True,  # a .bin is a pickle, whose loading may run code
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, in one line
-        )
-        model, info = loaded
-    except OSError as error:
-        if "no file named" in str(error):
-            raise ModelNotFound(
-                f"{path}: has no weights; a model folder must have model.safetensors"
-            ) from error
-        raise ModelFileBroken(path, one_line(error)) from error
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a damaged file or a custom class may raise anything
-        raise ModelFileBroken(path, f"cannot be loaded: {one_line(error)}") from error
-    if info["mismatched_keys"]:
-        name, stored, wanted = min(info["mismatched_keys"])
-        detail = f"tensor {name!r} has shape {tuple(stored)}, the config says {tuple(wanted)}"
-        raise ModelFileBroken(path, detail)
-    if info["missing_keys"]:
-        name, count = min(info["missing_keys"]), len(info["missing_keys"])
-        raise ModelFileBroken(path, f"tensor {name!r} is missing ({count} in all)")
-    return model
-
-
-def empty_model(checkpoint: Checkpoint, config: ModelConfig) -> Any:
-    """Return the model without memory for its weights.
-
-    Raises:
-        ModelUnsupported: it is known without them that paged attention cannot run it.
-    """
-    hf_config = read_hf_config(checkpoint, config.trust_remote_code)
-    check_rope(hf_config, checkpoint)
-    with quiet(), torch.device("meta"):
-        model = _random_model(hf_config, checkpoint, config.trust_remote_code)
-    refuse_by_kind(model)
-    return model
-
-
-def _known_class(hf_config: Any, checkpoint: Checkpoint) -> Any:
-    """Return the class of a model whose tensors are given to it.
-
-    Raises:
-        ModelUnsupported: it is not one of transformers' own.
-    """
-    if type(hf_config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelUnsupported(
-            f"{checkpoint.path}: a model with its own code and weights in {checkpoint.stored_format} is not "
-            "supported; use an unquantized checkpoint"
-        )
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
-
-
-def _dequantized(hf_config: Any, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the arguments that load the weights of a quantized checkpoint in the dtype of the arithmetic."""
-    for name in ("quantization_config", "compression_config"):
-        if hasattr(hf_config, name):
-            delattr(hf_config, name)
-    state = {}
-    for name, tensor in iterate_sources(checkpoint.path, None, str):  # by their own names
-        whole = tensor.read(0, 0, tensor.shape[0]) if tensor.shape else tensor.read(0, 0, 0)
-        state[name] = whole.to(checkpoint.dtype) if whole.is_floating_point() else whole
-    return {"pretrained_model_name_or_path": None, "state_dict": state}
-
-
-def _random_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    try:
-        auto: Any = transformers.AutoModelForCausalLM
-        with torch.random.fork_rng():  # the same weights each time
-            torch.manual_seed(0)
-            return auto.from_config(hf_config, dtype=checkpoint.dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError) as error:
-        raise ModelUnsupported(f"{checkpoint.path}: {one_line(error)}") from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and tables of tensors while loading; errors are raised anyway."""
-    logging: Any = transformers.utils.logging
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from hashlib import blake2b
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ullm.model.architectures.decoder import Decoder
 from ullm.model.attention.batch import AttentionBackend, CausalModel
 from ullm.model.layers.layer_ops import TorchOps
 from ullm.model.loading.checkpoint import Checkpoint
-from ullm.model.loading.weights import weight_files
+from ullm.model.loading.sources import weight_files
 
 NOT_IN_KV = frozenset(
     {
@@ -32,7 +33,7 @@ def weights_fingerprint(path: Path) -> str:
     Files are known by path, size and time of change, as they are for packed weights.
     """
     try:
-        files = [file.resolve() for file in weight_files(path)]
+        files = [Path(os.path.realpath(file)) for file in weight_files(path)]
         known = [
             [str(file), status.st_size, status.st_mtime_ns] for file in files for status in [file.stat()]
         ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from ullm.model.architectures.decoder import Decoder
 from ullm.model.attention.batch import CausalModel
 from ullm.model.attention.gather import GatherAttention
 from ullm.model.kernels.cpu.ops import KernelAttention, KernelOps
 
 
-def choose_gather(model: CausalModel) -> type[GatherAttention | KernelAttention]:
-    """Return the CPU attention backend that fits how the model computes its layers."""
+def choose_gather(model: CausalModel) -> Callable[..., GatherAttention | KernelAttention]:
+    """Return what makes the CPU attention backend that fits how the model computes its layers."""
     if isinstance(model, Decoder) and isinstance(model.ops, KernelOps):
-        return KernelAttention
+        return partial(KernelAttention, tile_rows=model.ops.kernels.tile_rows)
     return GatherAttention

@@ -21,7 +21,7 @@ from ullm.model.execution.pools import choose_gather
 from ullm.model.execution.rank import single_thread, trial_run
 from ullm.model.layers.parallel import ParallelContext
 from ullm.model.loading.checkpoint import read_checkpoint
-from ullm.model.loading.weights import weight_files
+from ullm.model.loading.sources import weight_files
 from ullm.protocol.messages import Prepare, RankSpec, Start
 
 log = get_logger(__name__)

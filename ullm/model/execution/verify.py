@@ -81,7 +81,7 @@ def reference_logits(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
     """Return transformers' logits in float32, ``[tokens, vocab_size]``."""
     from transformers import AutoModelForCausalLM  # takes seconds
 
-    from ullm.model.architectures.transformers_model import quiet
+    from ullm.model.architectures.transformers_loading import quiet
 
     auto: Any = AutoModelForCausalLM
     with quiet():

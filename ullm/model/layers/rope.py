@@ -114,6 +114,11 @@ def check_rope(rope: dict[str, Any], head_dim: int, positions: int) -> None:
         raise ValueError(f"its rotary scaling {kind!r} makes frequencies that are no numbers")
 
 
+def cache_bytes(rope: dict[str, Any], head_dim: int, positions: int) -> int:
+    """Return the bytes that `rope_cache` takes at most, while it computes."""
+    return 5 * 4 * positions * rotary_size(rope, head_dim)  # two tables, and what they are made of
+
+
 def rope_cache(rope: dict[str, Any], head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
     """Return cosines and sines, each ``[positions, 1, rotary_size]`` float32, for `rotate`.
 

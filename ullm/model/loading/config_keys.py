@@ -45,13 +45,17 @@ WITHOUT_EFFECT = frozenset(
             "use_bfloat16",
         ),
         *("_attn_implementation_autoset", "cache_implementation", "unsloth_version", "unsloth_fixed"),
-        # without effect on one class that transformers has them for
+    }
+)
+"""Keys that change no logit."""
+OF_OTHER_CLASSES = frozenset(
+    {
         *("attn_logit_softcapping", "sliding_window", "max_window_layers", "_sliding_window_pattern"),
         *("sliding_window_pattern", "layer_types", "use_sliding_window", "rope_local_base_freq"),
         *("original_max_position_embeddings", "num_experts", "num_local_experts", "model_max_length"),
     }
 )
-"""Keys that change no logit, or only where the class reads them."""
+"""Keys that change something only where a class reads them; transformers has them for some that do not."""
 
 
 class ReadKeys(dict[str, Any]):
@@ -75,5 +79,5 @@ class ReadKeys(dict[str, Any]):
 
     def unread(self) -> list[str]:
         """Return the keys that nobody asked for and that may have a meaning: their value is not empty."""
-        known = self.asked | USED_ELSEWHERE | WITHOUT_EFFECT
+        known = self.asked | USED_ELSEWHERE | WITHOUT_EFFECT | OF_OTHER_CLASSES
         return sorted(key for key, value in self.items() if key not in known and value not in (None, False))

@@ -108,9 +108,14 @@ def _text(token: object) -> str | None:
 
 def _find_token(path: Path, settings: dict[str, Any], token: str) -> int | None:
     """Look a token up, in the smallest file first: a vocabulary may have many megabytes."""
-    for number, entry in (settings.get("added_tokens_decoder") or {}).items():
-        if _text(entry) == token:
-            return int(number)
+    decoder = settings.get("added_tokens_decoder") or {}
+    try:
+        for number, entry in decoder.items():
+            if _text(entry) == token:
+                return int(number)
+    except (AttributeError, ValueError):
+        config = path / "tokenizer_config.json"
+        raise ModelFileBroken(config, "its added_tokens_decoder is not readable") from None
     file = path / "tokenizer.json"
     if not file.is_file():
         return None  # an older format, whose ids would have to be converted first
@@ -121,7 +126,7 @@ def _find_token(path: Path, settings: dict[str, Any], token: str) -> int | None:
         if token in by_text:
             return by_text[token]
         vocabulary = msgspec.json.decode(content, type=_TokenizerVocabulary).model.vocab
-    except (OSError, msgspec.DecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not JSON, not of these types, or not UTF-8
         raise ModelFileBroken(file, f"cannot be read: {error}") from None
     if isinstance(vocabulary, dict):
         return vocabulary.get(token)

@@ -20,6 +20,7 @@ from ullm.logs import get_logger
 from ullm.model.layers.quantization import QuantizedWeight
 from ullm.model.loading.gguf_blocks import has_codes, read_codes
 from ullm.model.loading.gguf_file import PLAIN_TYPES, GgufFile
+from ullm.model.loading.gguf_keys import check_type, without_effect
 from ullm.model.loading.gguf_kinds import KINDS, LONG_FACTORS, MIXTRAL, SHORT_FACTORS, GgufKind
 from ullm.model.loading.gguf_tokenizer import token_ids, write_generation_config, write_tokenizer
 
@@ -78,6 +79,7 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
         ModelUnsupported: another architecture, or an unknown rotary scaling.
     """
     file = GgufFile(path)
+    check_type(file)
     arch, kind = _architecture(file)
     config = {ours: file.number(f"{arch}.{theirs}") for theirs, ours in _KEYS.items()}
     heads, kv_heads = _head_counts(file, arch)
@@ -158,8 +160,7 @@ def _check_metadata(file: GgufFile, arch: str, kind: GgufKind, head_dim: int) ->
     if not windowed and 0 < window < file.number(f"{arch}.context_length"):
         raise ModelUnsupported(f"{file.path}: {arch}.attention.sliding_window is {window}, not supported")
     known = {f"{arch}.{name}" for name in (*_READ, *_MUST_BE, *kind.reads)}
-    unknown = sorted(name for name in file.metadata if name.startswith(f"{arch}.") and name not in known)
-    if unknown:
+    if unknown := without_effect(file.metadata, known):
         log.warning(f"{file.path}: metadata that have no effect here: {', '.join(unknown)}")
 
 

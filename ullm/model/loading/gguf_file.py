@@ -28,7 +28,7 @@ from gguf.constants import (
 from gguf.quants import dequantize
 
 from ullm.errors import ModelFileBroken, ModelNotFound, ModelUnsupported
-from ullm.hub.files import gguf_part_names
+from ullm.hub.files import MAX_HEADER, gguf_part_names, special_kind
 
 SUPPORTED_VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
@@ -215,6 +215,8 @@ class GgufFile:
         start = self._position
         if size > len(self._data) - start:
             raise self.broken(f"truncated: the header needs more than the file's {len(self._data)} bytes")
+        if start + size > MAX_HEADER:
+            raise self.broken(f"its header has more than {MAX_HEADER} bytes; at most these are read")
         self._position = start + size
         return start
 
@@ -291,6 +293,8 @@ def gguf_parts(path: Path) -> list[Path]:
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
+    if kind := special_kind(path):
+        raise ModelFileBroken(path, f"{kind} and not a file; put a file there")
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 
 from ullm.errors import ModelUnsupported
 from ullm.model.loading.gguf_file import GgufFile
+from ullm.model.loading.gguf_keys import NAMED_TEMPLATE
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """GGUF's types of tokens that are more than an entry in the vocabulary."""
@@ -40,10 +41,10 @@ _ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _GPT2 = ("default", "gpt-2", "gpt2", "olmo", "phi-2", "jina-es", "jina-de", "gigachat", "roberta-bpe", "mpt")
 _SPECIAL_TOKENS = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
 }
 _SAMPLING = {
     "temp": "temperature",
@@ -86,14 +87,38 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 def token_ids(file: GgufFile) -> dict[str, Any]:
     """Return ``bos_token_id``, ``eos_token_id`` (a list if there are several) and ``pad_token_id``."""
-    get = file.metadata.get
-    ends = [get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    ends = [_token_id(file, kind) for kind in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     return {
-        "bos_token_id": get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": _token_id(file, "bos"),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": get("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": _token_id(file, "padding"),
     }
+
+
+def _token_id(file: GgufFile, which: str) -> int | None:
+    """Return the id of a special token; None if there is none, or one beyond the vocabulary, as -1 is."""
+    key = f"tokenizer.ggml.{which}_token_id"
+    token_id = file.metadata.get(key)
+    if token_id is None:
+        return None
+    if isinstance(token_id, bool) or not isinstance(token_id, int):
+        raise file.broken(f"the metadata's {key!r} is {token_id!r:.40}, not the id of a token")
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    known = not isinstance(tokens, list) or 0 <= token_id < len(tokens)
+    return token_id if known else None
+
+
+def _tokens(file: GgufFile) -> list[str]:
+    return _listed(file, "tokenizer.ggml.tokens", str)
+
+
+def _listed(file: GgufFile, key: str, kind: Any) -> list[Any]:
+    """Return a metadata value that must be a list of values of one kind."""
+    values = file.require(key)
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise file.broken(f"the metadata's {key!r} is not a list of {'texts' if kind is str else 'numbers'}")
+    return values
 
 
 def _sampling(file: GgufFile) -> dict[str, Any]:
@@ -124,13 +149,13 @@ def _unsupported(file: GgufFile, detail: str) -> ModelUnsupported:
 
 
 def _vocabulary(file: GgufFile) -> dict[str, int]:
-    return {token: index for index, token in enumerate(file.require("tokenizer.ggml.tokens"))}
+    return {token: index for index, token in enumerate(_tokens(file))}
 
 
 def _byte_level(file: GgufFile) -> Tokenizer:
     """Return a BPE tokenizer over bytes, like GPT-2's."""
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
-    merges = [_pair(file, merge) for merge in file.require("tokenizer.ggml.merges")]
+    merges = [_pair(file, merge) for merge in _listed(file, "tokenizer.ggml.merges", str)]
     tokenizer = Tokenizer(BPE(_vocabulary(file), merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", False))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
@@ -161,12 +186,12 @@ def _sentencepiece(file: GgufFile) -> Tokenizer:
     """Return a BPE tokenizer over characters with single bytes as a fallback, like Llama 2's."""
     vocabulary = _vocabulary(file)
     merges = (
-        [_pair(file, merge) for merge in file.metadata["tokenizer.ggml.merges"]]
+        [_pair(file, merge) for merge in _listed(file, "tokenizer.ggml.merges", str)]
         if "tokenizer.ggml.merges" in file.metadata
         else _implied_merges(file, vocabulary)
     )
-    unknown = file.metadata.get("tokenizer.ggml.unknown_token_id")
-    unknown_token = None if unknown is None else file.require("tokenizer.ggml.tokens")[unknown]
+    unknown = _token_id(file, "unknown")
+    unknown_token = None if unknown is None else _tokens(file)[unknown]
     tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True))
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
     tokenizer.normalizer = normalizers.Sequence(
@@ -189,7 +214,7 @@ def _implied_merges(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[st
     SentencePiece merges the neighbours that yield the token with the best score. Listing every split of each
     token, in order of scores, is the same rule.
     """
-    tokens, scores = file.require("tokenizer.ggml.tokens"), file.require("tokenizer.ggml.scores")
+    tokens, scores = _tokens(file), _listed(file, "tokenizer.ggml.scores", int | float)
     if len(tokens) != len(scores):
         raise file.broken(f"{len(tokens)} tokens but {len(scores)} scores")
     merges = [
@@ -203,8 +228,8 @@ def _implied_merges(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[st
 
 
 def _add_special_tokens(tokenizer: Tokenizer, file: GgufFile) -> None:
-    tokens = file.require("tokenizer.ggml.tokens")
-    types = file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    tokens, key = _tokens(file), "tokenizer.ggml.token_type"
+    types = _listed(file, key, int) if file.metadata.get(key) else [1] * len(tokens)
     marked = [(token, kind) for token, kind in zip(tokens, types, strict=False) if token]
     tokenizer.add_special_tokens(
         [
@@ -230,10 +255,10 @@ def _adds(file: GgufFile, which: str) -> bool:
 def _add_template(tokenizer: Tokenizer, file: GgufFile) -> None:
     text, special = ["$A:0"], []
     for which in ("bos", "eos"):
-        token_id = file.metadata.get(f"tokenizer.ggml.{which}_token_id")
+        token_id = _token_id(file, which)
         if token_id is None or not _adds(file, which):
             continue
-        token = file.require("tokenizer.ggml.tokens")[token_id]
+        token = _tokens(file)[token_id]
         text.insert(0 if which == "bos" else len(text), token)
         special.append((token, token_id))
     if special:
@@ -241,20 +266,30 @@ def _add_template(tokenizer: Tokenizer, file: GgufFile) -> None:
         tokenizer.post_processor = processors.TemplateProcessing(text, pair, special)
 
 
+def _templates(file: GgufFile) -> Any:
+    """Return the template, or a list of named ones if there are several, as tokenizer_config.json has it."""
+    default = file.metadata["tokenizer.chat_template"]
+    names = [key for key in file.metadata if key.startswith(NAMED_TEMPLATE)]
+    if not names:
+        return default
+    named = {"default": default} | {key.removeprefix(NAMED_TEMPLATE): file.metadata[key] for key in names}
+    return [{"name": name, "template": text} for name, text in named.items()]
+
+
 def _tokenizer_config(file: GgufFile) -> dict[str, Any]:
-    tokens = file.require("tokenizer.ggml.tokens")
+    tokens = _tokens(file)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": _adds(file, "bos"),
         "add_eos_token": _adds(file, "eos"),
     }
-    for name, key in _SPECIAL_TOKENS.items():
-        token_id = file.metadata.get(f"tokenizer.ggml.{key}")
+    for name, which in _SPECIAL_TOKENS.items():
+        token_id = _token_id(file, which)
         if token_id is not None:
             config[name] = tokens[token_id]
     if "tokenizer.chat_template" in file.metadata:
-        config["chat_template"] = file.metadata["tokenizer.chat_template"]
+        config["chat_template"] = _templates(file)
     context = file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length")
     if context is not None:
         config["model_max_length"] = context

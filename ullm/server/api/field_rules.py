@@ -37,6 +37,7 @@ class FieldRule:
         accepted: values of a refused field that ask for what happens anyway. An object stands for all that
             have its entries.
         unless: name and value of another field that makes a refused one harmless.
+        empty_asks: an empty value asks for it, too.
     """
 
     name: str
@@ -45,6 +46,7 @@ class FieldRule:
     origin: Origin = Origin.OPENAI
     accepted: tuple[Any, ...] = ()
     unless: tuple[str, Any] | None = None
+    empty_asks: bool = False
 
     @property
     def meaning(self) -> str:
@@ -79,9 +81,15 @@ def own(name: str, note: str) -> FieldRule:
     return FieldRule(name, Effect.HONOURED, note, Origin.OWN)
 
 
-def refused(name: str, note: str, *accepted: Any, unless: tuple[str, Any] | None = None) -> FieldRule:
+def refused(
+    name: str,
+    note: str,
+    *accepted: Any,
+    unless: tuple[str, Any] | None = None,
+    empty_asks: bool = False,
+) -> FieldRule:
     """Return a field that is refused, but for values that ask for nothing."""
-    return FieldRule(name, Effect.REFUSED, note, accepted=accepted, unless=unless)
+    return FieldRule(name, Effect.REFUSED, note, accepted=accepted, unless=unless, empty_asks=empty_asks)
 
 
 def ignored(name: str, note: str = "") -> FieldRule:

@@ -136,7 +136,7 @@ CHAT_FIELDS: tuple[FieldRule, ...] = (
     ),
     _refused("modalities", "the answer is always text", ["text"]),
     _refused("audio", "the answer is always text"),
-    _refused("web_search_options", "there is no web search"),
+    _refused("web_search_options", "there is no web search", empty_asks=True),
     _refused("moderation", "nothing is moderated"),
     _honoured("store", "with `--journal` true by default; without it, true is refused"),
     _refused("service_tier", "see `priority`", "auto", "default"),

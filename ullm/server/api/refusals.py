@@ -119,8 +119,10 @@ def _value(fields: dict[str, msgspec.Raw], name: str) -> Any:
 
 
 def _is_neutral(rule: FieldRule, value: Any) -> bool:
-    """Return True for null, for what is empty, and for the values that the rule accepts."""
-    return value in (None, "", [], {}) or any(_matches(value, each) for each in rule.accepted)
+    """Return True for null, for what is empty and so asks for nothing, and for what the rule accepts."""
+    if value is None or (value in ("", [], {}) and not rule.empty_asks):
+        return True
+    return any(_matches(value, each) for each in rule.accepted)
 
 
 def _matches(value: Any, accepted: Any) -> bool:

@@ -16,6 +16,7 @@
 #include "dot.h"
 #include "layer.h"
 #include "pool.h"
+#include "tiles.h"
 
 namespace {
 
@@ -325,6 +326,76 @@ void by_rows(int64_t rows, const F& function) {
     if (rows - row == 1) function(std::integral_constant<int, 1>{}, row);
 }
 
+#ifdef ULLM_AMX
+constexpr int64_t STRIP = 2 * TILE;  // rows that tiles compute at once
+
+// Whether tiles fit. That depends on the model and the size of blocks alone, never on what is computed beside.
+inline bool tiles_fit(const Step& step, const Layer& layer) {
+    return has_tiles() && step.block_size % TILE == 0 && layer.head_dim % (2 * TILE) == 0;
+}
+
+// Scores of all queries with the keys of some blocks: [rows][stride], TILE keys after TILE keys.
+inline void score_tiles(const Queries<bfloat16>& q, const bfloat16* queries, int64_t first_block, int64_t vectors,
+                        float* scores, int64_t stride, NextPages<bfloat16>& next) {
+    const int64_t dim = q.dim, size = q.step.block_size, each = size / TILE;
+    const auto keys_of = [&](int64_t vector) {
+        return page_of(q.pages, q.step, q.layer, q.table[first_block + vector / each], q.head) +
+               vector % each * 2 * TILE;
+    };
+    for (int64_t row = 0; row < q.rows; row += STRIP) {
+        const int64_t rows = std::min(q.rows - row, STRIP), further = std::max<int64_t>(0, rows - TILE);
+        const Tiles tiles(rows - further, further);
+        for (int64_t vector = 0; vector < vectors; vector += 2) {
+            const int64_t other = std::min(vector + 1, vectors - 1);  // the last one may be alone
+            const bfloat16 *keys = keys_of(vector), *next_keys = keys_of(other);
+            clear_sums();
+            for (int64_t i = 0; i < dim; i += 2 * TILE) {
+                if (row == 0) next.fetch(2 * TILE);
+                const bfloat16* const from = queries + row * dim + i;
+                add_tiles_of_two(from, further ? from + TILE * dim : nullptr, 2 * dim, keys + i * size,
+                                 next_keys + i * size, 4 * size);
+            }
+            float* const to = scores + row * stride;
+            store_tiles_of_two(to + vector * TILE, to + other * TILE, stride, further > 0);
+        }
+    }
+}
+
+// Weighted values of the keys from `begin` to `end`, of which the first is that of a block: [rows][dim]. Weights are
+// [rows][stride].
+inline void add_value_tiles(const Queries<bfloat16>& q, const bfloat16* weights, int64_t stride, int64_t begin,
+                            int64_t end, float* out, NextPages<bfloat16>& next) {
+    const int64_t dim = q.dim, size = q.step.block_size;
+    // What is behind the last key may be left over from another sequence; see store_value().
+    thread_local std::vector<bfloat16> last;
+    const auto values_at = [&](int64_t key) {
+        const bfloat16* page = page_of(q.pages, q.step, q.layer, q.table[key / size], q.head);
+        return values_of(page, q.step, q.layer) + key % size * dim;
+    };
+    const int64_t whole = begin + (end - begin) / TILE * TILE;
+    if (whole < end) {
+        last.assign(TILE * dim, bfloat16{});
+        std::copy_n(values_at(whole), (end - whole + 1) / 2 * 2 * dim, last.data());
+    }
+    for (int64_t row = 0; row < q.rows; row += STRIP) {
+        const int64_t rows = std::min(q.rows - row, STRIP), further = std::max<int64_t>(0, rows - TILE);
+        const Tiles tiles(rows - further, further, TILE / 2);
+        for (int64_t first = 0; first < dim; first += 2 * TILE) {
+            clear_sums();
+            for (int64_t key = begin; key < end; key += TILE) {
+                if (row == 0) next.fetch(TILE);
+                const bfloat16* const values = (key < whole ? values_at(key) : last.data()) + 2 * first;
+                const bfloat16* const from = weights + row * stride + key - begin;
+                add_tiles_of_two(from, further ? from + TILE * stride : nullptr, 2 * stride, values,
+                                 values + 2 * TILE, 4 * dim);
+            }
+            float* const to = out + row * dim + first;
+            store_tiles_of_two(to, to + TILE, dim, further > 0);
+        }
+    }
+}
+#endif
+
 // Attend to the keys of one part.
 template <typename T>
 void attend_part(const Queries<T>& q, const float* qkv, int64_t part, NextPages<T>& next, Attended to) {
@@ -346,9 +417,15 @@ void attend_part(const Queries<T>& q, const float* qkv, int64_t part, NextPages<
         for (int64_t i = 0; i < dim; i += LANES)
             store_floats(queries + row * dim + i, load_floats(query + i) * q.layer.scale);
     }
+    bool with_tiles = false;
+#ifdef ULLM_AMX
+    if constexpr (PAIRED<T>)
+        if ((with_tiles = tiles_fit(q.step, q.layer)))
+            score_tiles(q, queries, first_block, width / TILE, scores, stride, next);
+#endif
     // In ascending order: in blocks smaller than a vector, the following scores overwrite the excess.
     const int64_t each = (size + LANES - 1) / LANES, vectors = (last_block - first_block) * each;
-    for (int64_t vector = 0; vector < vectors; vector += BESIDE) {
+    for (int64_t vector = 0; !with_tiles && vector < vectors; vector += BESIDE) {
         const T* keys[BESIDE];
         int64_t places[BESIDE];
         const int64_t count = std::min<int64_t>(BESIDE, vectors - vector);
@@ -388,6 +465,10 @@ void attend_part(const Queries<T>& q, const float* qkv, int64_t part, NextPages<
         weights = queries + rows * dim;
     else
         weights = scores;
+#ifdef ULLM_AMX
+    if constexpr (PAIRED<T>)
+        if (with_tiles) return add_value_tiles(q, weights, stride, begin, seen, to.values, next);
+#endif
     std::fill(to.values, to.values + rows * dim, 0.0f);
     for (int64_t block = first_block; block * size < seen; ++block) {
         const T* page = page_of(q.pages, q.step, q.layer, q.table[block], q.head);

@@ -34,7 +34,7 @@ log = get_logger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = ("quantized.cpp", "attention.cpp", "linear.cpp", "layer.cpp", "choose.cpp", "exchange.cpp")
-HEADERS = ("common.h", "dot.h", "exchange.h", "layer.h", "matrix.h", "pool.h")
+HEADERS = ("common.h", "dot.h", "exchange.h", "layer.h", "matrix.h", "pool.h", "tiles.h")
 NATIVE = (
     ("-mcpu=native",)
     if platform.machine() in ("aarch64", "arm64")

@@ -65,9 +65,15 @@
 #else
 #define ULLM_PAIRS_OF_BF16 ""
 #endif
+#if defined(ULLM_AVX512) && defined(ULLM_BF16) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define ULLM_AMX 1
+#define ULLM_TILES ", AMX"
+#else
+#define ULLM_TILES ""
+#endif
 
-// The instructions that are used, for users.
-constexpr const char* VARIANT = ULLM_VECTORS ULLM_DOTS ULLM_PAIRS_OF_BF16;
+// The instructions that are used, for users; ULLM_TILES too where the process may use them, see tiles.h.
+#define VARIANT ULLM_VECTORS ULLM_DOTS ULLM_PAIRS_OF_BF16
 
 constexpr int LANES = ULLM_LANES;
 constexpr int REGISTERS = ULLM_REGISTERS;

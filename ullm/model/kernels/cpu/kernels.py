@@ -25,6 +25,8 @@ QUANTIZED_COLUMNS = 32
 """Outputs of a quantized linear layer that are packed together. As in quantized.cpp."""
 ALIGNMENT = 64
 """Bytes of a vector."""
+TILE_ROWS, AMX_TILE_ROWS = 12, 32
+"""Query vectors that attention takes at once: twice what registers hold, or what two tiles of AMX hold."""
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 """``Format`` of matrix.h, by the dtype of the packed weight; uint8 is a quantized one."""
@@ -108,6 +110,12 @@ class CpuKernels:
     def variant(self) -> str:
         """The instructions that the kernels use, such as ``AVX-512, VNNI, BF16``."""
         return variant(self._library)
+
+    @property
+    def tile_rows(self) -> int:
+        """How many query vectors attention best takes at once."""
+        has_tiles = self.dtype == torch.bfloat16 and self.variant.endswith("AMX")
+        return AMX_TILE_ROWS if has_tiles else TILE_ROWS
 
     def use_threads(self, threads: int) -> None:
         """Set how many threads compute, the calling one included, for all kernels of this process."""

@@ -12,6 +12,7 @@
 #include "dot.h"
 #include "matrix.h"
 #include "pool.h"
+#include "tiles.h"
 
 namespace {
 
@@ -69,28 +70,56 @@ void rows_tile(int64_t rows, const X* x, int64_t stride, const W* weights, const
     }
 }
 
+// How many rows `multiply_rows` takes at once at most.
+template <typename X>
+int64_t rows_at_once() {
+#ifdef ULLM_AMX
+    if (STEP<X> == 2 && has_tiles()) return 2 * TILE;
+#endif
+    return ROWS;
+}
+
+template <typename X, typename W>
+void multiply_rows(int64_t rows, const X* x, int64_t stride, const W* weights, const Ahead& ahead,
+                   const float* bias, float* out, int64_t out_stride, int64_t steps, int64_t columns) {
+#ifdef ULLM_AMX
+    if constexpr (STEP<X> == 2)
+        if (has_tiles()) {
+            float start[COLUMNS] = {}, all[2 * TILE * COLUMNS];
+            if (bias) std::copy(bias, bias + columns, start);
+            const bool whole = columns == COLUMNS;
+            multiply_tiles({x, stride, weights, ahead, start, whole ? out : all, whole ? out_stride : COLUMNS}, rows);
+            for (int64_t row = 0; !whole && row < rows; ++row)
+                std::copy_n(all + row * COLUMNS, columns, out + row * out_stride);
+            return;
+        }
+#endif
+    rows_tile(rows, x, stride, weights, ahead, bias, out, out_stride, steps, columns);
+}
+
 inline int64_t groups(int64_t out_features) { return (out_features + COLUMNS - 1) / COLUMNS; }
 
 template <typename X, typename W>
 void linear(const Matrix& matrix, const X* x, float* out, int64_t rows) {
     const W* packed = static_cast<const W*>(matrix.packed);
     const int64_t in = matrix.inputs, steps = in / STEP<X>, group_size = in * COLUMNS;
-    const int64_t threads = pool().threads(), chunk = tuning.chunk_tiles * ROWS, chunks = (rows + chunk - 1) / chunk;
+    const int64_t threads = pool().threads(), at_once = rows_at_once<X>();
+    const int64_t chunk = tuning.chunk_tiles * at_once, chunks = (rows + chunk - 1) / chunk;
     const int64_t all = groups(matrix.outputs);
     const bool fetch = rows > ROWS && tuning.prefetch;
     pool().run(chunks * all, [&](int64_t i) {
         const int64_t part = i / all * chunk, end = std::min(rows, part + chunk), group = i % all;
         const int64_t first = group * COLUMNS, columns = std::min<int64_t>(COLUMNS, matrix.outputs - first);
-        const int64_t tiles = (end - part + ROWS - 1) / ROWS, lines = COLUMNS * STEP<X> * sizeof(W) / 64;
+        const int64_t tiles = (end - part + at_once - 1) / at_once, lines = COLUMNS * STEP<X> * sizeof(W) / 64;
         // The weights that this thread multiplies next. Few rows are limited by memory bandwidth anyway, and
         // later chunks find the weights in the cache.
         const W* next =
             fetch && !part && group + threads < all ? packed + (group + threads) * group_size : nullptr;
         Ahead ahead{reinterpret_cast<const char*>(next), (lines + tiles - 1) / tiles};
-        for (int64_t row = part; row < end; row += ROWS) {
-            rows_tile(std::min<int64_t>(ROWS, end - row), x + row * in, in, packed + group * group_size, ahead,
-                      matrix.bias ? matrix.bias + first : nullptr, out + row * matrix.outputs + first,
-                      matrix.outputs, steps, columns);
+        for (int64_t row = part; row < end; row += at_once) {
+            multiply_rows(std::min(at_once, end - row), x + row * in, in, packed + group * group_size, ahead,
+                          matrix.bias ? matrix.bias + first : nullptr, out + row * matrix.outputs + first,
+                          matrix.outputs, steps, columns);
             if (next) ahead.from += steps * ahead.lines * 64;
         }
     });
@@ -127,7 +156,7 @@ void multiply(const Matrix& matrix, const bfloat16* x, float* out, int64_t rows)
 
 extern "C" {
 
-const char* variant() { return VARIANT; }
+const char* variant() { return has_tiles() ? VARIANT ULLM_TILES : VARIANT; }
 
 void use_tuning(int64_t chunk_tiles, int64_t piece, int64_t prefetch) {
     tuning.chunk_tiles = chunk_tiles, tuning.piece = piece, tuning.prefetch = prefetch;

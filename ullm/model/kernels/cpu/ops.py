@@ -38,22 +38,31 @@ from ullm.model.layers.linear import RMSNorm
 from ullm.model.memory.kv_pool import KvShape, lazy_zeros
 from ullm.model.sampling.choose import SamplingFilter, choose_tokens
 
-TILE_ROWS = 12
-"""Query vectors that share one pass over the keys: a KV head's, times neighbouring tokens of a prompt."""
-
 CALL_OPERATIONS = 10**10
 """Operations of one call, between two progress reports: about 20 ms of one core, beside which the call's own
 5 µs do not matter."""
 
 
 class KernelAttention:
-    """Implements `ullm.model.attention.batch.AttentionBackend` over a pool in the kernels' own layout."""
+    """Implements `ullm.model.attention.batch.AttentionBackend` over a pool in the kernels' own layout.
+
+    Args:
+        tile_rows: query vectors that share one pass over the keys: a KV head's, times neighbouring tokens of
+            a prompt. It changes no result.
+    """
 
     def __init__(
-        self, shape: KvShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        shape: KvShape,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        tile_rows: int,
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.tile_tokens = max(1, TILE_ROWS * shape.num_kv_heads // shape.num_query_heads)
+        self.tile_tokens = max(1, tile_rows * shape.num_kv_heads // shape.num_query_heads)
         keys = block_size + block_size % 2  # keys and values may be in pairs
         size = (num_blocks, 2 * shape.num_kv_heads * keys * shape.head_dim)
         self.pages = [lazy_zeros(size, dtype) for _ in range(shape.num_layers)]
