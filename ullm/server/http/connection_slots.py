@@ -77,6 +77,11 @@ class ConnectionSlots:
         """Take a slot for a connection that was accepted; `occupy` gives it back."""
         self._taken += 1
 
+    def give_back(self) -> None:
+        """Give the slot back of a connection that is not served."""
+        self._taken -= 1
+        self._one_ended.set()
+
     @contextmanager
     def occupy(self, connection: SlotHolder) -> Iterator[None]:
         """Serve a connection within this block, on a slot that was taken for it."""
@@ -85,8 +90,7 @@ class ConnectionSlots:
             yield
         finally:
             self._holders.discard(connection)
-            self._taken -= 1
-            self._one_ended.set()
+            self.give_back()
 
     def cut_all(self) -> None:
         """Cut every connection."""

@@ -153,11 +153,6 @@ class HypercornConnection(TCPServer):
         self._state = ConnectionState.CLOSED
         self._socket.close()
 
-    def turn_away(self) -> None:
-        """Close the connection instead of serving it."""
-        self._direct.detach()
-        self.cut()
-
     def cut(self) -> None:
         """Close the connection at once, and forget what has not been sent."""
         self._state = ConnectionState.CLOSED

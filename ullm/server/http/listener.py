@@ -95,14 +95,15 @@ class Listener:
         await trio.serve_listeners(self._handle, listeners, handler_nursery=handlers)
 
     async def _handle(self, stream: trio.SocketStream) -> None:
+        if self._same_user and (user := foreign_user(stream.socket)) is not None:
+            log.warning("turned away; run all parts as the same user", user=user)
+            self._slots.give_back()
+            await trio.aclose_forcefully(stream)
+            return
         connection = HypercornConnection(
             self._worker, stream if self._tls is None else TlsStream(stream, self._tls)
         )
         with self._slots.occupy(connection):
-            if self._same_user and (user := foreign_user(stream.socket)) is not None:
-                log.warning("turned away; run all parts as the same user", user=user)
-                connection.turn_away()
-                return
             try:
                 await connection
             except Exception:
