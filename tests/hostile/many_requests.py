@@ -105,12 +105,10 @@ async def send(server: ServerProcess, requests: Iterator[Hostile], outcome: Outc
                     answer = await connection.request(
                         request.method, request.path, content=request.body(), headers=headers
                     )
-                except httpx.LocalProtocolError as error:
-                    # httpx does not read the answer to a body that it is still sending (RFC 9113, 8.1).
-                    if not http2 or request.statuses != (413,):
-                        outcome.wrong[f"{request.name}: {error}"] += 1
                 except httpx.TransportError as error:
-                    outcome.wrong[f"{request.name}: {type(error).__name__} {error}"] += 1
+                    # httpx does not read the answer to a body that it is still sending (RFC 9113, 8.1).
+                    if not http2 or request.statuses != (413,) or not isinstance(error, httpx.ProtocolError):
+                        outcome.wrong[f"{request.name}: {type(error).__name__} {error}"] += 1
                 else:
                     outcome.statuses[answer.status_code] += 1
                     if answer.status_code not in request.statuses or request.says not in answer.text:
