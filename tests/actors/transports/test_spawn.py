@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,23 @@ from tests.support.engine import Open, collect, tokens_of
 from ullm.actors.transports import spawn as module
 from ullm.actors.transports.base import WorkerSpec
 from ullm.protocol.messages import RankSpec
+from ullm.system.lifeline import Lifeline, Started
 from ullm.testing import FakeBehaviour
 
 SPEC = WorkerSpec(RankSpec(), "ullm.testing:ScriptedRunner", None)
+
+
+class Untied(Lifeline):
+    """Ties nobody: no process is started."""
+
+    def started(self, value: Started | None = None) -> None:
+        assert value is not None
+
+
+@pytest.fixture
+def lifeline() -> Iterator[Lifeline]:
+    with Untied() as found:
+        yield found
 
 
 Opening = Callable[[BaseException, float], list[dict[str, Any]]]
@@ -45,12 +59,12 @@ def opening(monkeypatch: pytest.MonkeyPatch) -> Opening:
 
 
 async def test_a_worker_gets_no_keys(
-    clock: MockClock, opening: Opening, monkeypatch: pytest.MonkeyPatch
+    clock: MockClock, opening: Opening, lifeline: Lifeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ULLM_API_KEY", "ULLM_ADMIN_KEY", "ULLM_CACHE"):
         monkeypatch.setenv(name, "x")
     started = opening(OSError(errno.ENOMEM, "no"), 0.0)
-    await module.spawn(SPEC, None)
+    await module.spawn(SPEC, lifeline)
     given = {name for name in started[0]["env"] if name.startswith("ULLM_")}
     assert given >= {"ULLM_CACHE"}
     assert not given & {"ULLM_API_KEY", "ULLM_ADMIN_KEY"}
@@ -65,42 +79,52 @@ async def test_a_worker_gets_no_keys(
     ],
     ids=["processes", "memory", "threads"],
 )
-async def test_a_shortage_is_waited_for(clock: MockClock, opening: Opening, error: BaseException) -> None:
+async def test_a_shortage_is_waited_for(
+    clock: MockClock, opening: Opening, lifeline: Lifeline, error: BaseException
+) -> None:
     began = trio.current_time()
     started = opening(error, 2.0)
-    await module.spawn(SPEC, None)
+    await module.spawn(SPEC, lifeline)
     assert len(started) == 1
     assert 2.0 <= trio.current_time() - began < 5.0
 
 
-async def test_a_shortage_that_lasts_is_an_error(clock: MockClock, opening: Opening) -> None:
+async def test_a_shortage_that_lasts_is_an_error(
+    clock: MockClock, opening: Opening, lifeline: Lifeline
+) -> None:
     began = trio.current_time()
     opening(RuntimeError("can't start new thread"), 1000.0)
     with pytest.raises(OSError, match="can't start new thread"):
-        await module.spawn(SPEC, None)
+        await module.spawn(SPEC, lifeline)
     assert 60.0 <= trio.current_time() - began < 63.0
 
 
-async def test_other_errors_are_not_waited_for(clock: MockClock, opening: Opening) -> None:
+async def test_other_errors_are_not_waited_for(
+    clock: MockClock, opening: Opening, lifeline: Lifeline
+) -> None:
     began = trio.current_time()
     opening(FileNotFoundError(errno.ENOENT, "no Python"), 1000.0)
     with pytest.raises(FileNotFoundError):
-        await module.spawn(SPEC, None)
+        await module.spawn(SPEC, lifeline)
     assert trio.current_time() == began
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere a folder in use cannot be removed")
 async def test_a_working_folder_that_is_gone_is_not_used(
-    clock: MockClock, opening: Opening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clock: MockClock,
+    opening: Opening,
+    lifeline: Lifeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started = opening(OSError(), 0.0)
     monkeypatch.syspath_prepend("")
     monkeypatch.chdir(tmp_path)
-    await module.spawn(SPEC, None)
+    await module.spawn(SPEC, lifeline)
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    await module.spawn(SPEC, None)
+    await module.spawn(SPEC, lifeline)
     assert [options["cwd"] for options in started] == [None, "/"]
     first, second = (options["env"]["PYTHONPATH"].split(os.pathsep) for options in started)
     assert first[-1] == str(tmp_path)
