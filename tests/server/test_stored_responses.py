@@ -421,6 +421,9 @@ async def test_a_stream_of_calls_can_be_taken_up_at_every_event(
     kinds = [event["type"] for event in events]
     assert kinds.count("response.output_item.done") == 3 + reasons
     assert ("response.reasoning_text.delta" in kinds) is reasons
+    usage = events[-1]["response"]["usage"]
+    thought = usage["output_tokens_details"]["reasoning_tokens"]
+    assert 0 < thought < usage["output_tokens"] if reasons else thought == 0
     arguments: dict[int, str] = {}
     for event in events:
         if event["type"] == "response.function_call_arguments.delta":

@@ -253,9 +253,18 @@ class StoredAnswer(Stored):
             input_tokens=given,
             input_tokens_details=objects.InputTokensDetails(self._cached_tokens),
             output_tokens=made,
-            output_tokens_details=objects.OutputTokensDetails(),
+            output_tokens_details=objects.OutputTokensDetails(self._reasoning_tokens()),
             total_tokens=given + made,
         )
+
+    def _reasoning_tokens(self) -> int:
+        if self.reading.parser is None:
+            return 0
+        parts = AnswerParts(self.head.prompt, self.head.params, self.reading, self.tokenizer)
+        for token_id in self.token_ids:
+            for _ in parts.push(token_id):
+                pass
+        return parts.reasoning_tokens
 
     def conversation(self) -> list[dict[str, Any]]:
         """Return the conversation with this answer, for one that goes on."""

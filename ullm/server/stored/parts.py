@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ullm.parsing.parts import Part, Text
+from ullm.parsing.parts import Part, Reasoning, Text
 from ullm.parsing.tool_use import Reading
 from ullm.protocol.messages import TokenLogprobs
 from ullm.sampling import SamplingParams
@@ -24,6 +24,9 @@ class AnswerParts:
     Args:
         prompt: what the tokens follow.
         reading: how their text is read.
+
+    Attributes:
+        reasoning_tokens: number of the tokens so far that made reasoning; the tag before it counts, too.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class AnswerParts:
         )
         self._parser = None if reading.parser is None else reading.parser()
         self._scores: list[TokenLogprobs] = []
+        self._unread = 0  # tokens that have made no part yet
+        self.reasoning_tokens = 0
 
     def push(self, token_id: int, score: TokenLogprobs | None = None) -> Iterator[ScoredPart]:
         """Return the parts that a token makes.
@@ -44,7 +49,12 @@ class AnswerParts:
         """
         if score is not None:
             self._scores.append(score)
-        return self._scored(self._parsed(self._decoder.push((token_id,))))
+        self._unread += 1
+        parts = self._parsed(self._decoder.push((token_id,)))
+        if parts:
+            self.reasoning_tokens += self._unread * any(isinstance(part, Reasoning) for part in parts)
+            self._unread = 0
+        return self._scored(parts)
 
     def finish(self) -> Iterator[ScoredPart]:
         """Return what was held back, after the last token."""
