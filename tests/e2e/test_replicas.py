@@ -51,9 +51,10 @@ def test_the_engine_lives_as_long_as_one_replica(serve: Serve, scripted_model: P
 def test_all_replicas_lost_at_once(serve: Serve, scripted_model: Path) -> None:
     server = serve("--model", str(scripted_model), *SCRIPTED, "--replicas", "3")
     undisturbed = texts(streams(server, 9, TOKENS))
+    workers = [server.worker(replica) for replica in range(3)]
     running = streams(server, 9, TOKENS)
-    for replica in range(3):
-        server.worker(replica).kill()
+    for worker in workers:  # in one moment: who moves from one to the next and loses each of them is given up
+        worker.kill()
     late = Stream(server, 20)
     assert texts(running) == undisturbed
     texts([late])

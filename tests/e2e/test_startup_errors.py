@@ -74,6 +74,9 @@ def brackets(folder: Path) -> None:
 
 def pickled(folder: Path) -> None:
     change_config(folder, architectures=["OlmoForCausalLM"], model_type="olmo")
+    config = json.loads((folder / "config.json").read_text())
+    del config["rms_norm_eps"]  # another line would say that it has no effect
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").rename(folder / "adapter.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"")
 
