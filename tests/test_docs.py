@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
+import json
 import re
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +38,30 @@ FOREIGN_OPTIONS = frozenset(
     }
 )
 """Options of other programs, and those that every command has."""
+RUN_BY = {
+    "README.md": "tests/e2e/test_readme.py",
+    "docs/explanation/supervision.md": "tests/supervision/test_docs.py",
+    "docs/how-to/anthropic.md": "tests/e2e/test_docs_programs.py",
+    "docs/how-to/embedding.md": "tests/e2e/test_docs_programs.py",
+    "docs/how-to/embeddings.md": "tests/e2e/test_docs_programs.py",
+    "docs/how-to/fault-injection.md": "tests/testing/test_plugin.py",
+    "docs/how-to/lora.md": "the weights of Qwen3-0.6B and an adapter cannot be had in tests",
+    "docs/how-to/property-tests.md": "tests/testing/test_plugin.py",
+    "docs/how-to/stored-answers.md": "tests/e2e/test_docs_programs.py",
+    "docs/how-to/structured-outputs.md": "tests/e2e/test_docs_programs.py",
+    "docs/how-to/supervising.md": "tests/e2e/test_docs_programs.py",
+    "docs/how-to/tools.md": "tests/e2e/test_docs_programs.py",
+    "docs/tutorial/first-server.md": "tests/e2e/test_docs_tutorial.py",
+}
+"""What runs the Python programs of a page, or why nothing does."""
+READERS: dict[str, Callable[[str], object]] = {
+    "python": lambda text: compile(text, "block", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT),
+    "json": json.loads,
+    "toml": tomllib.loads,
+    "yaml": lambda text: list(yaml.safe_load_all(text)),
+    "ini": lambda text: configparser.ConfigParser(strict=False, interpolation=None).read_string(text),
+}
+"""What reads a block of a language."""
 BENCHMARK = re.compile(r"tests\.benchmarks \w+[^\n]*(?:\\\n[^\n]*)*")
 
 
@@ -89,6 +117,26 @@ def known_options() -> set[str]:
         for argument in command.assemble_argument_collection():
             found |= {*argument.names, *argument.negatives}
     return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_blocks_are_what_they_say(page: Path) -> None:
+    wrong = []
+    for language, block in FENCE.findall(page.read_text("utf-8")):
+        try:
+            READERS.get(language, lambda text: None)(block)
+        except (SyntaxError, ValueError, yaml.YAMLError, configparser.Error) as error:
+            wrong.append((language, block[:60], str(error)))
+    assert wrong == []
+
+
+def test_programs_are_run() -> None:
+    """By one of these, or it is said why not."""
+    pages = {name(page) for page in PAGES if "```python\n" in page.read_text("utf-8")}
+    assert pages == RUN_BY.keys()
+    for page, test in RUN_BY.items():
+        file = ROOT / test
+        assert " " in test or page.rsplit("/", 1)[-1].removesuffix(".md") in file.read_text("utf-8"), page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -81,7 +81,7 @@ def _section(target: Any) -> str:
     doc = parse(target)
     parts = [f"### {target.__name__}", f"`{target.__module__}`", *map(markdown, doc.paragraphs)]
     if target in CALLED:
-        parts.insert(2, f"```python\n{_call(target)}\n```")
+        parts.insert(2, f"```text\n{_call(target)}\n```")
     parts += _arguments(target, doc.entries)
     parts += [_raises(doc.entries)] if "Raises" in doc.entries else []
     members = list(_members(target)) if inspect.isclass(target) else []
