@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -286,6 +289,38 @@ def test_a_seed_is_one_plan_and_no_fault_moves_another() -> None:
     first, second = drawn[0].faults[0], drawn[1].faults[0]
     assert first.source().random() == first.source().random() != second.source().random()
     assert all(0 <= each.pause <= 0.5 for each in drawn)
+
+
+OF_A_SEED = """
+import hashlib
+from itertools import islice
+from ullm.chaos.catalogue import catalogue
+from ullm.chaos.chaos_plan import ChaosPlan, chosen_kinds
+from ullm.chaos.schedule import moments
+
+plan = ChaosPlan("scripted", seed=11)
+drawn = list(islice(moments(plan.seed, chosen_kinds(()), plan.bursts, plan.pause), 300))
+later = [fault.source().random() for moment in drawn for fault in moment.faults]
+requests = catalogue("scripted", plan.seed, 60, plan.max_tokens)
+print(hashlib.sha256(repr((drawn, later, requests)).encode()).hexdigest())
+"""
+
+
+@pytest.mark.process
+def test_a_seed_is_one_plan_in_every_process() -> None:
+    """Whatever the order of sets and the hashes of texts are."""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", OF_A_SEED],
+            env={**os.environ, "PYTHONHASHSEED": salt},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for salt in ("1", "2")
+    ]
+    assert printed[0] == printed[1] != ""
 
 
 async def test_what_finds_nothing_to_act_on_is_no_fault(world: World) -> None:
