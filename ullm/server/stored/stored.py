@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -42,7 +43,7 @@ class Head(Protocol):
     params: SamplingParams
 
 
-class Stored:
+class Stored(ABC):
     """An answer that is being made, or has been made.
 
     Attributes:
@@ -60,19 +61,19 @@ class Stored:
         self._changed = trio.Event()
 
     @property
+    @abstractmethod
     def name(self) -> Head:
         """What is known of it whatever it is."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def durability(self) -> Durability:
         """Whether it is written to a journal."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def log(self) -> list[int]:
         """Its tokens, in the form that the journal has; it only grows."""
-        raise NotImplementedError
 
     @property
     def notes(self) -> Sequence[object]:
@@ -80,22 +81,22 @@ class Stored:
         return ()
 
     @property
+    @abstractmethod
     def ended(self) -> bool:
         """Whether nothing more will come."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """About the bytes that it takes in memory and in the journal."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_head(self) -> bytes:
         """Return what it takes to make the rest again, for the journal."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_end(self) -> bytes:
         """Return how it ended, for the journal."""
-        raise NotImplementedError
 
     def finish(self, reason: str, error: BaseException | None = None) -> None:
         """Note how it ended, unless it has."""
@@ -105,8 +106,9 @@ class Stored:
             self._end(reason, self.failure)
         self.announce()
 
+    @abstractmethod
     def _end(self, reason: str, failure: RequestError | None) -> None:
-        raise NotImplementedError
+        """Note how it ended."""
 
     def announce(self) -> None:
         """Wake whoever waits for a change."""
