@@ -33,7 +33,7 @@ MAX_HEADER = 100_000_000
 """Bytes of a safetensors header, as its own library has it; and of files of JSON, which have less."""
 MAX_NAME = 255
 """Bytes of a file's name, on all usual file systems."""
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PARTIAL = ".partial-"
 
 _READ = (".json", ".jinja", ".safetensors", ".gguf", ".model", ".txt", ".py")
@@ -244,10 +244,10 @@ def shards(folder: Path) -> list[Path]:
         ModelUnsupported: there is no safetensors file.
     """
     index = folder / INDEX
-    if index.is_file():
+    if uses_index(folder):
         paths = [folder / name for name in sorted(set(read_index(index).values()))]
     else:
-        single = folder / "model.safetensors"
+        single = folder / SINGLE
         paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if missing := [path for path in paths if not path.is_file()]:
         raise ModelFileBroken(missing[0], f"missing, though {index.name} names it; fetch the model again")
@@ -258,6 +258,19 @@ def shards(folder: Path) -> list[Path]:
             )
         raise ModelUnsupported(f"{folder} has no .safetensors file; other weight formats are not read")
     return paths
+
+
+def uses_index(folder: Path) -> bool:
+    """Return True if an index says where a checkpoint's tensors are.
+
+    As for transformers, a single file counts before an index that names only others.
+
+    Raises:
+        ModelFileBroken: the index has to be read to know, and cannot be.
+    """
+    if not (folder / INDEX).exists():
+        return False
+    return not (folder / SINGLE).exists() or SINGLE in read_index(folder / INDEX).values()
 
 
 def read_index(file: Path) -> dict[str, str]:

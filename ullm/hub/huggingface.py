@@ -13,7 +13,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from ullm.errors import ModelError, ModelNotFound, ModelUnsupported, one_line
-from ullm.hub.files import HEARTBEAT, INDEX, Progress, gguf_part_names, is_later_part, read_index, shards
+from ullm.hub.files import (
+    HEARTBEAT,
+    INDEX,
+    SINGLE,
+    Progress,
+    gguf_part_names,
+    is_later_part,
+    read_index,
+    shards,
+)
 
 REACH_TIMEOUT = 4.0
 """Seconds after which a hub that does not answer counts as unreachable."""
@@ -148,9 +157,11 @@ class _Download:
         if not self._weights:
             return []
         if INDEX in sizes and folder is not None:
-            return sorted(set(read_index(folder / INDEX).values()))
-        if "model.safetensors" in sizes:
-            return ["model.safetensors"]
+            indexed = set(read_index(folder / INDEX).values())
+            if SINGLE in indexed or SINGLE not in sizes:  # as in `uses_index`
+                return sorted(indexed)
+        if SINGLE in sizes:
+            return [SINGLE]
         shard_names = sorted(name for name in sizes if name.endswith(".safetensors") and "/" not in name)
         if not shard_names:
             named = (name for name in sizes if name.endswith(".gguf") and not is_later_part(name))

@@ -118,7 +118,8 @@ def test_an_index_that_names_something_else(tmp_path: Path, name: Any) -> None:
     folder = tmp_path / "model"
     save_tiny(folder, "llama")
     shutil.copy(folder / SINGLE, tmp_path / "o.safetensors")
-    names = dict.fromkeys(load_file(folder / SINGLE), "model.safetensors")
+    names = dict.fromkeys(load_file(folder / SINGLE), "model-1.safetensors")
+    (folder / SINGLE).rename(folder / "model-1.safetensors")
     names["lm_head.weight"] = name
     (folder / INDEX).write_text(json.dumps({"weight_map": names}))
     for read in (lambda: read_index(folder / INDEX), lambda: shards(folder), lambda: LogitsModel(folder)):

@@ -89,6 +89,30 @@ def test_the_model_type_counts_as_in_transformers(tmp_path: Path) -> None:
     assert type(LogitsModel(tmp_path).model).__name__ == "LlamaForCausalLM"
 
 
+def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "mistral")
+    edit(tmp_path, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    check_equal(tmp_path, stored(tmp_path), "TransformersModel")
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_smollm3_has_the_windows_that_its_layer_types_name(tmp_path: Path, flag: bool) -> None:
+    save_tiny(tmp_path, "smollm3")
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    edit(tmp_path, use_sliding_window=flag, sliding_window=4, layer_types=kinds)
+    check_equal(tmp_path, stored(tmp_path), "SmolLM3ForCausalLM")
+
+
+@pytest.mark.parametrize("kind", ["longrope", "yarn", "su"])
+def test_the_factor_of_longrope_counts(tmp_path: Path, kind: str) -> None:
+    """Not only that of the two contexts."""
+    save_tiny(tmp_path, "phi3")
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+    rope |= {"short_factor": [1.0, 1.1, 1.5, 2.0, 3.0, 3.5, 4.0, 5.0], "long_factor": [9.0] * 8}
+    edit(tmp_path, rope_parameters=rope)
+    check_equal(tmp_path, stored(tmp_path), "Phi3ForCausalLM")
+
+
 def test_another_familys_model_type_runs_through_transformers(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "head_dim": 8}
@@ -130,6 +154,21 @@ SCALING = {"rope_type": "linear", "rope_theta": 10000.0}
             "'yarn' needs a number above 0 as 'factor', has 4",
         ),
         ({"rope_theta": 0, "rope_parameters": None}, ModelFileBroken, "'rope_theta', has"),
+        ({"rope_parameters": {**SCALING, "rope_type": "mrope"}}, ModelFileBroken, "not known: mrope"),
+        ({"num_key_value_heads": 3}, ModelFileBroken, "num_heads, 4, is no multiple of num_kv_heads, 3"),
+        (
+            {"model_type": "mistral", "sliding_window": 0},
+            ModelFileBroken,
+            "sliding_window must be at least 1",
+        ),
+        ({"model_type": "mistral", "sliding_window": -1}, ModelFileBroken, "sliding_window must be at least"),
+        (
+            {"model_type": "gemma2", "attn_logit_softcapping": 0.0},
+            ModelFileBroken,
+            "attention_softcap is 0.0",
+        ),
+        ({"model_type": "gemma2", "final_logit_softcapping": -1}, ModelFileBroken, "logit_softcap is -1"),
+        ({"model_type": "granite", "logits_scaling": 0}, ModelFileBroken, "logits_scaling is 0"),
         ({"rms_norm_eps": "1e-05"}, ModelFileBroken, r"Expected `float`, got `str` - at `\$.rms_norm_eps`"),
         ({"num_key_value_heads": 2.5}, ModelFileBroken, "num_kv_heads"),
         ({"tie_word_embeddings": "no"}, ModelFileBroken, "tie_word_embeddings"),

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
+from tests.model.checkpoint_kinds import write_foreign
 from tests.model.model_fixtures import (
     SHAPE,
     VOCAB,
@@ -23,9 +25,11 @@ from tests.model.model_fixtures import (
     save_tiny,
 )
 from ullm.errors import ModelError, ModelFileBroken, ModelNotFound, ModelUnsupported, OutOfMemory
+from ullm.hub.files import INDEX, SINGLE, shards
 from ullm.model.architectures import registry
 from ullm.model.kernels.cpu.build import find_compiler
 from ullm.model.loading.checkpoint import choose_context_len
+from ullm.model.loading.sources import weight_files
 
 
 @pytest.fixture
@@ -237,3 +241,28 @@ def gguf_name(name: str) -> str:
     for old, new in replacements.items():
         name = name.replace(old, new)
     return name
+
+
+@pytest.mark.parametrize("name", ["llama", "foreign"])
+def test_a_single_file_counts_before_an_index(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As for transformers: which of two would be read silently otherwise."""
+    if name == "llama":
+        save_tiny(tmp_path, name)
+    else:
+        write_foreign(tmp_path)
+    tensors = load_file(tmp_path / SINGLE)
+    save_file({key: tensor + 1 for key, tensor in tensors.items()}, tmp_path / "model-1.safetensors")
+    names = dict.fromkeys(tensors, "model-1.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = random_tokens(9, 1)
+    ours = LogitsModel(tmp_path)
+    assert f"{SINGLE} is read" in caplog.text
+    ours.add(0, tokens, [0, 1, 2])
+    torch.testing.assert_close(
+        ours.step((0, 0, 9))[0], reference_logits(reference, tokens), atol=1e-4, rtol=0
+    )
+    assert shards(tmp_path) == [tmp_path / SINGLE]
+    assert weight_files(tmp_path) == [tmp_path / SINGLE]

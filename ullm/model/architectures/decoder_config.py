@@ -125,6 +125,15 @@ class DecoderConfig:
                 {self.num_layers} if name == "sliding_windows" else {0, self.num_layers}
             ):
                 raise ValueError(f"{name} are {len(getattr(self, name))}, of {self.num_layers} layers")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads, {self.num_heads}, is no multiple of num_kv_heads, {self.num_kv_heads}"
+            )
+        if any(window is not None and window < 1 for window in self.sliding_windows):
+            raise ValueError("sliding_window must be at least 1, or null for none")
+        for name in ("attention_softcap", "logit_softcap"):
+            if (cap := getattr(self, name)) is not None and not cap > 0:
+                raise ValueError(f"{name} is {cap}, and must be above 0, or null for none")
         if self.attention_scale is not None and not self.attention_scale > 0:
             raise ValueError(f"the factor of its attention scores is {self.attention_scale}")
         if self.experts is not None:

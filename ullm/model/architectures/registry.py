@@ -160,6 +160,8 @@ def native_class(checkpoint: Checkpoint) -> type[Decoder] | str:
             native = next(NATIVE[name] for name, each in MODEL_TYPES.items() if each == kind)
         elif knows_model_type(kind):
             return f"its model_type is {kind!r}"
+    if native is MistralForCausalLM and "layer_types" in checkpoint.hf:
+        return "a Mistral with layer_types is what transformers calls Ministral"
     try:
         native.read_config(checkpoint.hf, checkpoint.context_len)  # what it refuses, transformers may run
     except ModelUnsupported as error:

@@ -30,5 +30,5 @@ class SmolLM3ForCausalLM(Decoder):
             LlamaForCausalLM.read_config(hf | defaults, context_len),
             rope=read_rope(hf, default_theta=2_000_000.0),
             no_rope=tuple(not has for has in rotated[:layers]),
-            sliding_windows=windows if windowed else (None,) * layers,
+            sliding_windows=windows,  # kinds of layers that a config names count whatever its flag says
         )

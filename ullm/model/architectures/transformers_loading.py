@@ -79,6 +79,13 @@ def check_rope(hf_config: Any, checkpoint: Checkpoint) -> None:
             )
 
 
+def rope_kinds(hf_config: Any) -> set[str]:
+    """Return the kinds of rotary scaling that a config names."""
+    whole = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
+    each = (whole, *(part for part in whole.values() if isinstance(part, dict)))
+    return {kind for parameters in each if isinstance(kind := parameters.get("rope_type"), str)}
+
+
 def stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     """Return the model with its weights; raise `ModelError` if they are not all there, or of other shapes."""
     path = checkpoint.path
@@ -194,6 +201,13 @@ def random_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool
         raise ModelUnsupported(f"{checkpoint.path}: {one_line(error)}") from error
     except torch.OutOfMemoryError:
         raise
+    except KeyError as error:
+        kind = error.args[0] if error.args else None
+        if kind in rope_kinds(hf_config):
+            raise ModelFileBroken(
+                checkpoint.path / "config.json", f"names a rotary scaling that is not known: {kind!s:.40}"
+            ) from error
+        raise ModelFileBroken(checkpoint.path, f"cannot be loaded: {explained(error)}") from error
     except Exception as error:  # whatever its code raises for this config
         raise ModelFileBroken(checkpoint.path, f"cannot be loaded: {explained(error)}") from error
 

@@ -213,7 +213,9 @@ def _longrope_attention_factor(rope: dict[str, Any]) -> float:
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     original = rope["original_max_position_embeddings"]
-    factor = rope["max_position_embeddings"] / original
+    factor = rope.get("factor")
+    if factor is None:  # as in Phi-3, whose config has the extended context beside the original one
+        factor = rope["max_position_embeddings"] / original
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 

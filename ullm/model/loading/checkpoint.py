@@ -10,6 +10,7 @@ import torch
 
 from ullm.config import EngineConfig
 from ullm.errors import ModelFileBroken, ModelUnsupported
+from ullm.hub.files import INDEX, SINGLE, uses_index
 from ullm.logs import get_logger
 from ullm.model.layers.linear_kernels import fast_bfloat16
 from ullm.model.loading.eos_tokens import LANGUAGE_PARTS, eos_token_ids
@@ -71,6 +72,7 @@ def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> C
             architecture.
     """
     hf = read_config(path)
+    warn_of_two(path)
     form = find_format(path, hf)
     architectures = hf.get("architectures") or usual_architectures(hf.get("model_type"))
     if not architectures:
@@ -90,6 +92,19 @@ def read_checkpoint(path: Path, config: EngineConfig, device: torch.device) -> C
         dtype=choose_dtype(config.dtype, hf, device),
         stored_format=form.name if form is not None else "",
     )
+
+
+def warn_of_two(path: Path) -> None:
+    """Say that a folder has its weights twice, if so: in one file, which counts, and in those of an index.
+
+    Raises:
+        ModelFileBroken: the index cannot be read.
+    """
+    if (path / SINGLE).exists() and (path / INDEX).exists() and not uses_index(path):
+        log.warning(
+            f"{path}: {SINGLE} is read, as by transformers, and not the files that {INDEX} names; "
+            "remove whichever is not meant"
+        )
 
 
 def usual_architectures(model_type: object) -> list[str]:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ullm.errors import ModelFileBroken, ModelNotFound
 from ullm.hub.files import INDEX as INDEX
-from ullm.hub.files import read_index, special_kind
+from ullm.hub.files import SINGLE as SINGLE
+from ullm.hub.files import read_index, special_kind, uses_index
 from ullm.model.layers.quantization import QuantizedWeight
 from ullm.model.loading.quantized.formats import find_format
 from ullm.model.loading.quantized.interface import Format, Part
 
-SINGLE = "model.safetensors"
 MIXTRAL = re.compile(r"(.*)\.block_sparse_moe\.(gate|experts\.\d+\.w([123]))\.(.*)")
 MIXTRAL_PARTS = {"1": "gate_proj", "2": "down_proj", "3": "up_proj"}
 """Mixtral's names of an expert's matrices."""
@@ -68,7 +68,7 @@ def iterate_sources(
             yield stored.name, TensorSource(path, stored.shape, read, stored.dtype, stored.codes)
     elif (form := find_format(path)) is not None:
         yield from renamed(quantized_sources(path, form), name)
-    elif (path / INDEX).exists():
+    elif uses_index(path):
         files = shard_files(path, wanted)
         yield from renamed(_once(source for file in files for source in safetensors_sources(file)), name)
     elif (path / SINGLE).exists():
@@ -132,7 +132,7 @@ def quantized_sources(path: Path, form: Format) -> Iterator[tuple[str, TensorSou
     with ExitStack() as stack:
         weights: dict[str, dict[str, Part]] = {}
         found: dict[str, Path] = {}
-        for file in shard_files(path, None) if (path / INDEX).exists() else [path / SINGLE]:
+        for file in shard_files(path, None) if uses_index(path) else [path / SINGLE]:
             tensors = stack.enter_context(open_file(file))
             for name in tensors.keys():
                 if (other := found.setdefault(name, file)) != file:
@@ -185,7 +185,7 @@ def weight_files(path: Path) -> list[Path]:
         from ullm.model.loading.gguf_file import gguf_parts  # its libraries take long to import
 
         return gguf_parts(path)
-    if (path / INDEX).exists():
+    if uses_index(path):
         return [path / INDEX, *shard_files(path, None)]
     return [path / SINGLE]
 

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ullm.errors import ModelFileBroken, ModelUnsupported
-from ullm.hub.files import INDEX, read_index, read_json
+from ullm.hub.files import INDEX, SINGLE, read_index, read_json, uses_index
 from ullm.logs import get_logger
 from ullm.model.layers.linear import Loadable, Shard
 from ullm.model.layers.quantization import QuantizedWeight, join_quantized
 from ullm.model.loading.quantized.formats import find_format
-from ullm.model.loading.sources import SINGLE, TensorSource, iterate_sources, open_file, shard_files
+from ullm.model.loading.sources import TensorSource, iterate_sources, open_file, shard_files
 
 log = get_logger(__name__)
 
@@ -120,7 +120,7 @@ def places(
 
 def tensor_names(path: Path) -> set[str]:
     """Return the names of a checkpoint's tensors."""
-    if path.suffix != ".gguf" and (path / INDEX).exists() and find_format(path) is None:
+    if path.suffix != ".gguf" and uses_index(path) and find_format(path) is None:
         return set(read_index(path / INDEX))
     return {name for name, _ in iterate_sources(path, ())}
 
@@ -155,7 +155,7 @@ def has_own_head(path: Path) -> bool:
 
 def _open_tensor(path: Path, name: str, stack: ExitStack) -> Any:
     """Return a tensor to be read in slices, as long as the stack lives."""
-    file = shard_files(path, {name})[0] if (path / INDEX).exists() else path / SINGLE
+    file = shard_files(path, {name})[0] if uses_index(path) else path / SINGLE
     tensors = stack.enter_context(open_file(file))
     try:
         return tensors.get_slice(name)
