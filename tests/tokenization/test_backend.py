@@ -46,6 +46,36 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "special_tokens_map": {"special_tokens_map": {"additional_special_tokens": ["<tool>", "</tool>"]}},
     "additional": {"tokenizer_config": {"additional_special_tokens": ["<extra>"]}},
     "named": {"tokenizer_config": {"pad_token": "<extra>"}},
+    "older file before the newer": {
+        "tokenizer_config": {"pad_token": "<extra>"},
+        "special_tokens_map": {"pad_token": "<tool>"},
+    },
+    "older file adds": {
+        "tokenizer_config": {"pad_token": "<tool>", "bos_token": "<extra>"},
+        "special_tokens_map": {"unk_token": "</tool>"},
+    },
+    "flags in the older file": {
+        "special_tokens_map": {"pad_token": {"content": "<extra>", "lstrip": True, "rstrip": True}}
+    },
+    "flags in the newer file": {
+        "tokenizer_config": {"pad_token": {"__type": "AddedToken", "content": "<extra>", "lstrip": True}}
+    },
+    "lists in both": {
+        "tokenizer_config": {"additional_special_tokens": ["<extra>"]},
+        "special_tokens_map": {"additional_special_tokens": ["<tool>"]},
+    },
+    "newer lists in both": {
+        "tokenizer_config": {"extra_special_tokens": ["<extra>"]},
+        "special_tokens_map": {"extra_special_tokens": ["<tool>", "<extra>"]},
+    },
+    "older file of the config's list": {
+        "tokenizer_config": {"extra_special_tokens": ["<extra>"]},
+        "special_tokens_map": {"additional_special_tokens": ["<tool>"]},
+    },
+    "of one model": {"tokenizer_config": {"image_token": "<extra>", "add_bos_token": True}},
+    "of one model, older": {"special_tokens_map": {"image_token": "<extra>"}},
+    "of one model, in an object": {"tokenizer_config": {"extra_special_tokens": {"image_token": "<extra>"}}},
+    "split": {"tokenizer_config": {"split_special_tokens": True}},
     "special only in the config": {
         "tokenizer_config": {"added_tokens_decoder": {"300": entry("<tool>", special=True)}}
     },

@@ -78,13 +78,16 @@ def test_text_is_that_of_transformers(reference, name, add_generation_prompt, to
 def test_special_tokens_are_those_of_transformers(reference, tmp_path):
     tiny_tokenizer(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert read_special_tokens(config) == reference.special_tokens_map
+    assert read_special_tokens(config, {}) == reference.special_tokens_map
 
 
-def test_special_tokens_may_be_objects_and_the_first_file_wins():
-    first = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": None}
-    second = {"bos_token": "<other>", "eos_token": "</s>", "additional_special_tokens": ["<x>"]}
-    assert read_special_tokens(first, second) == {"bos_token": "<s>", "eos_token": "</s>"}
+def test_special_tokens_may_be_objects_and_the_older_file_wins():
+    config = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "<e>", "image_token": "<i>"}
+    older = {"bos_token": None, "eos_token": {"content": "</s>"}, "additional_special_tokens": ["<x>"]}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "image_token": "<i>"}
+    assert read_special_tokens(config, older) == names
+    newer = config | {"added_tokens_decoder": {}}
+    assert read_special_tokens(newer, older) == names | {"eos_token": "<e>"}
 
 
 def render(text, messages=CHAT, **options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 
 from ullm.errors import ModelFileBroken, one_line
 from ullm.logs import get_logger
+from ullm.tokenization.special_tokens import DECODER, EXTRA, named_tokens, token_text, tokenizer_settings
 
 log = get_logger(__name__)
 
@@ -24,9 +25,7 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """Half of a surrogate pair, as JSON writes it."""
 MAX_BYTES = 100_000_000
 """Of a file of JSON beside the tokenizer's; a large vocabulary of added tokens has a tenth of that."""
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-_LISTED = ("additional_special_tokens", "extra_special_tokens")
 
 
 def load_backend(file: Path) -> Backend:
@@ -83,25 +82,25 @@ def _add_tokens(backend: Backend, folder: Path) -> None:
     """Add the tokens of tokenizer_config.json, added_tokens.json and special_tokens_map.json."""
     files = [folder / f"{name}.json" for name in ("tokenizer_config", "added_tokens", "special_tokens_map")]
     config, added, special = (_read_object(file) for file in files)
-    if "added_tokens_decoder" in config:  # then the older files beside it do not count for transformers
-        added, special = {}, {}
-    named = list(dict.fromkeys([*_special_texts(files[0], config), *_special_texts(files[2], special)]))
+    if DECODER in config:  # then the older files beside it do not count for transformers
+        added = {}
+    settings = tokenizer_settings(config, special)
+    named = _special_tokens(files[0], settings)
     wanted: dict[int, AddedToken] = {}
     try:
-        for number, entry in (config.get("added_tokens_decoder") or {}).items():
+        for number, entry in (config.get(DECODER) or {}).items():
             wanted[int(number)] = _added_token(entry, named)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ModelFileBroken(
-            folder / "tokenizer_config.json", "its added_tokens_decoder is not readable"
-        ) from None
+        raise ModelFileBroken(files[0], "its added_tokens_decoder is not readable") from None
     texts = {token.content for token in wanted.values()}
     for text, number in added.items():
         if text not in texts and isinstance(number, int):
             wanted.setdefault(number, AddedToken(text, special=text in named, normalized=text not in named))
+    backend.encode_special_tokens = bool(config.get("split_special_tokens"))
     present = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     new = [token for _, token in sorted(wanted.items()) if repr(present.get(token.content)) != repr(token)]
     known = {*present, *(token.content for token in new)}
-    new += [AddedToken(text, special=True, normalized=False) for text in named if text not in known]
+    new += [token for text, token in named.items() if text not in known]
     if new:
         backend.add_tokens(new)
     for number, token in wanted.items():
@@ -111,22 +110,23 @@ def _add_tokens(backend: Backend, folder: Path) -> None:
             )
 
 
-def _added_token(entry: Any, named: Sequence[str]) -> AddedToken:
+def _added_token(entry: Any, named: Container[str] = ()) -> AddedToken:
     flags = {name: bool(entry[name]) for name in _FLAGS if name in entry}
     special = bool(entry.get("special", False)) or entry["content"] in named
     return AddedToken(entry["content"], special=special, **flags)
 
 
-def _special_texts(file: Path, config: Mapping[str, Any]) -> list[str]:
-    """Return the texts of all special tokens that a file names."""
-    values = [config.get(name) for name in _NAMED]
-    for name in _LISTED:
-        listed = config.get(name) or []
-        if not isinstance(listed, list | dict):
-            raise ModelFileBroken(file, f"{name!r} must be a list of tokens, is {listed!s:.40}")
-        values += listed.values() if isinstance(listed, dict) else listed
-    texts = [value.get("content") if isinstance(value, dict) else value for value in values]
-    return [text for text in texts if isinstance(text, str) and text]
+def _special_tokens(file: Path, settings: Mapping[str, Any]) -> dict[str, AddedToken]:
+    """Return text → token of all special tokens that a folder names, in the order of their ids."""
+    extra = settings.get(EXTRA) or []
+    if not isinstance(extra, list | dict):
+        raise ModelFileBroken(file, f"{EXTRA!r} must be a list of tokens, is {extra!s:.40}")
+    found: dict[str, AddedToken] = {}
+    for token in (*named_tokens(settings).values(), *(extra if isinstance(extra, list) else ())):
+        if text := token_text(token):
+            flags = {"normalized": False} | (token if isinstance(token, dict) else {})
+            found.setdefault(text, _added_token({**flags, "content": text, "special": True}))
+    return found
 
 
 def _read_object(file: Path) -> dict[str, Any]:

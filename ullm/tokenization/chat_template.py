@@ -22,8 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ullm.errors import InvalidParameter, ModelFileBroken, UllmError
 from ullm.parsing.formats import format_of
+from ullm.tokenization.special_tokens import named_tokens, token_text, tokenizer_settings
 
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REMEDY = "use /v1/completions, or start the server with --chat-template FILE"
 _NO_TEMPLATE = f"the model has no chat template; {_REMEDY}"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -239,16 +239,14 @@ def _compile(environment: jinja2.Environment, name: str, text: str) -> jinja2.Te
         raise ChatTemplateBroken(f"{where}it cannot be compiled: {type(error).__name__}: {error}") from error
 
 
-def read_special_tokens(*configs: Mapping[str, Any]) -> dict[str, str]:
-    """Return each named special token of the first config that has it, as a text or with a ``content``."""
-    tokens: dict[str, str] = {}
-    for name in _SPECIAL_TOKENS:
-        for config in configs:
-            value = config.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                tokens.setdefault(name, value)
-    return tokens
+def read_special_tokens(config: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, str]:
+    """Return name → text of the special tokens that templates may write.
+
+    Args:
+        config, special: the content of tokenizer_config.json and special_tokens_map.json.
+    """
+    named = named_tokens(tokenizer_settings(config, special))
+    return {name: text for name, token in named.items() if (text := token_text(token))}
 
 
 def _normalise(message: Mapping[str, Any], keep_parts: bool) -> dict[str, Any]:

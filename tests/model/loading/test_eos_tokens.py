@@ -74,6 +74,15 @@ def test_the_tokenizers_own_token_ends_a_text_too(files: dict[str, Any], tmp_pat
     assert ends(write(tmp_path, **files), {"eos_token_id": 0}) == (0, 2)
 
 
+def test_the_older_file_counts_before_the_newer_one(tmp_path: Path) -> None:
+    """As for transformers, unless the newer one says what its tokens are."""
+    settings, older = {"eos_token": "<|endoftext|>"}, {"eos_token": "<|im_end|>"}
+    files = {"tokenizer_config": settings, "special_tokens_map": older, "tokenizer": {"added_tokens": ADDED}}
+    assert ends(write(tmp_path, **files), {}) == (2,)
+    write(tmp_path, tokenizer_config=settings | {"added_tokens_decoder": DECODER})
+    assert ends(tmp_path, {}) == (0,)
+
+
 def test_a_base_model_ends_with_one_token(tmp_path: Path) -> None:
     """The chat tokens that its tokenizer knows as well do not end its texts."""
     settings = {"eos_token": "<|endoftext|>", "added_tokens_decoder": DECODER}

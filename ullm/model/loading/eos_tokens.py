@@ -17,6 +17,7 @@ from ullm.errors import ModelFileBroken, ModelNotFound
 from ullm.hub import locate
 from ullm.hub.files import read_json, silent
 from ullm.logs import get_logger
+from ullm.tokenization.special_tokens import token_text, tokenizer_settings
 
 log = get_logger(__name__)
 
@@ -95,15 +96,9 @@ def _own_tokens(path: Path) -> list[int]:
         return _listed(path, token_ids(GgufFile(path)))
     settings = read_json(path / "tokenizer_config.json", missing_ok=True)
     special = read_json(path / "special_tokens_map.json", missing_ok=True)
-    token = _text(settings.get("eos_token")) or _text(special.get("eos_token"))
+    token = token_text(tokenizer_settings(settings, special).get("eos_token"))
     token_id = None if token is None else _find_token(path, settings, token)
     return [] if token_id is None else [token_id]
-
-
-def _text(token: object) -> str | None:
-    """Return a special token's text; it is written as such, or as an object with a ``content``."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
 
 
 def _find_token(path: Path, settings: dict[str, Any], token: str) -> int | None:
@@ -111,7 +106,7 @@ def _find_token(path: Path, settings: dict[str, Any], token: str) -> int | None:
     decoder = settings.get("added_tokens_decoder") or {}
     try:
         for number, entry in decoder.items():
-            if _text(entry) == token:
+            if token_text(entry) == token:
                 return int(number)
     except (AttributeError, ValueError):
         config = path / "tokenizer_config.json"
