@@ -13,6 +13,7 @@ from gguf.constants import Keys
 
 from tests.model.gguf_fixtures import HIDDEN, VOCAB, finish, start_file, write_model
 from ullm.errors import ModelError, ModelUnsupported
+from ullm.model.loading import convert
 from ullm.model.loading.gguf import read_gguf_config, write_tokenizer
 from ullm.model.loading.gguf_keys import MUST_BE, without_effect
 from ullm.tokenization.chat_template import read_templates
@@ -54,7 +55,10 @@ def test_what_has_no_effect_is_named(tmp_path: Path, caplog: pytest.LogCaptureFi
         writer.add_float32("llama.unheard_of", 2.0)
         writer.add_author("somebody")
 
-    read_gguf_config(write(tmp_path, add))
+    file = write(tmp_path, add)
+    convert.write_gguf(file, tmp_path, "tokenizer")
+    assert caplog.text == ""  # it is said once, and not by the conversion as well
+    read_gguf_config(file)
     names = "llama.unheard_of, other.key, tokenizer.ggml.remove_extra_whitespaces"
     assert f"metadata that have no effect here: {names}" in caplog.text
 

@@ -102,7 +102,7 @@ def write_gguf(source: Path, folder: Path, what: str) -> None:
     """
     from ullm.model.loading.gguf import read_gguf_config, write_generation_config, write_tokenizer
 
-    config = read_gguf_config(source)
+    config = read_gguf_config(source, warn=False)  # the worker does
     write_generation_config(source, folder)
     if what != "config":
         write_tokenizer(source, folder)

@@ -67,11 +67,12 @@ LLAMA3_LOW_FREQ_FACTOR, LLAMA3_HIGH_FREQ_FACTOR, LLAMA3_ORIGINAL_CONTEXT = 1.0, 
 """The values of every Llama 3.x config.json; only the factor differs, and GGUF keeps none of the four."""
 
 
-def read_gguf_config(path: str | Path) -> dict[str, Any]:
+def read_gguf_config(path: str | Path, *, warn: bool = True) -> dict[str, Any]:
     """Return the model's config in the form of a Hugging Face config.json.
 
     Args:
         path: a GGUF file of one of `KINDS`.
+        warn: name metadata without effect in the log, which one of the processes that read a file does.
 
     Raises:
         ModelNotFound: there is no such file.
@@ -84,7 +85,9 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
     config = {ours: file.number(f"{arch}.{theirs}") for theirs, ours in _KEYS.items()}
     heads, kv_heads = _head_counts(file, arch)
     head_dim = file.number(f"{arch}.attention.key_length", config["hidden_size"] // heads or None)
-    _check_metadata(file, arch, kind, head_dim)
+    unknown = _check_metadata(file, arch, kind, head_dim)
+    if unknown and warn:
+        log.warning(f"{file.path}: metadata that have no effect here: {', '.join(unknown)}")
     config = {
         "architectures": [kind.architecture],
         "model_type": kind.model_type,
@@ -143,8 +146,8 @@ _READ = frozenset(
 """Keys of an architecture that are acted on, or change nothing."""
 
 
-def _check_metadata(file: GgufFile, arch: str, kind: GgufKind, head_dim: int) -> None:
-    """Refuse what would change the numbers, and name in a warning what nobody knows."""
+def _check_metadata(file: GgufFile, arch: str, kind: GgufKind, head_dim: int) -> list[str]:
+    """Refuse what would change the numbers, and return the keys that nobody knows."""
     for name in {"rope.dimension_count", "attention.value_length"} - kind.reads:
         value = file.metadata.get(f"{arch}.{name}", head_dim)
         if value != head_dim:
@@ -160,8 +163,7 @@ def _check_metadata(file: GgufFile, arch: str, kind: GgufKind, head_dim: int) ->
     if not windowed and 0 < window < file.number(f"{arch}.context_length"):
         raise ModelUnsupported(f"{file.path}: {arch}.attention.sliding_window is {window}, not supported")
     known = {f"{arch}.{name}" for name in (*_READ, *_MUST_BE, *kind.reads)}
-    if unknown := without_effect(file.metadata, known):
-        log.warning(f"{file.path}: metadata that have no effect here: {', '.join(unknown)}")
+    return without_effect(file.metadata, known)
 
 
 _HALVES = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
