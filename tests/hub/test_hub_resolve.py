@@ -314,6 +314,13 @@ def test_the_packages_that_it_needs_are_named(tmp_path: Path, monkeypatch: pytes
         write_tokenizer_of_folder(folder, tmp_path / "out")
 
 
+def test_a_folder_without_any_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelFileBroken, match="has no file that a tokenizer can be made of") as caught:
+        write_tokenizer_of_folder(tmp_path, tmp_path / "out")
+    assert "--tokenizer" in str(caught.value)
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_tokenizers_own_code_runs_only_if_it_is_trusted(tmp_path: Path, trusted: bool) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"

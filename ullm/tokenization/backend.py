@@ -13,7 +13,14 @@ from tokenizers import Tokenizer as Backend
 
 from ullm.errors import ModelFileBroken, one_line
 from ullm.logs import get_logger
-from ullm.tokenization.special_tokens import DECODER, EXTRA, named_tokens, token_text, tokenizer_settings
+from ullm.tokenization.special_tokens import (
+    DECODER,
+    EXTRA,
+    OLDER_EXTRA,
+    named_tokens,
+    token_text,
+    tokenizer_settings,
+)
 
 log = get_logger(__name__)
 
@@ -83,9 +90,10 @@ def _add_tokens(backend: Backend, folder: Path) -> None:
     files = [folder / f"{name}.json" for name in ("tokenizer_config", "added_tokens", "special_tokens_map")]
     config, added, special = (_read_object(file) for file in files)
     if DECODER in config:  # then the older files beside it do not count for transformers
-        added = {}
-    settings = tokenizer_settings(config, special)
-    named = _special_tokens(files[0], settings)
+        added, special = {}, {}
+    _check_lists(files[0], config)
+    _check_lists(files[2], special)
+    named = _special_tokens(tokenizer_settings(config, special))
     wanted: dict[int, AddedToken] = {}
     try:
         for number, entry in (config.get(DECODER) or {}).items():
@@ -116,11 +124,16 @@ def _added_token(entry: Any, named: Container[str] = ()) -> AddedToken:
     return AddedToken(entry["content"], special=special, **flags)
 
 
-def _special_tokens(file: Path, settings: Mapping[str, Any]) -> dict[str, AddedToken]:
+def _check_lists(file: Path, content: Mapping[str, Any]) -> None:
+    """Raise `ModelFileBroken` if special tokens are not listed in one of the forms that there are."""
+    for key in (EXTRA, OLDER_EXTRA):
+        if not isinstance(content.get(key) or [], list | dict):
+            raise ModelFileBroken(file, f"{key!r} must be a list of tokens, is {content[key]!s:.40}")
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, AddedToken]:
     """Return text → token of all special tokens that a folder names, in the order of their ids."""
     extra = settings.get(EXTRA) or []
-    if not isinstance(extra, list | dict):
-        raise ModelFileBroken(file, f"{EXTRA!r} must be a list of tokens, is {extra!s:.40}")
     found: dict[str, AddedToken] = {}
     for token in (*named_tokens(settings).values(), *(extra if isinstance(extra, list) else ())):
         if text := token_text(token):

@@ -24,6 +24,7 @@ from tests.model.model_fixtures import (
     save_tiny,
 )
 from ullm.model.execution.runner import ModelRunner
+from ullm.model.loading import adapters
 from ullm.protocol.messages import Adapter, NewSequence, ScheduledSequence, Step
 from ullm.sampling import SamplingParams
 from ullm.scheduling.block_pool import BlockPool
@@ -311,6 +312,28 @@ def test_what_cannot_be_computed_is_refused_by_name(
     assert words in error
     assert "\n" not in error
     assert not runner._rank.model.lora().places[KEY.removeprefix("base_model.model.")].layer.deltas  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_takes_for_ever_is_refused(
+    model: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr(adapters, "MATCH_SECONDS", 0.05)
+    patterns = {key: {"(?:.|..|...)+(?=[A-Z])": 4}}
+    folder = write_adapter(tmp_path / "slow", matrices(model[1], ("q_proj",), 4, seed=1), **patterns)
+    error = load_runner(model[0]).keep_adapter(adapter(folder), wanted=True)
+    assert "takes too long to match" in error
+    assert "adapter_config.json" in error
+
+
+def test_alternatives_of_a_pattern_are_matched_as_a_whole(model: tuple[Path, Any], tmp_path: Path) -> None:
+    """As by peft, also where the pattern says that it begins with the name."""
+    tensors = matrices(model[1], ("q_proj", "k_proj"), 4, seed=1)
+    patterns = {"alpha_pattern": {"^model.layers.0|nothing": 64}}
+    own = adapter(write_adapter(tmp_path / "own", tensors, **patterns))
+    tokens = random_tokens(20, seed=3)
+    expected = reference_logits(merged(model[1], tensors), tokens)
+    torch.testing.assert_close(logits(model[0], own, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_truncated_file_is_refused(model: tuple[Path, Any], tmp_path: Path) -> None:

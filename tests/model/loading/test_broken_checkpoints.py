@@ -14,7 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.model.model_fixtures import SHAPE, LogitsModel, config, save_tiny
+from tests.model.checkpoint_kinds import KINDS
+from tests.model.model_fixtures import SHAPE, LogitsModel, config, load_runner, save_tiny
 from tests.model.quantized_fixtures import CASES, quantize_checkpoint
 from ullm.errors import ModelError, ModelFileBroken, ModelNotFound, OutOfMemory
 from ullm.hub.files import INDEX, MAX_HEADER, read_index, read_json, shards
@@ -242,3 +243,15 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / SINGLE).unlink()
     with pytest.raises(ModelNotFound, match="convert the weights to safetensors"):
         LogitsModel(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["native", "tied", "foreign"])
+def test_weights_that_are_no_numbers(tmp_path: Path, kind: str) -> None:
+    """They would make texts of one token without a word."""
+    KINDS[kind](tmp_path)
+    tensors = load_file(tmp_path / SINGLE)
+    name = max(name for name in tensors if "norm" in name and name.endswith(".weight"))
+    tensors[name][3] = float("nan")
+    save_file(tensors, tmp_path / SINGLE, {"format": "pt"})
+    with pytest.raises(ModelFileBroken, match=r"no numbers \(NaN\) in float32: they are damaged"):
+        load_runner(tmp_path)

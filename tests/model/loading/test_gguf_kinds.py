@@ -15,6 +15,7 @@ from ullm.errors import ModelUnsupported
 from ullm.model.loading.gguf import read_gguf_config
 from ullm.model.loading.gguf_kinds import KINDS
 
+GEMMA3 = {"rope.freq_base": 1e6, "attention.sliding_window": 6}
 BASE = {"rope.freq_base": 10000.0}
 USED = {"expert_count": 6, "expert_used_count": 2}
 LAYERS = {"num_hidden_layers": 4, "max_position_embeddings": 128}
@@ -51,7 +52,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "gemma3",
         "Gemma3Text",
         {**GEMMA, "layer_types": None, "num_hidden_layers": 6, "query_pre_attn_scalar": 32},
-        {"rope.freq_base": 1e6, "attention.sliding_window": 6},
+        GEMMA3,
+    ),
+    "gemma3-all-windows": (
+        "gemma3",
+        "Gemma3Text",
+        {**GEMMA, "layer_types": ["sliding_attention"] * 4, "query_pre_attn_scalar": 32},
+        {**GEMMA3, "attention.sliding_window_pattern": 0},
     ),
     "granite": (
         "granite",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ullm.errors import ModelUnsupported, one_line
 from ullm.model.attention.batch import Batch, CausalModel
+from ullm.model.loading.finite import check_numbers
 
 RECORDING = "ullm_recording"
 LENGTHS = (9, 6)
@@ -106,8 +107,10 @@ def compare(model: CausalModel, reference: ReferenceRun) -> None:
 
     Raises:
         ModelUnsupported: the logits differ from the reference's.
+        ModelFileBroken: the reference's are no numbers.
     """
     device, name = reference.logits.device, reference.name
+    check_numbers(reference.logits, name, model.dtype)
     positions = torch.cat([torch.arange(len(text), device=device) for text in reference.texts])
     nothing = torch.zeros(0, dtype=torch.int32, device=device)
     owner = torch.repeat_interleave(

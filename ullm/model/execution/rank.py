@@ -32,6 +32,7 @@ from ullm.model.kernels.cpu.ops import KernelOps
 from ullm.model.layers.layer_ops import TorchOps
 from ullm.model.layers.parallel import RENDEZVOUS_TIMEOUT, ParallelContext
 from ullm.model.loading.checkpoint import Checkpoint, read_checkpoint
+from ullm.model.loading.finite import check_numbers
 from ullm.model.memory.device_memory import release_cached_memory
 from ullm.model.memory.kv_pool import (
     check_fits,
@@ -224,8 +225,9 @@ def attach_kv_pool(
     progress(Progress("profile"))
     backend = open_pool(context, model, num_blocks)
     progress(Progress("warmup"))
-    vocab_size = trial_run(model, backend, tokens=1).shape[-1]
-    info = model_info(context, model, backend, vocab_size)
+    logits = trial_run(model, backend, tokens=1)
+    check_numbers(logits, context.checkpoint.path, context.checkpoint.dtype)
+    info = model_info(context, model, backend, logits.shape[-1])
     last_tokens = LastTokens(SPARE_SLOTS * context.config.max_bs, context.device)
     graphs = None
     if isinstance(backend, VarlenAttention):

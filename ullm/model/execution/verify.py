@@ -14,6 +14,7 @@ from ullm.model.architectures.decoder import Decoder
 from ullm.model.attention.batch import BatchLayout, CausalModel
 from ullm.model.execution.pools import choose_gather
 from ullm.model.loading.checkpoint import Checkpoint
+from ullm.model.loading.finite import check_numbers
 
 TOKENS = 16
 PRIME = 7919
@@ -30,6 +31,7 @@ def verify(model: CausalModel, checkpoint: Checkpoint) -> str:
 
     Raises:
         ModelUnsupported: the logits differ by more than roundings.
+        ModelFileBroken: those of transformers are no numbers.
     """
     if (reason := why_not(model, checkpoint)) is not None:
         return f"not compared with transformers: {reason}"
@@ -38,7 +40,9 @@ def verify(model: CausalModel, checkpoint: Checkpoint) -> str:
         expected = reference_logits(checkpoint, tokens)
     except Exception as error:  # whatever its code raises is no fault of ours
         return f"not compared with transformers: {type(error).__name__}: {one_line(error)}"
+    check_numbers(expected, checkpoint.path, torch.float32)
     found = logits(model, tokens)
+    check_numbers(found, checkpoint.path, model.dtype)
     distance = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
     most = max(TOLERANCES[name] for name in (*model.weight_formats(), dtype_name(model)))
     if not distance <= most:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -36,6 +37,8 @@ WITHOUT_EFFECT = frozenset(
 """Keys of an adapter_config.json that need not be refused."""
 HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base model's weights as they are."""
+MATCH_SECONDS = 1.0
+"""For which a pattern is matched with a layer's name; the ``re`` module could not be stopped."""
 _KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
 
 
@@ -61,10 +64,13 @@ class LoraConfig:
 
 
 def _by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return the value of the first pattern that a layer's name ends with, as peft matches them."""
+    """Return the value of the first pattern that a layer's name ends with, as peft matches them.
+
+    Raises:
+        TimeoutError: a pattern takes too long, as some do that repeat what repeats.
+    """
     for key, value in pattern.items():
-        expression = rf"{key}$" if key.startswith("^") else rf"(.*\.)?({key})$"
-        if re.match(expression, name):
+        if regex.match(rf"(.*\.)?({key})$", name, timeout=MATCH_SECONDS):
             return value
     return default
 
@@ -100,8 +106,8 @@ def read_lora_config(folder: Path) -> LoraConfig:
             raise ModelFileBroken(file, f"{key!r} must map names to numbers above 0")
         for expression in pattern:
             try:
-                re.compile(expression)
-            except re.error as error:
+                regex.compile(rf"(.*\.)?({expression})$")
+            except regex.error as error:
                 raise ModelFileBroken(file, f"{key!r} has {expression!r:.60}: {error}") from None
     return LoraConfig(
         r=int(config["r"]),
@@ -143,6 +149,9 @@ def read_lora(folder: Path, expected: str) -> Iterator[LoraPart]:
             for name, keys in names.items():
                 a, b = (tensors.get_tensor(keys[part]) for part in "AB")
                 yield LoraPart(name, *_checked(file, config, name, a, b), config.scale(name))
+    except TimeoutError:  # before OSError, of which it is one
+        detail = "a pattern of its rank_pattern or alpha_pattern takes too long to match; simplify it"
+        raise ModelFileBroken(folder / CONFIG, detail) from None
     except (SafetensorError, OSError) as error:
         raise ModelFileBroken(file, f"is not a complete safetensors file: {error}") from None
 

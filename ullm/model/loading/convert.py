@@ -60,6 +60,12 @@ def write_tokenizer_of_folder(source: Path, folder: Path, *, trust_remote_code: 
             source, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # a broken file, or the tokenizer's own code, may raise anything
+        if "instantiate the backend tokenizer" in str(error):  # which lists what a programmer could pass
+            raise ModelFileBroken(
+                source,
+                "has no file that a tokenizer can be made of, such as tokenizer.json or tokenizer.model; "
+                "fetch the model again, or name another tokenizer with --tokenizer",
+            ) from error
         raise ModelFileBroken(source, f"its tokenizer cannot be read: {one_line(error)}") from error
     tokenizer.save_pretrained(folder)
     if not (folder / "tokenizer.json").is_file():

@@ -85,6 +85,8 @@ def _gemma2(file: GgufFile, arch: str, config: Config) -> Config:
 
 def _gemma3(file: GgufFile, arch: str, config: Config) -> Config:
     pattern = file.metadata.get(f"{arch}.attention.sliding_window_pattern", 6)
+    if pattern == 0:  # as llama.cpp reads it
+        pattern = [True] * config["num_hidden_layers"]
     if isinstance(pattern, list):
         kinds = ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
         layers: Config = {"layer_types": kinds}
