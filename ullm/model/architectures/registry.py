@@ -317,11 +317,12 @@ def load_with_transformers(
         why: why no native class computes it.
 
     Raises:
-        ModelUnsupported: several ranks, a GGUF file, or a model that paged attention cannot run.
+        ModelUnsupported: several stages, a GGUF file, or a model that paged attention cannot run.
     """
-    if parallel.total > 1:
+    if parallel.num_stages > 1:
         raise ModelUnsupported(
-            f"{checkpoint.path}: runs on one rank only ({why}); use --tp-size 1 and --pp-size 1"
+            f"{checkpoint.path}: runs through transformers' code ({why}), "
+            "which has no stages; use --pp-size 1"
         )
     refuse_gguf(checkpoint, why)
     if checkpoint.architecture in NATIVE:
@@ -329,7 +330,7 @@ def load_with_transformers(
     # transformers takes seconds to import
     from ullm.model.architectures.transformers_model import TransformersModel
 
-    return TransformersModel.load(checkpoint, config, device)
+    return TransformersModel.load(checkpoint, config, device, parallel.world_size)
 
 
 def refuse_gguf(checkpoint: Checkpoint, why: str) -> None:
