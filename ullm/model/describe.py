@@ -85,7 +85,7 @@ def describe(config: EngineConfig, model_path: str, *, compare: bool) -> Descrip
         available=free,
     )
     try:
-        native = native_class(checkpoint)
+        native = native_class(checkpoint, config.tp_size)
         if isinstance(native, str):
             describe_foreign(found, checkpoint, config, native)
         else:

@@ -14,7 +14,13 @@ import torch
 
 from tests.model.architectures.split_rank import LENGTH
 from tests.model.layers.test_parallel import ROOT, free_ports, run_ranks
-from tests.model.model_fixtures import LogitsModel, random_tokens, reference_greedy, reference_logits
+from tests.model.model_fixtures import (
+    LogitsModel,
+    random_tokens,
+    reference_greedy,
+    reference_logits,
+    save_tiny,
+)
 from tests.model.tiny_architectures import TOLERANCE, save_tiny_model
 from ullm.errors import ModelUnsupported
 from ullm.model.architectures.transformers_ranks import TRIED
@@ -67,6 +73,14 @@ def test_ranks_agree_with_one_and_sleep_and_wake(tmp_path: Path) -> None:
         torch.testing.assert_close(rank["logits"], reference_logits(reference, tokens), atol=1e-4, rtol=0)
         assert rank["generated"] == [greedy if index == 0 else digests] * 4
         assert "process_group" in rank["closed"]
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_olmo_s_norms_over_all_heads_are_left_to_transformers(tmp_path: Path) -> None:
+    reference, tokens = save_tiny(tmp_path / "model", "olmo2"), random_tokens(20, seed=1)
+    for rank in run_ranks(tmp_path / "model", tmp_path, 2):
+        torch.testing.assert_close(rank["logits"], reference_logits(reference, tokens), atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
