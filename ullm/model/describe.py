@@ -85,7 +85,7 @@ def describe(config: EngineConfig, model_path: str, *, compare: bool) -> Descrip
         available=free,
     )
     try:
-        native = native_class(checkpoint)
+        native = native_class(checkpoint, config.tp_size)
         if isinstance(native, str):
             describe_foreign(found, checkpoint, config, native)
         else:
@@ -138,11 +138,14 @@ def describe_foreign(found: Description, checkpoint: Checkpoint, config: EngineC
     """Fill in what a model of transformers needs, as far as it can be told without its weights."""
     from ullm.model.architectures.registry import refuse_gguf
     from ullm.model.architectures.transformers_loading import empty_model  # takes seconds to import
+    from ullm.model.architectures.transformers_ranks import check_plan
 
     refuse_gguf(checkpoint, why)
     choose_scheme(checkpoint, config, None)
     found.runs, found.reason, found.quantization = "transformers", why, found.dtype
     model = empty_model(checkpoint, config)
+    if config.tp_size > 1:
+        check_plan(model, checkpoint, config, config.tp_size)
     text = model.config.get_text_config()
     found.parameters = model.num_parameters()
     found.weight_bytes = found.parameters * checkpoint.dtype.itemsize
