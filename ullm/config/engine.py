@@ -189,6 +189,9 @@ class EngineConfig(ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, Su
         if self.nnodes == 1:
             if self.node_rank:
                 raise ConfigError(f"--node-rank {self.node_rank} needs --nnodes, the number of hosts")
+            for name in ("node_secret_file", "node_timeout"):
+                if getattr(self, name) != getattr(EngineConfig, name):
+                    raise ConfigError(f"{flag(name)} has no effect without --nnodes; leave it out")
             if not is_loopback(self.master_addr):
                 raise ConfigError(
                     f"--master-addr {self.master_addr} is not a loopback address, and there is one host; "
