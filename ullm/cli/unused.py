@@ -21,7 +21,7 @@ def refuse_beside_url(url: str | None, options: Mapping[str, Any], api_key: str 
     """Check that the command line of a client has no options that only the server could follow.
 
     Args:
-        api_key: for the server at ``url``; without one, only a variable may have set it, which others use, too.
+        api_key: for the server at ``url``; without one, only a variable may have set it.
 
     Raises:
         UsageError: it has some; names them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tests.model.architectures.split_rank import LENGTH
 from tests.model.layers.test_parallel import ROOT, free_ports, run_ranks
 from tests.model.model_fixtures import (
     LogitsModel,
+    config,
     random_tokens,
     reference_greedy,
     reference_logits,
@@ -23,9 +25,11 @@ from tests.model.model_fixtures import (
 )
 from tests.model.tiny_architectures import TOLERANCE, save_tiny_model
 from ullm.errors import ModelUnsupported
-from ullm.model.architectures.transformers_ranks import TRIED
+from ullm.model.architectures.transformers_loading import empty_model
+from ullm.model.architectures.transformers_ranks import TRIED, check_plan
 from ullm.model.execution.chosen import digest
 from ullm.model.layers.parallel import ParallelContext
+from ullm.model.loading.checkpoint import read_checkpoint
 
 SAMPLE = ("cohere2", "deepseek_v3", "exaone4", "gemma4_text", "gpt_neox", "gpt_oss", "granitemoe", "llama")
 """Plans of many kinds: with and without experts, fused projections, latent attention, sinks."""
@@ -123,6 +127,16 @@ def test_random_weights_are_refused(tmp_path: Path) -> None:
         ModelUnsupported, match="random weights of Starcoder2ForCausalLM run on one rank only"
     ):
         LogitsModel(tmp_path, ParallelContext(0, 2), load_format="dummy")
+
+
+def test_on_gpus_nothing_is_captured(tmp_path: Path) -> None:
+    save_tiny_model("starcoder2", tmp_path)
+    given, cpu, cuda = config(tmp_path), torch.device("cpu"), torch.device("cuda")
+    checkpoint = read_checkpoint(tmp_path, given, cpu)
+    empty = empty_model(checkpoint, given)
+    with pytest.raises(ModelUnsupported, match="several GPUs with --enforce-eager"):
+        check_plan(empty, checkpoint, given, cuda, 2)
+    check_plan(empty, checkpoint, dataclasses.replace(given, enforce_eager=True), cuda, 2)
 
 
 def test_without_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

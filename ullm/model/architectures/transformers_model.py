@@ -98,7 +98,7 @@ class TransformersModel:
             log.warning(f"{file}: keys that have no effect here: {', '.join(unread)}")
         with quiet(), split_over(ranks, device) as splitting:
             if splitting:
-                check_plan(empty_model(checkpoint, config), checkpoint, config, ranks)
+                check_plan(empty_model(checkpoint, config), checkpoint, config, device, ranks)
             if config.load_format == "dummy":
                 model = random_model(hf_config, checkpoint, config.trust_remote_code)
             else:

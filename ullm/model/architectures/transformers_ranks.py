@@ -42,7 +42,9 @@ OF_HEADS = ("q_proj", "k_proj", "qkv_proj", "query_key_value")
 """Layers whose outputs are heads."""
 
 
-def check_plan(empty: Any, checkpoint: Checkpoint, config: ModelConfig, ranks: int) -> None:
+def check_plan(
+    empty: Any, checkpoint: Checkpoint, config: ModelConfig, device: torch.device, ranks: int
+) -> None:
     """Refuse a model that transformers cannot split over so many ranks.
 
     Args:
@@ -66,6 +68,12 @@ def check_plan(empty: Any, checkpoint: Checkpoint, config: ModelConfig, ranks: i
         raise ModelUnsupported(
             f"{path}: transformers' plan to split {name} over ranks is not known to give the same results; "
             "use --tp-size 1"
+        )
+    if (
+        device.type == "cuda" and not config.enforce_eager
+    ):  # whether its collectives can be captured is not known
+        raise ModelUnsupported(
+            f"{path}: {name} runs on several GPUs with --enforce-eager, or with --tp-size 1"
         )
     if config.load_format == "dummy":
         raise ModelUnsupported(f"{path}: random weights of {name} run on one rank only; use --tp-size 1")
