@@ -59,7 +59,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "model.sampling": frozenset({"grammars", "sampling", "protocol", "model.memory"}),
     "model.attention": frozenset({"errors", "model.memory", "model.sampling"}),
     "model.layers": frozenset({"errors", "logs", "machine", "protocol", "model.sampling", "model.attention"}),
-    "model.loading": frozenset({"errors", "config", "logs", "hub", "model.layers"}),
+    "model.loading": frozenset({"errors", "config", "logs", "hub", "tokenization", "model.layers"}),
     "model.kernels": frozenset(
         {
             "errors",
