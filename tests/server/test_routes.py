@@ -36,8 +36,9 @@ OPENAI_RESPONSES = (
 )
 ANTHROPIC_MESSAGES = (
     "billing_policy cache_control compaction container context_management diagnostics fallback_credit_token fallbacks "
-    "inference_geo max_tokens mcp_servers messages metadata model output_config output_format service_tier "
-    "speed stop_sequences stream system temperature thinking thread tool_choice tools top_k top_p"
+    "inference_geo max_tokens mcp_servers messages metadata model output_config output_format "
+    "service_tier speed stop_sequences stream system temperature thinking thread tool_choice tools top_k "
+    "top_p"
 )
 VLLM_SAMPLING = (
     "allowed_token_ids bad_words ignore_eos include_stop_str_in_output length_penalty logprob_token_ids "
