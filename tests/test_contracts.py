@@ -86,9 +86,8 @@ LAYERS: dict[str, frozenset[str]] = {
     "link": _ENGINE | {"engine", "release", "tls"},
     # its surfaces
     "hosting.bridge": frozenset({"errors", "system"}),
-    "llm": frozenset(
-        {"errors", "config", "parsing", "sampling", "tokenization", "supervision", "engine", "hosting.bridge"}
-    ),
+    "llm_host": frozenset({"errors", "config", "parsing", "sampling", "tokenization", "engine"}),
+    "llm": frozenset({"errors", "config", "parsing", "sampling", "engine", "hosting.bridge", "llm_host"}),
     "server.api": _BASE | {"grammars", "parsing", "tokenization", "supervision", "engine"},
     "server.http": frozenset({"errors", "logs", "system", "tls", "server.api"}),
     "server.stored": _BASE | {"parsing", "supervision", "hub", "journal", "engine", "server.api"},

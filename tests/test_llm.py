@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 import torch
 import trio
 
+import ullm.llm
 from ullm.config import EngineConfig
 from ullm.errors import ConfigError, EngineStopped, InvalidParameter, ModelNotFound
 from ullm.llm import LLM, GenerateOutput, SamplingParams
@@ -392,3 +394,11 @@ def test_a_chat_calls_tools(tmp_path: Path) -> None:
         assert plain.finish_reason == "length"
         with pytest.raises(InvalidParameter, match="tool_choice"):
             llm.chat([{"role": "user", "content": "Hi"}], tool_choice="required")
+
+
+@pytest.mark.parametrize("name", ["ChatTurn", "Completion", "FunctionCall", "GenerateOutput"])
+def test_values_name_the_module_that_programs_import_them_from(name: str) -> None:
+    """So a pickle of one can be read again, whichever module of ullm it is written in."""
+    value = getattr(ullm.llm, name)
+    assert value.__module__ == "ullm.llm"
+    assert pickle.loads(pickle.dumps(value)) is value

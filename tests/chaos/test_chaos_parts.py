@@ -83,6 +83,25 @@ def test_an_excused_answer_may_end_early_but_not_otherwise() -> None:
     assert len(wrong.violations(EXPECTED)) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("So \n<tool_", True),
+        ('So <tool_call>\n{"name": "f', True),
+        ("So <call f>{", True),
+        ("So <call g>{", False),
+        ("Se \n<tool_", False),
+        ("So <call f>{} and <tool", True),
+        ("So <call f>{} und", False),
+    ],
+)
+def test_a_call_that_was_cut_is_the_model_s_text(text: str, good: bool) -> None:
+    expected = AnswerOutcome(("So <call f>{} and <call g>{}",), ("tool_calls",), 3)
+    early = answer(text, finishes=["abort"], completion_tokens=2, excused="put to sleep")
+    assert (early.violations(expected) == []) is good
+    assert answer(text, finishes=["tool_calls"]).violations(expected) != []
+
+
 def test_gaps_are_of_those_who_read_at_once() -> None:
     found = answer()
     for now in (0.01, 0.03, 0.23):

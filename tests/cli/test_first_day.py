@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import pydoc
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import ullm
 from ullm.cli.app import main
+from ullm.cli.doctor import Check, Diagnosis, show_diagnosis
 from ullm.cli.flags import with_switches
 
 CONFIG = '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
@@ -89,3 +92,10 @@ def test_help_shows_what_each_option_means(cls: type) -> None:
     meanings = (words(f"{spec.name}: {spec.metadata['help']}") for spec in dataclasses.fields(cls))
     missing = [meaning for meaning in meanings if meaning not in text]
     assert missing == []
+
+
+def test_a_diagnosis_on_a_narrow_terminal_has_all_its_words() -> None:
+    path = "/a/very/long/path/that/no/line/of/forty/columns/holds/SmolLM2"
+    written = StringIO()
+    show_diagnosis(Diagnosis([Check("disk", "ok", f"free at {path}")], {}), Console(file=written, width=40))
+    assert path in "".join(written.getvalue().split())

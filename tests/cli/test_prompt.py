@@ -10,7 +10,7 @@ import pytest
 
 import ullm
 from ullm.cli.early import unset_empty_variables
-from ullm.cli.prompt import read_prompt, with_literal_prompt
+from ullm.cli.prompt import compose, read_prompt, with_literal_prompt
 from ullm.errors import UsageError
 
 
@@ -56,6 +56,19 @@ def test_an_empty_pipe_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with open(read, encoding="utf-8") as empty:
         monkeypatch.setattr(sys, "stdin", empty)
         assert read_prompt("hello") == "hello"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="arguments are bytes on POSIX only")
+@pytest.mark.parametrize("locale", ["ascii", "utf-8"])
+def test_arguments_are_utf_8_whatever_the_locale(locale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode(locale, "surrogateescape"))
+    monkeypatch.setattr("sys.stdin", None)
+    given = "Größe ☂".encode().decode(locale, "surrogateescape")
+    assert read_prompt(given) == "Größe ☂"
+    assert compose("?", given, raw=False)[0] == {"role": "system", "content": "Größe ☂"}
+    latin = "Größe".encode("latin-1").decode(locale, "surrogateescape")
+    with pytest.raises(UsageError, match="not UTF-8; convert it"):
+        read_prompt(latin)
 
 
 def test_empty_variables_are_removed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.model.outcomes import Outcome, known_outcomes
+from ullm.model.architectures.transformers_ranks import TRIED
 
 HOW = {"native": "native", "transformers": "through transformers' code"}
 INTRO = """Of the {all} architectures, {equal} compute the same as transformers: {native} natively and
@@ -31,6 +32,8 @@ def architecture_table() -> str:
     rows = ["| `model_type` | class | runs | why not |", "|---|---|---|---|"]
     for kind, outcome in table.items():
         how = HOW.get(outcome.verdict, "no" if outcome.verdict == "refused" else "not tried")
+        if outcome.verdict == "transformers" and kind in TRIED:
+            how += ", on several ranks, too"
         reason = outcome.reason.removeprefix(f"{outcome.name}: ").replace("|", "\\|")
         rows.append(f"| `{kind}` | `{outcome.name}` | {how} | {reason} |")
     return intro + "\n" + "\n".join(rows) + "\n"

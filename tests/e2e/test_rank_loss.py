@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -62,6 +64,21 @@ def test_streams_go_on_after_the_loss_of_any_rank(
         assert not {process.pid for process in before} & {process.pid for process in ranks(server)}
         cause = "was killed by SIGKILL" if number == signal.SIGKILL else "was suspended"
         server.hear(rf"cause=WorkerLost: replica0\.rank{index} {cause}")
+
+
+def test_ranks_that_run_through_transformers_code(serve: Serve, tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-relu"
+    shutil.copytree(tiny_model, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": "relu"}))
+    undisturbed = texts(streams(serve("--model", str(folder), *RANKS), 3, TOKENS))
+    server = serve("--model", str(folder), *RANKS, *TWO["tp"])
+    assert texts(streams(server, 3, TOKENS)) == undisturbed
+    before = ranks(server)
+    running = wait_begun([Stream(server, TOKENS, [300 + each]) for each in range(3)])
+    before[1].kill()
+    assert texts(running) == undisturbed
+    assert all(map(is_gone, before))
 
 
 def test_two_servers_on_one_host_do_not_meet(serve: Serve, tiny_model: Path) -> None:

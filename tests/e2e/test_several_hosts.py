@@ -169,6 +169,34 @@ def test_a_host_of_its_own_for_each_replica(
     assert (server.wait(), cluster.agent.wait()) == (0, 0)
 
 
+def test_kv_is_handed_over_between_hosts(
+    serve: Serve, tiny_model: Path, other_host: OtherHost, tmp_path: Path
+) -> None:
+    """Here the prompts, there the tokens after them; then the cable is out amid hand-overs."""
+    prompts = [[300 + number, *(310 + place % 90 for place in range(300))] for number in range(4)]
+    alone = serve("--model", str(tiny_model), "--dtype", "float32", "--standby-workers", "0")
+    undisturbed = texts([Stream(alone, TOKENS, prompt) for prompt in prompts])
+    assert alone.close() == 0
+    apart = ("--replicas", "2", "--roles", "prefill,decode", "--prefill-threshold", "100")
+    cluster = Cluster(serve, tiny_model, other_host, tmp_path, *apart)
+    server = cluster.server
+    assert texts([Stream(server, TOKENS, prompt) for prompt in prompts]) == undisturbed
+    assert server.metric('ullm_kv_handovers_total{outcome="moved"}') == len(prompts)
+    assert server.metric("ullm_kv_handover_blocks_total") >= len(prompts) * (301 // 16)
+
+    fault = {"plan": "handover.chunk:delay@seconds=9,times=2"}
+    assert server.admin("POST", "/admin/faults", fault).status_code == 200
+    salted = [Stream(server, TOKENS, prompt, cache_salt="again") for prompt in prompts]
+    running = wait_begun(salted)
+    eventually(lambda: len(server.admin("GET", "/admin/faults").json()["fired"]) == 2)
+    other_host.unplug()
+    server.hear(r"a host was lost.*gave no sign of life for 2 s")
+    assert texts(running) == undisturbed
+    assert server.metric('ullm_kv_handovers_total{outcome="lost"}') >= 2
+    other_host.plug_in()
+    eventually(lambda: server.replicas()[1]["up"])
+
+
 def test_the_engine_is_killed_and_comes_back(
     serve: Serve, tiny_model: Path, other_host: OtherHost, tmp_path: Path
 ) -> None:

@@ -390,6 +390,21 @@ def test_a_worker_that_goes_on_has_had_no_effect() -> None:
     assert "no effect seen" in str(fired)
 
 
+@pytest.mark.parametrize(
+    ("later", "effect"), [(1.5, "overtaken: its worker was stopped first"), (2.5, "")], ids=["soon", "late"]
+)
+def test_a_worker_that_is_stopped_meanwhile_may_not_have_come_to_it(later: float, effect: str) -> None:
+    now = 100.0
+    injector = FaultInjector(FaultPlan.parse("worker.sleep:crash"), clock=lambda: now)
+    injector.fire(FaultSite("worker.sleep", 0, 0, 3))
+    now += later
+    injector.note_stop(0, 1, 3)  # another rank
+    (fired,) = injector.history
+    assert fired.effect == ""
+    injector.note_stop(0, 0, 3)
+    assert (fired.effect, fired.recovered) == (effect, None)
+
+
 async def test_an_actor_that_was_thrown_out_is_seen_again(autojump_clock: MockClock) -> None:
     injector = FaultInjector.from_text("scheduler.step:raise")
     await trio.sleep(5)

@@ -14,7 +14,7 @@ import ullm
 from tests.support.engine import PROMPT, collect, tokens_of
 from tests.support.linked import KEY, World, front_end, linked
 from ullm.config import EngineConfig, ServerConfig
-from ullm.engine.engine import running
+from ullm.engine.running import running
 from ullm.errors import (
     ConfigError,
     EngineDead,

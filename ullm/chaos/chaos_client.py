@@ -21,6 +21,8 @@ SLOW_PIECES = 50
 """Number of pieces after each of which a slow reader pauses."""
 NOTED_GAP = 0.05
 """Seconds of silence from which on a gap is recorded."""
+CALL = "<call "
+"""Begins a call of a tool in the text that is compared."""
 SPECIAL = re.compile(r"<.*>")
 """A token that is no text, as ``<|im_end|>``."""
 SAME_LOGPROB = 0.02
@@ -127,7 +129,7 @@ class ChaosAnswer:
             return []
         violations = []
         for index, (text, wanted) in enumerate(zip(self.outcome.texts, expected.texts, strict=True)):
-            if text != wanted and not (self.excused and wanted.startswith(text.rstrip("\ufffd"))):
+            if text != wanted and not (self.excused and _is_beginning(text, wanted)):
                 violations.append(f"{name}, choice {index}: {_difference(text, wanted)}")
         if self.outcome.finishes != expected.finishes and not self._aborted():
             violations.append(f"{name}: finish reasons {self.outcome.finishes}, not {expected.finishes}")
@@ -251,7 +253,7 @@ def _text(choice: dict[str, Any], field_name: str) -> str:
     text: str = turn.get("content") or choice.get("text") or ""
     for call in turn.get("tool_calls") or ():
         function = call["function"]
-        text += f"<call {function['name']}>" if function.get("name") else ""
+        text += f"{CALL}{function['name']}>" if function.get("name") else ""
         text += function.get("arguments") or ""
     return text
 
@@ -288,6 +290,20 @@ def _take_bytes(content: list[dict[str, Any]] | None, index: int, answer: ChaosA
     for token in content or ():
         if not SPECIAL.fullmatch(token["token"]):
             answer.scored[index] = answer.scored.get(index, b"") + bytes(token["bytes"] or ())
+
+
+def _is_beginning(text: str, wanted: str) -> bool:
+    """Return whether a text is the beginning of another one, as far as it can be compared.
+
+    Of a call that was cut before its name is complete there is what the model has written, which is another
+    text than that of the call.
+    """
+    text = text.rstrip("\ufffd")
+    if wanted.startswith(text):
+        return True
+    same = next(i for i, (a, b) in enumerate(zip(text, wanted, strict=False)) if a != b)
+    call = wanted.rfind(CALL, 0, same + len(CALL))
+    return call >= 0 and CALL not in text[call:]
 
 
 def _difference(text: str, wanted: str) -> str:

@@ -124,7 +124,7 @@ def chat(
     from ullm.cli.chat import chat as run
 
     options = _named(name, options)
-    refuse_beside_url(url, options)
+    refuse_beside_url(url, options, api_key)
     params = sampling_params(options, CHAT_DEFAULTS)
     return run(_quiet(options), params, system=system, url=url, model=options.get("model"), api_key=api_key)
 
@@ -145,7 +145,7 @@ def generate(
     from ullm.cli.generate import generate as run
     from ullm.cli.prompt import compose, read_prompt
 
-    refuse_beside_url(url, options)
+    refuse_beside_url(url, options, api_key)
     refuse_beside_raw(raw, system)
     config = _quiet(options)
     params = sampling_params(options, GENERATE_DEFAULTS)

@@ -69,7 +69,7 @@ def doctor(server: ServerConfig, *, as_json: bool) -> int:
         encoded = msgspec.json.encode({"healthy": diagnosis.healthy, **msgspec.structs.asdict(diagnosis)})
         sys.stdout.write(msgspec.json.format(encoded, indent=2).decode() + "\n")
     else:
-        _show(diagnosis, Console(highlight=False))
+        show_diagnosis(diagnosis, Console(highlight=False))
     return 0 if diagnosis.healthy else 1
 
 
@@ -255,9 +255,13 @@ def _gib(count: int) -> str:
     return f"{count / GIB:.1f} GiB"
 
 
-def _show(diagnosis: Diagnosis, console: Console) -> None:
+def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
+    """Print the report as a table that has every word of it, however narrow the terminal is."""
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column()
+    table.add_column(overflow="fold")  # a report without its ends is of no use
     for check in diagnosis.checks:
         table.add_row(marks[check.status], check.name, Text(check.detail))
     console.print(table)

@@ -11,7 +11,14 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
-from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CycloptsError,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 
 from ullm.cli.stdout import STDOUT
 from ullm.errors import ConfigError, EngineDead, ResourceUnavailable, UllmError, UsageError
@@ -55,11 +62,21 @@ def run_command_line(
     except UnknownCommandError as error:
         command = " ".join(str(argument) for argument in arguments[:2])
         return _complain(MOVED.get(command) or " ".join(str(error).split()), EXIT_USAGE)
+    except MissingArgumentError as error:
+        return complain(_missing(error), EXIT_USAGE)
     except CycloptsError as error:
         return complain(" ".join(str(error).split()), EXIT_USAGE)
     except BaseException as error:
         return _failed(error, complain, debug=_wants_debug(arguments))
     return int(status or 0)
+
+
+def _missing(error: MissingArgumentError) -> str:
+    """Return an error line for an option without its value, or a command without what it is about."""
+    command = " ".join(error.command_chain or ())
+    name = error.keyword or (error.argument.name if error.argument is not None else "")
+    what = f"{name} needs a value" if name.startswith("-") else f"{command} needs {name}"
+    return f"{what}; see {f'ullm {command}'.strip()} --help"
 
 
 def _unused(rest: Sequence[str], arguments: Sequence[str], hint: Callable[[str], str | None]) -> str:

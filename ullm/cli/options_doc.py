@@ -27,7 +27,7 @@ from ullm.sampling import SamplingParams
 INTRODUCTION = """\
 # Configuration
 
-<!-- Made by `python -m tests.docs`; edit the fields in ullm/config.py. -->
+<!-- Made by `python -m tests.docs`; edit the fields in ullm/config/. -->
 
 Every option below is at once a flag of the command line (`--max-bs 32`), an environment variable
 (`ULLM_MAX_BS=32`), a line of a configuration file (`max-bs = 32`) and a field of a frozen dataclass

@@ -35,7 +35,7 @@ def read_prompt(prompt: str | None) -> str:
     if prompt is None or prompt == "-":
         text = _read_stdin()
     else:
-        text = prompt.removeprefix(LITERAL)
+        text = _as_utf8(prompt.removeprefix(LITERAL))
         if text.strip() and _is_piped() and (piped := _read_stdin()).strip():
             text = f"{piped.rstrip()}\n\n{text}"
     if not text.strip():
@@ -49,6 +49,22 @@ def with_literal_prompt(line: Sequence[str]) -> list[str]:
     if arguments[:1] == ["generate"] and arguments[-2:-1] == ["--"] and "--" not in arguments[:-2]:
         arguments[-1] = LITERAL + arguments[-1]
     return arguments
+
+
+def _as_utf8(argument: str) -> str:
+    """Return an argument read as UTF-8; Python has decoded it by the locale, which may be plain ASCII.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    if sys.platform == "win32":  # where arguments are text
+        return argument
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        raise UsageError(
+            "the prompt is not UTF-8; convert it, or pipe it in with PYTHONIOENCODING set to its encoding"
+        ) from None
 
 
 def _is_piped() -> bool:
@@ -72,8 +88,12 @@ def _read_stdin() -> str:
 
 
 def compose(prompt: str, system: str | None, *, raw: bool) -> Question:
-    """Return a conversation of one question, or the text itself if ``raw``."""
+    """Return a conversation of one question, or the text itself if ``raw``.
+
+    Raises:
+        UsageError: the system message is not UTF-8.
+    """
     if raw:
         return prompt
     question = {"role": "user", "content": prompt}
-    return [question] if system is None else [{"role": "system", "content": system}, question]
+    return [question] if system is None else [{"role": "system", "content": _as_utf8(system)}, question]

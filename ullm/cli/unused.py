@@ -6,6 +6,7 @@ Variables and the configuration file serve all commands, of which each takes wha
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,17 @@ FOR_ANY_SERVER = frozenset({"model", "log_level", "log_format"})
 """Options of `EngineConfig` that are of use to a client, too."""
 
 
-def refuse_beside_url(url: str | None, options: Mapping[str, Any]) -> None:
+def refuse_beside_url(url: str | None, options: Mapping[str, Any], api_key: str | None) -> None:
     """Check that the command line of a client has no options that only the server could follow.
+
+    Args:
+        api_key: for the server at ``url``; without one, only a variable may have set it.
 
     Raises:
         UsageError: it has some; names them.
     """
+    if url is None and api_key is not None and api_key != os.environ.get("ULLM_API_KEY"):
+        raise UsageError("--api-key has no effect without --url; leave it out")
     known = {spec.name for spec in dataclasses.fields(EngineConfig)} - FOR_ANY_SERVER
     given = [_flag(name) for name in options if name in known]
     if url is not None and given:

@@ -1,6 +1,6 @@
 """vLLM's names of common flags: which are ullm's, too, which have no effect, and what replaces the others.
 
-Aliases are declared on the options, in ullm/config.py; here is what is no option of ullm.
+Aliases are declared on the options, in ullm/config/; here is what is no option of ullm.
 """
 
 from __future__ import annotations

@@ -15,15 +15,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
 from ullm.actors.router import Router
-from ullm.actors.standby_pool import StandbyPool
 from ullm.actors.tokenizer import TokenizerActor
-from ullm.actors.transports import OpenTransport, open_transport, ray_workers
-from ullm.actors.transports.faulty import faulty
+from ullm.actors.transports import OpenTransport
 from ullm.config import EngineConfig, SleepMode
 from ullm.engine.adapters import Adapters
 from ullm.engine.admission import Admission
@@ -35,20 +33,21 @@ from ullm.engine.life import EngineLife
 from ullm.engine.lifecycle import Lifecycle
 from ullm.engine.readers import Readers
 from ullm.engine.reload import Reloader
+from ullm.engine.running import running
 from ullm.engine.sampling_defaults import SamplingDefaults
 from ullm.engine.shutdown_report import ShutdownReport
 from ullm.engine.state import EngineState
 from ullm.engine.status import EngineStatistics, Health, ReloadReport, SleepHealth
 from ullm.engine.stop import EngineStop
-from ullm.engine.tree import EngineParts, EngineTree, OtherHosts
+from ullm.engine.tree import EngineParts, EngineTree
 from ullm.engine.view import EngineView
-from ullm.errors import ActorLost, ConfigError, EngineBusy, EngineDead, EngineNotReady, ReloadFailed
+from ullm.engine.workers import open_workers
+from ullm.errors import ActorLost, ConfigError, EngineBusy, EngineNotReady, ReloadFailed
 from ullm.faults import FaultAction, FaultInjector, FaultReport
 from ullm.hub import LocalModel
-from ullm.nodes.head import Nodes
 from ullm.protocol.messages import ModelInfo
 from ullm.sampling import SamplingParams
-from ullm.supervision import ChildInfo, ChildSpec, root_cause
+from ullm.supervision import ChildInfo, ChildSpec
 
 
 class Engine:
@@ -85,7 +84,7 @@ class Engine:
         self._router = Router(config, faults)
         self._readers = readers = Readers()
         self._stop = EngineStop(self._current, self._life, self._router, readers)
-        workers, standby, hosts = _open_workers(config, transport, faults, self._stop.requested.is_set)
+        workers, standby, hosts = open_workers(config, transport, faults, self._stop.requested.is_set)
         self._fleet = Fleet(config, self._router, workers, self._stop.give_up, faults, standby)
         reloader = Reloader(self._current, self._router, self._fleet, find_model, faults)
         self._lifecycle = Lifecycle(
@@ -394,35 +393,6 @@ class Engine:
         await self._tree.run(task_status=task_status)
 
 
-def _open_workers(
-    config: EngineConfig,
-    transport: OpenTransport | None,
-    faults: FaultInjector,
-    draining: Callable[[], bool],
-) -> tuple[OpenTransport, StandbyPool | None, OtherHosts | None]:
-    """Return what starts workers, and what it draws on, if there is such a thing.
-
-    That is the pool of standby workers, and other hosts.
-
-    Raises:
-        ConfigError: the engine's own host is another one.
-    """
-    if config.node_rank > 0:
-        raise ConfigError(
-            f"--node-rank {config.node_rank}: the engine is on the host of --node-rank 0; run ullm serve here"
-        )
-    standby = None
-    if transport is None and config.worker_transport == "ray":
-        cluster = ray_workers()
-        return faulty(cluster.open, faults), None, cluster
-    if transport is None:
-        transport = open_transport(config.worker_transport)
-        standby = StandbyPool(transport) if config.worker_transport == "process" else None
-    workers = standby.open if standby is not None else transport
-    nodes = Nodes(config, workers, draining) if config.nnodes > 1 else None
-    return faulty(workers if nodes is None else nodes.open, faults), standby, nodes
-
-
 @asynccontextmanager
 async def open_engine(
     config: EngineConfig,
@@ -449,46 +419,3 @@ async def open_engine(
     engine = Engine(config, first_children=first_children, transport=transport, find_model=find_model)
     async with running(engine):
         yield engine
-
-
-class Runs(Protocol):
-    """What `running` needs of an engine."""
-
-    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Start, be ready, and run until stopped."""
-
-    def request_shutdown(self, timeout: float | None = None, *, by: str = "shutdown()") -> None:
-        """Begin the orderly stop; return at once."""
-
-    async def wait_stopped(self) -> ShutdownReport:
-        """Wait for the end."""
-
-
-@asynccontextmanager
-async def running(engine: Runs) -> AsyncIterator[None]:
-    """Run an engine within this block, and stop it in order on leaving; see `open_engine`."""
-    own: BaseException | None = None
-    failure: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(engine.run)
-            try:
-                yield
-            except trio.Cancelled:
-                raise
-            except BaseException as error:  # raised below: the nursery would wrap it, and rebuild a group
-                if nursery.cancel_scope.cancel_called:  # the engine has failed; its cancellation ends here
-                    raise
-                own = error
-            finally:
-                engine.request_shutdown(by="the end of its block")
-                with trio.CancelScope(shield=True):
-                    await engine.wait_stopped()
-    except BaseExceptionGroup as group:
-        failure = root_cause(group)
-    if own is not None and (failure is None or isinstance(failure, trio.Cancelled)):
-        raise own
-    if own is not None and failure is not None and not isinstance(own, EngineDead):  # else it is that failure
-        raise BaseExceptionGroup("the engine and its block", [failure, own])
-    if failure is not None:
-        raise failure

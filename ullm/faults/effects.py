@@ -19,6 +19,9 @@ A_LONG_TIME = 1e9
 
 RAISED = "raised"
 LOST = "worker lost"
+OVERTAKEN_WITHIN = 2.0
+"""Seconds from a fault to the orderly end of its worker in which the worker may not have come to it. One that
+has lived for longer with a fault that should have ended it did not carry it out."""
 MOST = 1000
 """Faults to wait for at a time."""
 _RAISING = ("raise", "disk_full")
@@ -129,6 +132,15 @@ class Losses:
         for fired in self._workers:
             if (fired.replica, fired.rank, fired.epoch) == (replica, rank, epoch):
                 fired.effect = f"{LOST}: {cause}"
+
+    def note_stop(self, replica: int, rank: int, epoch: int) -> None:
+        """Note the end of a worker that was in order: it may have come before a fault that had just fired."""
+        now = self._clock()
+        for fired in list(self._workers):
+            theirs = (fired.replica, fired.rank, fired.epoch) == (replica, rank, epoch)
+            if theirs and not fired.effect and now - fired.at <= OVERTAKEN_WITHIN:
+                fired.effect = "overtaken: its worker was stopped first"
+                self._workers.remove(fired)
 
     def note_start(self, replica: int, rank: int, epoch: int) -> None:
         """Note that a worker is ready; faults of its place's former workers are settled."""

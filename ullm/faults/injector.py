@@ -186,6 +186,11 @@ class FaultInjector:
         """Record that a worker has ended otherwise than in order: the effect of its faults, if it had any."""
         self._losses.note_loss(replica, rank, epoch, cause)
 
+    def note_stop(self, replica: int, rank: int, epoch: int) -> None:
+        """Record that a worker has ended in order: a fault may have fired just before, and come too late."""
+        self._losses.note_stop(replica, rank, epoch)
+        self._update()
+
     def note_start(self, replica: int, rank: int, epoch: int) -> None:
         """Record that a worker is ready: those that were lost in its place before have a successor."""
         self._losses.note_start(replica, rank, epoch)

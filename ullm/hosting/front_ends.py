@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 from ullm.config import LINK_FILES, EngineConfig, ServerConfig
-from ullm.engine.engine import running
+from ullm.engine.running import running
 from ullm.errors import ConfigError
 from ullm.link import RemoteEngine
 from ullm.link.address import Address

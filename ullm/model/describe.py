@@ -85,9 +85,9 @@ def describe(config: EngineConfig, model_path: str, *, compare: bool) -> Descrip
         available=free,
     )
     try:
-        native = native_class(checkpoint)
+        native = native_class(checkpoint, config.tp_size)
         if isinstance(native, str):
-            describe_foreign(found, checkpoint, config, native)
+            describe_foreign(found, checkpoint, config, device, native)
         else:
             describe_native(found, build(native, checkpoint, ParallelContext()), checkpoint, config, device)
         if compare and found.runs == "native" and found.fits:
@@ -134,15 +134,20 @@ def weight_bytes(model: Decoder, checkpoint: Checkpoint, scheme: Scheme | None, 
     return model.num_parameters() * kept
 
 
-def describe_foreign(found: Description, checkpoint: Checkpoint, config: EngineConfig, why: str) -> None:
+def describe_foreign(
+    found: Description, checkpoint: Checkpoint, config: EngineConfig, device: torch.device, why: str
+) -> None:
     """Fill in what a model of transformers needs, as far as it can be told without its weights."""
     from ullm.model.architectures.registry import refuse_gguf
     from ullm.model.architectures.transformers_loading import empty_model  # takes seconds to import
+    from ullm.model.architectures.transformers_ranks import check_plan
 
     refuse_gguf(checkpoint, why)
     choose_scheme(checkpoint, config, None)
     found.runs, found.reason, found.quantization = "transformers", why, found.dtype
     model = empty_model(checkpoint, config)
+    if config.tp_size > 1:
+        check_plan(model, checkpoint, config, device, config.tp_size)
     text = model.config.get_text_config()
     found.parameters = model.num_parameters()
     found.weight_bytes = found.parameters * checkpoint.dtype.itemsize

@@ -100,11 +100,11 @@ def test_another_familys_model_type_runs_through_transformers(tmp_path: Path) ->
     check_equal(tmp_path, model, "TransformersModel")
 
 
-def test_ranks_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_stages_are_refused_with_the_reason(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     edit(tmp_path, hidden_act="relu")
-    with pytest.raises(ModelUnsupported, match=r"one rank only \(hidden_act 'relu' .*use --tp-size 1"):
-        LogitsModel(tmp_path, ParallelContext(0, 2))
+    with pytest.raises(ModelUnsupported, match=r"transformers' code \(hidden_act 'relu' .*use --pp-size 1"):
+        LogitsModel(tmp_path, ParallelContext(0, 1, 0, 2))
 
 
 def test_weights_in_float64_are_computed_in_float32_or_less(tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ class FaultyTransport:
         report = await self._inner.stop(max(0.0, began + budget - trio.current_time()))
         if report.outcome == "stopped":
             self._told_end = True
+            self._injector.note_stop(self._rank.replica, self._rank.rank, self._rank.epoch)
         else:
             self.note_end(report.outcome)
         return report

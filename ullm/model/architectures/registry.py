@@ -105,7 +105,7 @@ def load_model(
     Raises:
         ModelError: the model cannot be loaded; one line says why.
     """
-    native = native_class(checkpoint)
+    native = native_class(checkpoint, parallel.world_size)
     if isinstance(native, str):
         choose_scheme(checkpoint, config, None)
         return load_with_transformers(checkpoint, config, device, parallel, why=native)
@@ -143,10 +143,13 @@ def load_model(
     return model
 
 
-def native_class(checkpoint: Checkpoint) -> type[Decoder] | str:
+def native_class(checkpoint: Checkpoint, ranks: int = 1) -> type[Decoder] | str:
     """Return the native class that computes a checkpoint, or why only transformers' code may be able to.
 
     Like transformers, it goes by the config's ``model_type``, if there is a class for it.
+
+    Args:
+        ranks: number of ranks that share each layer.
 
     Raises:
         ModelFileBroken: a file of the checkpoint cannot be read.
@@ -161,11 +164,13 @@ def native_class(checkpoint: Checkpoint) -> type[Decoder] | str:
         elif knows_model_type(kind):
             return f"its model_type is {kind!r}"
     try:
-        native.read_config(checkpoint.hf, checkpoint.context_len)  # what it refuses, transformers may run
-    except ModelUnsupported as error:
+        shape = native.read_config(checkpoint.hf, checkpoint.context_len)
+    except ModelUnsupported as error:  # what it refuses, transformers may run
         return str(error)
     except (KeyError, TypeError, ValueError, ArithmeticError):
         return native  # `build` says what is wrong
+    if shape.norm_all_heads and ranks > 1 and checkpoint.path.suffix != ".gguf":
+        return "its queries are normalised over all heads"
     if lacks_prefix(checkpoint.path):
         return "the names of its tensors do not begin with 'model.'"
     return native
@@ -206,7 +211,7 @@ def keeps_stored(checkpoint: Checkpoint, config: EngineConfig, kernels: CpuKerne
 
 def map_model(checkpoint: Checkpoint, config: EngineConfig, parallel: ParallelContext) -> Decoder | None:
     """Return the model with weights that `load_model` has left in the cache; None if there are none."""
-    native = native_class(checkpoint) if config.cpu_kernels else ""
+    native = native_class(checkpoint, parallel.world_size) if config.cpu_kernels else ""
     model = None if isinstance(native, str) else build(native, checkpoint, parallel)
     packed = find_packed(checkpoint, config, parallel) if model is not None else None
     if model is None or packed is None or not packed.path.exists():
@@ -317,11 +322,12 @@ def load_with_transformers(
         why: why no native class computes it.
 
     Raises:
-        ModelUnsupported: several ranks, a GGUF file, or a model that paged attention cannot run.
+        ModelUnsupported: several stages, a GGUF file, or a model that paged attention cannot run.
     """
-    if parallel.total > 1:
+    if parallel.num_stages > 1:
         raise ModelUnsupported(
-            f"{checkpoint.path}: runs on one rank only ({why}); use --tp-size 1 and --pp-size 1"
+            f"{checkpoint.path}: runs through transformers' code ({why}), "
+            "which has no stages; use --pp-size 1"
         )
     refuse_gguf(checkpoint, why)
     if checkpoint.architecture in NATIVE:
@@ -329,7 +335,7 @@ def load_with_transformers(
     # transformers takes seconds to import
     from ullm.model.architectures.transformers_model import TransformersModel
 
-    return TransformersModel.load(checkpoint, config, device)
+    return TransformersModel.load(checkpoint, config, device, parallel.world_size)
 
 
 def refuse_gguf(checkpoint: Checkpoint, why: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 LARGEST_SHARE, SPARE_PARAMETERS = 4, 1 << 24
 """Parameters of a model: at most so many times those in its files, and some more. Tied ones count twice."""
+NOT_SPLIT: Mapping[str, Any] = MappingProxyType({})
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that change for all tokens of a batch when one of them is beyond some position."""
 
@@ -79,8 +81,14 @@ def check_rope(hf_config: Any, checkpoint: Checkpoint) -> None:
             )
 
 
-def stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """Return the model with its weights; raise `ModelError` if they are not all there, or of other shapes."""
+def stored_model(
+    hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool, splitting: Mapping[str, Any] = NOT_SPLIT
+) -> Any:
+    """Return the model with its weights; raise `ModelError` if they are not all there, or of other shapes.
+
+    Args:
+        splitting: see `ullm.model.architectures.transformers_ranks.split_over`.
+    """
     path = checkpoint.path
     if (path / SINGLE).exists() or (path / INDEX).exists():
         reject_codes(path)
@@ -99,6 +107,7 @@ def stored_model(hf_config: Any, checkpoint: Checkpoint, trust_remote_code: bool
             use_safetensors=True,  # a .bin is a pickle, whose loading may run code
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
+            **splitting,
         )
         model, info = loaded
     except OSError as error:

@@ -17,16 +17,19 @@ import transformers
 from torch import Tensor, nn
 
 from ullm.config import ModelConfig
+from ullm.errors import ModelUnsupported
 from ullm.logs import get_logger
 from ullm.model.architectures.transformers_check import compare, observe
 from ullm.model.architectures.transformers_keys import keys_without_effect
 from ullm.model.architectures.transformers_loading import (
     check_rope,
+    empty_model,
     quiet,
     random_model,
     read_hf_config,
     stored_model,
 )
+from ullm.model.architectures.transformers_ranks import check_plan, own_part, split_over
 from ullm.model.attention.batch import Batch
 from ullm.model.layers.linear_kernels import PlainKernel
 from ullm.model.layers.lora import LoraHost, LoraLayer, Place
@@ -46,13 +49,15 @@ class TransformersModel:
 
     Args:
         model: a causal language model with its weights, on its device.
+        is_split: whether it is this rank's part of the model.
 
     Raises:
         ModelUnsupported: the model does something that paged attention cannot do; says what.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, is_split: bool = False) -> None:
         reference = observe(model)
+        self._is_split = is_split
         transformers.AttentionInterface.register(PAGED_ATTENTION, paged_attention)
         model.set_attn_implementation(PAGED_ATTENTION)
         layers = reference.layers
@@ -73,8 +78,13 @@ class TransformersModel:
         compare(self, reference)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: ModelConfig, device: torch.device) -> TransformersModel:
+    def load(
+        cls, checkpoint: Checkpoint, config: ModelConfig, device: torch.device, ranks: int = 1
+    ) -> TransformersModel:
         """Load a checkpoint folder, in ``checkpoint.dtype``.
+
+        Args:
+            ranks: number of connected ranks that the model is split over, this one among them.
 
         Raises:
             ModelNotFound: the folder has no weights.
@@ -86,12 +96,14 @@ class TransformersModel:
         if unread := keys_without_effect(checkpoint.hf, hf_config):
             file = checkpoint.path / "config.json"
             log.warning(f"{file}: keys that have no effect here: {', '.join(unread)}")
-        with quiet():
+        with quiet(), split_over(ranks, device) as splitting:
+            if splitting:
+                check_plan(empty_model(checkpoint, config), checkpoint, config, device, ranks)
             if config.load_format == "dummy":
                 model = random_model(hf_config, checkpoint, config.trust_remote_code)
             else:
-                model = stored_model(hf_config, checkpoint, config.trust_remote_code)
-        return cls(model.eval().requires_grad_(False).to(device))
+                model = stored_model(hf_config, checkpoint, config.trust_remote_code, splitting)
+        return cls(model.eval().requires_grad_(False).to(device), is_split=ranks > 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,7 +136,13 @@ class TransformersModel:
         return choose_tokens(logits, filters, uniforms)
 
     def lora(self) -> LoraHost:
-        """See `AdaptableModel.lora`. The head, and layers that see only some tokens, have no place."""
+        """See `AdaptableModel.lora`. The head, and layers that see only some tokens, have no place.
+
+        Raises:
+            ModelUnsupported: the model is split over ranks.
+        """
+        if self._is_split:
+            raise ModelUnsupported("a model that transformers splits over ranks takes no adapters")
         if self._lora is None:
             self._lora = host = LoraHost(PlainKernel(), self._dtype, self._parameters[0].device)
             head = self._head.get_output_embeddings()
@@ -138,16 +156,16 @@ class TransformersModel:
     def tensors(self) -> Iterator[Tensor]:
         """See `CausalModel.tensors`."""
         for module in (self._body, self._head):
-            yield from module.parameters()
-            yield from module.buffers()
+            yield from map(own_part, module.parameters())
+            yield from map(own_part, module.buffers())
 
     def num_parameters(self) -> int:
-        """Return the number of parameters; tied weights count once."""
+        """Return the number of parameters, of all ranks; tied weights count once."""
         return sum(parameter.numel() for parameter in self._parameters)
 
     def weight_bytes(self) -> int:
         """Return the bytes of the weights; tied weights count once."""
-        return sum(parameter.nbytes for parameter in self._parameters)
+        return sum(own_part(parameter).nbytes for parameter in self._parameters)
 
     def weight_formats(self) -> tuple[str, ...]:
         """See `CausalModel.weight_formats`."""

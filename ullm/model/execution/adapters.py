@@ -46,7 +46,10 @@ class AdapterTable:
         if number not in self._loaded:
             if not isinstance(self._model, AdaptableModel):
                 return f"{type(self._model).__name__} takes no adapters; {REMEDY}"
-            host = self._model.lora()
+            try:
+                host = self._model.lora()
+            except ModelUnsupported as error:
+                return f"{error}; {REMEDY}"
             try:
                 self._loaded[number] = load_adapter(adapter, host, self._device, self._is_elsewhere)
             except (ModelError, torch.OutOfMemoryError, MemoryError) as error:

@@ -190,7 +190,8 @@ def share_memory(parallel: ParallelContext, threads: int, progress: Callable[[],
 def read_model(context: RankContext, progress: Callable[[Progress], None]) -> CausalModel:
     """Load the model with its weights from disk."""
     checkpoint, config = context.checkpoint, context.config
-    if config.verify or isinstance(native_class(checkpoint), str):  # transformers reports no progress
+    native = native_class(checkpoint, context.parallel.world_size)
+    if config.verify or isinstance(native, str):  # transformers reports no progress
         progress(Progress("load", config.start_timeout))
     with single_thread():
         model = load_model(

@@ -66,18 +66,16 @@ class AnswerEnd(msgspec.Struct, kw_only=True):
     error: objects.ResponseFailure | None = None
 
 
-class StoredAnswer(Stored):
+class StoredAnswer(Stored[AnswerHead, AnswerEnd]):
     """An answer of ``/v1/responses`` that is being made, or has been made.
 
     Attributes:
-        head: what was asked.
         token_ids: the tokens so far.
         text: their text, as far as it is final.
         end_token_ids: tokens that end an answer and are no part of its text.
         reading: how the text is read.
         tokenizer: of the model that makes it; set with `reading`, before it is shown.
         scores: the log probabilities of the tokens, if they were asked for.
-        end: None until it has ended.
 
     Raises:
         ValueError: not each token has log probabilities.
@@ -92,24 +90,17 @@ class StoredAnswer(Stored):
         end: AnswerEnd | None = None,
         scores: Sequence[TokenLogprobs] = (),
     ) -> None:
-        super().__init__(ended=end is not None)
-        self.head = head
+        super().__init__(head, end)
         self.token_ids = token_ids or []
         self.scores = list(scores)
         if self.scored and len(self.scores) != len(self.token_ids):
             raise ValueError("not each token has log probabilities")
         self._scores_size = sum(map(size_of, self.scores))
         self.text = "" if end is None else end.text
-        self.end = end
         self.reading = PLAIN
         self.end_token_ids: frozenset[int] = frozenset()
         self._cached_tokens = 0 if end is None else end.cached_tokens
         self._head_size = 8 * len(head.prompt) + 2 * len(str(head.messages)) + 4096
-
-    @property
-    def name(self) -> AnswerHead:
-        """What is known of it whatever it is."""
-        return self.head
 
     @property
     def durability(self) -> Durability:
@@ -124,32 +115,14 @@ class StoredAnswer(Stored):
         return self.token_ids
 
     @property
-    def scored(self) -> bool:
-        """Whether its tokens have log probabilities."""
-        return self.head.params.logprobs is not None
-
-    @property
     def notes(self) -> list[TokenLogprobs]:
         """What else is known with its tokens; it only grows, and only with `log`."""
         return self.scores
 
     @property
-    def ended(self) -> bool:
-        """Whether nothing more will come."""
-        return self.end is not None
-
-    @property
     def size(self) -> int:
         """About the bytes that it takes in memory and in the journal."""
         return self._head_size + 8 * len(self.token_ids) + self._scores_size
-
-    def encode_head(self) -> bytes:
-        """Return what it takes to make the rest again, for the journal."""
-        return msgspec.msgpack.encode(self.head)
-
-    def encode_end(self) -> bytes:
-        """Return how it ended, for the journal."""
-        return msgspec.msgpack.encode(self.end)
 
     def take(self, output: Output, known: int) -> int:
         """Add an output.

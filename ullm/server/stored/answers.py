@@ -25,7 +25,7 @@ from ullm.server.api.response_requests import ResponsesRequest
 from ullm.server.api.types import EngineInterface
 from ullm.server.stored.answer import AnswerEnd, AnswerHead, StoredAnswer
 from ullm.server.stored.completion import CompletionEnd, CompletionHead, Note, StoredCompletion
-from ullm.server.stored.stored import Stored
+from ullm.server.stored.stored import AnyStored
 
 MAX_BYTES = 256 << 20
 """Size of a journal, and of the answers in memory."""
@@ -35,11 +35,11 @@ COMMIT_SECONDS = 0.05
 
 _STOPPING = frozenset(state.value for state in EngineState if state.is_stopping)
 
-Make = Callable[[Stored, Callable[[], None]], Awaitable[str]]
+Make = Callable[[AnyStored, Callable[[], None]], Awaitable[str]]
 """Has the engine make an answer, or go on with it; calls the function after each change, and returns how it
 ended: ``stop``, or why not."""
 
-S = TypeVar("S", bound=Stored)
+S = TypeVar("S", bound=AnyStored)
 
 log = get_logger(__name__)
 
@@ -67,19 +67,19 @@ class Answers:
     def __init__(self, engine: EngineInterface, config: ServerConfig) -> None:
         self._engine = engine
         self._config = config
-        self._answers: OrderedDict[str, Stored] = OrderedDict()
+        self._answers: OrderedDict[str, AnyStored] = OrderedDict()
         self._written: dict[str, _Written] = {}
         self._changed = trio.Event()
         self._writing = trio.Lock()
         self._make: Make | None = None
-        self._prepare: Callable[[Stored], object]
+        self._prepare: Callable[[AnyStored], object]
         self._keeps = config.connect is None or config.answers_listen is not None
         self._journal = self._open_journal()
         self._recovered = trio.Event()
         if self._journal is None:
             self._recovered.set()
 
-    def serve(self, make: Make, prepare: Callable[[Stored], object]) -> None:
+    def serve(self, make: Make, prepare: Callable[[AnyStored], object]) -> None:
         """Begin to go on with unfinished answers, once the engine runs; only the first call has an effect.
 
         Args:
@@ -108,7 +108,7 @@ class Answers:
         await self.recovered()
         self._expire()
         answer = self._answers.get(id)
-        if not isinstance(answer, kind) or answer.name.owner != owner:
+        if not isinstance(answer, kind) or answer.head.owner != owner:
             raise AnswerUnknown(id)
         return answer
 
@@ -116,9 +116,9 @@ class Answers:
         """Return whether no answer has this name."""
         return id not in self._answers
 
-    def add(self, answer: Stored) -> None:
+    def add(self, answer: AnyStored) -> None:
         """Keep a new answer in memory only, until `keep` or `remove`."""
-        self._answers[answer.name.id] = answer
+        self._answers[answer.head.id] = answer
 
     def as_kept(self, asked: ResponsesRequest) -> ResponsesRequest:
         """Return a request that says of itself whether its answer is stored, where none is kept.
@@ -132,45 +132,45 @@ class Answers:
             raise AnswersNotKept
         return msgspec.structs.replace(asked, store=False)
 
-    async def keep(self, answer: Stored) -> None:
+    async def keep(self, answer: AnyStored) -> None:
         """Keep a new answer; a durable one is in the journal when this returns.
 
         Raises:
             AnswerNotDurable: the journal has no room.
         """
         if self._is_durable(answer):
-            saved = SavedAnswer(answer.name.id, answer.name.owner, self._expiry(answer), answer.encode_head())
+            saved = SavedAnswer(answer.head.id, answer.head.owner, self._expiry(answer), answer.encode_head())
             try:
                 await self._write(begun=[saved])
             except JournalFull as error:
                 raise AnswerNotDurable(error) from error
-            self._written[answer.name.id] = _Written()
+            self._written[answer.head.id] = _Written()
         self.add(answer)
         self._expire()
 
-    def survives(self, answer: Stored) -> bool:
+    def survives(self, answer: AnyStored) -> bool:
         """Return whether an answer is in the journal, so that it goes on without its client."""
-        return answer.name.id in self._written
+        return answer.head.id in self._written
 
-    async def remove(self, answer: Stored) -> None:
+    async def remove(self, answer: AnyStored) -> None:
         """Forget an answer, also in the journal; one that is being made is cancelled.
 
         Raises:
             AnswerNotDurable: the journal cannot be written to, so it is still there.
         """
         answer.scope.cancel()
-        self._answers.pop(answer.name.id, None)
-        if self._written.pop(answer.name.id, None) is not None:
+        self._answers.pop(answer.head.id, None)
+        if self._written.pop(answer.head.id, None) is not None:
             try:
-                await self._write(removed=[answer.name.id])
+                await self._write(removed=[answer.head.id])
             except JournalFull as error:
                 raise AnswerNotDurable(error) from error
 
-    def start(self, answer: Stored) -> None:
+    def start(self, answer: AnyStored) -> None:
         """Make an answer in the background."""
         self._engine.start_soon(partial(self.make, answer))
 
-    async def make(self, answer: Stored) -> None:
+    async def make(self, answer: AnyStored) -> None:
         """Make an answer, or go on with it, until it ends, however that happens."""
         assert self._make is not None, "serve comes first"
         reason, failure = "cancelled", None
@@ -184,13 +184,13 @@ class Answers:
         finally:
             self._end(answer, reason, failure)
 
-    def _end(self, answer: Stored, reason: str, failure: BaseException | None) -> None:
+    def _end(self, answer: AnyStored, reason: str, failure: BaseException | None) -> None:
         engine = self._engine  # which is elsewhere, and may be stopped alone, behind a front end
         stops = engine.state is not EngineState.RUNNING or engine.health().state in _STOPPING
         unfinished = reason in ("abort", "error") or (
             reason == "cancelled" and not answer.scope.cancelled_caught
         )
-        if stops and unfinished and answer.name.id in self._written:
+        if stops and unfinished and answer.head.id in self._written:
             answer.interrupted = True  # and goes on with the next start
             answer.announce()
             return
@@ -222,7 +222,7 @@ class Answers:
             return None
         return cache_dir() / "journal" / f"answers-{self._config.port}.sqlite"
 
-    def _is_durable(self, answer: Stored) -> bool:
+    def _is_durable(self, answer: AnyStored) -> bool:
         wanted = answer.durability
         if wanted == "never" or (wanted == "with --journal" and self._config.journal is None):
             return False
@@ -266,9 +266,9 @@ class Answers:
             self._answers[each.id] = answer
             self._prepare(answer)
             self._written[each.id] = _Written(len(each.token_ids), len(each.notes))
-            now = self.served(answer.name.params.lora)
-            if not answer.ended and answer.name.served != now:
-                answer.finish("error", ServedChanged(answer.name.served, now))
+            now = self.served(answer.head.params.lora)
+            if not answer.ended and answer.head.served != now:
+                answer.finish("error", ServedChanged(answer.head.served, now))
                 self._note()
             elif not answer.ended:
                 unfinished += 1
@@ -325,8 +325,8 @@ class Answers:
         found = next((each.digest for each in self._engine.adapters if each.name == lora), "not loaded")
         return f"{served} adapter {lora} {found}"
 
-    def _expiry(self, answer: Stored) -> float:
-        return answer.name.created + 3600 * self._config.stored_answer_hours
+    def _expiry(self, answer: AnyStored) -> float:
+        return float(answer.head.created) + 3600 * self._config.stored_answer_hours
 
     def _expire(self) -> None:
         """Forget the oldest answers that have ended, as far as there are too many or they are too old."""
@@ -347,7 +347,7 @@ class Answers:
             log.warning("an old answer is still in the journal", answer=id, cause=str(error))
 
 
-def _restored(saved: SavedAnswer) -> Stored:
+def _restored(saved: SavedAnswer) -> AnyStored:
     """Return an answer from the journal.
 
     Raises:

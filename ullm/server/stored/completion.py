@@ -111,7 +111,7 @@ class CompletionEnd(msgspec.Struct, kw_only=True):
     failure: StoredFailure | None = None
 
 
-class StoredCompletion(Stored):
+class StoredCompletion(Stored[CompletionHead, CompletionEnd]):
     """A chat, a completion or a message that is being made, or has been made.
 
     Choices are numbered over all prompts, as in OpenAI's API.
@@ -139,9 +139,7 @@ class StoredCompletion(Stored):
         end: CompletionEnd | None = None,
         notes: Sequence[Note] = (),
     ) -> None:
-        super().__init__(ended=end is not None)
-        self.head = head
-        self.end = end
+        super().__init__(head, end)
         self.num_choices = len(head.prompts) * head.params.n
         self.tokens: list[list[int]] = [[] for _ in range(self.num_choices)]
         self.ends: list[ChoiceEnd | None] = [None] * self.num_choices if end is None else end.choices
@@ -176,16 +174,6 @@ class StoredCompletion(Stored):
                 self.scores[choice].append(score)
 
     @property
-    def scored(self) -> bool:
-        """Whether its tokens have log probabilities."""
-        return self.head.params.logprobs is not None
-
-    @property
-    def name(self) -> CompletionHead:
-        """What is known of it whatever it is."""
-        return self.head
-
-    @property
     def durability(self) -> Durability:
         """Whether it is written to a journal."""
         return "with --journal"
@@ -201,22 +189,9 @@ class StoredCompletion(Stored):
         return self._notes
 
     @property
-    def ended(self) -> bool:
-        """Whether nothing more will come."""
-        return self.end is not None
-
-    @property
     def size(self) -> int:
         """About the bytes that it takes in memory and in the journal."""
         return self._head_size + 8 * len(self._log) + self._notes_size
-
-    def encode_head(self) -> bytes:
-        """Return what it takes to make the rest again, for the journal."""
-        return msgspec.msgpack.encode(self.head)
-
-    def encode_end(self) -> bytes:
-        """Return how it ended, for the journal."""
-        return msgspec.msgpack.encode(self.end)
 
     def admit(self) -> None:
         """Note that the engine has taken it."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
+import msgspec
 import trio
 
 from ullm.errors import RequestError
@@ -43,27 +44,30 @@ class Head(Protocol):
     params: SamplingParams
 
 
-class Stored(ABC):
+H = TypeVar("H", bound=Head)
+E = TypeVar("E", bound=msgspec.Struct)
+
+
+class Stored(ABC, Generic[H, E]):
     """An answer that is being made, or has been made.
 
     Attributes:
+        head: what was asked.
+        end: None until it has ended.
         scope: cancels the task that makes it.
         failure: the error that it ended with, if this process has made it.
         interrupted: true if this process stops, and the next one goes on with it.
         end_written: true once the journal has its end.
     """
 
-    def __init__(self, *, ended: bool) -> None:
+    def __init__(self, head: H, end: E | None) -> None:
+        self.head = head
+        self.end = end
         self.scope = trio.CancelScope()
         self.interrupted = False
         self.failure: RequestError | None = None
-        self.end_written = ended
+        self.end_written = end is not None
         self._changed = trio.Event()
-
-    @property
-    @abstractmethod
-    def name(self) -> Head:
-        """What is known of it whatever it is."""
 
     @property
     @abstractmethod
@@ -81,22 +85,27 @@ class Stored(ABC):
         return ()
 
     @property
-    @abstractmethod
+    def scored(self) -> bool:
+        """Whether its tokens have log probabilities."""
+        return self.head.params.logprobs is not None
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more will come."""
+        return self.end is not None
 
     @property
     @abstractmethod
     def size(self) -> int:
         """About the bytes that it takes in memory and in the journal."""
 
-    @abstractmethod
     def encode_head(self) -> bytes:
         """Return what it takes to make the rest again, for the journal."""
+        return msgspec.msgpack.encode(self.head)
 
-    @abstractmethod
     def encode_end(self) -> bytes:
         """Return how it ended, for the journal."""
+        return msgspec.msgpack.encode(self.end)
 
     def finish(self, reason: str, error: BaseException | None = None) -> None:
         """Note how it ended, unless it has."""
@@ -118,3 +127,7 @@ class Stored(ABC):
     async def wait_changed(self) -> None:
         """Wait for a token, or for the end."""
         await self._changed.wait()
+
+
+AnyStored: TypeAlias = Stored[Any, Any]
+"""Whatever it answers."""
