@@ -35,8 +35,8 @@ OPENAI_RESPONSES = (
     "top_logprobs top_p truncation user"
 )
 ANTHROPIC_MESSAGES = (
-    "billing_policy cache_control compaction container context_management diagnostics fallback_credit_token fallbacks "
-    "inference_geo max_tokens mcp_servers messages metadata model output_config output_format "
+    "billing_policy cache_control compaction container context_management diagnostics fallback_credit_token "
+    "fallbacks inference_geo max_tokens mcp_servers messages metadata model output_config output_format "
     "service_tier speed stop_sequences stream system temperature thinking thread tool_choice tools top_k "
     "top_p"
 )
