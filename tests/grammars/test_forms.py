@@ -8,11 +8,16 @@ from typing import Any
 import pytest
 
 from ullm.errors import InvalidParameter
-from ullm.grammars.compiler import compile_grammar
+from ullm.grammars.compiler import LIMITS, compile_grammar
 from ullm.grammars.structured_outputs import MAX_GRAMMAR_CHARS, StructuredOutputs
+from ullm.parsing.formats import FORMATS, forced_calls, guided_calls
 from ullm.sampling import SamplingParams
 
-TAG = {"structures": [{"begin": "<f=a>", "schema": {"type": "object"}, "end": "</f>"}], "triggers": ["<f="]}
+BAD = {"properties": {"a": {"type": "strng"}}}
+TAG: dict[str, Any] = {
+    "structures": [{"begin": "<f=a>", "schema": {"type": "object"}, "end": "</f>"}],
+    "triggers": ["<f="],
+}
 
 
 @pytest.mark.parametrize(
@@ -82,6 +87,14 @@ def nested(depth: int) -> dict[str, Any]:
         ({"json": {"prefixItems": [{"uniqueItems": True}]}}, "at /prefixItems/0: Unimplemented keys"),
         ({"json": {"minimum": 5, "maximum": 3, "type": "integer"}}, "Unsatisfiable schema"),
         ({"json": {"$ref": "#/nowhere"}}, "does not exist"),
+        ({"json": {"$ref": "#"}}, "nothing can fulfil it; maybe it refers to nothing but itself"),
+        ({"json": {"properties": {f"p{i}": {} for i in range(4000)}}}, r"too big \(limit"),
+        ({"json": {"items": {"minimum": 10**30}}}, "at /items/minimum: whole numbers of this size"),
+        ({"json": {"type": "integer", "maximum": 2**53 + 3}}, "at /maximum: whole numbers of this size"),
+        (
+            {"json": {"type": "integer", "exclusiveMaximum": -(10**400)}},
+            "at /exclusiveMaximum: whole numbers",
+        ),
         (
             {"json": {"$defs": {"a": {}}, "items": {"$id": "b/", "$ref": "#/$defs/a"}}},
             r"at /items: \$id beside \$ref",
@@ -95,6 +108,16 @@ def nested(depth: int) -> dict[str, Any]:
         ({"grammar": "start: <nope>"}, "unknown special token"),
         ({"grammar": "what is this"}, "Expected ::="),
         ({"grammar": "start: missing"}, "missing"),
+        ({"grammar": "start: start"}, "nothing can fulfil it"),
+        (
+            {
+                "structural_tag": {
+                    **TAG,
+                    "structures": [*TAG["structures"], {"begin": "<f=b>", "schema": BAD}],
+                }
+            },
+            r"^structured_outputs\.structural_tag\.structures\[1\]\.schema .* at /properties/a: Invalid type",
+        ),
         ({"structural_tag": "[]"}, "Expected `object`"),
         ({"structural_tag": {"structures": 3, "triggers": []}}, "structures"),
         ({"structural_tag": {**TAG, "triggers": ["<g"]}}, "no trigger begins '<f=a>'"),
@@ -114,6 +137,29 @@ def test_errors_name_the_field_that_was_sent() -> None:
     with pytest.raises(InvalidParameter, match=r"^response_format\.json_schema\.schema cannot") as caught:
         compile_grammar(outputs)
     assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize("bounds", [{"minimum": 2**53}, {"maximum": 2**63 - 1}, {"minimum": 0.5}])
+def test_bounds_of_whole_numbers_that_are_kept(bounds: dict[str, Any]) -> None:
+    assert compile_grammar(StructuredOutputs(json={"type": "integer", **bounds}))
+
+
+@pytest.mark.parametrize("form", [forced_calls, guided_calls], ids=["forced", "guided"])
+def test_a_tool_that_cannot_be_used_is_named_with_the_place(form: Any) -> None:
+    for name in FORMATS:
+        with pytest.raises(InvalidParameter) as caught:
+            compile_grammar(form(name, {"f": {"type": "object"}, "g": BAD}, several=True))
+        told = str(caught.value)
+        assert told == "tools.g.parameters cannot be used: at /properties/a: Invalid type: strng"
+        assert caught.value.param == "tools"
+
+
+def test_great_grammars_are_bounded_before_a_worker_waits_for_them() -> None:
+    assert LIMITS.max_grammar_size <= 12_000
+    assert LIMITS.initial_lexer_fuel <= 200_000
+    compile_grammar(
+        StructuredOutputs(json={"properties": {f"p{i}": {"type": "integer"} for i in range(1000)}})
+    )
 
 
 def test_an_id_beside_a_reference_is_refused_only_where_it_changes_the_base() -> None:

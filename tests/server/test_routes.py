@@ -27,6 +27,19 @@ OPENAI_COMPLETIONS = (
     "best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty prompt seed stop "
     "stream stream_options suffix temperature top_p user"
 )
+OPENAI_RESPONSES = (
+    "access_programs background background_options context_management conversation image include input "
+    "instructions max_output_tokens max_tool_calls metadata model moderation parallel_tool_calls "
+    "previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning "
+    "safety_identifier service_tier store stream stream_options temperature text tool_choice tools "
+    "top_logprobs top_p truncation user"
+)
+ANTHROPIC_MESSAGES = (
+    "billing_policy cache_control compaction container context_management diagnostics fallback_credit_token "
+    "fallbacks inference_geo max_tokens mcp_servers messages metadata model output_config output_format "
+    "service_tier speed stop_sequences stream system temperature thinking thread tool_choice tools top_k "
+    "top_p"
+)
 VLLM_SAMPLING = (
     "allowed_token_ids bad_words ignore_eos include_stop_str_in_output length_penalty logprob_token_ids "
     "min_p min_tokens prompt_logprobs repetition_penalty skip_special_tokens "
@@ -67,10 +80,18 @@ def test_the_fields_of_a_schema_have_a_rule(schema: type[schemas.GenerationReque
 
 
 @pytest.mark.parametrize(
-    ("rules", "names"), [(CHAT_FIELDS, OPENAI_CHAT), (COMPLETION_FIELDS, OPENAI_COMPLETIONS)]
+    ("rules", "names"),
+    [
+        (CHAT_FIELDS, OPENAI_CHAT),
+        (COMPLETION_FIELDS, OPENAI_COMPLETIONS),
+        (FIELDS[ResponsesRequest], OPENAI_RESPONSES),
+        (FIELDS[MessagesRequest], ANTHROPIC_MESSAGES),
+    ],
+    ids=["chats", "completions", "responses", "messages"],
 )
-def test_the_fields_of_openai_have_a_rule(rules: tuple[FieldRule, ...], names: str) -> None:
-    assert {rule.name for rule in rules if rule.origin is Origin.OPENAI} == set(names.split())
+def test_the_fields_of_an_api_have_a_rule(rules: tuple[FieldRule, ...], names: str) -> None:
+    of_api = {rule.name for rule in rules if rule.origin in (Origin.OPENAI, Origin.ANTHROPIC)}
+    assert of_api == set(names.split())
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,39 @@ async def test_a_conversation_goes_on(engine: FakeEngine, client: httpx.AsyncCli
     assert shown["data"][0]["content"] == [{"type": "input_text", "text": "Hello"}]
 
 
+async def test_pages_of_what_was_asked(engine: FakeEngine, client: httpx.AsyncClient) -> None:
+    texts = ["a", "b", "c"]
+    first = await ask(client, input=[{"role": "user", "content": text} for text in texts])
+    place = f"{URL}/{first['id']}/input_items"
+
+    async def page(**query: Any) -> tuple[str, bool, Any]:
+        shown = (await client.get(place, params=query)).json()
+        return "".join(item["content"] for item in shown["data"]), shown["has_more"], shown["last_id"]
+
+    begun, more, last = await page(limit=2)
+    assert (begun, more) == ("ab", True)
+    assert (await page(limit=2, after=last))[:2] == ("c", False)
+    assert (await page(order="desc"))[:2] == ("cba", False)
+    for name, value in (
+        ("limit", "x"),
+        ("limit", "0"),
+        ("limit", "1" * 30),
+        ("order", "up"),
+        ("after", "nobody"),
+    ):
+        response = await client.get(place, params={name: value})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == name
+
+
+@pytest.mark.parametrize("query", ["stream=maybe", "starting_after=3", "stream=false&starting_after=3"])
+async def test_a_query_that_asks_for_nothing_is_refused(client: httpx.AsyncClient, query: str) -> None:
+    first = await ask(client, input="x")
+    response = await client.get(f"{URL}/{first['id']}?{query}")
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == query.rpartition("&")[2].partition("=")[0]
+
+
 async def test_a_form_of_the_text(engine: FakeEngine, client: httpx.AsyncClient) -> None:
     schema = {"type": "object", "properties": {}}
     form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}

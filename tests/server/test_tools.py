@@ -9,8 +9,11 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 
+from ullm.engine.output import Output
 from ullm.grammars.compiler import compile_grammar
 from ullm.parsing.formats import ChatFormat
+from ullm.parsing.hermes import HermesParser
+from ullm.server.api.chat_choice import ChoiceParts
 
 URL = "/v1/chat/completions"
 WEATHER = {
@@ -95,6 +98,22 @@ async def test_a_call_that_is_cut_is_one_that_was_cut(engine: FakeEngine, client
 
 
 @pytest.mark.parametrize(
+    ("text", "stop_reason", "reason"),
+    [
+        (CALL, "</tool_call>", "tool_calls"),
+        (CALL, None, "tool_calls"),
+        (CALL.partition("place")[0], "place", "stop"),
+        (CALL.partition(', "arg')[0], ', "arg', "stop"),
+    ],
+)
+def test_a_stop_string_within_a_call(text: str, stop_reason: str | None, reason: str) -> None:
+    parts = ChoiceParts(lambda: HermesParser({}), legacy=False)
+    output = Output(index=0, text=text, token_ids=[1], finish_reason="stop", stop_reason=stop_reason)
+    parts.add(parts.read(output))
+    assert parts.finish_reason(output) == reason
+
+
+@pytest.mark.parametrize(
     ("fields", "allowed"),
     [
         ({"tool_choice": "required"}, {"weather", "clock"}),
@@ -144,6 +163,8 @@ async def test_the_older_form(engine: FakeEngine, client: httpx.AsyncClient) -> 
 
 
 HISTORY: list[dict[str, Any]] = [
+    {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "g", "arguments": {"a": 1}}}]},
+    {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": None}}]},
     {"role": "assistant", "content": None, "refusal": "No."},
     {"role": "assistant", "content": None, "tool_calls": []},
     {"role": "assistant", "content": None},
@@ -177,6 +198,10 @@ async def test_earlier_turns_are_taken(
         assert seen["reasoning_content"] == "hm"
     if "unfin" in str(turn):
         assert seen["tool_calls"][0]["function"]["arguments"] == '{"a": "unfin'
+    if "'g'" in str(turn):
+        assert seen["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    elif "'c'" in str(turn) and "None}" in str(turn):
+        assert seen["tool_calls"][0]["function"]["arguments"] == {}
     if "function_call" in turn:
         assert seen["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
 
@@ -229,6 +254,19 @@ async def test_a_form_begins_after_reasoning_that_the_prompt_opened(
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tool_choice": "required", "tools": None}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": "f"}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": 1}}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [1]}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
+        (
+            {
+                "tools": [
+                    *TOOLS,
+                    {"type": "function", "function": {"name": "clock", "description": "another"}},
+                ]
+            },
+            f"tools[{len(TOOLS)}].function.name",
+        ),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
         ({"function_call": {"name": "f"}, "tools": None}, "function_call"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),

@@ -14,7 +14,7 @@ import trio
 
 from ullm.engine.output import ChoiceReader, Output
 from ullm.engine.readers import WakeUpCall
-from ullm.errors import InvalidParameter, PromptTooLong
+from ullm.errors import GrammarTooComplex, InvalidParameter, PromptTooLong
 from ullm.grammars.thinking import ThinkingTokens
 from ullm.parsing import reasoning
 from ullm.parsing.tool_use import ends_in_reasoning
@@ -223,7 +223,10 @@ class Generation:
     def _advance(self, choice: ChoiceReader) -> Output | None:
         if choice.record.error is not None:
             choice.finished = True
-            raise choice.record.error
+            error = choice.record.error
+            if isinstance(error, GrammarTooComplex) and self.params.structured_outputs is not None:
+                error.param = self.params.structured_outputs.param  # the router knows the grammar only
+            raise error
         output, stop = choice.next()
         if stop is not None:
             self._router.finish(choice.record.seq_id, "stop")

@@ -20,8 +20,11 @@ from ullm.grammars.structured_outputs import StructuredOutputs
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-"""llguidance's own limits, but for the states of a lexer, which take 1 to 2 kB each."""
+LIMITS = LLParserLimits(
+    max_lexer_states=50_000, initial_lexer_fuel=200_000, max_grammar_size=12_000, verbose_errors=False
+)
+"""llguidance's own limits, but for three: a lexer's states take 1 to 2 kB each, and a worker's step waits for
+the compilation of a grammar that is new to it, which could take seconds."""
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 """White space between JSON's tokens. A bound, since small models go on with it for ever."""
@@ -52,6 +55,8 @@ def compile_grammar(outputs: StructuredOutputs, special_tokens: Sequence[str] = 
     else:
         definition = outputs.text if outputs.kind == "definition" else _translate(outputs)
         if error := _error(definition, checker):
+            for place, schema in _schemas_within(outputs):
+                _compile_schema(StructuredOutputs(json=schema, source=place), checker)
             raise _refusal(outputs, error)
     return _preceded(definition, outputs.after) if outputs.after else definition
 
@@ -70,6 +75,8 @@ def _compile_schema(outputs: StructuredOutputs, checker: LLTokenizer) -> str:
     schema = _loads(outputs)
     if not isinstance(schema, dict | bool):
         raise _refusal(outputs, f"a JSON schema is an object, not {outputs.text[:40]}")
+    if (bound := _inexact_bound(schema)) is not None:
+        raise _refusal(outputs, f"at {bound}: whole numbers of this size are not told apart")
     if (place := _rebased_reference(schema)) is not None:
         raise _refusal(outputs, f"at {place}: $id beside $ref is not supported; leave out $id")
     while True:
@@ -99,16 +106,38 @@ def _of_schema(schema: Any, outputs: StructuredOutputs) -> str:
 
 def _rebased_reference(schema: Any) -> str | None:
     """Return the place of a ``$ref`` beside an ``$id``, if any: what it refers to depends on the draft."""
+    for place, part in _objects(schema):
+        if place and isinstance(part.get("$ref"), str) and isinstance(part.get("$id"), str):
+            return place
+    return None
+
+
+def _inexact_bound(schema: Any) -> str | None:
+    """Return the place of a bound that llguidance rounds to a weaker one, if any.
+
+    It keeps bounds as floating point numbers, within those of 64 bits.
+    """
+    for place, part in _objects(schema):
+        for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+            bound = part.get(name)
+            if type(bound) is not int or abs(bound) <= 2**53:
+                continue
+            kept = max(-(2**63), min(bound if abs(bound) > 2**1000 else int(float(bound)), 2**63 - 1))
+            if name.startswith("exclusive") or (kept < bound if name == "minimum" else kept > bound):
+                return f"{place}/{name}"
+    return None
+
+
+def _objects(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Iterate over the objects in a schema but for its data, each with its place."""
     pending = [("", schema)]
     while pending:
         place, part = pending.pop()
         if isinstance(part, dict):
-            if place and isinstance(part.get("$ref"), str) and isinstance(part.get("$id"), str):
-                return place
+            yield place, part
             pending += [(f"{place}/{name}", inner) for name, inner in part.items() if name not in _DATA]
         elif isinstance(part, list):
             pending += [(f"{place}/{index}", inner) for index, inner in enumerate(part)]
-    return None
 
 
 def _drop_format(schema: Any, name: str) -> bool:
@@ -181,6 +210,15 @@ def _translate(outputs: StructuredOutputs) -> str:
         raise _refusal(outputs, str(error) or "it is nested too deeply") from None
 
 
+def _schemas_within(outputs: StructuredOutputs) -> Iterator[tuple[str, Any]]:
+    """Iterate over the schemas in a grammar, with their places."""
+    if outputs.kind == "structural_tag":
+        name = outputs.source or "structured_outputs.structural_tag"
+        for index, each in enumerate(_structural_tag(outputs).structures):
+            yield f"{name}.structures[{index}].schema", each.schema
+    yield from outputs.schemas.items()
+
+
 class _Structure(msgspec.Struct):
     begin: str
     schema: dict[str, Any] = {}
@@ -194,11 +232,7 @@ class _StructuralTag(msgspec.Struct):
 
 def _tags(outputs: StructuredOutputs) -> str:
     """Return the Lark grammar of vLLM's structural tags."""
-    try:
-        tag = msgspec.convert(_loads(outputs), _StructuralTag)
-    except msgspec.ValidationError as error:
-        raise _refusal(outputs, str(error)) from None
-    tags = []
+    tag, tags = _structural_tag(outputs), []
     for each in tag.structures:
         trigger = next((trigger for trigger in tag.triggers if each.begin.startswith(trigger)), None)
         if trigger is None:
@@ -206,6 +240,13 @@ def _tags(outputs: StructuredOutputs) -> str:
         tags.append(StructTag(trigger=trigger, begin=each.begin, grammar=each.schema, end=each.end))
     # A trigger such as <tool> is text here; grammars can name special tokens.
     return StructTag.to_grammar(tags, assume_special=False)
+
+
+def _structural_tag(outputs: StructuredOutputs) -> _StructuralTag:
+    try:
+        return msgspec.convert(_loads(outputs), _StructuralTag)
+    except msgspec.ValidationError as error:
+        raise _refusal(outputs, str(error)) from None
 
 
 def _loads(outputs: StructuredOutputs) -> Any:
@@ -217,8 +258,13 @@ def _loads(outputs: StructuredOutputs) -> Any:
 
 def _error(definition: str, checker: LLTokenizer) -> str:
     """Return what is wrong with a grammar; empty if nothing is."""
-    message: str = LLMatcher(checker, definition, log_level=0, limits=LIMITS).get_error()
-    return message
+    matcher = LLMatcher(checker, definition, log_level=0, limits=LIMITS)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # some errors come with the first token only
+    message: str = matcher.get_error()
+    if message.startswith("NoExtensionBias"):
+        return "nothing can fulfil it; maybe it refers to nothing but itself"
+    return message.removesuffix("<non-verbose/>")
 
 
 def _refusal(outputs: StructuredOutputs, error: str) -> InvalidParameter:

@@ -59,7 +59,7 @@ class GrammarMatcher:
     @property
     def error(self) -> str:
         """What has gone wrong for good; empty if nothing has. Only grammars of great cost get there."""
-        return " ".join(self._matcher.get_error().split())
+        return " ".join(self._matcher.get_error().removesuffix("<non-verbose/>").split())
 
     def consume(self, token_ids: Sequence[int]) -> None:
         """Go on over tokens of the answer. Those after its end are ignored."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ullm.errors import InvalidParameter
@@ -32,6 +32,8 @@ class StructuredOutputs:
             or up to 32 blanks, tabs and line ends.
         disable_any_whitespace: no white space there at all.
         after: free text, up to this text and with it, comes before the form.
+        schemas: JSON schemas within a grammar, by what errors call them; looked at only to find the one that
+            is wrong.
         disable_fallback: without effect; there is no other way to fall back to.
         source: what errors call it; default: ``structured_outputs`` and the name of the one that is given.
 
@@ -51,6 +53,7 @@ class StructuredOutputs:
     disable_fallback: bool = False
     source: str = ""
     after: str = ""
+    schemas: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kinds = self._given()
@@ -66,7 +69,12 @@ class StructuredOutputs:
         """Return the error that says what is wrong with it."""
         kinds = self._given()
         name = self.source or ".".join(["structured_outputs", *(kinds if len(kinds) == 1 else ())])
-        return InvalidParameter(f"{name} {cause}", name.partition(".")[0])
+        return InvalidParameter(f"{name} {cause}", self.param)
+
+    @property
+    def param(self) -> str:
+        """The request's field that says it."""
+        return self.source.partition(".")[0] or "structured_outputs"
 
     @property
     def kind(self) -> str:

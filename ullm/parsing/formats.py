@@ -101,9 +101,7 @@ def forced_calls(name: str, tools: Schemas, *, several: bool) -> StructuredOutpu
     opened, closed = ('"<tool_call>\\n"', '"\\n</tool_call>"') if FORMATS[name].tagged else ("", "")
     more = f' ("\\n" {opened} call {closed}){{0,7}}' if several and opened else ""
     more = more or (' (";" call){0,7}' if several else "")
-    return StructuredOutputs(
-        grammar=f"%llguidance {{}}\nstart: {opened} call {closed}{more}\n{call}", source="tools"
-    )
+    return _form(f"start: {opened} call {closed}{more}\n{call}", tools)
 
 
 def guided_calls(name: str, tools: Schemas, *, several: bool) -> StructuredOutputs:
@@ -120,7 +118,12 @@ TEXT: /(.|\\n)*/
     else:
         more = ' (";" call){0,7}' if several else ""
         rules = f"start: call{more} | TEXT\nTEXT: /[^{{\\[](.|\\n)*/\n"
-    return StructuredOutputs(grammar=f"%llguidance {{}}\n{rules}{call}", source="tools")
+    return _form(rules + call, tools)
+
+
+def _form(rules: str, tools: Schemas) -> StructuredOutputs:
+    schemas = {f"tools.{name}.parameters": schema for name, schema in tools.items()}
+    return StructuredOutputs(grammar=f"%llguidance {{}}\n{rules}", source="tools", schemas=schemas)
 
 
 def forced_parser(name: str, tools: Schemas) -> Parser:

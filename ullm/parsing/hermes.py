@@ -14,7 +14,7 @@ from ullm.parsing.json_calls import JsonCallsParser, dump
 from ullm.parsing.parts import CallArguments, CallBegin, Part, Text, held_back
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)(?:</function>\s*|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>\s*|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
 
 
@@ -31,6 +31,7 @@ class HermesParser:
         self._calls = 0
         self._inside: JsonCallsParser | None = None
         self._region = ""
+        self._read = 0
         self._blank = ""
 
     def push(self, text: str) -> list[Part]:
@@ -65,7 +66,7 @@ class HermesParser:
             return
         shown, self._held = self._held[:place], self._held[place + len(OPEN) :]
         yield from self._shown(shown)
-        self._inside, self._region = JsonCallsParser(first_index=self._calls), ""
+        self._inside, self._region, self._read = JsonCallsParser(first_index=self._calls), "", 0
 
     def _shown(self, text: str) -> Iterator[Part]:
         """Yield text; blanks are held back, since they belong to calls if one follows."""
@@ -86,7 +87,8 @@ class HermesParser:
 
     def _take(self, inside: JsonCallsParser, text: str) -> Iterator[Part]:
         self._region += text
-        if not self._is_xml():
+        if not self._is_xml():  # maybe it was, by its first characters
+            text, self._read = self._region[self._read :], len(self._region)
             yield from (part for part in inside.push(text) if not isinstance(part, Text))
 
     def _leave(self, inside: JsonCallsParser, *, closed: bool) -> Iterator[Part]:
@@ -111,10 +113,10 @@ class HermesParser:
         if not found:
             yield from self._shown(OPEN + self._region + (CLOSE if closed else ""))
         for function in found:
-            properties = self._schemas.get(function[1], {}).get("properties", {})
+            properties = self._schemas.get(function[1], {}).get("properties")
+            types = properties if isinstance(properties, Mapping) else {}
             arguments = {
-                name: _converted(value, properties.get(name, {}))
-                for name, value in _PARAMETER.findall(function[2])
+                name: _converted(value, types.get(name)) for name, value in _PARAMETER.findall(function[2])
             }
             yield CallBegin(self._calls, function[1])
             yield CallArguments(self._calls, dump(arguments))
@@ -127,6 +129,8 @@ def _converted(value: str, schema: Any) -> Any:
     if isinstance(schema, Mapping) and schema.get("type") == "string":
         return value
     try:
-        return json.loads(value)
-    except ValueError:
+        parsed = json.loads(value)
+        dump({"": parsed})
+    except (ValueError, RecursionError):
         return value
+    return parsed

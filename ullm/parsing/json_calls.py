@@ -10,6 +10,9 @@ from ullm.parsing.parts import CallArguments, CallBegin, Part, Text
 
 ARGUMENTS = ("arguments", "parameters")
 """Names that models give the arguments."""
+_NAMES = ("name", "function")
+_KNOWN = frozenset({*_NAMES, *ARGUMENTS, "type", "id"})
+"""Keys, one of which is the first of a call."""
 
 
 class ObjectScanner:
@@ -40,13 +43,14 @@ class ObjectScanner:
             self._step(character, len(self.text) - 1)
         return len(text)
 
-    def value(self, *keys: str) -> tuple[str, bool] | None:
-        """Return the value of the first of these keys that is there, and whether it is complete."""
-        for key in keys:
-            if key in self._spans:
-                start, *end = self._spans[key]
-                return self.text[start : end[0] if end else None].strip(), bool(end)
-        return None
+    def values(self, *keys: str) -> Iterator[tuple[str, bool]]:
+        """Iterate over the values of these keys, in their order in the text, and whether they are complete.
+
+        Of a key that is there twice the first one counts: it may have been given out before the second came.
+        """
+        for key, (start, *end) in self._spans.items():
+            if key in keys:
+                yield self.text[start : end[0] if end else None].strip(), bool(end)
 
     @property
     def keys(self) -> Sequence[str]:
@@ -66,7 +70,7 @@ class ObjectScanner:
             self.done = self._depth == 0
         elif self._depth == 1 and character == ":" and self._last_string is not None:
             self._key, self._last_string = self._last_string, None
-            self._spans[self._key] = [place + 1]
+            self._spans.setdefault(self._key, [place + 1])
         elif self._depth == 1 and character == ",":
             self._end_value(place)
 
@@ -85,7 +89,9 @@ class ObjectScanner:
 
     def _end_value(self, place: int) -> None:
         if self._depth == 1 and self._key is not None:
-            self._spans[self._key].append(place)
+            span = self._spans[self._key]
+            if len(span) == 1:
+                span.append(place)
             self._key = None
 
 
@@ -120,54 +126,40 @@ class JsonCall:
     @property
     def hopeless(self) -> bool:
         """Whether it is no call."""
-        scanner = self._scanner
-        known = {"name", "type", "id", "function", *ARGUMENTS}
-        strange = bool(scanner.keys) and scanner.keys[0] not in known
-        return not self._begun and (scanner.broken or scanner.done or strange)
+        return not self._begun and (self._scanner.broken or self._scanner.done or self._strange)
 
     def push(self, text: str) -> tuple[int, list[Part]]:
         """Return how many characters belong to it, and the parts that they complete."""
         used = self._scanner.push(text)
         parts: list[Part] = []
-        name = self._name()
-        if not self._begun and name:
+        if not self._begun and not self._strange and (name := self._name()):
             self._begun = True
             parts.append(CallBegin(self.index, name))
         if self._begun:
-            arguments, complete = self._arguments()
-            if complete and not arguments:
-                arguments = "{}"
+            arguments = self._arguments()
             if len(arguments) > self._sent:
                 parts.append(CallArguments(self.index, arguments[self._sent :]))
                 self._sent = len(arguments)
         return used, parts
 
-    def finish(self) -> list[Part]:
-        """Return what is left of its arguments, if it has begun and will get no further."""
-        if self._begun and not self._sent:
-            self._sent = 2
-            return [CallArguments(self.index, "{}")]
-        return []
+    @property
+    def _strange(self) -> bool:
+        return bool(self._scanner.keys) and self._scanner.keys[0] not in _KNOWN
 
     def _name(self) -> str:
-        value = self._scanner.value("name", "function")
-        if value is None or not value[1]:
-            return ""
-        try:
-            name = json.loads(value[0])
-        except ValueError:
-            return ""
-        return name if isinstance(name, str) else ""
+        for text, complete in self._scanner.values(*_NAMES):
+            if complete and (name := _unquoted(text)):
+                return name
+        return ""
 
-    def _arguments(self) -> tuple[str, bool]:
-        """Return the arguments as far as they can be given out, and whether they are complete."""
-        value = self._scanner.value(*ARGUMENTS)
-        if value is None:
-            return "", self._scanner.done
-        text, complete = value
+    def _arguments(self) -> str:
+        """Return the arguments as far as they can be given out."""
+        text, complete = next(self._scanner.values(*ARGUMENTS), ("", self._scanner.done))
+        if complete and text in ("", "null"):
+            return "{}"
         if text.startswith('"'):  # JSON within a text
-            return (str(json.loads(text)), True) if complete else ("", False)
-        return text if complete else text.rstrip(), complete
+            return (_unquoted(text) or text) if complete else ""
+        return "" if "null".startswith(text) else text
 
 
 class JsonCallsParser:
@@ -185,6 +177,7 @@ class JsonCallsParser:
         self._calls = first_index
         self._first = first_index
         self._is_text = False
+        self._is_over = False
 
     @property
     def count(self) -> int:
@@ -193,6 +186,8 @@ class JsonCallsParser:
 
     def push(self, text: str) -> list[Part]:
         """See `Parser.push`."""
+        if self._is_over:
+            return []
         self._held += text
         return list(self._read())
 
@@ -200,7 +195,6 @@ class JsonCallsParser:
         """See `Parser.finish`."""
         parts: list[Part] = []
         if self._call is not None:
-            parts += self._call.finish()
             if self._call.begun:
                 self._calls += 1
             else:
@@ -237,11 +231,16 @@ class JsonCallsParser:
                 return False
         if rest[0] == "{":
             self._held, self._call = rest, JsonCall(self._calls)
-        elif self._calls > self._first:
-            self._held = ""  # what follows calls is not shown
+        else:
+            self._end_calls()
+        return True
+
+    def _end_calls(self) -> None:
+        """Something else than a call comes: after calls it is not shown, nor are further calls looked for."""
+        if self._calls > self._first:
+            self._is_over, self._held = True, ""
         else:
             self._is_text = True
-        return True
 
     def _read_call(self, call: JsonCall) -> Iterator[Part]:
         used, parts = call.push(self._held)
@@ -249,15 +248,32 @@ class JsonCallsParser:
         yield from parts
         if call.hopeless:
             self._held, self._call = call.text + self._held, None
-            self._is_text = self._calls == self._first
-            if not self._is_text:
-                self._held = ""
+            self._end_calls()
         elif call.over:
-            yield from call.finish()
             self._calls += 1
             self._call = None
 
 
+def _unquoted(text: str) -> str:
+    """Return the text that a JSON string stands for; empty if it is none, or cannot be sent."""
+    try:
+        value = json.loads(text, strict=False)
+        return value if isinstance(value, str) and value.encode() else ""
+    except (ValueError, RecursionError):
+        return ""
+
+
 def dump(arguments: dict[str, Any]) -> str:
-    """Return arguments as JSON text."""
-    return json.dumps(arguments, ensure_ascii=False)
+    """Return arguments as JSON text.
+
+    Raises:
+        ValueError: there is a value that JSON does not have, such as an infinite number.
+    """
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return json.dumps(arguments, allow_nan=False)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+    return text

@@ -9,8 +9,9 @@ from ullm.parsing.json_calls import JsonCallsParser, ObjectScanner
 from ullm.parsing.parts import CallArguments, CallBegin, Part, Text, held_back
 
 MARKER = "[TOOL_CALLS]"
-_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*[\w-]+\s*)?(?:\[ARGS\])?\s*(?=\{)")
-_MAYBE_NAMED = re.compile(r"\s*[\w.-]*\s*(\[[A-Z_]*\]?\s*[\w-]*\s*)*")
+# Quantifiers never give back what they took: a model may write anything, of any length.
+_NAMED = re.compile(r"\s*+([\w.-]++)\s*+(?:\[CALL_ID\]\s*+[\w-]++\s*+)?+(?:\[ARGS\]\s*+)?+(?=\{)")
+_MAYBE_NAMED = re.compile(r"\s*+[\w.-]*+\s*+(?:\[[A-Z_]*+\]?+\s*+[\w-]*+\s*+)*+")
 
 
 class MistralParser:
@@ -20,6 +21,7 @@ class MistralParser:
         self._held = ""
         self._calls = 0
         self._list: JsonCallsParser | None = None
+        self._list_shown = False
         self._arguments: ObjectScanner | None = None
         self._in_calls = False
 
@@ -37,8 +39,7 @@ class MistralParser:
         """See `ullm.parsing.parts.Parser`."""
         parts: list[Part] = []
         if self._list is not None:
-            parts += self._list.push(self._held)
-            parts += self._list.finish()
+            parts += self._from_list([*self._list.push(self._held), *self._list.finish()])
         elif self._held and not (self._in_calls and self._calls):
             parts.append(Text((MARKER if self._in_calls else "") + self._held))
         self._held = ""
@@ -46,7 +47,7 @@ class MistralParser:
 
     def _step(self) -> Iterator[Part]:
         if self._list is not None:
-            yield from self._list.push(self._held)
+            yield from self._from_list(self._list.push(self._held))
             self._held = ""
         elif self._arguments is not None:
             yield from self._in_arguments(self._arguments)
@@ -54,6 +55,13 @@ class MistralParser:
             yield from self._at_call()
         else:
             yield from self._in_text()
+
+    def _from_list(self, parts: list[Part]) -> Iterator[Part]:
+        for part in parts:
+            if isinstance(part, Text) and not self._list_shown:  # no call
+                yield Text(MARKER)
+            self._list_shown = True
+            yield part
 
     def _in_text(self) -> Iterator[Part]:
         place = self._held.find(MARKER)
@@ -74,8 +82,9 @@ class MistralParser:
             yield CallBegin(self._calls, named[1])
             self._held, self._arguments = self._held[named.end() :], ObjectScanner()
         elif text and not _MAYBE_NAMED.fullmatch(self._held) and not self._calls:
-            yield Text(MARKER + self._held)  # no call
-            self._held, self._in_calls = "", False
+            yield Text(MARKER)  # no call
+            self._in_calls = False
+            yield from self._in_text()
 
     def _in_arguments(self, scanner: ObjectScanner) -> Iterator[Part]:
         used = scanner.push(self._held)

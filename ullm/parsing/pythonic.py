@@ -40,12 +40,12 @@ class PythonicParser:
             return [Text(text)] if text else []
         parts: list[Part] = []
         for index, (name, arguments) in enumerate(calls):
-            parts += [CallBegin(index, name), CallArguments(index, dump(arguments))]
+            parts += [CallBegin(index, name), CallArguments(index, arguments)]
         return parts
 
 
-def _calls(text: str) -> list[tuple[str, dict[str, Any]]] | None:
-    """Return names and arguments; None if the text is not a list of calls with values."""
+def _calls(text: str) -> list[tuple[str, str]] | None:
+    """Return names and arguments, as JSON; None if the text is not a list of calls with values."""
     source = text.strip()
     for prefix in _PREFIXES:
         source = source.removeprefix(prefix).strip()
@@ -59,11 +59,11 @@ def _calls(text: str) -> list[tuple[str, dict[str, Any]]] | None:
         return None
 
 
-def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
+def _call(node: ast.expr) -> tuple[str, str]:
     if not isinstance(node, ast.Call) or node.args or any(each.arg is None for each in node.keywords):
         raise ValueError("not a call with named arguments")
     arguments = {str(each.arg): _value(each.value) for each in node.keywords}
-    return ast.unparse(node.func), arguments
+    return ast.unparse(node.func), dump(arguments)
 
 
 def _value(node: ast.expr) -> Any:

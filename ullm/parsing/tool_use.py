@@ -83,9 +83,11 @@ def use_of(
     field_name = "function_call" if legacy else "tool_choice"
     if not tools:
         if choice not in (None, "none", "auto"):
-            raise InvalidParameter(f"{field_name} needs tools", field_name)
+            needed = "functions" if legacy else "tools"
+            raise InvalidParameter(f"{field_name} needs {needed}", field_name)
         return ToolUse()
     functions = [_function(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+    _check_names(functions)
     mode, names = _chosen(choice, field_name, [function["name"] for function in functions])
     told = [function for function in functions if function["name"] in names]
     return ToolUse(
@@ -102,9 +104,21 @@ def _function(tool: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     function = tool.get("function")
     if tool.get("type", "function") != "function" or not isinstance(function, Mapping):
         raise InvalidParameter(f"{place}: only functions are supported", f"{place}.type")
-    if not isinstance(function.get("name"), str):
+    if not isinstance(function.get("name"), str) or not function["name"]:
         raise InvalidParameter(f"{place}.function has no name", f"{place}.function.name")
     return function
+
+
+def _check_names(functions: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse different functions of one name: the arguments of a call could be meant for either."""
+    first: dict[str, int] = {}
+    for index, function in enumerate(functions):
+        before = first.setdefault(function["name"], index)
+        if functions[before] != function:
+            raise InvalidParameter(
+                f"tools[{before}] and tools[{index}] are different, but both named {function['name']!r}",
+                f"tools[{index}].function.name",
+            )
 
 
 def _described(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,8 +135,9 @@ def _chosen(choice: str | dict[str, Any] | None, name: str, known: list[str]) ->
         return mode, known
     if choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)
-        names = [_name_of(each, name) for each in allowed.get("tools", ())]
-        mode = allowed.get("mode", "auto")
+        tools = allowed.get("tools") if isinstance(allowed, dict) else None
+        names = [_name_of(each, name) for each in tools] if isinstance(tools, list) else []
+        mode = allowed.get("mode", "auto") if names else ""
     else:
         names, mode = [_name_of(choice, name)], "required"
     for each in names:

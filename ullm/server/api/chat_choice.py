@@ -57,9 +57,19 @@ class ChoiceParts:
 
     def finish_reason(self, output: Output) -> str | None:
         """Return why the choice ended; an answer that calls says so, unless it was cut."""
-        if output.finish_reason == "stop" and self._calls:
+        if output.finish_reason == "stop" and self._calls and not self._is_cut(output):
             return "function_call" if self._legacy else "tool_calls"
         return output.finish_reason
+
+    def _is_cut(self, output: Output) -> bool:
+        """Return whether a stop string of the client's has ended the last call within its arguments."""
+        if not isinstance(output.stop_reason, str):
+            return False
+        try:
+            msgspec.json.decode(self._calls[-1].function.arguments or "")
+        except (msgspec.DecodeError, RecursionError):
+            return True
+        return False
 
     def deltas(self, parts: Iterable[Part]) -> Iterator[Delta]:
         """Yield the delta of each part, and keep it for `message`."""

@@ -223,6 +223,10 @@ RESPONSES_FIELDS: tuple[FieldRule, ...] = (
     _ignored("safety_identifier"),
     _ignored("prompt_cache_key", "the prefix cache finds equal prefixes by itself"),
     _ignored("prompt_cache_retention", "the prefix cache keeps what there is room for"),
+    _ignored("prompt_cache_options", "the prefix cache finds equal prefixes by itself"),
+    _ignored("background_options", "answers are begun as soon as there is room"),
+    _ignored("access_programs"),
+    _ignored("image", "there are no images"),
 )
 """Every request field of responses."""
 

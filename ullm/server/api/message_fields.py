@@ -67,5 +67,7 @@ MESSAGE_FIELDS: tuple[FieldRule, ...] = (
     _ignored("metadata"),
     _ignored("service_tier", "all requests are served alike"),
     _ignored("inference_geo", "requests are served here"),
+    _ignored("billing_policy", "nothing is billed"),
+    _ignored("fallback_credit_token", "nothing is billed"),
 )
 """Every request field of messages."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -317,11 +318,10 @@ def _text(content: str | list[schemas.ContentPart] | None, place: str) -> str:
 
 def _tool_call(call: schemas.ToolCall) -> dict[str, Any]:
     """Return a call with arguments as an object; those that are not JSON stay as the model wrote them."""
-    arguments: Any = call.function.arguments
-    try:
-        arguments = msgspec.json.decode(arguments or "{}")
-    except (msgspec.DecodeError, RecursionError):
-        pass
+    arguments: Any = call.function.arguments or "{}"
+    if isinstance(arguments, str):
+        with suppress(msgspec.DecodeError, RecursionError):
+            arguments = msgspec.json.decode(arguments)
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": call.type, "function": function}
 

@@ -131,10 +131,10 @@ class ContentPart(msgspec.Struct, kw_only=True):
 
 
 class CalledFunction(msgspec.Struct, kw_only=True):
-    """Which function the assistant called, with its arguments as JSON."""
+    """Which function the assistant called, with its arguments as JSON text, or as an object."""
 
     name: str
-    arguments: str = "{}"
+    arguments: str | dict[str, Any] | None = None
 
 
 class ToolCall(msgspec.Struct, kw_only=True):

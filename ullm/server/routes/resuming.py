@@ -8,8 +8,17 @@ from ullm.errors import InvalidParameter
 
 
 def wants_stream() -> bool:
-    """Return whether the current request asks, by its query, for events."""
-    return request.args.get("stream", "").lower() in ("true", "1")
+    """Return whether the current request asks, by its query, for events.
+
+    Raises:
+        InvalidParameter: it is neither true nor false, or not true with ``starting_after``.
+    """
+    text = request.args.get("stream", "").lower()
+    if text not in ("", "true", "1", "false", "0"):
+        raise InvalidParameter(f"stream must be true or false, got {text!r}", "stream")
+    if text not in ("true", "1") and "starting_after" in request.args:
+        raise InvalidParameter("starting_after needs stream=true", "starting_after")
+    return text in ("true", "1")
 
 
 def event_number(id: str = "") -> int:

@@ -6,9 +6,10 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import trio
-from quart import Response, g
+from quart import Response, g, request
 
 from ullm.config import ServerConfig
 from ullm.errors import InvalidParameter
@@ -133,16 +134,38 @@ async def delete(service: Service, id: str) -> Response:
 
 
 async def input_items(service: Service, id: str) -> Response:
-    """Show what a response was asked with."""
+    """Show what a response was asked with; its query may ask for a page, by OpenAI's parameters."""
     answer = await service.answers.find(id, g.owner, StoredAnswer)
     given = answer.head.request.input
     if isinstance(given, str):
         given = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
     items = [{"id": f"msg_{id.removeprefix('resp_')}_in{index}", **item} for index, item in enumerate(given)]
-    ids = [item["id"] for item in items]
+    page, more = _page(items)
+    ids = [item["id"] for item in page]
     return json_response(
-        InputItems(data=items, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)
+        InputItems(
+            data=page, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=more
+        )
     )
+
+
+def _page(items: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    """Return the page that the query asks for, and whether there is more after it; by default all."""
+    order, after, limit = (request.args.get(name) for name in ("order", "after", "limit"))
+    if order not in (None, "asc", "desc"):
+        raise InvalidParameter(f"order must be asc or desc, got {order!r}", "order")
+    if order == "desc":
+        items = items[::-1]
+    if after is not None:
+        places = [index for index, item in enumerate(items) if item["id"] == after]
+        if not places:
+            raise InvalidParameter(f"after must be the id of an item, got {after!r}", "after")
+        items = items[places[0] + 1 :]
+    if limit is None:
+        return items, False
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= 100):
+        raise InvalidParameter(f"limit must be a whole number from 1 to 100, got {limit!r}", "limit")
+    return items[: int(limit)], len(items) > int(limit)
 
 
 async def _stream(service: Service, answer: StoredAnswer, after: int = -1) -> Response:

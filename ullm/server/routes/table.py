@@ -191,7 +191,7 @@ API = (
         "GET",
         "/v1/responses/{id}/input_items",
         stored_responses.input_items,
-        "What a stored answer was asked with.",
+        "What a stored answer was asked with; `limit`, `after` and `order` ask for a page.",
         answer=objects.InputItems,
         errors=(404,),
         kept=_always,
