@@ -15,6 +15,7 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag, TokenizerWrapper, grammar_from
 
 from ullm.errors import InvalidParameter
+from ullm.grammars.endless import endless_reference, schema_objects
 from ullm.grammars.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ _FORMAT_UNKNOWN = re.compile(r"Unknown format: (.+)")
 _SCHEMAS_BY_NAME = ("$defs", "definitions", "properties", "patternProperties", "dependentSchemas")
 _SCHEMAS_IN_LIST = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains")
-_DATA = ("const", "enum", "default", "examples")
 _DEFINITIONS = ("$defs", "definitions")
 
 
@@ -85,6 +85,12 @@ def _compile_schema(outputs: StructuredOutputs, checker: LLTokenizer) -> str:
         unknown = _FORMAT_UNKNOWN.fullmatch(error)
         if not unknown or not _drop_format(schema, unknown[1]):
             break
+    if not error and (reference := _endless(schema, outputs)) is not None:
+        raise _refusal(
+            outputs,
+            f"at {reference}: each value of it has another one within, without end; allow null there, or "
+            "leave it out of required",
+        )
     if error:
         place = _locate(schema, outputs, checker)
         raise _refusal(outputs, f"at {place}: {error}" if place else error)
@@ -106,10 +112,22 @@ def _of_schema(schema: Any, outputs: StructuredOutputs) -> str:
 
 def _rebased_reference(schema: Any) -> str | None:
     """Return the place of a ``$ref`` beside an ``$id``, if any: what it refers to depends on the draft."""
-    for place, part in _objects(schema):
+    for place, part in schema_objects(schema):
         if place and isinstance(part.get("$ref"), str) and isinstance(part.get("$id"), str):
             return place
     return None
+
+
+def _endless(schema: Any, outputs: StructuredOutputs) -> str | None:
+    """Return a reference without end, if the schema has no value that ends.
+
+    Raises:
+        InvalidParameter: the schema is nested too deeply.
+    """
+    try:
+        return endless_reference(schema)
+    except RecursionError:
+        raise _refusal(outputs, "it is nested too deeply") from None
 
 
 def _inexact_bound(schema: Any) -> str | None:
@@ -117,7 +135,7 @@ def _inexact_bound(schema: Any) -> str | None:
 
     It keeps bounds as floating point numbers, within those of 64 bits.
     """
-    for place, part in _objects(schema):
+    for place, part in schema_objects(schema):
         for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
             bound = part.get(name)
             if type(bound) is not int or abs(bound) <= 2**53:
@@ -126,18 +144,6 @@ def _inexact_bound(schema: Any) -> str | None:
             if name.startswith("exclusive") or (kept < bound if name == "minimum" else kept > bound):
                 return f"{place}/{name}"
     return None
-
-
-def _objects(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Iterate over the objects in a schema but for its data, each with its place."""
-    pending = [("", schema)]
-    while pending:
-        place, part = pending.pop()
-        if isinstance(part, dict):
-            yield place, part
-            pending += [(f"{place}/{name}", inner) for name, inner in part.items() if name not in _DATA]
-        elif isinstance(part, list):
-            pending += [(f"{place}/{index}", inner) for index, inner in enumerate(part)]
 
 
 def _drop_format(schema: Any, name: str) -> bool:
