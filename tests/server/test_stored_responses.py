@@ -250,7 +250,7 @@ async def test_a_failure_is_an_error_where_somebody_waits(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"input": []}, "messages"),
+        ({"input": []}, "input"),
         ({"input": [{"type": "input_image"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         ({"input": [{"role": "wizard", "content": "x"}]}, "input[0]"),

@@ -172,6 +172,8 @@ def input_messages(request: ResponsesRequest) -> list[schemas.Message]:
     """
     if isinstance(request.input, str):
         return [schemas.Message(role="user", content=request.input)]
+    if not request.input and request.previous_response_id is None:
+        raise InvalidParameter("input is empty; it must have at least one item", "input")
     messages: list[schemas.Message] = []
     for index, item in enumerate(request.input):
         message = _message(item, f"input[{index}]")
