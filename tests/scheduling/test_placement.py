@@ -9,8 +9,9 @@ from ullm.scheduling.placement import place
 
 
 def placed(nnodes: int, tp: int, pp: int = 1, replicas: int = 1) -> list[list[int]]:
+    secret = {"node_secret_file": "x"} if nnodes > 1 else {}
     config = EngineConfig(
-        nnodes=nnodes, tp_size=tp, pp_size=pp, replicas=replicas, node_secret_file="x", transport="process"
+        nnodes=nnodes, tp_size=tp, pp_size=pp, replicas=replicas, transport="process", **secret
     )
     return [[place(config, slot, rank).node for rank in range(tp * pp)] for slot in range(replicas)]
 
