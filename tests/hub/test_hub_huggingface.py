@@ -118,6 +118,15 @@ def test_only_what_is_needed_is_fetched_and_once(
     assert asked == []
 
 
+def test_a_single_file_counts_before_an_index_of_others(
+    tmp_path: Path, files: dict[str, bytes], serve: Callable[[Any], str]
+) -> None:
+    files["model.safetensors"] = save({"t": np.ones(64, np.float32)})
+    path, _ = run("owner/name", serve(hub_of(files, [])), tmp_path)
+    fetched = {file.name for file in Path(path).glob("*.safetensors")}
+    assert fetched == {"model.safetensors"}
+
+
 def test_a_shard_lost_from_the_cache_is_fetched_again(
     tmp_path: Path, files: dict[str, bytes], serve: Callable[[Any], str]
 ) -> None:
