@@ -19,7 +19,7 @@ A_LONG_TIME = 1e9
 
 RAISED = "raised"
 LOST = "worker lost"
-OVERTAKEN_WITHIN = 2.0
+OVERTAKEN_WITHIN = 10.0
 """Seconds from a fault to the orderly end of its worker in which the worker may not have come to it. One that
 has lived for longer with a fault that should have ended it did not carry it out."""
 MOST = 1000
